@@ -1,0 +1,1 @@
+"""Deploy configuration: what runs, where, and how much of it."""

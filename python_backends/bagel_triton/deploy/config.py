@@ -1,0 +1,128 @@
+"""The one typed configuration that the supervisor writes and every stage reads.
+
+A running server's stages find it through ``BAGEL_TRITON_DEPLOY`` (path of a YAML
+file). Where no supervisor wrote one, as in a plain tritonserver container,
+``BAGEL_TRITON_CHECKPOINT`` alone is enough and everything else has its default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
+CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
+
+
+class ConfigError(ValueError):
+    """A configuration value is missing or not allowed; the message names both."""
+
+
+def _require(name: str, value: object, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ConfigError(f"{name}={value!r} is not allowed; allowed: {allowed}")
+
+
+class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The autoregressive stage.
+
+    ``max_num_seqs`` bounds the requests in flight, ``max_num_batched_tokens`` the tokens
+    of one packed forward, ``kv_tokens`` the arena. A lease nobody claims is reclaimed
+    after ``lease_ttl_s`` seconds; a request that finds the arena full waits at most
+    ``admission_timeout_s``.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 8192
+    kv_tokens: int = 32768
+    block_tokens: int = 16
+    lease_ttl_s: float = 60.0
+    admission_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens"):
+            value = getattr(self, name)
+            _require(f"thinker.{name}", value, value >= 1, "an integer >= 1")
+        for name in ("lease_ttl_s", "admission_timeout_s"):
+            value = getattr(self, name)
+            _require(f"thinker.{name}", value, value > 0, "seconds > 0")
+
+
+class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The flow stage; ``max_num_seqs`` bounds the pictures denoised together."""
+
+    max_num_seqs: int = 8
+
+    def __post_init__(self) -> None:
+        _require("dit.max_num_seqs", self.max_num_seqs, self.max_num_seqs >= 1, "an integer >= 1")
+
+
+class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The decoder stage; ``max_batch_size`` bounds pictures of one size decoded together."""
+
+    max_batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        _require("vae_decode.max_batch_size", self.max_batch_size, self.max_batch_size >= 1, "an integer >= 1")
+
+
+class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The orchestrator; a stage silent for ``stage_timeout_s`` is treated as dead."""
+
+    max_inflight: int = 256
+    stage_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require("bagel.max_inflight", self.max_inflight, self.max_inflight >= 1, "an integer >= 1")
+        _require("bagel.stage_timeout_s", self.stage_timeout_s, self.stage_timeout_s > 0, "seconds > 0")
+
+
+class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything the stages of one server agree on.
+
+    ``shm_prefix`` starts the name of every shared-memory file of this server, so that
+    leftovers can be told apart and swept.
+    """
+
+    checkpoint: str
+    shm_prefix: str = "bagel_triton"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    connector: Literal["shm"] = "shm"
+    thinker: ThinkerConfig = ThinkerConfig()
+    dit: DitConfig = DitConfig()
+    vae_decode: VaeDecodeConfig = VaeDecodeConfig()
+    bagel: BagelConfig = BagelConfig()
+
+    def write(self, path: Path) -> None:
+        """Write as YAML."""
+        path.write_bytes(msgspec.yaml.encode(self))
+
+
+def read(path: Path) -> DeployConfig:
+    """The configuration in the YAML file ``path``.
+
+    Raises:
+        ConfigError: not readable, unknown field, wrong type, value out of range.
+    """
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=DeployConfig)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"deploy configuration {path}: {error}") from error
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> DeployConfig:
+    """The configuration of the server this process belongs to.
+
+    Raises:
+        ConfigError: neither variable is set, or the file is not valid.
+    """
+    if path := environ.get(DEPLOY_VARIABLE):
+        return read(Path(path))
+    if checkpoint := environ.get(CHECKPOINT_VARIABLE):
+        return DeployConfig(checkpoint=checkpoint)
+    raise ConfigError(f"set {CHECKPOINT_VARIABLE} to a checkpoint folder, or {DEPLOY_VARIABLE} to a deploy YAML")

@@ -1,0 +1,132 @@
+"""Every error a client can meet, typed where it happens and mapped once.
+
+Triton carries an error between models and to clients as one string, so each
+error has a text form, ``Kind(param): message``, that survives being wrapped by
+Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class BagelError(Exception):
+    """Base of the errors that cross a stage boundary."""
+
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "server_error"
+    triton_code: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+    def to_text(self) -> str:
+        """The form that travels through Triton."""
+        return f"{self.kind}({self.param or ''}): {self.message}"
+
+
+class InvalidRequest(BagelError):
+    """The request cannot be served as written; ``param`` names the field."""
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+    triton_code = "INVALID_ARG"
+
+    @classmethod
+    def value(cls, param: str, value: object, allowed: str) -> InvalidRequest:
+        """An error that names the field, the value it had and what is allowed."""
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        return cls(f"{param}={shown} is not allowed; allowed: {allowed}", param)
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that is not served here."""
+
+    http_status = 404
+    triton_code = "NOT_FOUND"
+
+
+class Overloaded(BagelError):
+    """A bounded queue or the KV arena stayed full; the client may retry."""
+
+    http_status = 429
+    openai_type = "rate_limit_error"
+    triton_code = "UNAVAILABLE"
+
+
+class DeadlineExceeded(BagelError):
+    """The request ran out of its own time."""
+
+    http_status = 504
+    openai_type = "timeout_error"
+    triton_code = "CANCELLED"
+
+
+class Cancelled(BagelError):
+    """The client left, or asked for the work to stop."""
+
+    http_status = 499
+    openai_type = "cancelled"
+    triton_code = "CANCELLED"
+
+
+class StageUnavailable(BagelError):
+    """A stage is not loaded, died, or stayed silent past its deadline."""
+
+    http_status = 503
+    openai_type = "service_unavailable_error"
+    triton_code = "UNAVAILABLE"
+
+
+class LeaseError(BagelError):
+    """A KV lease was stale, expired, released or did not match its contents."""
+
+
+class Internal(BagelError):
+    """A defect of the server, not of the request."""
+
+
+_KINDS: dict[str, type[BagelError]] = {
+    kind.__name__: kind
+    for kind in (
+        InvalidRequest,
+        ModelNotFound,
+        Overloaded,
+        DeadlineExceeded,
+        Cancelled,
+        StageUnavailable,
+        LeaseError,
+        Internal,
+    )
+}
+_TEXT = re.compile(rf"\b({'|'.join(_KINDS)})\(([^()\n]*)\): (.*)", re.DOTALL)
+
+
+def from_text(text: str) -> BagelError:
+    """The typed error in ``text``; text of any other origin becomes :class:`Internal`.
+
+    Triton's own word for a dead stub or an unloaded model becomes
+    :class:`StageUnavailable`.
+    """
+    found = _TEXT.search(text)
+    if found:
+        return _KINDS[found[1]](found[3], found[2] or None)
+    if "is not healthy" in text or "is not ready" in text or "unknown model" in text:
+        return StageUnavailable(text)
+    return Internal(text)
+
+
+def from_exception(error: BaseException) -> BagelError:
+    """``error`` itself if typed; :class:`Internal` naming its type otherwise."""
+    if isinstance(error, BagelError):
+        return error
+    return Internal(f"{type(error).__name__}: {error}")

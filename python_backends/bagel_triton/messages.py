@@ -1,0 +1,219 @@
+"""The vocabulary the stages share: frozen, typed, and the only thing that travels.
+
+Messages are ``msgspec.Struct``s: frozen dataclasses with a strict codec (unknown
+fields and wrong types are refused) and tagged unions. Stages exchange them as
+MessagePack in one UINT8 tensor; what a person reads (events, statistics) is JSON.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal, TypeVar
+
+import msgspec
+
+Stage = Literal["cfg_expand", "thinker", "dit", "vae_decode"]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """MessagePack bytes of ``message``."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """The message of type ``kind`` in ``data``.
+
+    Raises:
+        msgspec.ValidationError: ``data`` is not a ``kind``.
+    """
+    return msgspec.msgpack.decode(data, type=kind)
+
+
+# --- the plan: what each branch's context is made of ----------------------------------
+
+
+class Branch(StrEnum):
+    """The contexts of classifier-free guidance (``cfg_text`` has no prompt, ``cfg_img``
+    no picture)."""
+
+    GEN = "gen"
+    CFG_TEXT = "cfg_text"
+    CFG_IMG = "cfg_img"
+
+
+class TextSegment(Message, frozen=True, tag="text"):
+    """Tokens appended causally, one position each, markers included."""
+
+    token_ids: tuple[int, ...]
+
+
+Segment = TextSegment
+
+
+class BranchPlan(Message, frozen=True):
+    """One branch's context. With ``same_as`` it is another branch's, token for token,
+    and ``segments`` is empty: it needs no forward of its own."""
+
+    branch: Branch
+    segments: tuple[Segment, ...] = ()
+    same_as: Branch | None = None
+
+
+class FlowSettings(Message, frozen=True):
+    """What the denoising loop needs of a request; names and meaning as in the paper's code.
+
+    ``height`` and ``width`` are pixels. ``num_inference_steps`` counts sample points
+    (N points are N-1 updates). Guidance acts where ``lo < t <= hi`` of ``cfg_interval``.
+    """
+
+    height: int
+    width: int
+    num_inference_steps: int
+    seed: int
+    timestep_shift: float
+    cfg_text_scale: float
+    cfg_img_scale: float
+    cfg_interval: tuple[float, float]
+    cfg_renorm_type: Literal["global", "channel", "text_channel"]
+    cfg_renorm_min: float
+
+
+class Usage(Message, frozen=True):
+    """Token counts: the context a request brought, text it made, latents it made."""
+
+    prompt_tokens: int = 0
+    text_tokens: int = 0
+    image_tokens: int = 0
+
+
+class Plan(Message, frozen=True):
+    """``cfg_expand``'s answer: everything the later stages need of a request."""
+
+    request_id: str
+    branches: tuple[BranchPlan, ...]
+    flow: FlowSettings
+    usage: Usage
+
+
+# --- contexts: KV that a lease lends from the thinker to the DiT ----------------------
+
+
+class KVGeometry(Message, frozen=True):
+    """Shape of one token's KV and of a block: ``[layers, 2, block_tokens, kv_heads,
+    head_dim]`` of ``dtype`` (a torch dtype name)."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: str
+
+
+class ContextHandle(Message, frozen=True):
+    """A lease on one branch's context: enough to map and check it, no KV.
+
+    ``blocks`` are block indices in the arena named ``arena`` of generation
+    ``generation``; an empty context has none and needs no lease (``lease`` 0).
+    ``expires_at`` is ``time.monotonic()`` seconds, comparable between processes of
+    one host.
+    """
+
+    request_id: str
+    branch: Branch
+    connector: str
+    arena: str
+    generation: int
+    slot: int
+    lease: int
+    blocks: tuple[int, ...]
+    tokens: int
+    next_position: int
+    geometry: KVGeometry
+    expires_at: float
+
+
+class BranchContext(Message, frozen=True):
+    """Which handle a branch reads: its own, or another branch's."""
+
+    branch: Branch
+    handle: int
+
+
+class StageStats(Message, frozen=True):
+    """Where one request's time went in one stage, in seconds."""
+
+    stage: Stage
+    queue_s: float
+    run_s: float
+
+
+def encode_stats(stats: StageStats) -> bytes:
+    """JSON of ``stats``: the stages' ``stats`` output."""
+    return msgspec.json.encode(stats)
+
+
+def decode_stats(data: bytes) -> StageStats:
+    """The statistics in JSON ``data``; raises ``msgspec.ValidationError``."""
+    return msgspec.json.decode(data, type=StageStats)
+
+
+class DenoiseJob(Message, frozen=True):
+    """The thinker's answer, the DiT's input: flow settings and leased contexts."""
+
+    request_id: str
+    flow: FlowSettings
+    handles: tuple[ContextHandle, ...]
+    branches: tuple[BranchContext, ...]
+
+
+# --- events: what a client of ``bagel`` receives, as JSON ------------------------------
+
+
+class ProgressEvent(Message, frozen=True, tag="progress"):
+    """``step`` of ``steps`` updates are done."""
+
+    stage: Stage
+    step: int
+    steps: int
+
+
+class PictureEvent(Message, frozen=True, tag="picture"):
+    """Describes the ``generated_image`` of the same response; sizes in pixels."""
+
+    index: int
+    height: int
+    width: int
+    seed: int
+
+
+class DoneEvent(Message, frozen=True, tag="done"):
+    """The last event of a request that succeeded."""
+
+    request_id: str
+    seed: int
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    stages: tuple[StageStats, ...]
+
+
+Event = ProgressEvent | PictureEvent | DoneEvent
+
+
+def encode_event(event: Event) -> bytes:
+    """JSON of ``event``, its kind under ``type``."""
+    return msgspec.json.encode(event)
+
+
+_EVENTS: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+
+
+def decode_event(data: bytes | str) -> Event:
+    """The event in JSON ``data``; raises ``msgspec.ValidationError``."""
+    return _EVENTS.decode(data)
