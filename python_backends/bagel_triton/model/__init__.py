@@ -1,0 +1,1 @@
+"""What BAGEL computes: tensors in, tensors out, no requests and no serving."""

@@ -1,0 +1,108 @@
+"""BAGEL's transformer with the projections of the flow into and out of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel_triton.model.config import ModelConfig
+from bagel_triton.model.linear import linear
+from bagel_triton.model.mot import Transformer
+
+TIMESTEP_CHANNELS = 256
+MAX_PERIOD = 10000.0
+
+
+class LanguageModel(nn.Module):
+    """The transformer and its vocabulary head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = Transformer(config.language)
+        self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
+
+
+class TimestepEmbedder(nn.Module):
+    """A flow time in [0, 1] as a hidden vector."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, times: Tensor) -> Tensor:
+        """times [n] float32 -> [n, hidden]."""
+        first, last = self.mlp[0], self.mlp[2]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        half = TIMESTEP_CHANNELS // 2
+        steps = torch.arange(half, dtype=torch.float32, device=times.device)
+        angles = times.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(first.weight.dtype)  # [n, 256]
+        return linear(F.silu(linear(waves, first.weight, first.bias)), last.weight, last.bias)
+
+
+class PositionTable(nn.Module):
+    """A learned or sinusoidal table of 2-D positions, row-major over a square grid."""
+
+    def __init__(self, side: int, hidden_size: int) -> None:
+        super().__init__()
+        self.side = side
+        self.pos_embed = nn.Parameter(torch.empty(side * side, hidden_size))
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        """Embeddings of the top-left ``rows`` x ``columns`` grid: [rows * columns, hidden]."""
+        index = torch.arange(rows)[:, None] * self.side + torch.arange(columns)
+        return self.pos_embed[index.flatten().to(self.pos_embed.device)]
+
+
+class Bagel(nn.Module):
+    """Named as the checkpoint names its tensors, so that loading is by name alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.language.hidden_size
+        self.language_model = LanguageModel(config)
+        self.time_embedder = TimestepEmbedder(hidden)
+        self.vae2llm = nn.Linear(config.latent.token_channels, hidden)
+        self.llm2vae = nn.Linear(hidden, config.latent.token_channels)
+        self.latent_pos_embed = PositionTable(config.latent.max_latent_size, hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vae2llm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the transformer computes in."""
+        return self.vae2llm.weight.dtype
+
+    def embed_text(self, token_ids: Tensor) -> Tensor:
+        """Token embeddings: [tokens] int64 -> [tokens, hidden]."""
+        return self.language_model.model.embed_tokens(token_ids)  # type: ignore[no-any-return]
+
+    def embed_latents(self, latents: Tensor, time: Tensor, positions: Tensor) -> Tensor:
+        """Latent tokens at one flow time.
+
+        Args:
+            latents: [tokens, token_channels] float32.
+            time: [1, hidden], from ``time_embedder``.
+            positions: [tokens, hidden], from ``latent_pos_embed``.
+
+        Returns:
+            [tokens, hidden].
+        """
+        return linear(latents.to(self.dtype), self.vae2llm.weight, self.vae2llm.bias) + time + positions
+
+    def velocity(self, hidden: Tensor) -> Tensor:
+        """The flow's velocity of latent tokens' last hidden states, before the final norm.
+
+        hidden [tokens, hidden] -> [tokens, token_channels].
+        """
+        normed = self.language_model.model.norm_moe_gen(hidden)
+        return linear(normed, self.llm2vae.weight, self.llm2vae.bias)

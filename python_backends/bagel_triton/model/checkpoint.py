@@ -1,0 +1,140 @@
+"""Reading a checkpoint in the published file layout, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bagel_triton.model.autoencoder import Autoencoder
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.config import CheckpointError, LanguageConfig, LatentConfig, ModelConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "ema.safetensors"
+AUTOENCODER_FILE = "ae.safetensors"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+class TensorFiles:
+    """Named tensors spread over memory-mapped safetensors files.
+
+    Raises:
+        CheckpointError: a file is missing or is not safetensors.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._handles: dict[str, Any] = {}
+        for path in files:
+            if not path.is_file():
+                raise CheckpointError(f"{path} does not exist")
+            try:
+                handle = safetensors.safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by tensor name, from the headers alone."""
+        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called ``name``, in its stored dtype."""
+        return self._handles[name].get_tensor(name)  # type: ignore[no-any-return]
+
+
+class Checkpoint:
+    """A checkpoint folder whose files, names and shapes were checked on opening.
+
+    Raises:
+        CheckpointError: names the file, field or tensor that is wrong.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"checkpoint {self.directory} is not a folder")
+        for name in TOKENIZER_FILES:
+            if not (self.directory / name).is_file():
+                raise CheckpointError(f"{self.directory / name} does not exist")
+        self._weights = TensorFiles(_weight_files(self.directory))
+        self._autoencoder = TensorFiles([self.directory / AUTOENCODER_FILE])
+        shapes = self._weights.shapes()
+        if "latent_pos_embed.pos_embed" not in shapes:
+            raise CheckpointError(f"{self.directory} has no tensor latent_pos_embed.pos_embed")
+        self.config = ModelConfig(
+            language=LanguageConfig.from_json(_read_json(self.directory / "llm_config.json")),
+            latent=LatentConfig.from_json(
+                _read_json(self.directory / "config.json"), shapes["latent_pos_embed.pos_embed"][0]
+            ),
+        )
+        with torch.device("meta"):
+            _check_shapes(Bagel(self.config), shapes)
+            _check_shapes(Autoencoder(self._autoencoder.shapes()), self._autoencoder.shapes())
+
+    def load_bagel(self, device: torch.device, dtype: torch.dtype) -> Bagel:
+        """The transformer with its flow head, on ``device`` in ``dtype``."""
+        with torch.device("meta"):
+            module = Bagel(self.config)
+        return _fill(module, self._weights, device, dtype)
+
+    def load_autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+        """The autoencoder, on ``device`` in ``dtype``."""
+        with torch.device("meta"):
+            module = Autoencoder(self._autoencoder.shapes())
+        return _fill(module, self._autoencoder, device, dtype)
+
+
+def inspect(directory: str | Path) -> ModelConfig:
+    """Check the checkpoint in ``directory`` and return its geometry; reads headers only.
+
+    Raises:
+        CheckpointError: names the file, field or tensor that is wrong.
+    """
+    return Checkpoint(directory).config
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX_FILE
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        # An index that names shards of another download does not hide the single file.
+        if all(path.is_file() for path in files) or not (directory / WEIGHTS_FILE).is_file():
+            return files
+    return [directory / WEIGHTS_FILE]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return fields
+
+
+def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, tensor in module.state_dict().items():
+        if name not in shapes:
+            raise CheckpointError(f"the checkpoint has no tensor {name}")
+        if shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"tensor {name} has shape {list(shapes[name])}; the configuration files say {list(tensor.shape)}"
+            )
+
+
+def _fill(module: Module, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> Module:
+    state = {name: files.tensor(name).to(device=device, dtype=dtype) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
