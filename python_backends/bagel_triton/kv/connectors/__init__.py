@@ -1,0 +1,1 @@
+"""How an arena reaches its consumer; one contract, chosen by name."""

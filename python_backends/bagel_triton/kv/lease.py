@@ -1,0 +1,171 @@
+"""Leases: the right to read a context until a time, without a lock between processes.
+
+The table is one int64 word pair per slot, in memory both sides see. The producer alone
+writes ``granted`` (the lease a slot carries, 0 for none), a consumer alone writes
+``released`` (the last lease it gave back). Each word has one writer and is stored
+whole, so no lock is needed. Lease numbers never repeat within a generation. A consumer
+reads ``granted`` before and after its copy: a lease that was reclaimed meanwhile shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bagel_triton.errors import LeaseError
+from bagel_triton.kv.arena import ArenaFull, Context, KVArena
+from bagel_triton.messages import Branch, ContextHandle
+
+SLOTS = 4096
+_HEADER, _GRANTED, _RELEASED = 0, 0, 1
+Words = npt.NDArray[np.int64]
+
+
+def table_words() -> int:
+    """Length of a table's array: one header pair (the generation) and the slots' pairs."""
+    return 2 * (1 + SLOTS)
+
+
+class LeaseTable:
+    """The shared words, [1 + SLOTS, 2]; row 0 holds the producer's generation."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words.reshape(1 + SLOTS, 2)
+
+    def open(self, generation: int) -> None:
+        """Start a generation: no lease is granted."""
+        self._words[1:] = 0
+        self._words[_HEADER, 0] = generation
+
+    @property
+    def generation(self) -> int:
+        """The producer's generation; 0 when it has gone."""
+        return int(self._words[_HEADER, 0])
+
+    def grant(self, slot: int, lease: int) -> None:
+        """Producer: ``slot`` now carries ``lease``; 0 takes it back."""
+        self._words[1 + slot, _GRANTED] = lease
+
+    def granted(self, slot: int) -> int:
+        """The lease that ``slot`` carries."""
+        return int(self._words[1 + slot, _GRANTED])
+
+    def release(self, slot: int, lease: int) -> None:
+        """Consumer: ``lease`` may be reclaimed."""
+        self._words[1 + slot, _RELEASED] = lease
+
+    def released(self, slot: int) -> int:
+        """The lease that was last given back in ``slot``."""
+        return int(self._words[1 + slot, _RELEASED])
+
+    def check(self, handle: ContextHandle) -> None:
+        """Raise :class:`LeaseError` unless ``handle`` may be read now."""
+        what = f"lease {handle.lease} of request {handle.request_id}, branch {handle.branch}"
+        if self.generation != handle.generation:
+            raise LeaseError(f"{what} is of generation {handle.generation}; the arena's is {self.generation}")
+        if self.granted(handle.slot) != handle.lease:
+            raise LeaseError(f"{what} has ended")
+        if self.released(handle.slot) == handle.lease:
+            raise LeaseError(f"{what} was released before")
+
+
+@dataclass
+class _Lease:
+    request_id: str
+    lease: int
+    context: Context
+    expires_at: float
+
+
+class LeaseBook:
+    """The producer's side: grants leases on contexts and takes their blocks back.
+
+    Owned by the arena's thread.
+    """
+
+    def __init__(
+        self,
+        arena: KVArena,
+        table: LeaseTable,
+        arena_name: str,
+        connector: str,
+        generation: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._arena, self._table = arena, table
+        self._arena_name, self._connector, self._generation = arena_name, connector, generation
+        self._clock = clock
+        self._leases: dict[int, _Lease] = {}  # by slot
+        self._free_slots = list(range(SLOTS - 1, -1, -1))
+        self._last_lease = 0
+        table.open(generation)
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def publish(self, request_id: str, branch: Branch, context: Context, ttl_s: float) -> ContextHandle:
+        """Lend ``context`` for ``ttl_s`` seconds; the book owns its blocks from here on.
+
+        An empty context needs no lease: its handle has ``lease`` 0.
+
+        Raises:
+            ArenaFull: every lease slot is taken; the caller still owns the context.
+        """
+        slot = lease = 0
+        expires_at = self._clock() + ttl_s
+        if context.tokens:
+            if not self._free_slots:
+                raise ArenaFull(f"all {SLOTS} lease slots are taken")
+            slot = self._free_slots.pop()
+            self._last_lease = lease = self._last_lease + 1
+            self._leases[slot] = _Lease(request_id, lease, context, expires_at)
+            self._table.grant(slot, lease)
+        return ContextHandle(
+            request_id=request_id,
+            branch=branch,
+            connector=self._connector,
+            arena=self._arena_name,
+            generation=self._generation,
+            slot=slot,
+            lease=lease,
+            blocks=tuple(context.blocks),
+            tokens=context.tokens,
+            next_position=context.next_position,
+            geometry=self._arena.geometry,
+            expires_at=expires_at,
+        )
+
+    def reclaim(self) -> int:
+        """Take back every lease that was released or has expired; how many there were."""
+        now = self._clock()
+        ended = [
+            slot
+            for slot, lease in self._leases.items()
+            if self._table.released(slot) == lease.lease or lease.expires_at <= now
+        ]
+        for slot in ended:
+            self._end(slot)
+        return len(ended)
+
+    def withdraw(self, request_id: str) -> int:
+        """Take back every lease of a request at once (cancelled, failed); how many."""
+        ended = [slot for slot, lease in self._leases.items() if lease.request_id == request_id]
+        for slot in ended:
+            self._end(slot)
+        return len(ended)
+
+    def close(self) -> None:
+        """End every lease and the generation."""
+        for slot in list(self._leases):
+            self._end(slot)
+        self._table.open(0)
+
+    def _end(self, slot: int) -> None:
+        # The word changes before the blocks do: a reader that copied too late sees it.
+        self._table.grant(slot, 0)
+        self._leases.pop(slot).context.free()
+        self._free_slots.append(slot)

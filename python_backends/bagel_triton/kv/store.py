@@ -1,0 +1,96 @@
+"""The layout of keys and values, and how a forward writes and reads them.
+
+Every store, the thinker's arena and the DiT's workspace alike, is
+``[layers, 2, slots, kv_heads, head_dim]``: keys at index 0, values at 1, one slot a
+token. A layer's keys are one contiguous run, so tokens in consecutive slots are read
+without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bagel_triton.messages import KVGeometry
+
+
+def store_shape(geometry: KVGeometry, slots: int) -> tuple[int, int, int, int, int]:
+    """``[layers, 2, slots, kv_heads, head_dim]``."""
+    return (geometry.layers, 2, slots, geometry.kv_heads, geometry.head_dim)
+
+
+def token_bytes(geometry: KVGeometry) -> int:
+    """Bytes of one token's keys and values over all layers."""
+    itemsize = getattr(torch, geometry.dtype).itemsize
+    return geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * int(itemsize)
+
+
+def slots_of(blocks: Sequence[int], tokens: int, block_tokens: int) -> slice | Tensor:
+    """Slots of a context's ``tokens``, in order: a slice where its blocks are consecutive."""
+    if not blocks:
+        return slice(0, 0)
+    first = blocks[0]
+    if all(block == first + index for index, block in enumerate(blocks)):
+        return slice(first * block_tokens, first * block_tokens + tokens)
+    starts = torch.tensor(blocks, dtype=torch.int64) * block_tokens
+    return (starts[:, None] + torch.arange(block_tokens)).flatten()[:tokens]
+
+
+def gather(store: Tensor, slots: slice | Tensor, out: Tensor) -> None:
+    """Copy the tokens at ``slots`` of a store into ``out`` [layers, 2, tokens, kv_heads, head_dim]."""
+    if isinstance(slots, slice):
+        out.copy_(store[:, :, slots])
+    else:
+        out.copy_(store.index_select(2, slots.to(store.device)))
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """One forward's view of the arena: new tokens to ``write_slots``, each sequence read whole.
+
+    ``write_slots`` [tokens] int64 is in the pack's order.
+    """
+
+    store: Tensor
+    write_slots: Tensor
+    sequences: Sequence[slice | Tensor]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values [tokens, kv_heads, head_dim] to their slots."""
+        self.store[layer, 0].index_copy_(0, self.write_slots, key)
+        self.store[layer, 1].index_copy_(0, self.write_slots, value)
+
+    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [length, kv_heads, head_dim] of a sequence."""
+        slots = self.sequences[sequence]
+        key, value = self.store[layer, 0], self.store[layer, 1]
+        if isinstance(slots, slice):
+            return key[slots], value[slots]
+        return key.index_select(0, slots), value.index_select(0, slots)
+
+
+@dataclass(frozen=True)
+class WorkspaceStep:
+    """One forward's view of per-sequence stores whose past never moves.
+
+    ``writes`` names, for each run of the pack's rows, the sequence and its slot where
+    they go: ``(start, stop, sequence, slot)``.
+    """
+
+    stores: Sequence[Tensor]
+    writes: Sequence[tuple[int, int, int, int]]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values [tokens, kv_heads, head_dim] behind each sequence's past."""
+        for start, stop, sequence, slot in self.writes:
+            target = self.stores[sequence][layer, :, slot : slot + stop - start]
+            target[0].copy_(key[start:stop])
+            target[1].copy_(value[start:stop])
+
+    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [length, kv_heads, head_dim] of a sequence."""
+        store = self.stores[sequence]
+        return store[layer, 0], store[layer, 1]
