@@ -1,0 +1,1 @@
+"""Scheduling: who computes when. No Triton, and no mathematics of its own."""

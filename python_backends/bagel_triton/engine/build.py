@@ -1,0 +1,142 @@
+"""Engines from a deploy configuration: one a process, or all in one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.decoder import DecoderEngine
+from bagel_triton.engine.dit import DitEngine, Latents
+from bagel_triton.engine.expander import Expander
+from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
+from bagel_triton.engine.visit import Visit
+from bagel_triton.engine.worker import Job
+from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
+from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
+from bagel_triton.messages import DenoiseJob, Plan, StageStats
+from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.model.placement import Placement, resolve
+from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.request import GenerationRequest
+
+Gauge = Callable[[str, float], None]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every stage's engine is built from."""
+
+    config: DeployConfig
+    checkpoint: Checkpoint
+    placement: Placement
+
+    @classmethod
+    def open(cls, config: DeployConfig) -> Parts:
+        """Check the checkpoint and resolve the placement; loads no weights."""
+        return cls(config, Checkpoint(config.checkpoint), resolve(config.device, config.dtype))
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return Tokenizer(Path(self.config.checkpoint))
+
+
+def build_expander(parts: Parts) -> Expander:
+    """``cfg_expand``'s planner."""
+    return Expander(parts.checkpoint.config, parts.tokenizer())
+
+
+def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
+    """The thinker with its arena in shared memory."""
+    config, place = parts.config, parts.placement
+    geometry = kv_geometry(parts.checkpoint.config.language, config.thinker.block_tokens, place.dtype_name)
+    blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
+    producer = ShmProducer(geometry, blocks, config.shm_prefix)
+    model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+    return ThinkerEngine(model, producer, config.thinker, gauge)
+
+
+def build_dit(parts: Parts) -> DitEngine:
+    """The DiT, reading arenas in shared memory."""
+    place, tokenizer = parts.placement, parts.tokenizer()
+    model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+    markers = (tokenizer.vision_start, tokenizer.vision_end)
+    return DitEngine(model, ShmConsumer(), parts.config.dit, markers)
+
+
+def build_decoder(parts: Parts) -> DecoderEngine:
+    """The decoder; the autoencoder always computes in float32."""
+    autoencoder = parts.checkpoint.load_autoencoder(parts.placement.torch_device, torch.float32)
+    return DecoderEngine(autoencoder, parts.checkpoint.config.latent, parts.config.vae_decode)
+
+
+class LocalStages:
+    """All stages in this process over one copy of the weights; KV by the ``local`` connector."""
+
+    def __init__(self, config: DeployConfig) -> None:
+        parts = Parts.open(config)
+        place, tokenizer, model_config = parts.placement, parts.tokenizer(), parts.checkpoint.config
+        model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+        geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
+        blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
+        self.producer = LocalProducer(geometry, blocks, place.torch_device)
+        self.expander = Expander(model_config, tokenizer)
+        self.thinker = ThinkerEngine(model, self.producer, config.thinker)
+        markers = (tokenizer.vision_start, tokenizer.vision_end)
+        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers)
+        self.decoder = build_decoder(parts)
+
+    def expand(self, request: GenerationRequest) -> Visit[Plan]:
+        """Plan at once, on the caller's thread."""
+        visit: Visit[Plan] = Visit("cfg_expand")
+        visit.finish(self.expander.expand(request), StageStats("cfg_expand", 0.0, 0.0))
+        return visit
+
+    def think(self, plan: Plan) -> Visit[DenoiseJob]:
+        """Queue at the thinker."""
+        visit: Visit[DenoiseJob] = Visit("thinker")
+        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress))
+
+    def denoise(self, job: DenoiseJob) -> Visit[Latents]:
+        """Queue at the DiT."""
+        visit: Visit[Latents] = Visit("dit")
+        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress))
+
+    def decode(self, latents: Latents) -> Visit[Tensor]:
+        """Queue at the decoder."""
+        visit: Visit[Tensor] = Visit("vae_decode")
+        return follow_job(visit, self.decoder.submit(latents, "", visit.progress))
+
+    def abandon(self, request_id: str) -> None:
+        """Cancel in both engines."""
+        self.dit.cancel(request_id)
+        self.thinker.cancel(request_id)
+
+    def close(self) -> None:
+        """Stop every engine."""
+        for engine in (self.decoder, self.dit, self.thinker):
+            engine.close()
+
+
+def follow_job(visit: Visit[Result], job: Job[Task, Result]) -> Visit[Result]:
+    """``visit``, filled with what becomes of ``job``."""
+
+    def settle(done: Future[tuple[Result, StageStats]]) -> None:
+        error = done.exception()
+        if error is None:
+            visit.finish(*done.result())
+        else:
+            visit.fail(error)
+
+    job.done.add_done_callback(settle)
+    return visit

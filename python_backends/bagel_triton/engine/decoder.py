@@ -1,0 +1,57 @@
+"""The pixel stage: latents to uint8 pictures, those of one size together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bagel_triton.deploy.config import VaeDecodeConfig
+from bagel_triton.engine.dit import Latents
+from bagel_triton.engine.worker import Job, Worker
+from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
+from bagel_triton.model.config import LatentConfig
+
+DecodeJob = Job[Latents, Tensor]
+
+
+class DecoderEngine(Worker[Latents, Tensor]):
+    """Owns the autoencoder's decoder, from one thread; results are uint8 [height, width, 3]."""
+
+    stage = "vae_decode"
+
+    def __init__(self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig) -> None:
+        super().__init__()
+        self._autoencoder, self._latent = autoencoder, latent
+        # On a CPU a convolution's rounding depends on the batch, and batching gains nothing.
+        on_cpu = next(autoencoder.parameters()).device.type == "cpu"
+        self._limit = 1 if on_cpu else config.max_batch_size
+        self._batch: list[DecodeJob] = []
+        self.start()
+
+    def _active(self) -> list[DecodeJob]:
+        return list(self._batch)
+
+    def _admit(self, job: DecodeJob) -> bool:
+        if self._batch:
+            first = self._batch[0].task
+            same_size = (first.rows, first.columns) == (job.task.rows, job.task.columns)
+            if not same_size or len(self._batch) >= self._limit:
+                return False
+        self._batch.append(job)
+        return True
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        latents = torch.stack(
+            [
+                unpack_latents(job.task.tokens, job.task.rows, job.task.columns, self._latent.patch_size)
+                for job in self._batch
+            ]
+        )
+        pictures = decode(self._autoencoder, latents).cpu()
+        batch, self._batch = self._batch, []
+        for job, picture in zip(batch, pictures, strict=True):
+            job.finish(picture, self.stage)
+
+    def _drop(self, job: DecodeJob) -> None:
+        self._batch.remove(job)

@@ -1,0 +1,61 @@
+"""One request's visit to a stage, as its orchestrator sees it."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Generator
+from typing import Generic, TypeVar
+
+from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_exception
+from bagel_triton.messages import ProgressEvent, Stage, StageStats
+
+Result = TypeVar("Result")
+POLL_S = 0.05  # how soon a client that left is noticed while a stage says nothing
+
+
+class Visit(Generic[Result]):
+    """Filled by a stage from any thread, followed by one orchestrator."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._items: queue.SimpleQueue[ProgressEvent | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
+
+    def progress(self, event: ProgressEvent) -> None:
+        """The stage is alive and this far."""
+        self._items.put(event)
+
+    def finish(self, result: Result, stats: StageStats) -> None:
+        """The stage's answer."""
+        self._items.put((result, stats))
+
+    def fail(self, error: BaseException) -> None:
+        """The stage will not answer."""
+        self._items.put(from_exception(error))
+
+    def follow(
+        self, cancelled: Callable[[], bool], timeout_s: float
+    ) -> Generator[ProgressEvent, None, tuple[Result, StageStats]]:
+        """Yield progress until the answer, which is returned.
+
+        Raises:
+            Cancelled: ``cancelled`` became true.
+            StageUnavailable: no word from the stage for ``timeout_s`` seconds.
+            BagelError: the stage failed.
+        """
+        heard_at = time.monotonic()
+        while True:
+            if cancelled():
+                raise Cancelled("the client cancelled the request")
+            try:
+                item = self._items.get(timeout=POLL_S)
+            except queue.Empty:
+                if time.monotonic() - heard_at > timeout_s:
+                    raise StageUnavailable(f"{self.stage} was silent for {timeout_s:g} s") from None
+                continue
+            heard_at = time.monotonic()
+            if isinstance(item, BagelError):
+                raise item
+            if isinstance(item, tuple):
+                return item
+            yield item
