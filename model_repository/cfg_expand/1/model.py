@@ -1,0 +1,39 @@
+"""Triton's rim of the planning stage: a request's tensors in, its plan out."""
+
+from typing import Any
+
+import numpy as np
+
+from bagel_triton import triton_io
+from bagel_triton.deploy.config import from_environment
+from bagel_triton.engine.build import Parts, build_expander
+from bagel_triton.messages import StageStats, encode_stats
+from bagel_triton.request import from_tensors
+from bagel_triton.stage_model import timed
+
+
+class TritonPythonModel:
+    """The request's fields -> ``plan``, and ``seed``, drawn where none was given."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the tokenizer and the checkpoint's geometry."""
+        triton_io.use_triton_log()
+        self._expander = build_expander(Parts.open(from_environment()))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request, in order."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        seconds = timed()
+        try:
+            plan = self._expander.expand(from_tensors(triton_io.arrays_of(request)), request.request_id())
+        except Exception as error:
+            return triton_io.error_response(error)
+        return triton_io.response(
+            {
+                "plan": triton_io.message_array(plan),
+                "seed": np.array([plan.flow.seed], dtype=np.int64),
+                "stats": triton_io.bytes_array(encode_stats(StageStats("cfg_expand", 0.0, seconds()))),
+            }
+        )

@@ -1,0 +1,37 @@
+"""Triton's rim of the pixel stage: latents in, a uint8 picture out."""
+
+from collections.abc import Callable
+
+import torch
+
+from bagel_triton.engine.build import Parts, build_decoder
+from bagel_triton.engine.decoder import DecoderEngine
+from bagel_triton.engine.dit import Latents
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.request import Arrays
+from bagel_triton.stage_model import StageModel
+from bagel_triton.triton_io import Reply
+
+
+class TritonPythonModel(StageModel):
+    """``latents``, ``latent_grid`` -> ``generated_image``; a ``seed`` passes through."""
+
+    def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> DecoderEngine:
+        """The engine."""
+        self._channels = parts.checkpoint.config.latent.token_channels
+        return build_decoder(parts)
+
+    def accept(self, inputs: Arrays, reply: Reply) -> None:
+        """Queue one picture's latents."""
+        for name in ("latents", "latent_grid"):
+            if name not in inputs:
+                raise InvalidRequest(f"input {name} is required", name)
+        rows, columns = (int(side) for side in inputs["latent_grid"])
+        shape = list(inputs["latents"].shape)
+        if rows < 1 or columns < 1 or shape != [rows * columns, self._channels]:
+            allowed = f"[rows * columns, {self._channels}] of latent_grid, here [{rows}, {columns}]"
+            raise InvalidRequest.value("latents", f"shape {shape}", allowed)
+        latents = Latents(torch.from_numpy(inputs["latents"].copy()), rows, columns)
+        job = self.engine.submit(latents, reply.request_id, reply.progress)
+        passed = {"seed": inputs["seed"]} if "seed" in inputs else {}
+        reply.settle(job.done, lambda picture: {"generated_image": picture.numpy(), **passed})

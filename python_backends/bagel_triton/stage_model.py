@@ -1,0 +1,72 @@
+"""What the Triton models of the stages have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from bagel_triton import triton_io
+from bagel_triton.deploy.config import from_environment
+from bagel_triton.engine.build import Parts
+from bagel_triton.request import Arrays
+
+
+class Engine(Protocol):
+    """What a stage model needs of its engine."""
+
+    def cancel(self, request_id: str) -> None:
+        """Drop what a request has here."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
+class StageModel:
+    """A decoupled model around an engine: ``execute`` queues and returns.
+
+    A model sets ``build`` and ``accept``. Every stage takes the optional BYTES input
+    ``cancel``, a request id to drop, and answers it with nothing but the final flag.
+    """
+
+    engine: Any
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Build the engine; an error here is the reason Triton reports."""
+        triton_io.use_triton_log()
+        self._outbox = triton_io.Outbox()
+        self._gauges = triton_io.Gauges()
+        self.engine = self.build(Parts.open(from_environment()), self._gauges.set)
+
+    def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> Engine:
+        """This stage's engine."""
+        raise NotImplementedError
+
+    def accept(self, inputs: Arrays, reply: triton_io.Reply) -> None:
+        """Queue one request and arrange for its answer."""
+        raise NotImplementedError
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queue every request; answers follow from the engine."""
+        for request in requests:
+            reply = triton_io.Reply(request, self._outbox)
+            try:
+                inputs = triton_io.arrays_of(request)
+                if "cancel" in inputs:
+                    self.engine.cancel(triton_io.text_of(inputs, "cancel"))
+                    reply.finish()
+                else:
+                    self.accept(inputs, reply)
+            except Exception as error:
+                reply.fail(error)
+
+    def finalize(self) -> None:
+        """Stop the engine, then send the last answers."""
+        self.engine.close()
+        self._outbox.close()
+
+
+def timed() -> Callable[[], float]:
+    """Seconds since this call, when called."""
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start

@@ -1,0 +1,204 @@
+"""Triton's objects as typed values and back: the only module that knows ``pb_utils``."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from bagel_triton.errors import BagelError, InvalidRequest, from_exception, from_text
+from bagel_triton.messages import Message, ProgressEvent, StageStats, decode, encode, encode_event, encode_stats
+from bagel_triton.request import Array, Arrays
+
+M = TypeVar("M", bound=Message)
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class LogHandler(logging.Handler):
+    """Python's logging into Triton's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record at Triton's level."""
+        levels = {logging.WARNING: pb_utils.Logger.log_warn, logging.ERROR: pb_utils.Logger.log_error}
+        levels.get(record.levelno, pb_utils.Logger.log_info)(self.format(record))
+
+
+def use_triton_log() -> None:
+    """Send the package's log records to Triton's log."""
+    handler = LogHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger = logging.getLogger("bagel_triton")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def arrays_of(request: Any) -> Arrays:
+    """The request's inputs by name; BYTES become object arrays."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def text_of(arrays: Arrays, name: str) -> str:
+    """The text in a BYTES [1] input."""
+    return bytes(arrays[name].reshape(-1)[0]).decode()
+
+
+def message_of(arrays: Arrays, name: str, kind: type[M]) -> M:
+    """The message in the BYTES [1] input ``name``.
+
+    Raises:
+        InvalidRequest: the input is missing or is not such a message.
+    """
+    if name not in arrays:
+        raise InvalidRequest(f"input {name} is required", name)
+    try:
+        return decode(bytes(arrays[name].reshape(-1)[0]), kind)
+    except ValueError as error:
+        raise InvalidRequest(f"input {name} is not a {kind.__name__}: {error}", name) from error
+
+
+def bytes_array(data: bytes) -> Array:
+    """A BYTES [1] tensor's array."""
+    return np.array([data], dtype=np.object_)
+
+
+def message_array(message: Message) -> Array:
+    """The BYTES [1] form of a message between stages."""
+    return bytes_array(encode(message))
+
+
+def response(arrays: Arrays) -> Any:
+    """A response with these outputs."""
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
+
+
+def error_response(error: BaseException) -> Any:
+    """The response that carries ``error``, typed and with its Triton code."""
+    typed = from_exception(error)
+    code = getattr(pb_utils.TritonError, typed.triton_code)
+    return pb_utils.InferenceResponse([], pb_utils.TritonError(typed.to_text(), code))
+
+
+class Outbox:
+    """Sends responses from a thread of its own, so that no engine waits for a client."""
+
+    def __init__(self) -> None:
+        self._sends: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, send: Callable[[], None]) -> None:
+        """Queue one send."""
+        self._sends.put(send)
+
+    def close(self) -> None:
+        """Send what is queued, then stop."""
+        self._sends.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (send := self._sends.get()) is not None:
+            try:
+                send()
+            except Exception:  # the client has gone; the others' responses still have to go out
+                log.warning("a response could not be sent", exc_info=True)
+
+
+class Reply:
+    """The answer to one request of a decoupled model: events, then exactly one final flag."""
+
+    def __init__(self, request: Any, outbox: Outbox) -> None:
+        self.request_id: str = request.request_id()
+        self._sender = request.get_response_sender()
+        self._outbox = outbox
+
+    def cancelled(self) -> bool:
+        """Whether the client has cancelled the request."""
+        return bool(self._sender.is_cancelled())
+
+    def send(self, arrays: Arrays) -> None:
+        """One response of several."""
+        self._outbox.put(lambda: self._sender.send(response(arrays)))
+
+    def progress(self, event: ProgressEvent) -> None:
+        """A progress event, in the output ``event``."""
+        self.send({"event": bytes_array(encode_event(event))})
+
+    def finish(self, arrays: Arrays | None = None) -> None:
+        """The last response, with or without outputs."""
+        last = {"flags": pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL}
+        if arrays is None:
+            self._outbox.put(lambda: self._sender.send(**last))
+        else:
+            self._outbox.put(lambda: self._sender.send(response(arrays), **last))
+
+    def fail(self, error: BaseException) -> None:
+        """An error as the last response."""
+        if not isinstance(error, BagelError):
+            log.error("a request failed", exc_info=error)
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._outbox.put(lambda: self._sender.send(error_response(error), flags=flags))
+
+    def settle(self, done: Future[tuple[Result, StageStats]], outputs: Callable[[Result], Arrays]) -> None:
+        """Answer with what becomes of an engine's job."""
+
+        def answer(future: Future[tuple[Result, StageStats]]) -> None:
+            try:
+                result, stats = future.result()
+                self.finish({**outputs(result), "stats": bytes_array(encode_stats(stats))})
+            except Exception as error:
+                self.fail(error)
+
+        done.add_done_callback(answer)
+
+
+class Gauges:
+    """Triton gauges by name, made on first use; silent where Triton has metrics switched off."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, tuple[Any, Any] | None] = {}
+
+    def set(self, name: str, value: float) -> None:
+        """Set the gauge ``bagel_NAME``."""
+        if name not in self._metrics:
+            try:
+                family = pb_utils.MetricFamily(f"bagel_{name}", name.replace("_", " "), pb_utils.MetricFamily.GAUGE)
+                # The family is kept: Triton drops a metric whose family is collected.
+                self._metrics[name] = (family, family.Metric(labels={}))
+            except pb_utils.TritonModelException as error:
+                log.warning("metrics are off: %s", error)
+                self._metrics[name] = None
+        metric = self._metrics[name]
+        if metric is not None:
+            metric[1].set(value)
+
+
+def call(
+    model: str, arrays: Arrays, outputs: list[str], parent: Any, request_id: str, decoupled: bool
+) -> Iterator[Arrays]:
+    """Responses of another model of this server, as arrays by name, in ``parent``'s trace.
+
+    Raises:
+        BagelError: what the model answered instead.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=outputs,
+        inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
+        request_id=request_id,
+        trace=parent.trace(),
+    )
+    try:
+        answer = request.exec(decoupled=decoupled)
+        for item in answer if decoupled else [answer]:
+            if item.has_error():
+                raise from_text(item.error().message())
+            yield {tensor.name(): tensor.as_numpy() for tensor in item.output_tensors()}
+    except pb_utils.TritonModelException as error:
+        raise from_text(str(error)) from error

@@ -1,0 +1,103 @@
+"""The stages as ``bagel`` reaches them: other models of the same Triton, called by BLS."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bagel_triton import triton_io
+from bagel_triton.engine.visit import Visit
+from bagel_triton.errors import Internal
+from bagel_triton.messages import (
+    DenoiseJob,
+    Plan,
+    ProgressEvent,
+    Stage,
+    decode,
+    decode_event,
+    decode_stats,
+)
+from bagel_triton.request import Array, Arrays
+
+Result = TypeVar("Result")
+
+
+class TritonStages:
+    """One request's way through the server; ``parent`` is its Triton request."""
+
+    def __init__(self, parent: Any) -> None:
+        self._parent = parent
+        self._request_id: str = parent.request_id()  # the plan's, once there is a plan
+
+    def expand(self, request: Arrays) -> Visit[Plan]:
+        """``cfg_expand``, with the client's own tensors."""
+        return self._visit("cfg_expand", request, ["plan"], _plan, decoupled=False)
+
+    def think(self, plan: Plan) -> Visit[DenoiseJob]:
+        """``thinker``."""
+        self._request_id = plan.request_id
+        return self._visit("thinker", {"plan": triton_io.message_array(plan)}, ["contexts"], _contexts)
+
+    def denoise(self, job: DenoiseJob) -> Visit[Arrays]:
+        """``dit``, with progress."""
+        inputs = {"contexts": triton_io.message_array(job), "progress": np.array([True])}
+        return self._visit("dit", inputs, ["event", "latents", "latent_grid"], dict)
+
+    def decode(self, latents: Arrays) -> Visit[Array]:
+        """``vae_decode``."""
+        return self._visit("vae_decode", latents, ["generated_image"], lambda arrays: arrays["generated_image"])
+
+    def abandon(self, request_id: str) -> None:
+        """Tell the stages that hold something: Triton does not pass a cancellation on."""
+        inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
+        for stage in ("vae_decode", "dit", "thinker"):
+            for _ in triton_io.call(stage, inputs, [], self._parent, request_id, decoupled=True):
+                pass
+
+    def _visit(
+        self,
+        stage: Stage,
+        inputs: Arrays,
+        outputs: list[str],
+        result: Callable[[Arrays], Result],
+        decoupled: bool = True,
+    ) -> Visit[Result]:
+        visit: Visit[Result] = Visit(stage)
+
+        def read() -> None:
+            answered = False
+            try:
+                names = [*outputs, "stats"]
+                for arrays in triton_io.call(stage, inputs, names, self._parent, self._request_id, decoupled):
+                    if "stats" in arrays:
+                        stats = decode_stats(_bytes(arrays.pop("stats")))
+                        visit.finish(result(arrays), stats)
+                        answered = True
+                    elif "event" in arrays:
+                        event = decode_event(_bytes(arrays["event"]))
+                        if isinstance(event, ProgressEvent):
+                            visit.progress(event)
+                if not answered:
+                    visit.fail(Internal(f"{stage} ended without an answer"))
+            except Exception as error:
+                visit.fail(error)
+
+        # A thread, because a response of a stage that died never comes: the reader is
+        # given up then, not the request.
+        threading.Thread(target=read, daemon=True).start()
+        return visit
+
+
+def _bytes(array: Array) -> bytes:
+    return bytes(array.reshape(-1)[0])
+
+
+def _plan(arrays: Arrays) -> Plan:
+    return decode(_bytes(arrays["plan"]), Plan)
+
+
+def _contexts(arrays: Arrays) -> DenoiseJob:
+    return decode(_bytes(arrays["contexts"]), DenoiseJob)
