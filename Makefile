@@ -1,0 +1,27 @@
+BIN := .venv/bin
+TINY := .cache/tiny
+CHECKPOINT ?= $(TINY)
+SERVE_ARGS ?=
+
+.PHONY: setup demo serve test lint
+
+setup: ## make .venv (does nothing when it is up to date)
+	@build/setup_env.sh
+
+# Remade when its maker changes; real checkpoints are never touched.
+$(TINY): $(wildcard python_backends/bagel_triton/runtime/tiny_*.py) | setup
+	$(BIN)/bagel-triton tiny-checkpoint --force $@
+
+demo: $(TINY) ## one picture through the whole server, on free ports
+	$(BIN)/bagel-triton demo $(TINY) --output .cache/demo.png
+
+serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by default)
+	$(BIN)/bagel-triton serve $(CHECKPOINT) $(SERVE_ARGS)
+
+test: setup ## all tests this machine can run
+	$(BIN)/python -m pytest
+
+lint: setup ## format, lint and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
