@@ -1,0 +1,1 @@
+"""Running the server: finding tritonserver, starting and stopping everything, the command line."""

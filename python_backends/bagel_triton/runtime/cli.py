@@ -1,0 +1,62 @@
+"""The command line: ``bagel-triton COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import bagel_triton
+from bagel_triton.runtime.command_error import CommandError
+
+PROGRAM = "bagel-triton"
+INTERRUPTED = 130
+# Each module has add_arguments(parser) and run(args) -> exit status, and is imported only when asked for.
+COMMANDS = {
+    "serve": "start Triton and the OpenAI API on a checkpoint",
+    "demo": "serve a checkpoint, make one picture, stop",
+    "tiny-checkpoint": "write a small checkpoint of random weights",
+    "perf-analyzer": "run Triton's perf_analyzer with the libraries it needs",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others of the program."""
+
+    def error(self, message: str) -> NoReturn:
+        _say(f"{message} (see {self.prog} --help)")
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 for an error, 2 for wrong arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog=PROGRAM, description=bagel_triton.__doc__)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {bagel_triton.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    module = None
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if arguments[:1] == [name]:
+            module = importlib.import_module(f"bagel_triton.runtime.{name.replace('-', '_')}")
+            module.add_arguments(command)
+    args = parser.parse_args(arguments)
+    assert module is not None, "argparse knows the commands and accepts no option before them"
+    try:
+        status: int = module.run(args)
+    except CommandError as error:
+        _say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status
+
+
+def _say(message: str) -> None:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""``bagel-triton serve``: check everything, start the server, stop it on a signal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bagel_triton
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.runtime import ports, shared_memory, source_tree, tritonserver
+from bagel_triton.runtime.command_error import CommandError
+
+# Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
+if TYPE_CHECKING:
+    from bagel_triton.model.placement import Placement
+
+ALIASES = ("bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOG_FILE = "tritonserver.log"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The command's arguments; port 0 means any free one."""
+
+    checkpoint: Path
+    host: str
+    port: int
+    triton_http_port: int
+    triton_grpc_port: int
+    triton_metrics_port: int
+    device: str
+    dtype: str
+    served_model_name: str | None
+    model_repository: Path | None
+    verbose: bool
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names requests may use, the one that replies carry first."""
+        own = self.served_model_name or self.checkpoint.resolve().name
+        return tuple(dict.fromkeys((own, *ALIASES)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments, one per field of :class:`ServeOptions`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--host", default=ports.LOOPBACK, help="address of the OpenAI API (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8091, help="its port, 0 for a free one (default: %(default)s)")
+    for protocol in ("http", "grpc", "metrics"):
+        parser.add_argument(
+            f"--triton-{protocol}-port", type=int, default=0, help="0 for a free one (default: %(default)s)"
+        )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint folder's name")
+    parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the source tree's")
+    parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal; the exit status.
+
+    Raises:
+        CommandError: the server cannot start, or ended by itself.
+    """
+    options = ServeOptions(**{field.name: getattr(args, field.name) for field in fields(ServeOptions)})
+    asyncio.run(_serve(options))
+    return 0
+
+
+async def _serve(options: ServeOptions) -> None:
+    stop = asyncio.Event()
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with contextlib.closing(ports.listen(options.host, options.port, "--port")) as listener:
+        http_port, grpc_port, metrics_port = ports.choose(
+            {
+                "--triton-http-port": options.triton_http_port,
+                "--triton-grpc-port": options.triton_grpc_port,
+                "--triton-metrics-port": options.triton_metrics_port,
+            }
+        ).values()
+        placement = _check(options)
+        repository = _model_repository(options)
+
+        from bagel_triton.proxy.app import create_app
+        from bagel_triton.proxy.settings import ProxySettings
+        from bagel_triton.runtime.supervisor import Launch, supervise
+
+        for prefix in shared_memory.sweep_leftovers():
+            print(f"removed the shared memory of a server that died: {prefix}", flush=True)
+        with shared_memory.SharedMemoryPrefix() as shared, _run_directory() as directory:
+            server = tritonserver.find(directory)
+            deploy = DeployConfig(
+                checkpoint=str(options.checkpoint.resolve()),
+                shm_prefix=shared.prefix,
+                device=placement.device,
+                dtype=placement.dtype_name,
+            )
+            deploy.write(directory / "deploy.yaml")
+            choices = {
+                "checkpoint": deploy.checkpoint,
+                "model names": ", ".join(options.model_names),
+                "device": placement.device,
+                "dtype": placement.dtype_name,
+                "attention": placement.attention,
+                "KV connector": deploy.connector,
+                "OpenAI API": ports.base_url(listener),
+                "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
+                "Triton gRPC": f"{ports.LOOPBACK}:{grpc_port}",
+                "Triton metrics": f"http://{ports.LOOPBACK}:{metrics_port}/metrics",
+                "tritonserver": server.program,
+                "log": directory / LOG_FILE,
+            }
+            print(f"bagel-triton {bagel_triton.__version__}")
+            print("\n".join(f"  {name:<15} {value}" for name, value in choices.items()), flush=True)
+            await supervise(
+                Launch(
+                    command=server.command(
+                        repository,
+                        http_port=http_port,
+                        grpc_port=grpc_port,
+                        metrics_port=metrics_port,
+                        shm_prefix=shared.prefix,
+                        verbose=options.verbose,
+                    ),
+                    environment=server.environment(directory / "deploy.yaml"),
+                    http_port=http_port,
+                    log=directory / LOG_FILE,
+                    proxy=create_app(ProxySettings(f"{ports.LOOPBACK}:{grpc_port}", options.model_names)),
+                    listener=listener,
+                    verbose=options.verbose,
+                ),
+                stop,
+            )
+
+
+def _check(options: ServeOptions) -> Placement:
+    """Where the checkpoint will run, once it is known to be one."""
+    from bagel_triton.model.checkpoint import inspect
+    from bagel_triton.model.placement import resolve
+
+    try:
+        inspect(options.checkpoint)
+        return resolve(options.device, options.dtype)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _model_repository(options: ServeOptions) -> Path:
+    if options.model_repository is None:
+        return source_tree.find("model_repository", "give one with --model-repository")
+    if not options.model_repository.is_dir():
+        raise CommandError(f"--model-repository={options.model_repository} is not a folder")
+    return options.model_repository.resolve()
+
+
+@contextlib.contextmanager
+def _run_directory() -> Iterator[Path]:
+    """A private folder, removed at the end unless an error leaves a log to be read."""
+    path = Path(tempfile.mkdtemp(prefix="bagel_triton_"))
+    try:
+        yield path
+    except CommandError:
+        if (path / LOG_FILE).exists():
+            raise
+        shutil.rmtree(path)
+        raise
+    shutil.rmtree(path)

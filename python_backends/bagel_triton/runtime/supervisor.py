@@ -1,0 +1,95 @@
+"""The supervisor: tritonserver as a child, the proxy in this process, both stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+
+from bagel_triton.runtime import ports, triton_log
+from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
+
+GRACE_S = 3  # for requests in flight at a shutdown; then Triton's end fails them
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that it takes to start one server."""
+
+    command: list[str]
+    environment: dict[str, str]
+    http_port: int
+    log: Path
+    proxy: Starlette
+    listener: socket.socket
+    verbose: bool
+
+
+class _ProxyServer(uvicorn.Server):
+    """uvicorn that leaves the signals to the supervisor."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def supervise(launch: Launch, stop: asyncio.Event) -> None:
+    """Run both servers until ``stop`` is set; neither is left when this returns or raises.
+
+    Prints a line that starts with ``READY`` once every model is ready.
+
+    Raises:
+        CommandError: one of them ended by itself.
+    """
+    config = uvicorn.Config(
+        launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
+    )
+    proxy = _ProxyServer(config)
+    triton = await TritonProcess.start(launch.command, launch.environment, http_port=launch.http_port, log=launch.log)
+    serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
+    ended = asyncio.create_task(triton.ended())
+    stopped = asyncio.create_task(stop.wait())
+    url = ports.base_url(launch.listener)
+    ready = asyncio.create_task(_until_ready(triton, url))
+    helpers = [ended, stopped, ready]
+    if launch.verbose:
+        helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
+    try:
+        ends = {serving, ended, stopped}
+        done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if done == {ready}:
+            ready.result()
+            print(f"READY {url}", flush=True)
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if stopped in done:
+            print("stopping", flush=True)
+        elif ended in done:
+            raise CommandError(ended.result())
+        else:
+            serving.result()
+            raise CommandError("the proxy ended by itself")
+    finally:
+        proxy.should_exit = True
+        await asyncio.wait({serving}, timeout=GRACE_S)
+        await triton.stop()
+        await asyncio.wait({serving})
+        for task in helpers:
+            task.cancel()
+        await asyncio.wait(helpers)
+
+
+async def _until_ready(triton: TritonProcess, url: str) -> None:
+    await triton.until_ready()
+    # The proxy may still wait to connect again, after a question that came too early.
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=None) as client:
+        while not (await client.get("/health")).is_success:
+            await asyncio.sleep(POLL_S)

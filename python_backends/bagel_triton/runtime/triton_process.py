@@ -1,0 +1,93 @@
+"""The tritonserver process: its start, its readiness, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+from bagel_triton.runtime import child, triton_log
+from bagel_triton.runtime.ports import LOOPBACK
+from bagel_triton.runtime.tritonserver import EXIT_TIMEOUT_S, MODELS
+
+STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the models
+POLL_S = 0.1
+REAP_S = 0.02
+REPORT_EVERY_S = 10.0
+
+
+class TritonProcess:
+    """A tritonserver and its stubs, in a process group that ends with this process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, http_port: int, log: Path) -> None:
+        self._process = process
+        self._url = f"http://{LOOPBACK}:{http_port}"
+        self._log = log
+        self._ready = False
+
+    @classmethod
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str], *, http_port: int, log: Path) -> Self:
+        """Start ``command``; its output goes to the file ``log``."""
+        child.adopt_orphans()  # stubs outlive their server for a moment
+        argv = child.command(list(command))
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        return cls(process, http_port, log)
+
+    async def ended(self) -> str:
+        """Wait for the process to end by itself; why it did, in one line."""
+        status = await self._process.wait()
+        reason = triton_log.failure(self._log)
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return f"tritonserver ended ({how}){f': {reason}' if reason else ''}; its log: {self._log}"
+
+    async def until_ready(self) -> None:
+        """Wait for every model to be ready, telling now and then which are not."""
+        started = reported = time.monotonic()
+        waiting = list(MODELS)
+        async with httpx.AsyncClient(base_url=self._url, trust_env=False) as client:
+            while waiting:
+                # It does not listen before it has tried to load every model.
+                with contextlib.suppress(httpx.TransportError):
+                    waiting = [model for model in waiting if not await _is_ready(client, model)]
+                now = time.monotonic()
+                if waiting and now - reported > REPORT_EVERY_S:
+                    reported = now
+                    loaded = triton_log.loaded_models(self._log)
+                    missing = ", ".join(model for model in waiting if model not in loaded) or "the server itself"
+                    print(f"  waiting for {missing} ({now - started:.0f} s)", flush=True)
+                await asyncio.sleep(POLL_S)
+        self._ready = True
+
+    async def stop(self) -> None:
+        """End the process and its stubs, within :data:`STOP_TIMEOUT_S` seconds."""
+        # While it loads models it does not heed a polite signal.
+        if self._process.returncode is None and self._ready:
+            self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):  # the group is empty
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while True:
+                os.waitpid(-self._process.pid, os.WNOHANG)
+                await asyncio.sleep(REAP_S)
+
+
+async def _is_ready(client: httpx.AsyncClient, model: str) -> bool:
+    return (await client.get(f"/v2/models/{model}/ready")).is_success
