@@ -54,7 +54,29 @@ class TextSegment(Message, frozen=True, tag="text"):
     token_ids: tuple[int, ...]
 
 
-Segment = TextSegment
+class VitSegment(Message, frozen=True, tag="vit"):
+    """A picture for understanding: one bidirectional block at one position.
+
+    ``pixels`` are uint8 [height, width, 3], resized for the ViT already.
+    """
+
+    height: int
+    width: int
+    pixels: bytes
+
+
+class VaeSegment(Message, frozen=True, tag="vae"):
+    """A picture for generation: one bidirectional block at one position.
+
+    ``pixels`` are uint8 [height, width, 3], resized for the autoencoder already.
+    """
+
+    height: int
+    width: int
+    pixels: bytes
+
+
+Segment = TextSegment | VitSegment | VaeSegment
 
 
 class BranchPlan(Message, frozen=True):
@@ -83,14 +105,48 @@ class FlowSettings(Message, frozen=True):
     cfg_interval: tuple[float, float]
     cfg_renorm_type: Literal["global", "channel", "text_channel"]
     cfg_renorm_min: float
+    num_pictures: int = 1
+    cache: Literal["none", "taylorseer"] = "none"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed a picture: ``seed``, ``seed`` + 1, ..."""
+        return tuple(range(self.seed, self.seed + self.num_pictures))
+
+
+class Decoding(Message, frozen=True):
+    """How text is decoded, and what for.
+
+    ``first_token`` is fed first: the start token, or the last token of a prompt taken
+    verbatim. With ``purpose`` "think" the text is appended to the ``gen`` context, as a
+    segment of its own, before that is lent; with "answer" it is the result, once per seed.
+    ``temperature`` 0 is greedy. ``max_think_tokens`` bounds the tokens before a
+    ``</think>`` where ``split_thinking`` is set.
+    """
+
+    purpose: Literal["answer", "think"]
+    first_token: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    split_thinking: bool = False
+    max_think_tokens: int | None = None
 
 
 class Usage(Message, frozen=True):
-    """Token counts: the context a request brought, text it made, latents it made."""
+    """Token counts: the context a request brought, text and latents it made.
+
+    ``reasoning_tokens`` are those of ``text_tokens`` that were thinking.
+    """
 
     prompt_tokens: int = 0
     text_tokens: int = 0
     image_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Plan(Message, frozen=True):
@@ -98,8 +154,9 @@ class Plan(Message, frozen=True):
 
     request_id: str
     branches: tuple[BranchPlan, ...]
-    flow: FlowSettings
     usage: Usage
+    flow: FlowSettings | None = None  # None where no picture is wanted
+    decoding: Decoding | None = None
 
 
 # --- contexts: KV that a lease lends from the thinker to the DiT ----------------------
@@ -173,6 +230,23 @@ class DenoiseJob(Message, frozen=True):
     branches: tuple[BranchContext, ...]
 
 
+class Answer(Message, frozen=True):
+    """One decoded text: what was thought, what is answered, why it ended."""
+
+    content: str
+    reasoning: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+    reasoning_tokens: int
+
+
+class Thoughts(Message, frozen=True):
+    """The thinker's answer: texts it decoded, and contexts where a picture is to follow."""
+
+    answers: tuple[Answer, ...] = ()
+    job: DenoiseJob | None = None
+
+
 # --- events: what a client of ``bagel`` receives, as JSON ------------------------------
 
 
@@ -182,6 +256,23 @@ class ProgressEvent(Message, frozen=True, tag="progress"):
     stage: Stage
     step: int
     steps: int
+
+
+class TextEvent(Message, frozen=True, tag="text"):
+    """More text of answer ``index``."""
+
+    index: int
+    channel: Literal["content", "reasoning"]
+    text: str
+
+
+class AnswerEvent(Message, frozen=True, tag="answer"):
+    """Answer ``index``, whole; ``content`` is empty where the thinking was for a picture."""
+
+    index: int
+    content: str
+    reasoning: str
+    finish_reason: Literal["stop", "length"]
 
 
 class PictureEvent(Message, frozen=True, tag="picture"):
@@ -197,13 +288,12 @@ class DoneEvent(Message, frozen=True, tag="done"):
     """The last event of a request that succeeded."""
 
     request_id: str
-    seed: int
-    finish_reason: Literal["stop", "length"]
+    seed: int | None  # of the first picture or answer; None for greedy text
     usage: Usage
     stages: tuple[StageStats, ...]
 
 
-Event = ProgressEvent | PictureEvent | DoneEvent
+Event = ProgressEvent | TextEvent | AnswerEvent | PictureEvent | DoneEvent
 
 
 def encode_event(event: Event) -> bytes:

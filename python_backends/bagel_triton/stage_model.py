@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
+from bagel_triton.messages import Event
 from bagel_triton.request import Arrays
 
 
@@ -46,6 +47,14 @@ class StageModel:
         """Queue one request and arrange for its answer."""
         raise NotImplementedError
 
+    def listener(self, inputs: Arrays, reply: triton_io.Reply) -> Callable[[Event], None]:
+        """Where the engine's events go: to the client that set ``progress``, else nowhere.
+
+        An ensemble takes every response for the answer, so it must get no events.
+        """
+        wanted = "progress" in inputs and bool(inputs["progress"].reshape(-1)[0])
+        return reply.event if wanted else _ignore
+
     def execute(self, requests: list[Any]) -> None:
         """Queue every request; answers follow from the engine."""
         for request in requests:
@@ -64,6 +73,10 @@ class StageModel:
         """Stop the engine, then send the last answers."""
         self.engine.close()
         self._outbox.close()
+
+
+def _ignore(event: Event) -> None:
+    """Nobody listens."""
 
 
 def timed() -> Callable[[], float]:

@@ -13,7 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from bagel_triton.errors import BagelError, InvalidRequest, from_exception, from_text
-from bagel_triton.messages import Message, ProgressEvent, StageStats, decode, encode, encode_event, encode_stats
+from bagel_triton.messages import Event, Message, StageStats, decode, encode, encode_event, encode_stats
 from bagel_triton.request import Array, Arrays
 
 M = TypeVar("M", bound=Message)
@@ -126,8 +126,8 @@ class Reply:
         """One response of several."""
         self._outbox.put(lambda: self._sender.send(response(arrays)))
 
-    def progress(self, event: ProgressEvent) -> None:
-        """A progress event, in the output ``event``."""
+    def event(self, event: Event) -> None:
+        """An event, in the output ``event``."""
         self.send({"event": bytes_array(encode_event(event))})
 
     def finish(self, arrays: Arrays | None = None) -> None:

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bagel_triton import triton_io
+from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import Internal
 from bagel_triton.messages import (
     DenoiseJob,
     Plan,
-    ProgressEvent,
     Stage,
+    Thoughts,
     decode,
     decode_event,
     decode_stats,
@@ -34,26 +35,27 @@ class TritonStages:
 
     def expand(self, request: Arrays) -> Visit[Plan]:
         """``cfg_expand``, with the client's own tensors."""
-        return self._visit("cfg_expand", request, ["plan"], _plan, decoupled=False)
+        return self._visit(EXPANDER, request, ["plan"], _plan, decoupled=False)
 
-    def think(self, plan: Plan) -> Visit[DenoiseJob]:
-        """``thinker``."""
+    def think(self, plan: Plan) -> Visit[Thoughts]:
+        """``thinker``, with text as it is decoded."""
         self._request_id = plan.request_id
-        return self._visit("thinker", {"plan": triton_io.message_array(plan)}, ["contexts"], _contexts)
+        inputs = {"plan": triton_io.message_array(plan), "progress": np.array([True])}
+        return self._visit(THINKER, inputs, ["event", "thoughts"], _thoughts)
 
-    def denoise(self, job: DenoiseJob) -> Visit[Arrays]:
+    def denoise(self, job: DenoiseJob) -> Visit[list[Arrays]]:
         """``dit``, with progress."""
         inputs = {"contexts": triton_io.message_array(job), "progress": np.array([True])}
-        return self._visit("dit", inputs, ["event", "latents", "latent_grid"], dict)
+        return self._visit(DIT, inputs, ["event", "latents", "latent_grid"], _pictures)
 
     def decode(self, latents: Arrays) -> Visit[Array]:
         """``vae_decode``."""
-        return self._visit("vae_decode", latents, ["generated_image"], lambda arrays: arrays["generated_image"])
+        return self._visit(DECODER, latents, ["generated_image"], lambda arrays: arrays["generated_image"])
 
     def abandon(self, request_id: str) -> None:
         """Tell the stages that hold something: Triton does not pass a cancellation on."""
         inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
-        for stage in ("vae_decode", "dit", "thinker"):
+        for stage in (DECODER, DIT, THINKER):
             for _ in triton_io.call(stage, inputs, [], self._parent, request_id, decoupled=True):
                 pass
 
@@ -77,9 +79,7 @@ class TritonStages:
                         visit.finish(result(arrays), stats)
                         answered = True
                     elif "event" in arrays:
-                        event = decode_event(_bytes(arrays["event"]))
-                        if isinstance(event, ProgressEvent):
-                            visit.progress(event)
+                        visit.progress(decode_event(_bytes(arrays["event"])))
                 if not answered:
                     visit.fail(Internal(f"{stage} ended without an answer"))
             except Exception as error:
@@ -99,5 +99,13 @@ def _plan(arrays: Arrays) -> Plan:
     return decode(_bytes(arrays["plan"]), Plan)
 
 
-def _contexts(arrays: Arrays) -> DenoiseJob:
-    return decode(_bytes(arrays["contexts"]), DenoiseJob)
+def _thoughts(arrays: Arrays) -> Thoughts:
+    return decode(_bytes(arrays["thoughts"]), Thoughts)
+
+
+def _pictures(arrays: Arrays) -> list[Arrays]:
+    """The latents of each picture: they come stacked, [pictures * tokens, channels]."""
+    rows, columns = arrays["latent_grid"].tolist()
+    latents = arrays["latents"]
+    parts = np.split(latents, len(latents) // (rows * columns))
+    return [{"latents": part, "latent_grid": arrays["latent_grid"]} for part in parts]

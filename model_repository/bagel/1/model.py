@@ -3,21 +3,32 @@
 import threading
 from typing import Any
 
+import numpy as np
+
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.errors import Overloaded
 from bagel_triton.messages import encode_event
+from bagel_triton.request import from_tensors
 from bagel_triton.triton_stages import TritonStages
 
 
 class TritonPythonModel:
-    """Chains the stages by BLS; a thread follows each request, none computes."""
+    """Chains the stages: by BLS, or in this process where the topology has but one.
+
+    A thread follows each request.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Nothing is loaded here."""
+        """Nothing is loaded here, unless everything is."""
         triton_io.use_triton_log()
-        self._config = from_environment().bagel
+        config = from_environment()
+        self._config, self._local = config.bagel, None
+        if config.topology.one_process:
+            from bagel_triton.engine.build import LocalStages  # the BLS orchestrator needs no torch
+
+            self._local = LocalStages(config)
         self._outbox = triton_io.Outbox()
         self._closing = threading.Event()
         self._slots = threading.BoundedSemaphore(self._config.max_inflight)
@@ -32,25 +43,32 @@ class TritonPythonModel:
                 reply.fail(Overloaded(f"{self._config.max_inflight} requests are in flight already"))
 
     def _follow(self, request: Any, reply: triton_io.Reply) -> None:
-        stages = TritonStages(request)
         try:
-            self._relay(Pipeline(stages, self._config.stage_timeout_s), request, reply)
+            inputs: Any = triton_io.arrays_of(request)
+            stages: Any = self._local or TritonStages(request)
+            if self._local:
+                inputs = from_tensors(inputs)
+            for item in Pipeline(stages, self._config.stage_timeout_s).run(inputs, lambda: self._gone(reply)):
+                self._send(item, reply)
+            reply.finish()
         except Exception as error:
             reply.fail(error)
         finally:
             self._slots.release()
 
-    def _relay(self, pipeline: Any, request: Any, reply: triton_io.Reply) -> None:
-        inputs = triton_io.arrays_of(request)
-        for item in pipeline.run(inputs, lambda: self._closing.is_set() or reply.cancelled()):
-            if isinstance(item, Picture):
-                event = triton_io.bytes_array(encode_event(item.event))
-                reply.send({"event": event, "generated_image": item.pixels})
-            else:
-                reply.send({"event": triton_io.bytes_array(encode_event(item))})
-        reply.finish()
+    def _gone(self, reply: triton_io.Reply) -> bool:
+        return self._closing.is_set() or reply.cancelled()
+
+    def _send(self, item: Any, reply: triton_io.Reply) -> None:
+        if isinstance(item, Picture):
+            event = triton_io.bytes_array(encode_event(item.event))
+            reply.send({"event": event, "generated_image": np.asarray(item.pixels)})
+        else:
+            reply.send({"event": triton_io.bytes_array(encode_event(item))})
 
     def finalize(self) -> None:
         """End what is in flight; the last errors still go out."""
         self._closing.set()
+        if self._local:
+            self._local.close()
         self._outbox.close()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts, build_expander
@@ -13,7 +11,7 @@ from bagel_triton.stage_model import timed
 
 
 class TritonPythonModel:
-    """The request's fields -> ``plan``, and ``seed``, drawn where none was given."""
+    """The request's fields -> ``plan``."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer and the checkpoint's geometry."""
@@ -33,7 +31,6 @@ class TritonPythonModel:
         return triton_io.response(
             {
                 "plan": triton_io.message_array(plan),
-                "seed": np.array([plan.flow.seed], dtype=np.int64),
                 "stats": triton_io.bytes_array(encode_stats(StageStats("cfg_expand", 0.0, seconds()))),
             }
         )

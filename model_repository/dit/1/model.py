@@ -3,38 +3,35 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from bagel_triton.engine.build import Parts, build_dit
-from bagel_triton.engine.dit import DitEngine, Latents
-from bagel_triton.messages import DenoiseJob, ProgressEvent
+from bagel_triton.engine.dit import DitEngine
+from bagel_triton.engine.flow_run import Latents
+from bagel_triton.messages import DenoiseJob
 from bagel_triton.request import Arrays
 from bagel_triton.stage_model import StageModel
 from bagel_triton.triton_io import Reply, message_of
 
 
-def outputs(latents: Latents, seed: int) -> Arrays:
-    """``latents`` [tokens, channels] float32, their grid, [rows, columns], and the noise's seed."""
+def outputs(pictures: list[Latents], seed: int) -> Arrays:
+    """``latents`` [pictures * tokens, channels] float32, a picture's grid, [rows, columns], and the seed."""
     return {
+        "latents": torch.cat([picture.tokens for picture in pictures]).cpu().numpy(),
+        "latent_grid": np.array([pictures[0].rows, pictures[0].columns], dtype=np.int32),
         "seed": np.array([seed], dtype=np.int64),
-        "latents": latents.tokens.cpu().numpy(),
-        "latent_grid": np.array([latents.rows, latents.columns], dtype=np.int32),
     }
 
 
-def ignore(event: ProgressEvent) -> None:
-    """An ensemble takes every response for the answer: it gets no progress."""
-
-
 class TritonPythonModel(StageModel):
-    """``contexts`` -> ``latents``, ``latent_grid``, ``seed``; events in between where ``progress`` is true."""
+    """``contexts`` -> ``latents``, ``latent_grid``, ``seed``; events where ``progress`` is true."""
 
     def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> DitEngine:
         """The engine."""
         return build_dit(parts)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue a picture."""
-        job = message_of(inputs, "contexts", DenoiseJob)
-        wanted = "progress" in inputs and bool(inputs["progress"].reshape(-1)[0])
-        visit = self.engine.submit(job, job.request_id, reply.progress if wanted else ignore)
-        reply.settle(visit.done, lambda latents: outputs(latents, job.flow.seed))
+        """Queue a request's pictures."""
+        task = message_of(inputs, "contexts", DenoiseJob)
+        job = self.engine.submit(task, task.request_id, self.listener(inputs, reply))
+        reply.settle(job.done, lambda pictures: outputs(pictures, task.flow.seed))

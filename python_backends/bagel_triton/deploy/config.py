@@ -14,6 +14,8 @@ from typing import Literal
 
 import msgspec
 
+from bagel_triton.deploy.topology import TOPOLOGIES, Topology
+
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
 
@@ -84,11 +86,12 @@ class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the stages of one server agree on.
 
-    ``shm_prefix`` starts the name of every shared-memory file of this server, so that
+    ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
     leftovers can be told apart and swept.
     """
 
     checkpoint: str
+    pipeline: str = "bagel"
     shm_prefix: str = "bagel_triton"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -97,6 +100,14 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dit: DitConfig = DitConfig()
     vae_decode: VaeDecodeConfig = VaeDecodeConfig()
     bagel: BagelConfig = BagelConfig()
+
+    def __post_init__(self) -> None:
+        _require("pipeline", self.pipeline, self.pipeline in TOPOLOGIES, ", ".join(TOPOLOGIES))
+
+    @property
+    def topology(self) -> Topology:
+        """The topology that ``pipeline`` names."""
+        return TOPOLOGIES[self.pipeline]
 
     def write(self, path: Path) -> None:
         """Write as YAML."""

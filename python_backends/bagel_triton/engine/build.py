@@ -14,14 +14,15 @@ from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.decoder import DecoderEngine
-from bagel_triton.engine.dit import DitEngine, Latents
+from bagel_triton.engine.dit import DitEngine
 from bagel_triton.engine.expander import Expander
+from bagel_triton.engine.flow_run import Latents
 from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
 from bagel_triton.engine.visit import Visit
 from bagel_triton.engine.worker import Job
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
-from bagel_triton.messages import DenoiseJob, Plan, StageStats
+from bagel_triton.messages import DenoiseJob, Plan, StageStats, Thoughts
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.placement import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ class Parts:
 
 def build_expander(parts: Parts) -> Expander:
     """``cfg_expand``'s planner."""
-    return Expander(parts.checkpoint.config, parts.tokenizer())
+    return Expander(parts.checkpoint.config, parts.tokenizer(), parts.config.topology.think_by_default)
 
 
 def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
@@ -63,7 +64,8 @@ def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
     blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
     producer = ShmProducer(geometry, blocks, config.shm_prefix)
     model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
-    return ThinkerEngine(model, producer, config.thinker, gauge)
+    autoencoder = parts.checkpoint.load_autoencoder(place.torch_device, torch.float32)
+    return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, gauge)
 
 
 def build_dit(parts: Parts) -> DitEngine:
@@ -90,11 +92,12 @@ class LocalStages:
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
-        self.expander = Expander(model_config, tokenizer)
-        self.thinker = ThinkerEngine(model, self.producer, config.thinker)
+        self.expander = Expander(model_config, tokenizer, config.topology.think_by_default)
+        autoencoder = parts.checkpoint.load_autoencoder(place.torch_device, torch.float32)
+        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         self.dit = DitEngine(model, LocalConsumer(), config.dit, markers)
-        self.decoder = build_decoder(parts)
+        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode)
 
     def expand(self, request: GenerationRequest) -> Visit[Plan]:
         """Plan at once, on the caller's thread."""
@@ -102,14 +105,14 @@ class LocalStages:
         visit.finish(self.expander.expand(request), StageStats("cfg_expand", 0.0, 0.0))
         return visit
 
-    def think(self, plan: Plan) -> Visit[DenoiseJob]:
+    def think(self, plan: Plan) -> Visit[Thoughts]:
         """Queue at the thinker."""
-        visit: Visit[DenoiseJob] = Visit("thinker")
+        visit: Visit[Thoughts] = Visit("thinker")
         return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress))
 
-    def denoise(self, job: DenoiseJob) -> Visit[Latents]:
+    def denoise(self, job: DenoiseJob) -> Visit[list[Latents]]:
         """Queue at the DiT."""
-        visit: Visit[Latents] = Visit("dit")
+        visit: Visit[list[Latents]] = Visit("dit")
         return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress))
 
     def decode(self, latents: Latents) -> Visit[Tensor]:

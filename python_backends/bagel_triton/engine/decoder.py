@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import VaeDecodeConfig
-from bagel_triton.engine.dit import Latents
+from bagel_triton.engine.flow_run import Latents
 from bagel_triton.engine.worker import Job, Worker
 from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
 from bagel_triton.model.config import LatentConfig

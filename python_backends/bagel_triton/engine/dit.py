@@ -3,69 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import DitConfig
+from bagel_triton.engine.flow_run import FlowRun, Latents
+from bagel_triton.engine.sequence import MARKERS
 from bagel_triton.engine.worker import Job, Worker
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
-from bagel_triton.messages import Branch, ContextHandle, DenoiseJob, FlowSettings, KVGeometry, ProgressEvent
+from bagel_triton.messages import ContextHandle, DenoiseJob, KVGeometry, ProgressEvent
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.flow import combine, guidance_branches, initial_noise, schedule
+from bagel_triton.model.flow import initial_noise, schedule
 from bagel_triton.model.mot import Pack, rotary_tables
 
-MARKERS = 2  # <|vision_start|> and <|vision_end|> around a picture's latents
+DitJob = Job[DenoiseJob, list[Latents]]
+Block = tuple[FlowRun, int, int]  # a picture in one context: the run, the picture, the context
 
 
-@dataclass(frozen=True)
-class Latents:
-    """A finished flow: ``tokens`` [rows * columns, channels] float32."""
-
-    tokens: Tensor
-    rows: int
-    columns: int
-
-
-DitJob = Job[DenoiseJob, Latents]
-
-
-@dataclass
-class _Picture:
-    """One picture under way; everything but ``x`` and ``step`` is fixed at admission."""
-
-    job: DitJob
-    settings: FlowSettings
-    x: Tensor  # [tokens, channels] float32
-    times: Tensor  # [steps] float32
-    time_embeddings: Tensor  # [steps, hidden]
-    positions: Tensor  # [tokens, hidden]
-    stores: list[Tensor]  # a workspace per context: past keys and values, then this step's
-    next_positions: list[int]  # a RoPE position per context
-    context_of: dict[Branch, int]
-    step: int = 0
-
-    def contexts(self) -> list[int]:
-        """Contexts this step needs, each once: branches may share one."""
-        branches = guidance_branches(self.times[self.step], self.settings)
-        return list(dict.fromkeys(self.context_of[branch] for branch in branches))
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One context of one picture in a pack: rows of its latents and of its markers."""
-
-    picture: _Picture
-    context: int
-    start: int
-    markers: int
-
-
-class DitEngine(Worker[DenoiseJob, Latents]):
+class DitEngine(Worker[DenoiseJob, list[Latents]]):
     """Owns the transformer's generation side, from one thread.
 
     ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``.
@@ -76,36 +35,37 @@ class DitEngine(Worker[DenoiseJob, Latents]):
     def __init__(self, model: Bagel, consumer: Consumer, config: DitConfig, vision_markers: tuple[int, int]) -> None:
         super().__init__()
         self._model, self._consumer, self._config = model, consumer, config
-        self._pictures: list[_Picture] = []
-        self._packed: tuple[tuple[tuple[int, ...], ...], list[_Block], Pack] | None = None
+        self._runs: list[FlowRun] = []
+        self._packed: tuple[list[Block], Pack] | None = None
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
         self.start()
 
     def _active(self) -> list[DitJob]:
-        return [picture.job for picture in self._pictures]
+        return [run.job for run in self._runs]
 
     def _admit(self, job: DitJob) -> bool:
-        if len(self._pictures) >= self._config.max_num_seqs:
+        pictures = sum(len(run.x) for run in self._runs)
+        if self._runs and pictures + job.task.flow.num_pictures > self._config.max_num_seqs:
             return False
-        self._pictures.append(self._begin(job))
+        self._runs.append(self._begin(job))
         return True
 
     @torch.inference_mode()
-    def _begin(self, job: DitJob) -> _Picture:
+    def _begin(self, job: DitJob) -> FlowRun:
         model, task, settings = self._model, job.task, job.task.flow
-        stride = model.config.latent.stride
+        stride, channels = model.config.latent.stride, model.config.latent.token_channels
         rows, columns = settings.height // stride, settings.width // stride
-        stores = self._claim(task.handles, rows * columns + MARKERS)
         times = schedule(settings.num_inference_steps, settings.timestep_shift)
-        return _Picture(
+        return FlowRun(
             job=job,
-            settings=settings,
-            x=initial_noise(settings.seed, rows * columns, model.config.latent.token_channels).to(model.device),
+            rows=rows,
+            columns=columns,
+            x=[initial_noise(seed, rows * columns, channels).to(model.device) for seed in settings.seeds],
             times=times,
             time_embeddings=model.time_embedder(times.to(model.device)),
             positions=model.latent_pos_embed(rows, columns),
-            stores=stores,
+            stores=self._claim(task.handles, rows * columns + MARKERS),
             next_positions=[handle.next_position for handle in task.handles],
             context_of={context.branch: context.handle for context in task.branches},
         )
@@ -139,70 +99,71 @@ class DitEngine(Worker[DenoiseJob, Latents]):
 
     @torch.inference_mode()
     def _step(self) -> None:
-        blocks, pack = self._pack()
-        hidden = self._model.language_model.model(self._embed(blocks), pack)
-        velocities = self._model.velocity(hidden[: pack.gen_rows]).float()  # [latent rows, channels]
-        by_context = {
-            (id(block.picture), block.context): velocities[block.start : block.start + block.picture.x.shape[0]]
-            for block in blocks
-        }
-        for picture in list(self._pictures):
-            t, t_next = picture.times[picture.step], picture.times[picture.step + 1]
-            needed = guidance_branches(t, picture.settings)
-            branches = {branch: by_context[id(picture), picture.context_of[branch]] for branch in needed}
-            picture.x = picture.x - combine(branches, picture.settings) * (t - t_next).to(picture.x.device)
-            picture.step += 1
-            self._report(picture)
+        blocks = [
+            (run, picture, context)
+            for run in self._runs
+            for context in run.contexts_to_compute()
+            for picture in range(len(run.x))
+        ]
+        computed: dict[tuple[int, int, int], Tensor] = {}
+        if blocks:
+            pack = self._pack(blocks)
+            hidden = self._model.language_model.model(self._embed(blocks), pack)
+            start = 0
+            for run, picture, context in blocks:
+                tokens = run.tokens
+                computed[id(run), picture, context] = hidden[start : start + tokens]
+                start += tokens
+        for run in list(self._runs):
+            for picture in range(len(run.x)):
+                own = {
+                    context: state for (of, at, context), state in computed.items() if (of, at) == (id(run), picture)
+                }
+                run.update(picture, own, self._model.velocity)
+            run.step += 1
+            self._report(run)
 
-    def _embed(self, blocks: Sequence[_Block]) -> Tensor:
+    def _embed(self, blocks: Sequence[Block]) -> Tensor:
         """This step's embeddings, [latents of every block | markers of every block]."""
-        latents = {
-            id(picture): self._model.embed_latents(
-                picture.x, picture.time_embeddings[picture.step : picture.step + 1], picture.positions
-            )
-            for picture in self._pictures
-        }
-        return torch.cat([latents[id(block.picture)] for block in blocks] + [self._markers] * len(blocks))
+        latents: dict[tuple[int, int], Tensor] = {}
+        for run, picture, _ in blocks:
+            if (id(run), picture) not in latents:
+                time = run.time_embeddings[run.step : run.step + 1]
+                latents[id(run), picture] = self._model.embed_latents(run.x[picture], time, run.positions)
+        return torch.cat([latents[id(run), picture] for run, picture, _ in blocks] + [self._markers] * len(blocks))
 
-    def _pack(self) -> tuple[list[_Block], Pack]:
-        """The pack of this step; built anew only when pictures or their guidance change."""
-        key = tuple((id(picture), *picture.contexts()) for picture in self._pictures)
-        if self._packed is None or self._packed[0] != key:
-            self._packed = (key, *self._build())
-        return self._packed[1], self._packed[2]
+    def _pack(self, blocks: list[Block]) -> Pack:
+        """The pack of this step; built anew only when pictures or their branches change."""
+        if self._packed is None or self._packed[0] != blocks:
+            self._packed = (blocks, self._build(blocks))
+        return self._packed[1]
 
-    def _build(self) -> tuple[list[_Block], Pack]:
-        needed = [(picture, context) for picture in self._pictures for context in picture.contexts()]
-        gen_rows = sum(picture.x.shape[0] for picture, _ in needed)
-        blocks, spans, writes, counts, positions, start = [], [], [], [], [], 0
-        for number, (picture, context) in enumerate(needed):
-            tokens, markers = picture.x.shape[0], gen_rows + MARKERS * number
-            blocks.append(_Block(picture, context, start, markers))
-            past = picture.stores[context].shape[2] - tokens - MARKERS
-            for first, length, slot in ((start, tokens, past), (markers, MARKERS, past + tokens)):
-                spans.append(Span(first, first + length, number, causal=False))
-                writes.append((first, first + length, number, slot))
-            positions.append(picture.next_positions[context])
-            counts.append(tokens)
-            start += tokens
+    def _build(self, blocks: Sequence[Block]) -> Pack:
+        gen_rows = sum(run.tokens for run, _, _ in blocks)
+        spans: list[Span] = []
+        writes, start = [], 0
+        for number, (run, _, context) in enumerate(blocks):
+            markers, past = gen_rows + MARKERS * number, run.stores[context].shape[2] - run.tokens - MARKERS
+            rows = ((start, start + run.tokens, past), (markers, markers + MARKERS, past + run.tokens))
+            # Both spans of a sequence stand together: its new keys are written once for both.
+            spans.extend(Span(first, last, number, causal=False) for first, last, _ in rows)
+            writes.append(rows)
+            start += run.tokens
         # One position for a whole block, latents and markers alike.
-        repeats = torch.tensor(counts + [MARKERS] * len(counts))
-        rows = torch.tensor(positions * 2).repeat_interleave(repeats).to(self._model.device)
-        cos, sin = rotary_tables(rows, self._model.config.language, self._model.dtype)
-        kv = WorkspaceStep([block.picture.stores[block.context] for block in blocks], writes)
-        return blocks, Pack(gen_rows, cos, sin, spans, kv)
+        repeats = torch.tensor([run.tokens for run, _, _ in blocks] + [MARKERS] * len(blocks))
+        positions = torch.tensor([run.next_positions[context] for run, _, context in blocks] * 2)
+        rows_at = positions.repeat_interleave(repeats).to(self._model.device)
+        cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
+        return Pack(gen_rows, cos, sin, spans, WorkspaceStep([run.stores[c] for run, _, c in blocks], writes))
 
-    def _report(self, picture: _Picture) -> None:
-        updates = picture.settings.num_inference_steps - 1
-        picture.job.progress(ProgressEvent("dit", picture.step, updates))
-        if picture.step == updates:
-            self._drop(picture.job)
-            stride = self._model.config.latent.stride
-            rows, columns = picture.settings.height // stride, picture.settings.width // stride
-            picture.job.finish(Latents(picture.x, rows, columns), self.stage)
+    def _report(self, run: FlowRun) -> None:
+        run.job.progress(ProgressEvent("dit", run.step, run.updates))
+        if run.step == run.updates:
+            self._drop(run.job)
+            run.job.finish([Latents(x, run.rows, run.columns) for x in run.x], self.stage)
 
     def _drop(self, job: DitJob) -> None:
-        self._pictures = [picture for picture in self._pictures if picture.job is not job]
+        self._runs = [run for run in self._runs if run.job is not job]
         self._packed = None
 
     def close(self) -> None:

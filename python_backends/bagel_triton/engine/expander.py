@@ -3,43 +3,109 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
-from bagel_triton.messages import Branch, BranchPlan, Plan, Usage
+import msgspec
+
+from bagel_triton import defaults
+from bagel_triton.engine.conversation import Conversation, converse, turns_of
+from bagel_triton.engine.picture_input import picture_segments
+from bagel_triton.engine.sequence import segment_tokens
+from bagel_triton.messages import Branch, BranchPlan, Decoding, Plan, Segment, TextSegment, Usage
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.request import TEXT2IMG_DEFAULTS, GenerationRequest, resolve_flow
+from bagel_triton.request import GenerationRequest
+
+# The model was trained with these two texts, the space before each newline included.
+THINK_BEFORE_PICTURE = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. "
+    "<think> planning process here </think> image here"
+)
+THINK_BEFORE_ANSWER = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. "
+    "<think> reasoning process here </think> answer here"
+)
 
 
 class Expander:
-    """Validates requests against one checkpoint and plans their branches. Thread-safe."""
+    """Validates requests against one checkpoint and plans their branches. Thread-safe.
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
-        self._config, self._tokenizer = config, tokenizer
+    ``think_by_default`` is what a request means that does not say whether to think.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, think_by_default: bool = False) -> None:
+        self._config, self._tokenizer, self._think = config, tokenizer, think_by_default
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
-        """The plan of a text2img request.
+        """The plan of a request.
 
         ``client_id`` is the caller's name for it; the plan's is unique whatever it is.
 
         Raises:
             InvalidRequest: names the field, its value and what is allowed.
         """
-        flow = resolve_flow(request, self._config.latent.max_side, TEXT2IMG_DEFAULTS)
-        prompt = self._tokenizer.segment(request.prompt, "prompt")
-        # Without a picture, the context without pictures is the full one.
-        branches = [BranchPlan(Branch.GEN, (prompt,)), BranchPlan(Branch.CFG_IMG, same_as=Branch.GEN)]
-        prompt_tokens = len(prompt.token_ids)
+        think = self._think if request.think is None else request.think
+        request = msgspec.structs.replace(request, think=think, seed=defaults.seed(request))
+        wanted = defaults.modality(request)
+        pictures, size = picture_segments(request.image or (), wanted, self._config.latent.max_side)
+        turns = turns_of(request, len(pictures))
+        plain = request.prompt is not None
+        names = ["prompt"] if plain else [f"messages[{index}].content" for index in range(len(turns))]
+        conversation = converse(turns, pictures, self._tokenizer, wanted, names)
+        plan = self._picture if wanted == "image" else self._text
+        return plan(request, conversation, size, f"{client_id or 'request'}-{secrets.token_hex(6)}")
+
+    def _opening(self, instruction: str, think: bool | None) -> tuple[Segment, ...]:
+        return (self._tokenizer.segment(instruction, "think"),) if think else ()
+
+    def _picture(
+        self, request: GenerationRequest, conversation: Conversation, size: tuple[int, int] | None, request_id: str
+    ) -> Plan:
+        has_pictures = size is not None
+        flow_defaults = defaults.IMG2IMG if has_pictures else defaults.TEXT2IMG
+        flow = defaults.flow_settings(request, self._config.latent.max_side, flow_defaults, size)
+        opening = self._opening(THINK_BEFORE_PICTURE, request.think)
+        gen = (*opening, *conversation.before, conversation.prompt)
+        text_free = (*opening, *conversation.before)
         if request.negative_prompt:
-            negative = self._tokenizer.segment(request.negative_prompt, "negative_prompt")
-            branches.append(BranchPlan(Branch.CFG_TEXT, (negative,)))
-            prompt_tokens += len(negative.token_ids)
-        else:
-            branches.append(BranchPlan(Branch.CFG_TEXT))
-        stride = self._config.latent.stride
-        latents = (flow.height // stride) * (flow.width // stride)
+            text_free += (self._tokenizer.segment(request.negative_prompt, "negative_prompt"),)
+        branches = [BranchPlan(Branch.GEN, gen), BranchPlan(Branch.CFG_TEXT, text_free)]
+        if has_pictures or request.think:
+            branches.append(BranchPlan(Branch.CFG_IMG, (*opening, *conversation.without_pictures())))
+        else:  # without a picture or a thought the picture-free context is the full one
+            branches.append(BranchPlan(Branch.CFG_IMG, same_as=Branch.GEN))
+        latents = (flow.height // self._config.latent.stride) * (flow.width // self._config.latent.stride)
+        negative = text_free[len(opening) + len(conversation.before) :]
         return Plan(
-            request_id=f"{client_id or 'request'}-{secrets.token_hex(6)}",
+            request_id=request_id,
             branches=tuple(branches),
+            usage=Usage(prompt_tokens=self._count((*gen, *negative)), image_tokens=latents * flow.num_pictures),
             flow=flow,
-            usage=Usage(prompt_tokens=prompt_tokens, image_tokens=latents),
+            decoding=defaults.decoding(request, self._tokenizer.start, "image") if request.think else None,
         )
+
+    def _text(
+        self, request: GenerationRequest, conversation: Conversation, size: tuple[int, int] | None, request_id: str
+    ) -> Plan:
+        opening = self._opening(THINK_BEFORE_ANSWER, request.think)
+        segments: tuple[Segment, ...] = (*opening, *conversation.before, conversation.prompt)
+        decoding = defaults.decoding(request, self._tokenizer.start, "text")
+        usage = Usage(prompt_tokens=self._count(segments))
+        if conversation.continues:
+            segments, decoding = _continued(segments, conversation.prompt, decoding)
+        branches = (BranchPlan(Branch.GEN, segments),)
+        return Plan(request_id=request_id, branches=branches, usage=usage, decoding=decoding)
+
+    def _count(self, segments: Sequence[Segment]) -> int:
+        return sum(segment_tokens(segment, self._config) for segment in segments)
+
+
+def _continued(
+    segments: tuple[Segment, ...], prompt: TextSegment, decoding: Decoding
+) -> tuple[tuple[Segment, ...], Decoding]:
+    """Decoding that goes on from the prompt's own last token, which is fed as the first."""
+    *rest, last = prompt.token_ids
+    tail = (TextSegment(tuple(rest)),) if rest else ()
+    return (*segments[:-1], *tail), msgspec.structs.replace(decoding, first_token=last)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 from bagel_triton.engine.visit import Visit
 from bagel_triton.messages import (
+    Answer,
+    AnswerEvent,
     DenoiseJob,
     DoneEvent,
+    Event,
+    FlowSettings,
     PictureEvent,
     Plan,
-    ProgressEvent,
     StageStats,
+    Thoughts,
+    Usage,
 )
 
 RequestT = TypeVar("RequestT", contravariant=True)
@@ -28,14 +35,14 @@ class Stages(Protocol[RequestT, LatentsT, PixelsT]):
     def expand(self, request: RequestT) -> Visit[Plan]:
         """``cfg_expand``: validate and plan."""
 
-    def think(self, plan: Plan) -> Visit[DenoiseJob]:
-        """``thinker``: prefill, and lend the contexts."""
+    def think(self, plan: Plan) -> Visit[Thoughts]:
+        """``thinker``: prefill, decode text, and lend the contexts."""
 
-    def denoise(self, job: DenoiseJob) -> Visit[LatentsT]:
-        """``dit``: claim the contexts and run the flow."""
+    def denoise(self, job: DenoiseJob) -> Visit[Sequence[LatentsT]]:
+        """``dit``: claim the contexts and run the flow, of every picture asked for."""
 
     def decode(self, latents: LatentsT) -> Visit[PixelsT]:
-        """``vae_decode``: latents to uint8 [height, width, 3]."""
+        """``vae_decode``: one picture's latents to uint8 [height, width, 3]."""
 
     def abandon(self, request_id: str) -> None:
         """Stop what a request has anywhere, and take its leases back."""
@@ -57,7 +64,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
 
     def run(
         self, request: RequestT, cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[ProgressEvent | Picture[PixelsT] | DoneEvent]:
+    ) -> Iterator[Event | Picture[PixelsT]]:
         """Events of one request, :class:`DoneEvent` last.
 
         Raises:
@@ -65,21 +72,59 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         """
         times: list[StageStats] = []
 
-        def follow(visit: Visit[T]) -> Generator[ProgressEvent, None, T]:
+        def follow(visit: Visit[T]) -> Generator[Event, None, T]:
             result, stats = yield from visit.follow(cancelled, self._timeout_s)
             times.append(stats)
             return result
 
         plan = yield from follow(self._stages.expand(request))
+        pictures: list[PixelsT] = []
         finished = False
         try:
-            job = yield from follow(self._stages.think(plan))
-            latents = yield from follow(self._stages.denoise(job))
-            pixels = yield from follow(self._stages.decode(latents))
+            thoughts = yield from follow(self._stages.think(plan))
+            yield from _answers(thoughts.answers)
+            if thoughts.job is not None:
+                latents = yield from follow(self._stages.denoise(thoughts.job))
+                for visit in [self._stages.decode(one) for one in latents]:
+                    pictures.append((yield from follow(visit)))
             finished = True
         finally:
             if not finished:  # also when the consumer closes this generator
                 self._stages.abandon(plan.request_id)
-        flow = plan.flow
-        yield Picture(PictureEvent(index=0, height=flow.height, width=flow.width, seed=flow.seed), pixels)
-        yield DoneEvent(plan.request_id, flow.seed, "stop", plan.usage, tuple(times))
+        if plan.flow is not None:
+            yield from _pictures(plan.flow, pictures)
+        yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, thoughts.answers), _by_stage(times))
+
+
+def _answers(answers: Sequence[Answer]) -> Iterator[AnswerEvent]:
+    for index, answer in enumerate(answers):
+        yield AnswerEvent(index, answer.content, answer.reasoning, answer.finish_reason)
+
+
+def _pictures(flow: FlowSettings, pictures: Sequence[PixelsT]) -> Iterator[Picture[PixelsT]]:
+    for index, (seed, pixels) in enumerate(zip(flow.seeds, pictures, strict=True)):
+        yield Picture(PictureEvent(index, flow.height, flow.width, seed), pixels)
+
+
+def _seed(plan: Plan) -> int | None:
+    if plan.flow is not None:
+        return plan.flow.seed
+    sampled = plan.decoding is not None and plan.decoding.temperature > 0
+    return plan.decoding.seeds[0] if plan.decoding is not None and sampled else None
+
+
+def _usage(plan: Plan, answers: Sequence[Answer]) -> Usage:
+    return msgspec.structs.replace(
+        plan.usage,
+        text_tokens=sum(answer.tokens for answer in answers),
+        reasoning_tokens=sum(answer.reasoning_tokens for answer in answers),
+    )
+
+
+def _by_stage(times: Sequence[StageStats]) -> tuple[StageStats, ...]:
+    """One entry a stage: of several visits, decoding ``n`` pictures, the sums."""
+    merged: dict[str, StageStats] = {}
+    for one in times:
+        before = merged.get(one.stage, StageStats(one.stage, 0.0, 0.0))
+        merged[one.stage] = StageStats(one.stage, before.queue_s + one.queue_s, before.run_s + one.run_s)
+    return tuple(merged.values())

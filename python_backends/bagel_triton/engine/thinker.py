@@ -1,26 +1,41 @@
-"""The autoregressive stage: prefills every branch of every request, packed, and lends the KV."""
+"""The autoregressive stage: prefills and decodes every request's contexts together, and lends them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bagel_triton.deploy.config import ThinkerConfig
+from bagel_triton.engine.answer import GrowingAnswer
+from bagel_triton.engine.prefill import Prefiller, posterior_noise
+from bagel_triton.engine.sequence import Chunk, build_sequences
+from bagel_triton.engine.sequence import Sequence as BranchSequence
+from bagel_triton.engine.thinker_run import TextDecoder, ThinkerRun
 from bagel_triton.engine.worker import Job, Worker
-from bagel_triton.errors import InvalidRequest, Overloaded
+from bagel_triton.errors import BagelError, InvalidRequest, Overloaded
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Producer
-from bagel_triton.kv.store import PagedStep
-from bagel_triton.messages import Branch, BranchContext, BranchPlan, DenoiseJob, KVGeometry, Plan
-from bagel_triton.model.attention import Span
+from bagel_triton.messages import (
+    Branch,
+    BranchContext,
+    Decoding,
+    DenoiseJob,
+    FlowSettings,
+    KVGeometry,
+    Plan,
+    TextSegment,
+    Thoughts,
+    VaeSegment,
+)
+from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.mot import Pack, rotary_tables
+from bagel_triton.model.tokenizer import Tokenizer
 
-ThinkerJob = Job[Plan, DenoiseJob]
+ThinkerJob = Job[Plan, Thoughts]
 
 
 def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeometry:
@@ -28,34 +43,7 @@ def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeom
     return KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, block_tokens, dtype)
 
 
-@dataclass
-class _Prefill:
-    """One branch's context and the tokens it still lacks."""
-
-    branch: Branch
-    context: Context
-    pending: list[list[int]] = field(default_factory=list)  # a list of token ids per segment
-
-    def take(self, budget: int) -> list[int]:
-        """Up to ``budget`` tokens of the next segment: causal, so it may be cut anywhere."""
-        tokens = self.pending[0][:budget]
-        self.pending[0] = self.pending[0][budget:]
-        if not self.pending[0]:
-            self.pending.pop(0)
-        return tokens
-
-
-@dataclass
-class _Active:
-    job: ThinkerJob
-    prefills: list[_Prefill]
-
-    @property
-    def through(self) -> bool:
-        return not any(prefill.pending for prefill in self.prefills)
-
-
-class ThinkerEngine(Worker[Plan, DenoiseJob]):
+class ThinkerEngine(Worker[Plan, Thoughts]):
     """Owns the transformer's understanding side and the KV arena, from one thread."""
 
     stage = "thinker"
@@ -63,97 +51,168 @@ class ThinkerEngine(Worker[Plan, DenoiseJob]):
     def __init__(
         self,
         model: Bagel,
+        autoencoder: Autoencoder,
+        tokenizer: Tokenizer,
         producer: Producer,
         config: ThinkerConfig,
         gauge: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
         super().__init__()
-        self._model, self._producer, self._config, self._gauge = model, producer, config, gauge
-        self._running: list[_Active] = []
+        self._model, self._tokenizer, self._producer = model, tokenizer, producer
+        self._config, self._gauge = config, gauge
+        markers = (tokenizer.vision_start, tokenizer.vision_end)
+        self._prefiller = Prefiller(model, autoencoder, producer.arena, markers)
+        self._running: list[ThinkerRun] = []
         self._gauged: dict[str, float] = {}
         self.start()
+
+    # --- admission ---
 
     def _active(self) -> list[ThinkerJob]:
         return [active.job for active in self._running]
 
     def _admit(self, job: ThinkerJob) -> bool:
-        own = [branch for branch in job.task.branches if branch.same_as is None]
-        arena = self._producer.arena
-        needed = sum(arena.blocks_for(_tokens(branch)) for branch in own)
+        plan, arena = job.task, self._producer.arena
+        sequences = build_sequences(plan.branches, arena, self._model.config)
+        needed = self._worst_case(sequences, plan.decoding)
         if needed > arena.blocks.count:
-            tokens = sum(_tokens(branch) for branch in own)
-            raise InvalidRequest(f"prompt is too long: {tokens} tokens; the KV arena holds {arena.capacity}", "prompt")
-        promised = sum(self._missing_blocks(prefill) for active in self._running for prefill in active.prefills)
-        if len(self._running) >= self._config.max_num_seqs or needed + promised > arena.blocks.free:
+            tokens = sum(sequence.total_tokens for sequence in sequences)
+            raise InvalidRequest(
+                f"the request is too long: {tokens} tokens of context and what may be decoded need {needed} KV blocks; "
+                f"the arena has {arena.blocks.count} of {arena.geometry.block_tokens} tokens",
+                "messages",
+            )
+        promised = sum(active.blocks for active in self._running) + self._producer.leases.blocks
+        if len(self._running) >= self._config.max_num_seqs or needed + promised > arena.blocks.count:
             waited = time.monotonic() - job.submitted_at
             if waited > self._config.admission_timeout_s:
                 raise Overloaded(f"the thinker had no room for {waited:.0f} s: {needed} KV blocks wanted")
             return False
-        prefills = [
-            _Prefill(branch.branch, Context(arena), [list(segment.token_ids) for segment in branch.segments])
-            for branch in own
-        ]
-        self._running.append(_Active(job, prefills))
+        self._running.append(ThinkerRun(job, sequences, self._noises(plan), needed))
         return True
 
-    def _missing_blocks(self, prefill: _Prefill) -> int:
-        total = prefill.context.tokens + sum(len(segment) for segment in prefill.pending)
-        return self._producer.arena.blocks_for(total) - len(prefill.context.blocks)
+    def _worst_case(self, sequences: Sequence[BranchSequence], decoding: Decoding | None) -> int:
+        """Blocks that a request holds at most; a fork may copy one block."""
+        arena = self._producer.arena
+        size = arena.geometry.block_tokens
+        total = sum(
+            arena.blocks_for(sequence.total_tokens) - sequence.shared_tokens // size + bool(sequence.shared)
+            for sequence in sequences
+        )
+        if decoding is not None:
+            past = sequences[0].total_tokens
+            decoded = arena.blocks_for(past + 1 + decoding.max_new_tokens) - past // size + 1
+            total += decoded * len(decoding.seeds)
+            if decoding.purpose == "think":
+                # The thought is appended encoded afresh, each broken character as three bytes.
+                total += arena.blocks_for(past + 2 + 3 * decoding.max_new_tokens) - past // size
+        return total
+
+    def _noises(self, plan: Plan) -> list[Tensor]:
+        pictures = [segment for segment in plan.branches[0].segments if isinstance(segment, VaeSegment)]
+        if not pictures or plan.flow is None:
+            return []
+        latent = self._model.config.latent
+        return posterior_noise(pictures, latent.channels, latent.downsample, plan.flow.seed)
+
+    # --- one step: a token for every running text, and prefill within the budget ---
 
     def _step(self) -> None:
         budget = self._config.max_num_batched_tokens
-        chunks: list[tuple[_Prefill, list[int]]] = []
+        chunks: list[Chunk] = []
+        noises: list[Tensor | None] = []
+        advances: list[tuple[BranchSequence, Chunk]] = []
+        decoders = [decoder for active in self._running for decoder in active.running]
+        for decoder in decoders:
+            chunks.append(decoder.chunk)
+            noises.append(None)
+            budget -= 1
         for active in self._running:
-            for prefill in active.prefills:
-                if prefill.pending and budget > 0:
-                    chunks.append((prefill, prefill.take(budget)))
-                    budget -= len(chunks[-1][1])
+            for sequence in active.sequences:
+                chunk = sequence.next_chunk(budget, alone=not chunks)
+                if chunk is not None:
+                    chunks.append(chunk)
+                    noises.append(active.noise_of(chunk))
+                    advances.append((sequence, chunk))
+                    budget -= chunk.tokens
         if chunks:
-            self._forward(chunks)
-        for active in [active for active in self._running if active.through]:
-            self._publish(active)
+            logits = self._prefiller.append(chunks, noises)
+            for sequence, chunk in advances:
+                sequence.advance(chunk)
+            self._decode(decoders, logits)
+        for active in [active for active in self._running if active.prefilled and not active.running]:
+            try:
+                self._next_phase(active)
+            except BagelError as error:
+                self._drop(active.job)
+                active.job.fail(error)
 
-    @torch.inference_mode()
-    def _forward(self, chunks: Sequence[tuple[_Prefill, list[int]]]) -> None:
-        """One packed causal forward; only its keys and values are kept."""
-        arena, device = self._producer.arena, self._model.device
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots, spans = [], []
-        for sequence, (prefill, tokens) in enumerate(chunks):
-            context, start = prefill.context, len(token_ids)
-            slots.append(context.extend(len(tokens)))
-            positions.extend(range(context.next_position, context.next_position + len(tokens)))
-            context.next_position += len(tokens)
-            token_ids.extend(tokens)
-            spans.append(Span(start, len(token_ids), sequence, causal=True))
-        reads = [arena.read_slots(prefill.context) for prefill, _ in chunks]
-        kv = PagedStep(arena.store, torch.cat(slots), reads)
-        cos, sin = rotary_tables(torch.tensor(positions, device=device), self._model.config.language, self._model.dtype)
-        embeddings = self._model.embed_text(torch.tensor(token_ids, device=device))
-        self._model.language_model.model(embeddings, Pack(0, cos, sin, spans, kv))
+    def _decode(self, decoders: Sequence[TextDecoder], logits: Tensor) -> None:
+        jobs = {id(decoder): active.job for active in self._running for decoder in active.decoders}
+        for decoder, scores in zip(decoders, logits, strict=True):
+            token = decoder.choose(scores)
+            decoder.seen.append(token)
+            for event in decoder.growing.push(token):
+                jobs[id(decoder)].progress(event)
 
-    def _publish(self, active: _Active) -> None:
-        job, plan, ttl = active.job, active.job.task, self._config.lease_ttl_s
+    def _next_phase(self, active: ThinkerRun) -> None:
+        """After prefill: decode; after thinking: append the thought; then the answer."""
+        plan = active.job.task
+        if plan.decoding is not None and not active.decoders:
+            self._begin_decoding(active, plan.decoding)
+        elif plan.decoding is not None and plan.decoding.purpose == "think" and not active.decoded:
+            self._append_thought(active)
+        else:
+            self._finish(active)
+
+    def _begin_decoding(self, active: ThinkerRun, decoding: Decoding) -> None:
+        gen = active.sequences[0]
+        prompt = [i for segment in gen.segments if isinstance(segment, TextSegment) for i in segment.token_ids]
+        for index, seed in enumerate(decoding.seeds):
+            growing = GrowingAnswer(index, decoding, self._tokenizer)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            seen = [*prompt, decoding.first_token]
+            active.decoders.append(TextDecoder(gen.context.fork(), decoding, growing, generator, seen))
+
+    def _append_thought(self, active: ThinkerRun) -> None:
+        """The thought joins ``gen`` encoded afresh; its decoded keys and values do not."""
+        decoder = active.decoders[0]
+        decoder.context.free()
+        tokenizer = self._tokenizer
+        thought = (tokenizer.start, *tokenizer.encode(decoder.growing.text), tokenizer.end)
+        active.sequences[0].segments.append(TextSegment(thought))
+        active.decoded = True
+
+    def _finish(self, active: ThinkerRun) -> None:
+        flow = active.job.task.flow
+        job = None if flow is None else self._publish(active, flow)
+        answers = tuple(decoder.growing.answer() for decoder in active.decoders)
+        self._drop(active.job)
+        active.job.finish(Thoughts(answers, job), self.stage)
+
+    def _publish(self, active: ThinkerRun, flow: FlowSettings) -> DenoiseJob:
+        plan, ttl = active.job.task, self._config.lease_ttl_s
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)  # a lease carries no ordering of its own
+        handles = []
         try:
-            handles = [
-                self._producer.leases.publish(plan.request_id, prefill.branch, prefill.context, ttl)
-                for prefill in active.prefills
-            ]
+            for sequence in active.sequences:
+                handle = self._producer.leases.publish(plan.request_id, sequence.branch, sequence.context, ttl)
+                sequence.context = Context(self._producer.arena)  # the lease owns the blocks now
+                handles.append(handle)
         except ArenaFull as error:
+            self._producer.leases.withdraw(plan.request_id)
             raise Overloaded(f"no KV lease is free: {error}") from error
-        self._running.remove(active)
-        index = {handle.branch: number for number, handle in enumerate(handles)}
+        index: dict[Branch, int] = {handle.branch: number for number, handle in enumerate(handles)}
         branches = tuple(BranchContext(b.branch, index[b.same_as or b.branch]) for b in plan.branches)
-        job.finish(DenoiseJob(plan.request_id, plan.flow, tuple(handles), branches), self.stage)
+        return DenoiseJob(plan.request_id, flow, tuple(handles), branches)
+
+    # --- the end ---
 
     def _drop(self, job: ThinkerJob) -> None:
         for active in [active for active in self._running if active.job is job]:
             self._running.remove(active)
-            for prefill in active.prefills:
-                prefill.context.free()
+            active.free()
 
     def _forget(self, request_id: str) -> None:
         self._producer.leases.withdraw(request_id)
@@ -171,7 +230,3 @@ class ThinkerEngine(Worker[Plan, DenoiseJob]):
         """Stop the thread, then end every lease and remove the arena."""
         super().close()
         self._producer.close()
-
-
-def _tokens(branch: BranchPlan) -> int:
-    return sum(len(segment.token_ids) for segment in branch.segments)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
 from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_exception
-from bagel_triton.messages import ProgressEvent, Stage, StageStats
+from bagel_triton.messages import Event, Stage, StageStats
 
 Result = TypeVar("Result")
 POLL_S = 0.05  # how soon a client that left is noticed while a stage says nothing
@@ -19,9 +19,9 @@ class Visit(Generic[Result]):
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self._items: queue.SimpleQueue[ProgressEvent | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Event | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
 
-    def progress(self, event: ProgressEvent) -> None:
+    def progress(self, event: Event) -> None:
         """The stage is alive and this far."""
         self._items.put(event)
 
@@ -35,7 +35,7 @@ class Visit(Generic[Result]):
 
     def follow(
         self, cancelled: Callable[[], bool], timeout_s: float
-    ) -> Generator[ProgressEvent, None, tuple[Result, StageStats]]:
+    ) -> Generator[Event, None, tuple[Result, StageStats]]:
         """Yield progress until the answer, which is returned.
 
         Raises:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable
-from bagel_triton.messages import ProgressEvent, Stage, StageStats
+from bagel_triton.messages import Event, Stage, StageStats
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ class Job(Generic[Task, Result]):
 
     request_id: str
     task: Task
-    progress: Callable[[ProgressEvent], None]
+    progress: Callable[[Event], None]
     done: Future[tuple[Result, StageStats]] = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
@@ -68,7 +68,7 @@ class Worker(ABC, Generic[Task, Result]):
         """Start the thread; the subclass is fully built by then."""
         self._thread.start()
 
-    def submit(self, task: Task, request_id: str, progress: Callable[[ProgressEvent], None]) -> Job[Task, Result]:
+    def submit(self, task: Task, request_id: str, progress: Callable[[Event], None]) -> Job[Task, Result]:
         """Queue ``task``; from any thread."""
         job: Job[Task, Result] = Job(request_id, task, progress)
         if self._closing.is_set():

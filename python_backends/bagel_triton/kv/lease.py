@@ -107,6 +107,11 @@ class LeaseBook:
     def __len__(self) -> int:
         return len(self._leases)
 
+    @property
+    def blocks(self) -> int:
+        """Blocks that leases hold; one that two leases share counts twice."""
+        return sum(len(lease.context.blocks) for lease in self._leases.values())
+
     def publish(self, request_id: str, branch: Branch, context: Context, ttl_s: float) -> ContextHandle:
         """Lend ``context`` for ``ttl_s`` seconds; the book owns its blocks from here on.
 

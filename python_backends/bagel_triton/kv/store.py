@@ -72,25 +72,33 @@ class PagedStep:
         return key.index_select(0, slots), value.index_select(0, slots)
 
 
-@dataclass(frozen=True)
 class WorkspaceStep:
-    """One forward's view of per-sequence stores whose past never moves.
+    """One forward's view of stores whose past never moves.
 
-    ``writes`` names, for each run of the pack's rows, the sequence and its slot where
-    they go: ``(start, stop, sequence, slot)``.
+    Several sequences may share a store, pictures of one request for example: their past is
+    the same, and each one's new tokens go to the same slots behind it, just before that
+    sequence is read. So nothing past is ever copied.
+
+    ``writes`` names for each sequence the pack's rows and the slot where they go:
+    ``(start, stop, slot)``.
     """
 
-    stores: Sequence[Tensor]
-    writes: Sequence[tuple[int, int, int, int]]
+    def __init__(self, stores: Sequence[Tensor], writes: Sequence[Sequence[tuple[int, int, int]]]) -> None:
+        self._stores, self._writes = stores, writes
+        self._new: tuple[Tensor, Tensor] | None = None
+        self._written = -1
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values [tokens, kv_heads, head_dim] behind each sequence's past."""
-        for start, stop, sequence, slot in self.writes:
-            target = self.stores[sequence][layer, :, slot : slot + stop - start]
-            target[0].copy_(key[start:stop])
-            target[1].copy_(value[start:stop])
+        """Take the pack's new keys and values [tokens, kv_heads, head_dim]."""
+        self._new, self._written = (key, value), -1
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [length, kv_heads, head_dim] of a sequence."""
-        store = self.stores[sequence]
-        return store[layer, 0], store[layer, 1]
+        """Keys and values [length, kv_heads, head_dim] of a sequence, valid until another is read."""
+        store = self._stores[sequence][layer]
+        if self._written != sequence:
+            assert self._new is not None, "a step is written before it is read"
+            for start, stop, slot in self._writes[sequence]:
+                for target, new in zip(store, self._new, strict=True):
+                    target[slot : slot + stop - start].copy_(new[start:stop])
+            self._written = sequence
+        return store[0], store[1]

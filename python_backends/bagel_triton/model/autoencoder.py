@@ -187,6 +187,29 @@ def unpack_latents(tokens: Tensor, rows: int, columns: int, patch: int) -> Tenso
     return grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
 
 
+def pack_latents(latent: Tensor, patch: int) -> Tensor:
+    """A latent image as tokens, the inverse of :func:`unpack_latents`.
+
+    latent [channels, rows * patch, columns * patch] -> [rows * columns, patch * patch * channels].
+    """
+    channels, height, width = latent.shape
+    grid = latent.view(channels, height // patch, patch, width // patch, patch)  # [c, h, p, w, q]
+    return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def encode(autoencoder: Autoencoder, pixels: Tensor, noise: Tensor) -> Tensor:
+    """A sample of a picture's posterior, scaled and shifted.
+
+    pixels [height, width, 3] in [-1, 1]; noise [1, channels, height / 8, width / 8], a standard
+    normal draw -> latent of the noise's shape.
+    """
+    weight = autoencoder.encoder.conv_in.weight
+    image = pixels.permute(2, 0, 1).unsqueeze(0).to(device=weight.device, dtype=weight.dtype)  # [1, 3, H, W]
+    mean, logvar = autoencoder.encoder(image).float().chunk(2, dim=1)
+    sample: Tensor = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+    return SCALE * (sample - SHIFT)
+
+
 def decode(autoencoder: Autoencoder, latent: Tensor) -> Tensor:
     """Pixels of latent images: [batch, channels, h, w] -> uint8 [batch, 8h, 8w, 3]."""
     weight = autoencoder.decoder.conv_in.weight

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.linear import linear
 from bagel_triton.model.mot import Transformer
+from bagel_triton.model.picture import patchified
+from bagel_triton.model.vit import Mlp, VisionModel
 
 TIMESTEP_CHANNELS = 256
 MAX_PERIOD = 10000.0
@@ -37,12 +39,18 @@ class TimestepEmbedder(nn.Module):
     def forward(self, times: Tensor) -> Tensor:
         """times [n] float32 -> [n, hidden]."""
         first, last = self.mlp[0], self.mlp[2]
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         half = TIMESTEP_CHANNELS // 2
         steps = torch.arange(half, dtype=torch.float32, device=times.device)
         angles = times.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(first.weight.dtype)  # [n, 256]
         return linear(F.silu(linear(waves, first.weight, first.bias)), last.weight, last.bias)
+
+
+def grid_index(rows: int, columns: int, side: int) -> Tensor:
+    """Row-major indices of the top-left ``rows`` x ``columns`` of a ``side`` x ``side`` table."""
+    return (torch.arange(rows)[:, None] * side + torch.arange(columns)).flatten()
 
 
 class PositionTable(nn.Module):
@@ -55,8 +63,7 @@ class PositionTable(nn.Module):
 
     def forward(self, rows: int, columns: int) -> Tensor:
         """Embeddings of the top-left ``rows`` x ``columns`` grid: [rows * columns, hidden]."""
-        index = torch.arange(rows)[:, None] * self.side + torch.arange(columns)
-        return self.pos_embed[index.flatten().to(self.pos_embed.device)]
+        return self.pos_embed[grid_index(rows, columns, self.side).to(self.pos_embed.device)]
 
 
 class Bagel(nn.Module):
@@ -71,6 +78,9 @@ class Bagel(nn.Module):
         self.vae2llm = nn.Linear(config.latent.token_channels, hidden)
         self.llm2vae = nn.Linear(hidden, config.latent.token_channels)
         self.latent_pos_embed = PositionTable(config.latent.max_latent_size, hidden)
+        self.vit_model = VisionModel(config.vit)
+        self.connector = Mlp(config.vit.hidden_size, hidden, hidden)
+        self.vit_pos_embed = PositionTable(config.vit.patches_per_side, hidden)
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +108,22 @@ class Bagel(nn.Module):
             [tokens, hidden].
         """
         return linear(latents.to(self.dtype), self.vae2llm.weight, self.vae2llm.bias) + time + positions
+
+    def embed_picture(self, pixels: Tensor) -> Tensor:
+        """A picture for understanding: pixels [height, width, 3] in [-1, 1] -> [patches, hidden]."""
+        vit = self.config.vit
+        rows, columns = pixels.shape[0] // vit.patch_size, pixels.shape[1] // vit.patch_size
+        patches = patchified(pixels, vit.patch_size).to(self.device, self.dtype)
+        index = grid_index(rows, columns, vit.patches_per_side).to(self.device)
+        features = self.vit_model.vision_model(patches, index)
+        return self.connector(features) + self.vit_pos_embed(rows, columns)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary scores of understanding tokens, before the final norm.
+
+        hidden [tokens, hidden] -> [tokens, vocabulary].
+        """
+        return linear(self.language_model.model.norm(hidden), self.language_model.lm_head.weight)
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """The flow's velocity of latent tokens' last hidden states, before the final norm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import CheckpointError, LanguageConfig, LatentConfig, ModelConfig
+from bagel_triton.model.config import CheckpointError, LanguageConfig, LatentConfig, ModelConfig, VitConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 INDEX_FILE = "model.safetensors.index.json"
@@ -69,11 +70,11 @@ class Checkpoint:
         shapes = self._weights.shapes()
         if "latent_pos_embed.pos_embed" not in shapes:
             raise CheckpointError(f"{self.directory} has no tensor latent_pos_embed.pos_embed")
+        model, vit = _read_json(self.directory / "config.json"), _read_json(self.directory / "vit_config.json")
         self.config = ModelConfig(
             language=LanguageConfig.from_json(_read_json(self.directory / "llm_config.json")),
-            latent=LatentConfig.from_json(
-                _read_json(self.directory / "config.json"), shapes["latent_pos_embed.pos_embed"][0]
-            ),
+            latent=LatentConfig.from_json(model, shapes["latent_pos_embed.pos_embed"][0]),
+            vit=VitConfig.from_json(vit, model, _vit_layers(shapes)),
         )
         with torch.device("meta"):
             _check_shapes(Bagel(self.config), shapes)
@@ -99,6 +100,11 @@ def inspect(directory: str | Path) -> ModelConfig:
         CheckpointError: names the file, field or tensor that is wrong.
     """
     return Checkpoint(directory).config
+
+
+def _vit_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    pattern = "vit_model.vision_model.encoder.layers.{}.layer_norm1.weight"
+    return next(index for index in itertools.count() if pattern.format(index) not in shapes)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -103,8 +103,46 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class VitConfig:
+    """The SigLIP encoder. ``num_layers`` are those the checkpoint holds, one fewer than
+    ``vit_config.json`` says; ``patches_per_side`` is the side of both position tables."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    layer_norm_eps: float
+    patches_per_side: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise CheckpointError(
+                f"vit_config.json: hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_heads}"
+            )
+
+    @classmethod
+    def from_json(cls, vit: Mapping[str, Any], model: Mapping[str, Any], num_layers: int) -> VitConfig:
+        """From ``vit_config.json``, ``config.json`` and the layers counted in the checkpoint."""
+        try:
+            return cls(
+                hidden_size=int(vit["hidden_size"]),
+                intermediate_size=int(vit["intermediate_size"]),
+                num_layers=num_layers,
+                num_heads=int(vit["num_attention_heads"]),
+                patch_size=int(vit["patch_size"]),
+                layer_norm_eps=float(vit.get("layer_norm_eps", 1e-6)),
+                patches_per_side=int(model["vit_max_num_patch_per_side"]),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"vit_config.json or config.json has no field {error}") from error
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """All that the stages need to know of a checkpoint's shape."""
 
     language: LanguageConfig
     latent: LatentConfig
+    vit: VitConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,9 +25,9 @@ class Placement:
         return str(self.torch_device)
 
     @property
-    def dtype_name(self) -> str:
-        """``float32`` or ``bfloat16``."""
-        return str(self.torch_dtype).removeprefix("torch.")
+    def dtype_name(self) -> Literal["float32", "bfloat16"]:
+        """The dtype's name."""
+        return "float32" if self.torch_dtype == torch.float32 else "bfloat16"
 
     @property
     def attention(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers.decoders import DecodeStream
 from transformers import Qwen2Tokenizer
 
 from bagel_triton.errors import InvalidRequest
@@ -12,6 +13,7 @@ from bagel_triton.model.config import CheckpointError
 
 START, END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD = "<|image_pad|>"
 
 
 def unwrapped(prompt: str) -> str:
@@ -34,6 +36,7 @@ class Tokenizer:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+        self.backend = self._tokenizer.backend_tokenizer
         self.start, self.end = self._special(START), self._special(END)
         self.vision_start, self.vision_end = self._special(VISION_START), self._special(VISION_END)
 
@@ -60,3 +63,32 @@ class Tokenizer:
         if START in inner:
             return TextSegment(tuple(self.encode(inner)))
         return TextSegment((self.start, *self.encode(inner), self.end))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of ``token_ids``, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)  # type: ignore[no-any-return]
+
+    def stream(self) -> DetokenizerStream:
+        """A detokeniser that takes one token at a time."""
+        return DetokenizerStream(self)
+
+
+class DetokenizerStream:
+    """Text of tokens that arrive one by one; half a character waits for its other half."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._length = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` completes, often the empty one."""
+        self._ids.append(token_id)
+        text = self._stream.step(self._tokenizer.backend, token_id) or ""
+        self._length += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What still waited: the last characters, broken ones replaced."""
+        return self._tokenizer.decode(self._ids)[self._length :]

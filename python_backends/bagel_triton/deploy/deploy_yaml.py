@@ -1,0 +1,145 @@
+"""The deploy YAML that a user writes: a topology, and what its stages may use.
+
+The fields are those users know from vLLM-Omni's deploy files. A field that has no meaning
+here is refused with the reason, never ignored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.deploy.topology import TOPOLOGIES, Topology
+
+CONNECTORS = {"SharedMemoryConnector": "shm", "shm": "shm"}
+_THINKER_FIELDS = ("max_num_batched_tokens", "max_model_len", "kv_tokens", "block_tokens", "lease_ttl_s")
+
+
+class ConnectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named connector."""
+
+    name: str
+    extra: dict[str, Any] = {}
+
+
+class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one stage may use; None leaves the default."""
+
+    stage_id: int
+    devices: str | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    kv_tokens: int | None = None
+    block_tokens: int | None = None
+    lease_ttl_s: float | None = None
+    enforce_eager: bool = True
+    tensor_parallel_size: int = 1
+    input_connectors: dict[str, str] = {}
+    output_connectors: dict[str, str] = {}
+
+
+class DeployYaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    pipeline: str = "bagel"
+    dtype: str = "auto"
+    device: str = "auto"
+    stages: list[StageSection] = []
+    connectors: dict[str, ConnectorSpec] = {}
+
+
+def load(path: Path, checkpoint: str) -> DeployConfig:
+    """The configuration that the deploy YAML ``path`` gives ``checkpoint``.
+
+    Raises:
+        ConfigError: not readable, an unknown field, or a value that is not allowed.
+    """
+    try:
+        user = msgspec.yaml.decode(path.read_bytes(), type=DeployYaml)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"deploy YAML {path}: {error}") from error
+    if user.pipeline not in TOPOLOGIES:
+        raise ConfigError(f"pipeline={user.pipeline!r} is not allowed; allowed: {', '.join(TOPOLOGIES)}")
+    topology = TOPOLOGIES[user.pipeline]
+    for index, section in enumerate(user.stages):
+        _check_stage(f"stages[{index}]", section, topology)
+    return DeployConfig(
+        checkpoint=checkpoint,
+        pipeline=user.pipeline,
+        device=_device(user),
+        dtype=_allowed("dtype", user.dtype, ("auto", "float32", "bfloat16")),  # type: ignore[arg-type]
+        connector=_connector(user),  # type: ignore[arg-type]
+        thinker=_thinker(user, topology),
+        dit=_dit(user, topology),
+        vae_decode=VaeDecodeConfig(),
+    )
+
+
+def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
+    if section.stage_id >= len(topology.stages) or section.stage_id < 0:
+        allowed = f"0 to {len(topology.stages) - 1} in pipeline {topology.name}"
+        raise ConfigError(f"{name}.stage_id={section.stage_id} is not allowed; allowed: {allowed}")
+    if section.tensor_parallel_size != 1:
+        raise ConfigError(f"{name}.tensor_parallel_size={section.tensor_parallel_size}: only 1 is supported")
+    if not section.enforce_eager:
+        raise ConfigError(f"{name}.enforce_eager=false: graphs are not captured here; only true is supported")
+    if topology.stages[section.stage_id].execution == "autoregressive" or topology.one_process:
+        return
+    for field in _THINKER_FIELDS:
+        if getattr(section, field) is not None:
+            raise ConfigError(f"{name}.{field} belongs to an autoregressive stage; stage {section.stage_id} is not one")
+
+
+def _device(user: DeployYaml) -> str:
+    devices = {section.devices for section in user.stages if section.devices is not None}
+    if not devices:
+        return user.device
+    if len(devices) > 1 or any("," in device for device in devices):
+        raise ConfigError(f"stages[].devices={sorted(devices)}: all stages run on one device here")
+    device = devices.pop()
+    return f"cuda:{device}" if device.isdigit() else device
+
+
+def _connector(user: DeployYaml) -> str:
+    kinds = []
+    for name, spec in user.connectors.items():
+        kinds.append(CONNECTORS[_allowed(f"connectors.{name}.name", spec.name, tuple(CONNECTORS))])
+        if spec.extra:
+            raise ConfigError(f"connectors.{name}.extra={spec.extra!r} is not allowed; {spec.name} takes no options")
+    for section in user.stages:
+        for reference in (*section.input_connectors.values(), *section.output_connectors.values()):
+            _allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors))
+    return kinds[0] if kinds else "shm"
+
+
+def _merged(user: DeployYaml, stage: int, fields: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section in user.stages:
+        if section.stage_id == stage:
+            found.update({name: getattr(section, name) for name in fields if getattr(section, name) is not None})
+    return found
+
+
+def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
+    fields = _merged(user, 0, _THINKER_FIELDS)
+    length = fields.pop("max_model_len", None)
+    if length is not None:
+        fields["kv_tokens"] = max(length, fields.get("kv_tokens", 0))
+    if not topology.one_process:  # one process has one stage, whose max_num_seqs are pictures
+        fields |= _merged(user, 0, ("max_num_seqs",))
+    return ThinkerConfig(**fields)
+
+
+def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
+    stage = next(stage.stage_id for stage in topology.stages if stage.execution == "diffusion")
+    return DitConfig(**_merged(user, stage, ("max_num_seqs",)))
+
+
+def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not allowed; allowed: {', '.join(allowed)}")
+    return value

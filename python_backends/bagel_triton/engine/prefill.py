@@ -1,0 +1,129 @@
+"""One packed forward over chunks of many contexts: embeddings, positions, spans, and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from bagel_triton.engine.sequence import MARKERS, Chunk, PictureChunk, TextChunk
+from bagel_triton.kv.arena import KVArena
+from bagel_triton.kv.store import PagedStep
+from bagel_triton.messages import VaeSegment
+from bagel_triton.model.attention import Span
+from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.mot import Pack, rotary_tables
+from bagel_triton.model.picture import normalised
+
+
+@dataclass
+class _Rows:
+    """Rows of a pack that use one expert, gathered chunk by chunk."""
+
+    embeddings: list[Tensor] = field(default_factory=list)  # [rows, hidden] each
+    slots: list[Tensor] = field(default_factory=list)  # [rows] each
+    positions: list[int] = field(default_factory=list)
+
+    def add(self, embeddings: Tensor, slots: Tensor, positions: Sequence[int]) -> tuple[int, int]:
+        """Append rows; their (start, stop) among these."""
+        start = len(self.positions)
+        self.embeddings.append(embeddings)
+        self.slots.append(slots)
+        self.positions.extend(positions)
+        return start, len(self.positions)
+
+
+class Prefiller:
+    """Appends chunks to their contexts.
+
+    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``.
+    """
+
+    def __init__(self, model: Bagel, autoencoder: Autoencoder, arena: KVArena, vision_markers: tuple[int, int]) -> None:
+        self._model, self._autoencoder, self._arena = model, autoencoder, arena
+        with torch.inference_mode():
+            self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
+            self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
+
+    @torch.inference_mode()
+    def append(self, chunks: Sequence[Chunk], noises: Sequence[Tensor | None]) -> Tensor:
+        """Run ``chunks`` in one forward; their keys and values are in the arena afterwards.
+
+        Args:
+            noises: for each chunk its posterior draw, [1, channels, h, w]; None for all
+                but pictures for generation.
+
+        Returns:
+            Scores of the scored chunks' last tokens, [scored, vocabulary].
+
+        Raises:
+            ArenaFull: before anything was computed; contexts extended so far stay so.
+        """
+        gen, und = _Rows(), _Rows()
+        gen_rows = sum(chunk.tokens - MARKERS for chunk in chunks if _is_vae(chunk))
+        spans: list[Span] = []
+        scored: list[int] = []
+        for sequence, (chunk, noise) in enumerate(zip(chunks, noises, strict=True)):
+            context, position = chunk.context, chunk.context.next_position
+            slots = context.extend(chunk.tokens)
+            if isinstance(chunk, TextChunk):
+                context.next_position += chunk.tokens
+                embeddings = self._model.embed_text(torch.tensor(chunk.token_ids, device=self._model.device))
+                positions: Sequence[int] = range(position, context.next_position)
+            else:
+                context.next_position += 1  # one position for the whole block
+                embeddings, body = self._markers, [position] * chunk.tokens
+                if _is_vae(chunk):
+                    start, stop = gen.add(self._vae_tokens(chunk, noise), slots[1:-1], body[MARKERS:])
+                    spans.append(Span(start, stop, sequence, causal=False))
+                    slots, positions = slots[[0, -1]], body[:MARKERS]
+                else:
+                    start_marker, end_marker = self._markers.split(1)
+                    embeddings, positions = torch.cat((start_marker, self._vit_tokens(chunk), end_marker)), body
+            start, stop = und.add(embeddings, slots, positions)
+            spans.append(Span(gen_rows + start, gen_rows + stop, sequence, causal=isinstance(chunk, TextChunk)))
+            if isinstance(chunk, TextChunk) and chunk.scored:
+                scored.append(gen_rows + stop - 1)
+        positions_at = torch.tensor(gen.positions + und.positions, device=self._model.device)
+        cos, sin = rotary_tables(positions_at, self._model.config.language, self._model.dtype)
+        reads = [self._arena.read_slots(chunk.context) for chunk in chunks]
+        kv = PagedStep(self._arena.store, torch.cat(gen.slots + und.slots), reads)
+        packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
+        hidden = self._model.language_model.model(packed, Pack(gen_rows, cos, sin, spans, kv))
+        if not scored:
+            return packed.new_empty(0, self._model.config.language.vocab_size)
+        return self._model.logits(hidden[scored])
+
+    def _vit_tokens(self, chunk: PictureChunk) -> Tensor:
+        """[patches, hidden] of a picture for understanding."""
+        segment = chunk.segment
+        return self._model.embed_picture(normalised(segment.pixels, segment.height, segment.width))
+
+    def _vae_tokens(self, chunk: PictureChunk, noise: Tensor | None) -> Tensor:
+        """[latent tokens, hidden] of a clean conditioning picture."""
+        segment, latent = chunk.segment, self._model.config.latent
+        assert noise is not None, "a picture for generation comes with its posterior draw"
+        z = encode(self._autoencoder, normalised(segment.pixels, segment.height, segment.width), noise)
+        rows, columns = segment.height // latent.stride, segment.width // latent.stride
+        tokens = pack_latents(z[0], latent.patch_size).to(self._model.device)
+        return self._model.embed_latents(tokens, self._clean, self._model.latent_pos_embed(rows, columns))
+
+
+def _is_vae(chunk: Chunk) -> TypeGuard[PictureChunk]:
+    return isinstance(chunk, PictureChunk) and isinstance(chunk.segment, VaeSegment)
+
+
+def posterior_noise(segments: Sequence[VaeSegment], channels: int, downsample: int, seed: int) -> list[Tensor]:
+    """One standard normal draw per conditioning picture, in order, from one generator.
+
+    Each is [1, channels, height / downsample, width / downsample] float32.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [
+        torch.randn(1, channels, segment.height // downsample, segment.width // downsample, generator=generator)
+        for segment in segments
+    ]

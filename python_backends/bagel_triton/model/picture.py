@@ -1,0 +1,80 @@
+"""A conditioning picture on its way in: flattened, resized as the model was trained, normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 14 * 14 * 9 * 1024
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """Bounds of a picture's sides, in pixels; both become multiples of ``stride``."""
+
+    stride: int
+    longest: int
+    shortest: int
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) that a picture of this size is resized to.
+
+        The long side is at most ``longest``; the short one at least ``shortest``, unless
+        the picture is too elongated for both.
+        """
+        scale = min(self.longest / max(width, height), 1.0)
+        scale = max(scale, self.shortest / min(width, height))
+        width, height = self._scaled(width, height, scale)
+        if width * height > MAX_PIXELS:
+            # Linear in the area, no square root: that is how the model was trained.
+            width, height = self._scaled(width, height, MAX_PIXELS / (width * height))
+        if max(width, height) > self.longest:
+            width, height = self._scaled(width, height, self.longest / max(width, height))
+        return width, height
+
+    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
+        width, height = (
+            max(self.stride, round(round(side * scale) / self.stride) * self.stride) for side in (width, height)
+        )
+        return width, height
+
+    def apply(self, picture: Image.Image) -> Image.Image:
+        """``picture`` (RGB) resized, bicubic."""
+        size = self.size(*picture.size)
+        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+VAE_RULE = ResizeRule(stride=16, longest=1024, shortest=512)
+VIT_RULE = ResizeRule(stride=14, longest=980, shortest=224)
+
+
+def flattened(picture: Image.Image) -> Image.Image:
+    """``picture`` as RGB, transparency on white."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGB", rgba.size, (255, 255, 255))
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return picture.convert("RGB")
+
+
+def to_bytes(picture: Image.Image) -> bytes:
+    """Raw uint8 pixels, [height, width, 3] row-major."""
+    return np.asarray(picture, dtype=np.uint8).tobytes()
+
+
+def normalised(pixels: bytes, height: int, width: int) -> Tensor:
+    """Raw pixels as float32 [height, width, 3] in [-1, 1]."""
+    array = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, 3)
+    return array.float() / 127.5 - 1.0
+
+
+def patchified(pixels: Tensor, patch: int) -> Tensor:
+    """pixels [height, width, 3] -> [rows * columns, patch * patch * 3], each (row, column, channel)."""
+    height, width, channels = pixels.shape
+    grid = pixels.view(height // patch, patch, width // patch, patch, channels)  # [h, p, w, q, c]
+    return grid.permute(0, 2, 1, 3, 4).reshape(-1, patch * patch * channels)
