@@ -22,6 +22,8 @@ Modality = Literal["image", "text"]
 MIN_STEPS, MAX_STEPS = 2, 1000
 MAX_SEED = 2**63 - 1 - 16  # room for the seeds of further pictures
 MAX_PICTURES = 10
+MAX_INPUT_PICTURES = 10
+MAX_PICTURE_BYTES = 32 * 2**20  # encoded
 MAX_STOPS = 16
 MAX_NEW_TOKENS = 32768
 

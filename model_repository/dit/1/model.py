@@ -28,7 +28,7 @@ class TritonPythonModel(StageModel):
 
     def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> DitEngine:
         """The engine."""
-        return build_dit(parts)
+        return build_dit(parts, gauge)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
         """Queue a request's pictures."""

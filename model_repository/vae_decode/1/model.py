@@ -19,7 +19,7 @@ class TritonPythonModel(StageModel):
     def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> DecoderEngine:
         """The engine."""
         self._channels = parts.checkpoint.config.latent.token_channels
-        return build_decoder(parts)
+        return build_decoder(parts, gauge)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
         """Queue one picture's latents."""

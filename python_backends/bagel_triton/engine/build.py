@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from bagel_triton.engine.expander import Expander
 from bagel_triton.engine.flow_run import Latents
 from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
 from bagel_triton.engine.visit import Visit
-from bagel_triton.engine.worker import Job
+from bagel_triton.engine.worker import Gauge, Job
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
 from bagel_triton.messages import DenoiseJob, Plan, StageStats, Thoughts
@@ -28,7 +27,6 @@ from bagel_triton.model.placement import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.request import GenerationRequest
 
-Gauge = Callable[[str, float], None]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -68,18 +66,18 @@ def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
     return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, gauge)
 
 
-def build_dit(parts: Parts) -> DitEngine:
+def build_dit(parts: Parts, gauge: Gauge | None = None) -> DitEngine:
     """The DiT, reading arenas in shared memory."""
     place, tokenizer = parts.placement, parts.tokenizer()
     model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    return DitEngine(model, ShmConsumer(), parts.config.dit, markers)
+    return DitEngine(model, ShmConsumer(), parts.config.dit, markers, gauge)
 
 
-def build_decoder(parts: Parts) -> DecoderEngine:
+def build_decoder(parts: Parts, gauge: Gauge | None = None) -> DecoderEngine:
     """The decoder; the autoencoder always computes in float32."""
     autoencoder = parts.checkpoint.load_autoencoder(parts.placement.torch_device, torch.float32)
-    return DecoderEngine(autoencoder, parts.checkpoint.config.latent, parts.config.vae_decode)
+    return DecoderEngine(autoencoder, parts.checkpoint.config.latent, parts.config.vae_decode, gauge)
 
 
 class LocalStages:

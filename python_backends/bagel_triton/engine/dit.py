@@ -10,7 +10,7 @@ from torch import Tensor
 from bagel_triton.deploy.config import DitConfig
 from bagel_triton.engine.flow_run import FlowRun, Latents
 from bagel_triton.engine.sequence import MARKERS
-from bagel_triton.engine.worker import Job, Worker
+from bagel_triton.engine.worker import Gauge, Job, Worker
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
@@ -32,8 +32,15 @@ class DitEngine(Worker[DenoiseJob, list[Latents]]):
 
     stage = "dit"
 
-    def __init__(self, model: Bagel, consumer: Consumer, config: DitConfig, vision_markers: tuple[int, int]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: Bagel,
+        consumer: Consumer,
+        config: DitConfig,
+        vision_markers: tuple[int, int],
+        gauge: Gauge | None = None,
+    ) -> None:
+        super().__init__(gauge)
         self._model, self._consumer, self._config = model, consumer, config
         self._runs: list[FlowRun] = []
         self._packed: tuple[list[Block], Pack] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from bagel_triton.engine.prefill import Prefiller, posterior_noise
 from bagel_triton.engine.sequence import Chunk, build_sequences
 from bagel_triton.engine.sequence import Sequence as BranchSequence
 from bagel_triton.engine.thinker_run import TextDecoder, ThinkerRun
-from bagel_triton.engine.worker import Job, Worker
+from bagel_triton.engine.worker import Gauge, Job, Worker
 from bagel_triton.errors import BagelError, InvalidRequest, Overloaded
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Producer
@@ -55,15 +55,14 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         tokenizer: Tokenizer,
         producer: Producer,
         config: ThinkerConfig,
-        gauge: Callable[[str, float], None] = lambda name, value: None,
+        gauge: Gauge | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gauge)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
-        self._config, self._gauge = config, gauge
+        self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         self._prefiller = Prefiller(model, autoencoder, producer.arena, markers)
         self._running: list[ThinkerRun] = []
-        self._gauged: dict[str, float] = {}
         self.start()
 
     # --- admission ---
@@ -220,10 +219,8 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
     def _housekeep(self) -> bool:
         leases, blocks = self._producer.leases, self._producer.arena.blocks
         leases.reclaim()
-        for name, value in (("kv_leases", len(leases)), ("kv_blocks_used", blocks.used)):
-            if self._gauged.get(name) != value:
-                self._gauged[name] = value
-                self._gauge(name, value)
+        self.observe("kv_leases", len(leases))
+        self.observe("kv_blocks_used", blocks.used)
         return len(leases) > 0
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from bagel_triton.messages import Event, Stage, StageStats
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Gauge = Callable[[str, float], None]
 log = logging.getLogger(__name__)
 
 
@@ -52,13 +53,14 @@ class Worker(ABC, Generic[Task, Result]):
 
     Subclasses own ``active`` jobs and implement :meth:`_admit`, :meth:`_step` and
     :meth:`_drop`. An exception in a step fails the jobs that took part in it, and the
-    worker goes on.
+    worker goes on. ``gauge`` is told how many jobs are active and waiting.
     """
 
     stage: Stage
     poll_s = 0.02  # how soon a condition without a wake-up, such as a released lease, is noticed
 
-    def __init__(self) -> None:
+    def __init__(self, gauge: Gauge | None = None) -> None:
+        self._gauge, self._gauged = gauge, dict[str, float]()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Job[Task, Result]] = deque()
         self._closing = threading.Event()
@@ -125,7 +127,15 @@ class Worker(ABC, Generic[Task, Result]):
                 except Exception as error:
                     log.exception("%s: a step failed", self.stage)
                     self._fail_active(error)
+            self.observe("active", len(self._active()))
+            self.observe("waiting", len(self._waiting))
         self._shut_down()
+
+    def observe(self, name: str, value: float) -> None:
+        """Set the gauge ``STAGE_name`` where it changed."""
+        if self._gauge is not None and self._gauged.get(name) != value:
+            self._gauged[name] = value
+            self._gauge(f"{self.stage}_{name}", value)
 
     def _drain(self, wait_s: float | None) -> None:
         try:
