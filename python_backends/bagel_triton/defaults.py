@@ -5,7 +5,6 @@ A checkpoint's own limit, the longest side, is passed in; everything else is her
 
 from __future__ import annotations
 
-import math
 import secrets
 from typing import Literal, TypeVar, get_args
 
@@ -21,6 +20,8 @@ Cache = Literal["none", "taylorseer"]
 Modality = Literal["image", "text"]
 MIN_STEPS, MAX_STEPS = 2, 1000
 MAX_SEED = 2**63 - 1 - 16  # room for the seeds of further pictures
+MAX_SCALE = 1000
+MIN_SHIFT, MAX_SHIFT = 0.001, 1000
 MAX_PICTURES = 10
 MAX_INPUT_PICTURES = 10
 MAX_PICTURE_BYTES = 32 * 2**20  # encoded
@@ -125,7 +126,7 @@ def flow_settings(
     image_scale = _given(request.cfg_img_scale, defaults.cfg_img_scale)
     for name, scale in (("cfg_text_scale", text_scale), ("cfg_img_scale", image_scale)):
         _check(
-            name, scale, math.isfinite(scale) and scale >= 0, "a finite number >= 0 (at most 1 switches guidance off)"
+            name, scale, 0 <= scale <= MAX_SCALE, f"a number from 0 to {MAX_SCALE} (at most 1 switches guidance off)"
         )
     low, high = _given(request.cfg_interval, defaults.cfg_interval)
     _check("cfg_interval", [low, high], 0 <= low <= high <= 1, "[low, high] with 0 <= low <= high <= 1")
@@ -134,7 +135,7 @@ def flow_settings(
     floor = _given(request.cfg_renorm_min, defaults.cfg_renorm_min)
     _check("cfg_renorm_min", floor, 0 <= floor <= 1, "a number from 0 to 1")
     shift = _given(request.timestep_shift, defaults.timestep_shift)
-    _check("timestep_shift", shift, math.isfinite(shift) and shift > 0, "a finite number > 0")
+    _check("timestep_shift", shift, MIN_SHIFT <= shift <= MAX_SHIFT, f"a number from {MIN_SHIFT} to {MAX_SHIFT}")
     cache = _given(request.cache, "none")
     _check("cache", cache, cache in get_args(Cache), ", ".join(get_args(Cache)))
     return FlowSettings(
@@ -201,7 +202,10 @@ def _sides(request: GenerationRequest, default: int, max_side: int, size: tuple[
         height = request.height if request.height is not None else request.width  # type: ignore[assignment]
         width = request.width if request.width is not None else request.height  # type: ignore[assignment]
     allowed = f"a multiple of {LATENT_STRIDE} from {LATENT_STRIDE} to {max_side}"
+    given = [name for name in ("height", "width") if getattr(request, name) is not None] or ["height", "width"]
     for name, side in (("height", height), ("width", width)):
+        if name not in given:
+            continue
         _check(name, side, side % LATENT_STRIDE == 0 and LATENT_STRIDE <= side <= max_side, allowed)
     return height, width
 

@@ -251,7 +251,7 @@ class Thoughts(Message, frozen=True):
 
 
 class ProgressEvent(Message, frozen=True, tag="progress"):
-    """``step`` of ``steps`` updates are done."""
+    """``step`` of ``steps`` updates are done; 0 of 0: the request waits for the stage."""
 
     stage: Stage
     step: int

@@ -48,7 +48,7 @@ class TritonStages:
         inputs = {"contexts": triton_io.message_array(job), "progress": np.array([True])}
         return self._visit(DIT, inputs, ["event", "latents", "latent_grid"], _pictures)
 
-    def decode(self, latents: Arrays) -> Visit[Array]:
+    def decode(self, latents: Arrays, request_id: str) -> Visit[Array]:
         """``vae_decode``."""
         return self._visit(DECODER, latents, ["generated_image"], lambda arrays: arrays["generated_image"])
 

@@ -113,15 +113,15 @@ class LocalStages:
         visit: Visit[list[Latents]] = Visit("dit")
         return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress))
 
-    def decode(self, latents: Latents) -> Visit[Tensor]:
+    def decode(self, latents: Latents, request_id: str) -> Visit[Tensor]:
         """Queue at the decoder."""
         visit: Visit[Tensor] = Visit("vae_decode")
-        return follow_job(visit, self.decoder.submit(latents, "", visit.progress))
+        return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress))
 
     def abandon(self, request_id: str) -> None:
-        """Cancel in both engines."""
-        self.dit.cancel(request_id)
-        self.thinker.cancel(request_id)
+        """Cancel in every engine."""
+        for engine in (self.decoder, self.dit, self.thinker):
+            engine.cancel(request_id)
 
     def close(self) -> None:
         """Stop every engine."""

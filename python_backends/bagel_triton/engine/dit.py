@@ -169,6 +169,10 @@ class DitEngine(Worker[DenoiseJob, list[Latents]]):
             self._drop(run.job)
             run.job.finish([Latents(x, run.rows, run.columns) for x in run.x], self.stage)
 
+    def _keep(self, job: DitJob) -> None:
+        for handle in job.task.handles:
+            self._consumer.renew(handle)
+
     def _drop(self, job: DitJob) -> None:
         self._runs = [run for run in self._runs if run.job is not job]
         self._packed = None

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bagel_triton.defaults import Modality
+from bagel_triton.defaults import MAX_INPUT_PICTURES, MAX_PICTURE_BYTES, Modality
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import Segment, VaeSegment, VitSegment
 from bagel_triton.model.picture import VAE_RULE, VIT_RULE, flattened, to_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_PICTURES = 10
-MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64 * 2**20
 
 
@@ -25,8 +23,8 @@ def open_picture(data: bytes, param: str) -> Image.Image:
     Raises:
         InvalidRequest: too many bytes or pixels, not a picture, an unknown format, damaged.
     """
-    if len(data) > MAX_BYTES:
-        raise InvalidRequest(f"{param} has {len(data)} bytes; allowed: at most {MAX_BYTES}", param)
+    if len(data) > MAX_PICTURE_BYTES:
+        raise InvalidRequest(f"{param} has {len(data)} bytes; allowed: at most {MAX_PICTURE_BYTES}", param)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
@@ -54,8 +52,8 @@ def picture_segments(
     Raises:
         InvalidRequest: too many pictures, or one that cannot be used.
     """
-    if len(encoded) > MAX_PICTURES:
-        raise InvalidRequest.value("image", f"{len(encoded)} pictures", f"at most {MAX_PICTURES}")
+    if len(encoded) > MAX_INPUT_PICTURES:
+        raise InvalidRequest.value("image", f"{len(encoded)} pictures", f"at most {MAX_INPUT_PICTURES}")
     segments: list[tuple[Segment, ...]] = []
     size = None
     for index, data in enumerate(encoded):

@@ -41,7 +41,7 @@ class Stages(Protocol[RequestT, LatentsT, PixelsT]):
     def denoise(self, job: DenoiseJob) -> Visit[Sequence[LatentsT]]:
         """``dit``: claim the contexts and run the flow, of every picture asked for."""
 
-    def decode(self, latents: LatentsT) -> Visit[PixelsT]:
+    def decode(self, latents: LatentsT, request_id: str) -> Visit[PixelsT]:
         """``vae_decode``: one picture's latents to uint8 [height, width, 3]."""
 
     def abandon(self, request_id: str) -> None:
@@ -85,7 +85,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
             yield from _answers(thoughts.answers)
             if thoughts.job is not None:
                 latents = yield from follow(self._stages.denoise(thoughts.job))
-                for visit in [self._stages.decode(one) for one in latents]:
+                for visit in [self._stages.decode(one, plan.request_id) for one in latents]:
                     pictures.append((yield from follow(visit)))
             finished = True
         finally:

@@ -9,6 +9,7 @@ from bagel_triton.kv.arena import Context, KVArena
 from bagel_triton.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
 from bagel_triton.model.config import ModelConfig
 
+TEXT_CHUNK = 512
 MARKERS = 2  # <|vision_start|> and <|vision_end|> around a picture's tokens
 
 
@@ -88,14 +89,16 @@ class Sequence:
     def next_chunk(self, budget: int, alone: bool) -> Chunk | None:
         """What to append next within ``budget`` tokens, if anything.
 
-        Text is causal and may be cut anywhere; a picture is one block and may exceed the
-        budget where it is ``alone`` in the step.
+        A picture is one block; text is cut every ``TEXT_CHUNK`` tokens and nowhere else, so
+        that a context's numbers do not depend on who shares the step. One chunk that is
+        ``alone`` in the step may exceed the budget.
         """
-        if self.waiting or self.complete or budget < 1:
+        if self.waiting or self.complete:
             return None
         segment = self.segments[self.done]
         if isinstance(segment, TextSegment):
-            return TextChunk(self.context, segment.token_ids[self.offset : self.offset + budget])
+            text = TextChunk(self.context, segment.token_ids[self.offset : self.offset + TEXT_CHUNK])
+            return text if alone or text.tokens <= budget else None
         tokens = segment_tokens(segment, self.config)
         if tokens > budget and not alone:
             return None

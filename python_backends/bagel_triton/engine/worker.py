@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable
-from bagel_triton.messages import Event, Stage, StageStats
+from bagel_triton.messages import Event, ProgressEvent, Stage, StageStats
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Gauge = Callable[[str, float], None]
+KEEP_S, SIGN_OF_LIFE_S = 0.05, 1.0
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +65,8 @@ class Worker(ABC, Generic[Task, Result]):
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Job[Task, Result]] = deque()
         self._closing = threading.Event()
+        self._closed, self._closing_lock = False, threading.Lock()
+        self._told_at = self._kept_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"{self.stage}-engine", daemon=True)
 
     def start(self) -> None:
@@ -73,10 +76,11 @@ class Worker(ABC, Generic[Task, Result]):
     def submit(self, task: Task, request_id: str, progress: Callable[[Event], None]) -> Job[Task, Result]:
         """Queue ``task``; from any thread."""
         job: Job[Task, Result] = Job(request_id, task, progress)
-        if self._closing.is_set():
-            job.fail(StageUnavailable(f"{self.stage} is shutting down"))
-        else:
-            self._inbox.put(lambda: self._waiting.append(job))
+        with self._closing_lock:
+            if not self._closed:
+                self._inbox.put(lambda: self._waiting.append(job))
+                return job
+        job.fail(StageUnavailable(f"{self.stage} is shutting down"))
         return job
 
     def cancel(self, request_id: str) -> None:
@@ -118,18 +122,40 @@ class Worker(ABC, Generic[Task, Result]):
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            polling = self._housekeep() or bool(self._waiting)
-            self._drain(0.0 if self._active() else self.poll_s if polling else None)
-            self._admit_waiting()
-            if self._active():
-                try:
-                    self._step()
-                except Exception as error:
-                    log.exception("%s: a step failed", self.stage)
-                    self._fail_active(error)
-            self.observe("active", len(self._active()))
-            self.observe("waiting", len(self._waiting))
+            try:
+                self._turn()
+            except Exception as error:
+                log.exception("%s: a step failed", self.stage)
+                self._fail_active(error)
         self._shut_down()
+
+    def _turn(self) -> None:
+        """Take in, admit, and step; or wait, where there is nothing to step."""
+        polling = self._housekeep()
+        self._drain(0.0)
+        self._admit_waiting()
+        self.observe("active", len(self._active()))
+        self.observe("waiting", len(self._waiting))
+        self._tell_waiting()
+        if self._active():
+            self._step()
+        else:
+            self._drain(self.poll_s if polling or self._waiting else None)
+
+    def _tell_waiting(self) -> None:
+        """A sign of life to those who wait: without one a busy stage looks dead."""
+        now = time.monotonic()
+        if now - self._kept_at > KEEP_S:
+            self._kept_at = now
+            for job in self._waiting:
+                self._keep(job)
+        if now - self._told_at > SIGN_OF_LIFE_S:
+            self._told_at = now
+            for job in self._waiting:
+                job.progress(ProgressEvent(self.stage, 0, 0))
+
+    def _keep(self, job: Job[Task, Result]) -> None:
+        """See that what a waiting job needs is still there when its turn comes."""
 
     def observe(self, name: str, value: float) -> None:
         """Set the gauge ``STAGE_name`` where it changed."""
@@ -177,6 +203,8 @@ class Worker(ABC, Generic[Task, Result]):
             job.fail(typed)
 
     def _shut_down(self) -> None:
+        with self._closing_lock:
+            self._closed = True
         self._drain(0.0)
         error = StageUnavailable(f"{self.stage} is shutting down")
         self._fail_active(error)

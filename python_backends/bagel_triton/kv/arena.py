@@ -51,10 +51,10 @@ class Blocks:
 
     def release(self, blocks: Sequence[int]) -> None:
         """One reference less to each block; the last one frees it."""
+        if twice := [block for block in blocks if not self._references[block]]:
+            raise ValueError(f"block {twice[0]} is free already")
         freed = []
         for block in blocks:
-            if not self._references[block]:
-                raise ValueError(f"block {block} is free already")
             self._references[block] -= 1
             if not self._references[block]:
                 freed.append(block)

@@ -1,10 +1,12 @@
 """Leases: the right to read a context until a time, without a lock between processes.
 
-The table is one int64 word pair per slot, in memory both sides see. The producer alone
-writes ``granted`` (the lease a slot carries, 0 for none), a consumer alone writes
-``released`` (the last lease it gave back). Each word has one writer and is stored
-whole, so no lock is needed. Lease numbers never repeat within a generation. A consumer
-reads ``granted`` before and after its copy: a lease that was reclaimed meanwhile shows.
+The table is a few int64 words per slot, in memory both sides see. The producer alone
+writes ``granted`` (the lease a slot carries, 0 for none); a consumer alone writes
+``released`` (the last lease it gave back) and ``renewals`` (a count that it raises while
+it still wants the lease: the producer, seeing it move, lets the lease's time begin anew,
+so no clock is shared). Each word has one writer and is stored whole, so no lock is needed.
+Lease numbers never repeat within a generation. A consumer reads ``granted`` before and
+after its copy: a lease that was reclaimed meanwhile shows.
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ from bagel_triton.kv.arena import ArenaFull, Context, KVArena
 from bagel_triton.messages import Branch, ContextHandle
 
 SLOTS = 4096
-_HEADER, _GRANTED, _RELEASED = 0, 0, 1
+_WORDS = 4  # a slot's words; one is spare
+_HEADER, _GRANTED, _RELEASED, _RENEWALS = 0, 0, 1, 2
 Words = npt.NDArray[np.int64]
 
 
 def table_words() -> int:
-    """Length of a table's array: one header pair (the generation) and the slots' pairs."""
-    return 2 * (1 + SLOTS)
+    """Length of a table's array: one header row (the generation) and a row per slot."""
+    return _WORDS * (1 + SLOTS)
 
 
 class LeaseTable:
-    """The shared words, [1 + SLOTS, 2]; row 0 holds the producer's generation."""
+    """The shared words, [1 + SLOTS, 4]; row 0 holds the producer's generation."""
 
     def __init__(self, words: Words) -> None:
-        self._words = words.reshape(1 + SLOTS, 2)
+        self._words = words.reshape(1 + SLOTS, _WORDS)
 
     def open(self, generation: int) -> None:
         """Start a generation: no lease is granted."""
@@ -62,6 +65,14 @@ class LeaseTable:
         """The lease that was last given back in ``slot``."""
         return int(self._words[1 + slot, _RELEASED])
 
+    def renew(self, slot: int) -> None:
+        """Consumer: the lease in ``slot`` is still wanted."""
+        self._words[1 + slot, _RENEWALS] += 1
+
+    def renewals(self, slot: int) -> int:
+        """How often the leases in ``slot`` were renewed."""
+        return int(self._words[1 + slot, _RENEWALS])
+
     def check(self, handle: ContextHandle) -> None:
         """Raise :class:`LeaseError` unless ``handle`` may be read now."""
         what = f"lease {handle.lease} of request {handle.request_id}, branch {handle.branch}"
@@ -78,7 +89,9 @@ class _Lease:
     request_id: str
     lease: int
     context: Context
+    ttl_s: float
     expires_at: float
+    renewals: int
 
 
 class LeaseBook:
@@ -127,7 +140,7 @@ class LeaseBook:
                 raise ArenaFull(f"all {SLOTS} lease slots are taken")
             slot = self._free_slots.pop()
             self._last_lease = lease = self._last_lease + 1
-            self._leases[slot] = _Lease(request_id, lease, context, expires_at)
+            self._leases[slot] = _Lease(request_id, lease, context, ttl_s, expires_at, self._table.renewals(slot))
             self._table.grant(slot, lease)
         return ContextHandle(
             request_id=request_id,
@@ -147,6 +160,9 @@ class LeaseBook:
     def reclaim(self) -> int:
         """Take back every lease that was released or has expired; how many there were."""
         now = self._clock()
+        for slot, lease in self._leases.items():
+            if self._table.renewals(slot) != lease.renewals:
+                lease.renewals, lease.expires_at = self._table.renewals(slot), now + lease.ttl_s
         ended = [
             slot
             for slot, lease in self._leases.items()

@@ -174,6 +174,7 @@ class Autoencoder(nn.Module):
                 raise KeyError("decoder.up.0.block.0.conv1.weight")
         except KeyError as error:
             raise CheckpointError(f"the autoencoder has no tensor {error}") from error
+        self.latent_channels, self.downsample = latents, 2 ** (levels - 1)
         self.encoder = Encoder(widths, encoder_blocks, pixels, latents)
         self.decoder = Decoder(widths, decoder_blocks, pixels, latents)
 

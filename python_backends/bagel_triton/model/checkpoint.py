@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import CheckpointError, LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,15 +70,22 @@ class Checkpoint:
         shapes = self._weights.shapes()
         if "latent_pos_embed.pos_embed" not in shapes:
             raise CheckpointError(f"{self.directory} has no tensor latent_pos_embed.pos_embed")
-        model, vit = _read_json(self.directory / "config.json"), _read_json(self.directory / "vit_config.json")
+        model, vit = _fields(self.directory / "config.json"), _fields(self.directory / "vit_config.json")
         self.config = ModelConfig(
-            language=LanguageConfig.from_json(_read_json(self.directory / "llm_config.json")),
-            latent=LatentConfig.from_json(model, shapes["latent_pos_embed.pos_embed"][0]),
-            vit=VitConfig.from_json(vit, model, _vit_layers(shapes)),
+            language=LanguageConfig.read(_fields(self.directory / "llm_config.json")),
+            latent=LatentConfig.read(model, shapes["latent_pos_embed.pos_embed"][0]),
+            vit=VitConfig.read(vit, model, _vit_layers(shapes)),
         )
         with torch.device("meta"):
             _check_shapes(Bagel(self.config), shapes)
-            _check_shapes(Autoencoder(self._autoencoder.shapes()), self._autoencoder.shapes())
+            autoencoder = Autoencoder(self._autoencoder.shapes())
+            _check_shapes(autoencoder, self._autoencoder.shapes())
+        latent = self.config.latent
+        if (autoencoder.latent_channels, autoencoder.downsample) != (latent.channels, latent.downsample):
+            raise CheckpointError(
+                f"config.json says z_channels={latent.channels}, downsample={latent.downsample}; the autoencoder's "
+                f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
+            )
 
     def load_bagel(self, device: torch.device, dtype: torch.dtype) -> Bagel:
         """The transformer with its flow head, on ``device`` in ``dtype``."""
@@ -118,6 +125,10 @@ def _weight_files(directory: Path) -> list[Path]:
         if all(path.is_file() for path in files) or not (directory / WEIGHTS_FILE).is_file():
             return files
     return [directory / WEIGHTS_FILE]
+
+
+def _fields(path: Path) -> Fields:
+    return Fields(path.name, _read_json(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

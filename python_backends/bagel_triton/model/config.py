@@ -13,6 +13,47 @@ class CheckpointError(ValueError):
     """The checkpoint is missing a file or tensor, or one does not fit the others."""
 
 
+class Fields:
+    """A configuration file's fields, read with their types.
+
+    Raises:
+        CheckpointError: names the file, the field, and what is wrong with it.
+    """
+
+    def __init__(self, file: str, fields: Mapping[str, Any]) -> None:
+        self.file, self._fields = file, fields
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._fields.get(name) is not None
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self._fields.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self._error(name, value, "a number above 0")
+        return value
+
+    def integer(self, name: str) -> int:
+        """An integer above 0."""
+        value = self.number(name)
+        if value != int(value):
+            raise self._error(name, value, "an integer above 0")
+        return int(value)
+
+    def section(self, name: str) -> Fields:
+        """An object inside this one."""
+        value = self._fields.get(name)
+        if not isinstance(value, dict):
+            raise self._error(name, value, "an object")
+        return Fields(f"{self.file}: {name}", value)
+
+    def _error(self, name: str, value: object, allowed: str) -> CheckpointError:
+        if name not in self._fields:
+            return CheckpointError(f"{self.file} has no field {name}")
+        return CheckpointError(f"{self.file}: {name}={value!r} is not allowed; allowed: {allowed}")
+
+
 @dataclass(frozen=True)
 class LanguageConfig:
     """The packed transformer: Qwen2 fields, grouped-query attention, two experts a layer."""
@@ -36,24 +77,20 @@ class LanguageConfig:
             raise CheckpointError(f"head_dim={self.head_dim} is odd; rotary embedding needs an even one")
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> LanguageConfig:
-        """From the fields of ``llm_config.json``; a missing one is a :class:`CheckpointError`."""
-        try:
-            heads = int(fields["num_attention_heads"])
-            hidden = int(fields["hidden_size"])
-            return cls(
-                hidden_size=hidden,
-                intermediate_size=int(fields["intermediate_size"]),
-                num_layers=int(fields["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=int(fields["num_key_value_heads"]),
-                head_dim=int(fields.get("head_dim") or hidden // heads),
-                vocab_size=int(fields["vocab_size"]),
-                rope_theta=float(fields["rope_theta"]),
-                rms_norm_eps=float(fields["rms_norm_eps"]),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"llm_config.json has no field {error}") from error
+    def read(cls, fields: Fields) -> LanguageConfig:
+        """From ``llm_config.json``."""
+        heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.integer("num_key_value_heads"),
+            head_dim=fields.integer("head_dim") if fields.has("head_dim") else hidden // heads,
+            vocab_size=fields.integer("vocab_size"),
+            rope_theta=fields.number("rope_theta"),
+            rms_norm_eps=fields.number("rms_norm_eps"),
+        )
 
 
 @dataclass(frozen=True)
@@ -85,19 +122,17 @@ class LatentConfig:
         return self.max_latent_size * self.stride
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any], position_rows: int) -> LatentConfig:
+    def read(cls, fields: Fields, position_rows: int) -> LatentConfig:
         """From ``config.json`` and the rows of ``latent_pos_embed.pos_embed``."""
         side = round(position_rows**0.5)
         if side * side != position_rows:
             raise CheckpointError(f"latent_pos_embed.pos_embed has {position_rows} rows, which is no square")
-        try:
-            vae = fields["vae_config"]
-            config = cls(int(fields["latent_patch_size"]), int(vae["z_channels"]), int(vae["downsample"]), side)
-        except KeyError as error:
-            raise CheckpointError(f"config.json has no field {error}") from error
+        vae = fields.section("vae_config")
+        config = cls(fields.integer("latent_patch_size"), vae.integer("z_channels"), vae.integer("downsample"), side)
         if config.stride != LATENT_STRIDE:
             raise CheckpointError(
-                f"a latent token covers {config.stride} pixels a side; only {LATENT_STRIDE} is supported"
+                f"config.json: latent_patch_size={config.patch_size} and downsample={config.downsample} make a latent "
+                f"token cover {config.stride} pixels a side; only {LATENT_STRIDE} is supported"
             )
         return config
 
@@ -123,20 +158,17 @@ class VitConfig:
             )
 
     @classmethod
-    def from_json(cls, vit: Mapping[str, Any], model: Mapping[str, Any], num_layers: int) -> VitConfig:
+    def read(cls, vit: Fields, model: Fields, num_layers: int) -> VitConfig:
         """From ``vit_config.json``, ``config.json`` and the layers counted in the checkpoint."""
-        try:
-            return cls(
-                hidden_size=int(vit["hidden_size"]),
-                intermediate_size=int(vit["intermediate_size"]),
-                num_layers=num_layers,
-                num_heads=int(vit["num_attention_heads"]),
-                patch_size=int(vit["patch_size"]),
-                layer_norm_eps=float(vit.get("layer_norm_eps", 1e-6)),
-                patches_per_side=int(model["vit_max_num_patch_per_side"]),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"vit_config.json or config.json has no field {error}") from error
+        return cls(
+            hidden_size=vit.integer("hidden_size"),
+            intermediate_size=vit.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=vit.integer("num_attention_heads"),
+            patch_size=vit.integer("patch_size"),
+            layer_norm_eps=vit.number("layer_norm_eps", default=1e-6),
+            patches_per_side=model.integer("vit_max_num_patch_per_side"),
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, elementwise, in place of ``gate``; each element's bits are its own.
+
+    torch's own SiLU rounds the last elements of every thread's share differently on a CPU,
+    so a row's bits would depend on its place in the batch; ``exp`` and division do not.
+    """
+    if gate.device.type != "cpu":
+        return F.silu(gate, inplace=True).mul_(up)
+    return gate.div_(gate.neg().exp_().add_(1.0)).mul_(up)
+
+
 def expert_linear(und: nn.Linear, gen: nn.Linear, x: Tensor, gen_rows: int) -> Tensor:
     """Each row through its expert: the first ``gen_rows`` through ``gen``, the rest through ``und``.
 

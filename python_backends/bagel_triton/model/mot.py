@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bagel_triton.model.attention import Span, StepKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.linear import expert_linear
+from bagel_triton.model.linear import expert_linear, silu_product
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class Layer(nn.Module):
     def _mlp(self, x: Tensor, gen_rows: int) -> Tensor:
         und: MLP = self.mlp  # type: ignore[assignment]
         gen: MLP = self.mlp_moe_gen  # type: ignore[assignment]
-        gate = F.silu(expert_linear(und.gate_proj, gen.gate_proj, x, gen_rows), inplace=True)
-        gate *= expert_linear(und.up_proj, gen.up_proj, x, gen_rows)
-        return expert_linear(und.down_proj, gen.down_proj, gate, gen_rows)
+        gate = expert_linear(und.gate_proj, gen.gate_proj, x, gen_rows)
+        up = expert_linear(und.up_proj, gen.up_proj, x, gen_rows)
+        return expert_linear(und.down_proj, gen.down_proj, silu_product(gate, up), gen_rows)
 
     def forward(self, x: Tensor, layer: int, pack: Pack) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""

@@ -34,7 +34,7 @@ class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # the tokenizers library raises the base class itself
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
         self.backend = self._tokenizer.backend_tokenizer
         self.start, self.end = self._special(START), self._special(END)

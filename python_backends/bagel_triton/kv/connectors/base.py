@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 
 from torch import Tensor
@@ -52,9 +51,9 @@ class Consumer(ABC):
             destination: [layers, 2, tokens, kv_heads, head_dim] of the handle's dtype.
 
         Raises:
-            LeaseError: stale generation, ended, released or expired lease, or a handle
-                whose geometry, size or dtype is not the destination's. A lease that is
-                still this request's is released all the same.
+            LeaseError: stale generation, a lease that was released or taken back, or a
+                handle whose geometry, size or dtype is not the destination's. A lease that
+                is still this request's is released all the same.
         """
         if not handle.lease:
             return
@@ -67,12 +66,20 @@ class Consumer(ABC):
                     f"context of request {handle.request_id} is {handle.geometry.dtype} {list(expected)}; "
                     f"the reader expects {str(destination.dtype).removeprefix('torch.')} {list(destination.shape)}"
                 )
-            if handle.expires_at <= time.monotonic():
-                raise LeaseError(f"lease {handle.lease} of request {handle.request_id} has expired")
+            size, capacity = handle.geometry.block_tokens, store.shape[2]
+            if handle.tokens > len(handle.blocks) * size or any(not 0 <= b * size < capacity for b in handle.blocks):
+                raise LeaseError(f"the handle of request {handle.request_id} names blocks {handle.blocks}, not its own")
             gather(store, slots_of(handle.blocks, handle.tokens, handle.geometry.block_tokens), destination)
             table.check(handle)  # reclaimed during the copy: what was read may be another's
         finally:
             table.release(handle.slot, handle.lease)
+
+    def renew(self, handle: ContextHandle) -> None:
+        """Keep a lease that is still wanted from expiring; one that has ended stays so."""
+        if handle.lease:
+            _, table = self.attach(handle)
+            if table.generation == handle.generation and table.granted(handle.slot) == handle.lease:
+                table.renew(handle.slot)
 
     def release(self, handle: ContextHandle) -> None:
         """Give a lease back unread; one that has ended already is left alone."""

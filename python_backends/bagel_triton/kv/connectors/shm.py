@@ -66,7 +66,11 @@ class ShmProducer(Producer):
         name = f"{prefix}_kv_{generation}"
         self._store_path, self._words_path = SHM_DIRECTORY / name, SHM_DIRECTORY / f"{name}_leases"
         _reserve(self._store_path, blocks * geometry.block_tokens * token_bytes(geometry))
-        _reserve(self._words_path, table_words() * 8)
+        try:
+            _reserve(self._words_path, table_words() * 8)
+        except MemoryError:
+            self._store_path.unlink()
+            raise
         self.arena = KVArena(_map_store(self._store_path, geometry), geometry)
         self.leases = LeaseBook(self.arena, LeaseTable(_map_words(self._words_path)), name, "shm", generation)
 

@@ -1,0 +1,250 @@
+"""The memory a configuration takes, from the geometry of its checkpoint; no weights are loaded.
+
+Weights, keys and values are exact. Activations are estimates: what one forward holds at its
+peak, with every picture that may be denoised together. Not counted are libraries, CUDA
+contexts, the workspaces of convolutions and what TaylorSeer keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import safetensors
+import torch
+from torch import nn
+
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.sequence import segment_tokens
+from bagel_triton.engine.thinker import kv_geometry
+from bagel_triton.kv.store import token_bytes
+from bagel_triton.messages import Stage, VaeSegment, VitSegment
+from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.checkpoint import AUTOENCODER_FILE, Checkpoint, TensorFiles
+from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
+from bagel_triton.model.picture import VAE_RULE, VIT_RULE
+from bagel_triton.model.placement import Placement
+
+PROMPT_TOKENS = 256  # of a long prompt
+BRANCHES = 3
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # dtypes as safetensors files name them
+
+
+class NotEnoughMemory(ValueError):
+    """A configuration needs more memory than there is; the message says what to lower."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One stage's bytes; ``kv`` is the thinker's arena, or the DiT's copies of contexts."""
+
+    stage: Stage
+    weights: int = 0
+    kv: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of the stage, as if it shared no weights."""
+        return self.weights + self.kv + self.activations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stages of one server in bytes.
+
+    ``weights`` are those of all stages, each counted as often as it is in memory.
+    ``shared`` is what lies in shared memory, on the host whatever the device.
+    """
+
+    stages: tuple[StageMemory, ...]
+    kv_token: int
+    weights: int
+    shared: int
+
+    @property
+    def kv(self) -> int:
+        return sum(stage.kv for stage in self.stages)
+
+    @property
+    def activations(self) -> int:
+        return sum(stage.activations for stage in self.stages)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether stages use the same copy of some weights."""
+        return self.weights < sum(stage.weights for stage in self.stages)
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.weights + self.kv + self.activations
+
+
+def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, height: int, width: int) -> MemoryPlan:
+    """What the stages take that serve ``config`` at ``placement``.
+
+    Args:
+        height: of every picture, in pixels; the contexts are those of editing such pictures.
+        width: likewise.
+    """
+    one_process = config.topology.one_process
+    model, dtype = checkpoint.config, placement.torch_dtype
+    with torch.device("meta"):
+        transformer = Bagel(model).to(dtype)
+        autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
+    token = kv_token_bytes(model.language, placement.dtype_name)
+    arena = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
+    pictures = config.dit.max_num_seqs
+    latents = latent_tokens(model, height, width)
+    past = sum(context_tokens(model, height, width))
+    decoded = 1 if placement.torch_device.type == "cpu" else config.vae_decode.max_batch_size
+    packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
+    condition_width, condition_height = VAE_RULE.size(width, height)
+    stages = (
+        StageMemory(
+            "thinker",
+            weights=module_bytes(transformer) + module_bytes(autoencoder),
+            kv=arena,
+            activations=max(
+                forward_bytes(model.language, packed, dtype),
+                encode_bytes(autoencoder.encoder, condition_height, condition_width),
+            ),
+        ),
+        StageMemory(
+            "dit",
+            weights=module_bytes(transformer),
+            kv=pictures * (past + BRANCHES * latents) * token,
+            activations=forward_bytes(model.language, pictures * BRANCHES * latents, dtype),
+        ),
+        StageMemory(
+            "vae_decode",
+            weights=module_bytes(autoencoder),
+            activations=decoded * decode_bytes(autoencoder.decoder, height, width),
+        ),
+    )
+    weights = 0
+    loaded: tuple[tuple[nn.Module, str, torch.dtype], ...] = (
+        (transformer, "vae2llm.weight", dtype),
+        (autoencoder, "decoder.conv_in.weight", torch.float32),
+    )
+    for module, name, loaded_as in loaded:  # two stages have each of them
+        once = one_process or _is_mapped(checkpoint, name, loaded_as, placement)
+        weights += module_bytes(module) * (1 if once else 2)
+    return MemoryPlan(stages, token, weights, shared=0 if one_process else arena)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights, on whatever device."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def kv_token_bytes(config: LanguageConfig, dtype: str) -> int:
+    """Bytes of one token's keys and values."""
+    return token_bytes(kv_geometry(config, 1, dtype))
+
+
+def latent_tokens(config: ModelConfig, height: int, width: int) -> int:
+    """Tokens of a picture that is being made, with its markers."""
+    return segment_tokens(VaeSegment(height, width, b""), config)
+
+
+def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:
+    """Tokens of the contexts ``gen``, ``cfg_text`` and ``cfg_img`` of editing a picture with a long prompt."""
+    resized_width, resized_height = VAE_RULE.size(width, height)
+    seen_width, seen_height = VIT_RULE.size(resized_width, resized_height)
+    picture = latent_tokens(config, resized_height, resized_width)
+    picture += segment_tokens(VitSegment(seen_height, seen_width, b""), config)
+    return picture + PROMPT_TOKENS, picture, PROMPT_TOKENS
+
+
+def forward_bytes(config: LanguageConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Activations of one packed forward at their peak, inside a feed-forward.
+
+    A token has four hidden vectors then (embedding, the residual before and after attention,
+    its norm), three of the inner width, and its rotary tables.
+    """
+    elements = 4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.head_dim
+    return tokens * elements * dtype.itemsize
+
+
+def decode_bytes(decoder: Decoder, height: int, width: int) -> int:
+    """Activations of decoding one picture at their peak, in a convolution of the last level."""
+    return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
+
+
+def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
+    """Activations of encoding one picture at their peak, in a convolution of the first level."""
+    return _level_channels(encoder.down[0]) * height * width * torch.float32.itemsize
+
+
+def _level_channels(level: nn.Module) -> int:
+    """Full-resolution channels that are held at most: what the blocks so far made, and a convolution's copies."""
+    blocks: nn.ModuleList = level.block  # type: ignore[assignment]
+    first: nn.Conv2d = blocks[0].conv1  # type: ignore[assignment]
+    channels_in, channels_out = first.in_channels, first.out_channels
+    earlier = channels_in if len(blocks) > 1 else 0
+    return max(2 * channels_in + channels_out + max(channels_in, channels_out), earlier + 5 * channels_out)
+
+
+def _is_mapped(checkpoint: Checkpoint, name: str, dtype: torch.dtype, placement: Placement) -> bool:
+    """Whether processes share weights stored as the tensor ``name`` is: as mapped pages of the file itself."""
+    if placement.torch_device.type != "cpu":
+        return False
+    for path in sorted(checkpoint.directory.glob("*.safetensors")):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            if name in file.keys():  # noqa: SIM118, it is no mapping
+                return bool(file.get_slice(name).get_dtype() == STORED[dtype])
+    raise CheckpointError(f"the checkpoint has no tensor {name}")
+
+
+@dataclass(frozen=True)
+class Available:
+    """Bytes that are free: of the machine's memory, of shared memory, and of a CUDA device where one is used."""
+
+    host: int
+    shared: int
+    device: int | None = None
+
+
+def check(need: MemoryPlan, config: DeployConfig, placement: Placement, available: Available) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        NotEnoughMemory: what is needed, what there is, and what to lower.
+    """
+    if need.shared > available.shared:
+        raise NotEnoughMemory(
+            f"the KV arena needs {readable(need.shared)} of shared memory and {readable(available.shared)} are free: "
+            f"lower thinker.kv_tokens={config.thinker.kv_tokens}, or enlarge /dev/shm (a container's --shm-size)"
+        )
+    if available.device is None:
+        needed, free, where = need.total, available.host, "memory"
+    else:
+        needed, free, where = need.total - need.shared, available.device, f"memory on {placement.device}"
+        if need.shared > available.host:
+            raise NotEnoughMemory(
+                f"the KV arena needs {readable(need.shared)} of the host's memory and {readable(available.host)} are "
+                f"free: lower thinker.kv_tokens={config.thinker.kv_tokens}"
+            )
+    if needed <= free:
+        return
+    remedies = [] if placement.torch_dtype == torch.bfloat16 else ["use dtype bfloat16"]
+    if need.weights > free:
+        duplicated = need.weights > need.stages[0].weights  # the thinker has one of each
+        remedies.append("serve bagel_single_stage" if duplicated else "use a larger machine")
+    else:
+        remedies.append(f"lower dit.max_num_seqs={config.dit.max_num_seqs}")
+        if available.device is None or not need.shared:
+            remedies.append(f"lower thinker.kv_tokens={config.thinker.kv_tokens}")
+    raise NotEnoughMemory(
+        f"the stages need {readable(needed)} of {where} and {readable(free)} are free (weights "
+        f"{readable(need.weights)}, keys and values {readable(need.kv)}, activations {readable(need.activations)}): "
+        f"{', or '.join(remedies)}"
+    )
+
+
+def readable(size: int) -> str:
+    """``size`` bytes in a binary unit."""
+    power = min((size.bit_length() - 1) // 10, 4) if size else 0
+    return f"{size / 1024**power:.2f} {'KMGT'[power - 1]}iB" if power else f"{size} B"
