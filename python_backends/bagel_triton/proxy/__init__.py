@@ -1,0 +1,1 @@
+"""The OpenAI-compatible proxy: thin, stateless, and free of model knowledge."""

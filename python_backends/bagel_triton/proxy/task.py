@@ -1,0 +1,112 @@
+"""Which task a chat request asks for, and what it asks the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from bagel_triton.defaults import MAX_INPUT_PICTURES, Modality
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.proxy.picture_source import PictureSource, PictureUrl
+from bagel_triton.proxy.schema import ChatBody, ChatMessage, ImagePart
+from bagel_triton.proxy.triton import Client, StageResponse
+from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
+
+_MODALITIES: dict[tuple[str, ...], Modality] = {("text",): "text", ("image",): "image", ("image", "text"): "image"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A chat request in the model's terms, but for its pictures, which are still URLs.
+
+    ``fields`` are the given fields of ``GenerationRequest``; ``written`` is what the body
+    calls those that have another name there.
+    """
+
+    modality: Modality
+    turns: tuple[Turn, ...]
+    pictures: tuple[PictureUrl, ...]
+    fields: dict[str, Any]
+    written: dict[str, str]
+
+    async def run(self, client: Client, source: PictureSource, request_id: str) -> AsyncGenerator[StageResponse, None]:
+        """Load the pictures, then relay what ``client`` answers; closing it cancels the request.
+
+        Raises:
+            BagelError: whatever went wrong, in the body's names.
+        """
+        try:
+            request = GenerationRequest(
+                messages=self.turns,
+                image=await source.load(self.pictures) or None,
+                modality=self.modality,
+                **self.fields,
+            )
+            async with aclosing(client.generate(request, request_id)) as responses:
+                async for response in responses:
+                    yield response
+        except InvalidRequest as error:
+            raise self._in_the_bodys_names(error) from error
+
+    def _in_the_bodys_names(self, error: InvalidRequest) -> InvalidRequest:
+        names = self.written | {f"image[{index}]": picture.param for index, picture in enumerate(self.pictures)}
+        if error.param not in names:
+            return error
+        name = names[error.param]
+        message = error.message
+        if message.startswith(error.param):
+            message = name + message.removeprefix(error.param)
+        return type(error)(message, name)
+
+
+def to_task(body: ChatBody) -> Task:
+    """What ``body`` asks for.
+
+    Raises:
+        InvalidRequest: modalities, roles or parts that make no request.
+    """
+    fields, written = body.generation_fields()
+    modality = _modality(body.modalities, fields)
+    pictures: list[PictureUrl] = []
+    turns = tuple(_turn(message, f"messages[{index}]", pictures) for index, message in enumerate(body.messages))
+    if turns[-1].role != "user":
+        param = f"messages[{len(turns) - 1}].role"
+        raise InvalidRequest.value(param, body.messages[-1].role, "'user' for the last message")
+    if len(pictures) > MAX_INPUT_PICTURES:
+        raise InvalidRequest.value("messages", f"{len(pictures)} pictures", f"at most {MAX_INPUT_PICTURES} pictures")
+    return Task(modality, turns, tuple(pictures), fields, written)
+
+
+def _modality(given: list[str] | None, fields: dict[str, Any]) -> Modality:
+    """What is wanted; a picture with text is one with thinking, which is set in ``fields``."""
+    if given is None:
+        return "text"
+    modality = _MODALITIES.get(tuple(sorted(given)))
+    if modality is None:
+        allowed = ", ".join(json.dumps(list(known)) for known in _MODALITIES)
+        raise InvalidRequest.value("modalities", given, allowed)
+    if len(given) == 2 and not fields.setdefault("think", True):
+        raise InvalidRequest.value("think", False, f"true with modalities {json.dumps(given)}")
+    return modality
+
+
+def _turn(message: ChatMessage, param: str, pictures: list[PictureUrl]) -> Turn:
+    """``message`` as a turn; its pictures are added to ``pictures``."""
+    role = "system" if message.role == "developer" else message.role
+    if message.reasoning_content is not None and role != "assistant":
+        name = f"{param}.reasoning_content"
+        raise InvalidRequest(f"{name} has no meaning in a message of role {message.role!r}", name)
+    parts: list[TextPart | PicturePart] = []
+    for index, part in enumerate(message.content):
+        if not isinstance(part, ImagePart):
+            parts.append(TextPart(part.text))
+            continue
+        name = f"{param}.content[{index}]"
+        if role == "system":
+            raise InvalidRequest.value(f"{name}.type", part.type, f"'text' in a message of role {message.role!r}")
+        parts.append(PicturePart(len(pictures)))
+        pictures.append(PictureUrl(part.image_url.url, f"{name}.image_url"))
+    return Turn(role, tuple(parts))

@@ -1,0 +1,158 @@
+"""The one connection to Triton: a gRPC stream per request to the decoupled model ``bagel``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import InferInput, InferResult
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from bagel_triton.deploy.topology import ORCHESTRATOR
+from bagel_triton.errors import BagelError, Internal, StageUnavailable, from_text
+from bagel_triton.messages import DoneEvent, Event, PictureEvent, decode_event
+from bagel_triton.proxy.settings import ProxySettings
+from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+
+_CHANNEL_ARGS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Triton is on this host or network: a restarted one is found within a second, and
+    # http_proxy of the environment is not for it.
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+@dataclass(frozen=True)
+class StageResponse:
+    """One response of ``bagel``; ``picture`` [H, W, 3] comes with a ``PictureEvent`` only."""
+
+    event: Event
+    picture: NDArray[np.uint8] | None = None
+
+
+class Client(Protocol):
+    """What the proxy asks of Triton."""
+
+    def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
+        """Responses as they come, a ``DoneEvent`` last; closing it cancels the request.
+
+        Raises:
+            BagelError: whatever a stage raised, or Triton is gone.
+        """
+
+    async def readiness(self) -> dict[str, bool]:
+        """Whether each model is ready.
+
+        Raises:
+            StageUnavailable: Triton cannot be reached.
+        """
+
+    async def close(self) -> None:
+        """Give the connection back."""
+
+
+class TritonClient:
+    """:class:`Client` over gRPC. Connects on first use, in the event loop that uses it."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self._settings = settings
+        self._connection: InferenceServerClient | None = None
+
+    @property
+    def _triton(self) -> InferenceServerClient:
+        if self._connection is None:
+            self._connection = InferenceServerClient(self._settings.triton_grpc, channel_args=_CHANNEL_ARGS)
+        return self._connection
+
+    async def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
+        call = {"model_name": ORCHESTRATOR, "inputs": _inputs(request), "request_id": request_id}
+        responses = self._triton.stream_infer(_once(call))
+        last: Event | None = None
+        try:
+            # The request side is closed after one request, so Triton ends the stream
+            # when it has seen the final flag.
+            while (response := await self._next(responses)) is not None:
+                last = response.event
+                yield response
+        finally:
+            responses.cancel()
+        if not isinstance(last, DoneEvent):
+            raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
+
+    async def _next(self, responses: Any) -> StageResponse | None:
+        """The next response; ``None`` at the end of the stream."""
+        timeout_s = self._settings.silence_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                result, error = await anext(responses)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError as timeout:
+            raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
+        except grpc.RpcError as broken:
+            raise self._from_rpc(broken.code(), broken.details()) from broken
+        if error is not None:
+            raise from_text(error.message())
+        return _decode(result)
+
+    async def readiness(self) -> dict[str, bool]:
+        timeout_s, models = self._settings.ready_timeout_s, self._settings.models
+        try:
+            states = await asyncio.gather(
+                *(self._triton.is_model_ready(model, client_timeout=timeout_s) for model in models)
+            )
+        except InferenceServerException as error:
+            raise StageUnavailable(self._unreachable(error.message())) from error
+        return dict(zip(models, states, strict=True))
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None
+
+    def _from_rpc(self, code: grpc.StatusCode, details: str) -> BagelError:
+        return StageUnavailable(self._unreachable(details)) if code in _GONE else from_text(details)
+
+    def _unreachable(self, details: str) -> str:
+        return f"Triton at {self._settings.triton_grpc} cannot be reached: {details}"
+
+
+def _inputs(request: GenerationRequest) -> list[InferInput]:
+    inputs = []
+    for name, array in to_tensors(request).items():
+        tensor = InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype)
+        inputs.append(tensor.set_data_from_numpy(array))
+    return inputs
+
+
+async def _once(call: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield call
+
+
+def _decode(result: InferResult) -> StageResponse | None:
+    """The typed response in ``result``; sizes are checked, as Triton may lose an output."""
+    events = result.as_numpy("event")
+    if events is None or events.size != 1:
+        raise Internal(f"a response of {ORCHESTRATOR} carries no event")
+    try:
+        event = decode_event(events.reshape(-1)[0])
+    except msgspec.DecodeError as error:
+        raise Internal(f"a response of {ORCHESTRATOR} carries an event that cannot be read: {error}") from error
+    if not isinstance(event, PictureEvent):
+        return StageResponse(event)
+    picture = result.as_numpy("generated_image")
+    shape = (event.height, event.width, 3)
+    if picture is None or picture.shape != shape or picture.dtype != np.uint8:
+        found = "nothing" if picture is None else f"{picture.dtype} {list(picture.shape)}"
+        raise Internal(f"generated_image should be uint8 {list(shape)} but is {found}")
+    return StageResponse(event, picture)

@@ -1,0 +1,87 @@
+"""pydantic's findings in the words of the project: field, value, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from bagel_triton.errors import InvalidRequest
+
+_Context = Mapping[str, Any]
+_UNKNOWN_FIELD = "unknown_field"
+_TYPES = {
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "string_type": "a text",
+    "tuple_type": "a list",
+}
+_RULES: dict[str, Callable[[_Context], str]] = {
+    "literal_error": lambda context: context["expected"],
+    "not_allowed": lambda context: context["allowed"],
+    "too_long": lambda context: f"at most {context['max_length']} elements",
+    "too_short": lambda context: f"at least {context['min_length']} elements",
+    "union_tag_invalid": lambda context: context["expected_tags"],
+}
+
+
+def not_allowed(allowed: str) -> PydanticCustomError:
+    """What a validator raises to say what it would have taken."""
+    return PydanticCustomError("not_allowed", "not allowed", {"allowed": allowed})
+
+
+def unknown_field(name: str, known: list[str]) -> PydanticCustomError:
+    """What a model raises for a field ``name`` that is not among the ``known``."""
+    return PydanticCustomError(_UNKNOWN_FIELD, "unknown field", {"name": name, "known": known})
+
+
+def to_invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first finding of ``error`` as the error a client receives."""
+    finding = error.errors(include_url=False)[0]
+    kind, location, context = finding["type"], _untagged(finding["loc"]), finding.get("ctx", {})
+    if kind == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {context['error']}")
+    if kind == _UNKNOWN_FIELD:
+        param = path((*location, context["name"]))
+        return InvalidRequest(f"{param} is not a known field; allowed: {', '.join(sorted(context['known']))}", param)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        location = (*location, "type")
+    param = path(location)
+    if kind in ("missing", "union_tag_not_found"):
+        return InvalidRequest(f"{param} is required", param)
+    if not location:
+        return InvalidRequest.value("body", finding["input"], "a JSON object")
+    return InvalidRequest.value(param, _value(finding), _allowed(finding))
+
+
+def path(location: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "role")`` as ``messages[0].role``."""
+    text = ""
+    for step in location:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def _untagged(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """``location`` without the name of the union's member that pydantic puts after a part's index."""
+    if len(location) > 4 and location[2] == "content":
+        return (*location[:4], *location[5:])
+    return location
+
+
+def _value(finding: ErrorDetails) -> object:
+    return finding["ctx"]["tag"] if finding["type"] == "union_tag_invalid" else finding["input"]
+
+
+def _allowed(finding: ErrorDetails) -> str:
+    kind = finding["type"]
+    if kind in _TYPES:
+        return _TYPES[kind]
+    return _RULES[kind](finding["ctx"]) if kind in _RULES else finding["msg"]
