@@ -6,19 +6,31 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import bagel_triton
 from bagel_triton.runtime.command_error import CommandError
 
 PROGRAM = "bagel-triton"
 INTERRUPTED = 130
-# Each module has add_arguments(parser) and run(args) -> exit status, and is imported only when asked for.
+
+
+class Command(NamedTuple):
+    """A command's module: add_arguments(parser) and run(args) -> exit status. It is imported only when asked for."""
+
+    module: str
+    summary: str
+
+
 COMMANDS = {
-    "serve": "start Triton and the OpenAI API on a checkpoint",
-    "demo": "serve a checkpoint, make one picture, stop",
-    "tiny-checkpoint": "write a small checkpoint of random weights",
-    "perf-analyzer": "run Triton's perf_analyzer with the libraries it needs",
+    "serve": Command("bagel_triton.runtime.serve", "start Triton and the OpenAI API on a checkpoint"),
+    "proxy": Command("bagel_triton.proxy.main", "start the OpenAI API alone, for a Triton that runs elsewhere"),
+    "demo": Command("bagel_triton.runtime.demo", "serve a checkpoint, make one picture, stop"),
+    "tiny-checkpoint": Command("bagel_triton.runtime.tiny_checkpoint", "write a small checkpoint of random weights"),
+    "memory": Command("bagel_triton.runtime.memory", "show the memory that each stage of a configuration takes"),
+    "perf-analyzer": Command(
+        "bagel_triton.runtime.perf_analyzer", "run Triton's perf_analyzer with the libraries it needs"
+    ),
 }
 
 
@@ -37,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {bagel_triton.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     module = None
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.summary, description=command.summary)
         if arguments[:1] == [name]:
-            module = importlib.import_module(f"bagel_triton.runtime.{name.replace('-', '_')}")
-            module.add_arguments(command)
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
     args = parser.parse_args(arguments)
     assert module is not None, "argparse knows the commands and accepts no option before them"
     try:

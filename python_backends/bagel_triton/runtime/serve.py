@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import bagel_triton
 from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.proxy.settings import ProxySettings, add_fetch_remote
 from bagel_triton.runtime import ports, shared_memory, source_tree, tritonserver
 from bagel_triton.runtime.command_error import CommandError
 
@@ -42,6 +43,7 @@ class ServeOptions:
     served_model_name: str | None
     model_repository: Path | None
     verbose: bool
+    fetch_remote: bool = True
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint folder's name")
     parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the source tree's")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
+    add_fetch_remote(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +96,6 @@ async def _serve(options: ServeOptions) -> None:
         repository = _model_repository(options)
 
         from bagel_triton.proxy.app import create_app
-        from bagel_triton.proxy.settings import ProxySettings
         from bagel_triton.runtime.supervisor import Launch, supervise
 
         for prefix in shared_memory.sweep_leftovers():
@@ -127,6 +129,7 @@ async def _serve(options: ServeOptions) -> None:
                 Launch(
                     command=server.command(
                         repository,
+                        deploy.topology.models,
                         http_port=http_port,
                         grpc_port=grpc_port,
                         metrics_port=metrics_port,
@@ -134,9 +137,17 @@ async def _serve(options: ServeOptions) -> None:
                         verbose=options.verbose,
                     ),
                     environment=server.environment(directory / "deploy.yaml"),
+                    models=deploy.topology.models,
                     http_port=http_port,
                     log=directory / LOG_FILE,
-                    proxy=create_app(ProxySettings(f"{ports.LOOPBACK}:{grpc_port}", options.model_names)),
+                    proxy=create_app(
+                        ProxySettings(
+                            f"{ports.LOOPBACK}:{grpc_port}",
+                            options.model_names,
+                            fetch_remote=options.fetch_remote,
+                            models=deploy.topology.models,
+                        )
+                    ),
                     listener=listener,
                     verbose=options.verbose,
                 ),

@@ -27,6 +27,7 @@ class Launch:
 
     command: list[str]
     environment: dict[str, str]
+    models: tuple[str, ...]
     http_port: int
     log: Path
     proxy: Starlette
@@ -54,7 +55,9 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
         launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
     )
     proxy = _ProxyServer(config)
-    triton = await TritonProcess.start(launch.command, launch.environment, http_port=launch.http_port, log=launch.log)
+    triton = await TritonProcess.start(
+        launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
+    )
     serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
     ended = asyncio.create_task(triton.ended())
     stopped = asyncio.create_task(stop.wait())

@@ -15,7 +15,7 @@ import httpx
 
 from bagel_triton.runtime import child, triton_log
 from bagel_triton.runtime.ports import LOOPBACK
-from bagel_triton.runtime.tritonserver import EXIT_TIMEOUT_S, MODELS
+from bagel_triton.runtime.tritonserver import EXIT_TIMEOUT_S
 
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the models
 POLL_S = 0.1
@@ -26,15 +26,24 @@ REPORT_EVERY_S = 10.0
 class TritonProcess:
     """A tritonserver and its stubs, in a process group that ends with this process."""
 
-    def __init__(self, process: asyncio.subprocess.Process, http_port: int, log: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, models: Sequence[str], http_port: int, log: Path) -> None:
         self._process = process
+        self._models = models
         self._url = f"http://{LOOPBACK}:{http_port}"
         self._log = log
         self._ready = False
 
     @classmethod
-    async def start(cls, command: Sequence[str], environment: Mapping[str, str], *, http_port: int, log: Path) -> Self:
-        """Start ``command``; its output goes to the file ``log``."""
+    async def start(
+        cls,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        models: Sequence[str],
+        http_port: int,
+        log: Path,
+    ) -> Self:
+        """Start ``command``, which serves ``models``; its output goes to the file ``log``."""
         child.adopt_orphans()  # stubs outlive their server for a moment
         argv = child.command(list(command))
         with log.open("wb") as output:
@@ -46,7 +55,7 @@ class TritonProcess:
                 stderr=output,
                 start_new_session=True,
             )
-        return cls(process, http_port, log)
+        return cls(process, models, http_port, log)
 
     async def ended(self) -> str:
         """Wait for the process to end by itself; why it did, in one line."""
@@ -58,7 +67,7 @@ class TritonProcess:
     async def until_ready(self) -> None:
         """Wait for every model to be ready, telling now and then which are not."""
         started = reported = time.monotonic()
-        waiting = list(MODELS)
+        waiting = list(self._models)
         async with httpx.AsyncClient(base_url=self._url, trust_env=False) as client:
             while waiting:
                 # It does not listen before it has tried to load every model.

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from bagel_triton.runtime import python_library
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.ports import LOOPBACK
 
-MODELS = ("cfg_expand", "thinker", "dit", "vae_decode", "bagel", "bagel_text2img")
 EXIT_TIMEOUT_S = 2  # for requests in flight; a lost one must not hold up a shutdown
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 
@@ -42,6 +42,7 @@ class TritonServer:
     def command(
         self,
         model_repository: Path,
+        models: Sequence[str],
         *,
         http_port: int,
         grpc_port: int,
@@ -49,14 +50,14 @@ class TritonServer:
         shm_prefix: str,
         verbose: bool,
     ) -> list[str]:
-        """The command line that serves :data:`MODELS` on the loopback address."""
+        """The command line that serves ``models`` on the loopback address."""
         return [
             str(self.program),
             f"--model-repository={model_repository}",
             *([f"--backend-directory={self.backends}"] if self.backends else []),
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
-            *(f"--load-model={model}" for model in MODELS),
+            *(f"--load-model={model}" for model in models),
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             f"--http-address={LOOPBACK}",
             f"--http-port={http_port}",

@@ -1,0 +1,135 @@
+"""``bagel-triton memory``: what each stage will take, and whether this machine has it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bagel_triton import defaults
+from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.request import GenerationRequest
+from bagel_triton.runtime import available_memory
+from bagel_triton.runtime.command_error import CommandError
+
+# Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
+if TYPE_CHECKING:
+    from bagel_triton.deploy.memory import MemoryPlan
+    from bagel_triton.model.checkpoint import Checkpoint
+    from bagel_triton.model.placement import Placement
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--deploy-config", metavar="YAML", type=Path, help="deploy YAML")
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of the KV arena (thinker.kv_tokens)")
+    parser.add_argument("--max-requests", type=int, metavar="N", help="pictures denoised together (dit.max_num_seqs)")
+    side = defaults.TEXT2IMG.side
+    parser.add_argument("--height", type=int, help=f"of every picture, in pixels (default: {side})")
+    parser.add_argument("--width", type=int, help=f"of every picture, in pixels (default: {side})")
+    parser.add_argument("--device", help="auto, cpu, cuda, also where there is none, or cuda:N (default: the YAML's)")
+    parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the YAML's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table.
+
+    Raises:
+        CommandError: the checkpoint or an argument is wrong.
+    """
+    from bagel_triton.deploy import memory
+    from bagel_triton.model.checkpoint import Checkpoint
+
+    try:
+        config = _configuration(args)
+        placement, here = _placement(config)
+        checkpoint = Checkpoint(args.checkpoint)
+        height, width = _size(checkpoint, args.height, args.width)
+    except (ValueError, InvalidRequest) as error:
+        raise CommandError(str(error)) from error
+    need = memory.plan(checkpoint, config, placement, height, width)
+    print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
+    together = f"pictures of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
+    print(f"KV arena of {config.thinker.kv_tokens} tokens; {together}")
+    print(f"\n{table(need)}\n")
+    print("The dit's KV are its copies of the contexts of editing such pictures. Activations are estimates.")
+    print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
+    if here:
+        try:
+            memory.check(need, config, placement, available_memory.read(placement))
+            print("This machine has it.")
+        except memory.NotEnoughMemory as error:
+            print(f"This machine does not have it: {error}")
+    return 0
+
+
+def require(config: DeployConfig) -> None:
+    """Refuse to start stages that would not fit into this machine.
+
+    Raises:
+        CommandError: what is needed, what there is, and what to lower.
+    """
+    from bagel_triton.deploy import memory
+    from bagel_triton.model.checkpoint import Checkpoint
+    from bagel_triton.model.placement import resolve
+
+    try:
+        checkpoint, placement = Checkpoint(config.checkpoint), resolve(config.device, config.dtype)
+        need = memory.plan(checkpoint, config, placement, *_size(checkpoint, None, None))
+        memory.check(need, config, placement, available_memory.read(placement))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def table(need: MemoryPlan) -> str:
+    """``need`` for a person: a row a stage, and one for all together."""
+    from bagel_triton.deploy.memory import readable
+
+    rows: list[tuple[str, ...]] = [("stage", "weights", "KV a token", "KV", "activations", "total")]
+    for stage in need.stages:
+        token = readable(need.kv_token) if stage.kv else "-"
+        sizes = (readable(size) for size in (stage.kv, stage.activations, stage.total))
+        rows.append((stage.stage, readable(stage.weights), token, *sizes))
+    sizes = (readable(size) for size in (need.kv, need.activations, need.total))
+    rows.append(("together", readable(need.weights), "", *sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join(map("  ".join, lines))
+
+
+def _configuration(args: argparse.Namespace) -> DeployConfig:
+    """The deploy YAML's configuration, or the default one, with what the arguments change."""
+    from bagel_triton.deploy import deploy_yaml
+
+    checkpoint = str(args.checkpoint)
+    config = deploy_yaml.load(args.deploy_config, checkpoint) if args.deploy_config else DeployConfig(checkpoint)
+    changes: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name)}
+    if args.max_model_len is not None:
+        changes["thinker"] = msgspec.structs.replace(config.thinker, kv_tokens=args.max_model_len)
+    if args.max_requests is not None:
+        changes["dit"] = msgspec.structs.replace(config.dit, max_num_seqs=args.max_requests)
+    return msgspec.structs.replace(config, **changes)
+
+
+def _placement(config: DeployConfig) -> tuple[Placement, bool]:
+    """Where the stages would be, and whether that is on this machine."""
+    import torch
+
+    from bagel_triton.model.placement import DTYPES, Placement, resolve
+
+    if config.device != "cuda" or torch.cuda.is_available():
+        return resolve(config.device, config.dtype), True
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"this machine has no device cuda, so dtype must be one of {', '.join(DTYPES)}")
+    return Placement(torch.device("cuda"), DTYPES[config.dtype]), False
+
+
+def _size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tuple[int, int]:
+    """The pictures' height and width in pixels, checked, with their defaults."""
+    request = GenerationRequest(height=height, width=width)
+    flow = defaults.flow_settings(request, checkpoint.config.latent.max_side, defaults.TEXT2IMG)
+    return flow.height, flow.width
