@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Ask a BAGEL server for pictures or text over its OpenAI chat API.
+
+Needs httpx and tqdm, nothing of the server's. Pictures are saved; text is printed on
+standard output as it comes, thinking and progress on standard error.
+
+    python openai_chat_client.py --prompt "A cute cat" --output cat.png
+    python openai_chat_client.py -p "A futuristic city" --height 768 --width 768 --negative "blurry"
+    python openai_chat_client.py -m img2img -i cat.png -p "Make the cat stand up" --think
+    python openai_chat_client.py -m img2text -i https://example.com/cat.png -p "What is this?"
+    python openai_chat_client.py -m text2text -p "What is the capital of France?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import mimetypes
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+TIMEOUT = httpx.Timeout(600, connect=10)
+OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+SIDE = 512
+STEPS = 25
+
+
+class Refused(Exception):
+    """The request did not lead to a reply; the message says why."""
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
+    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    parser.add_argument("--server", "-s", default="http://localhost:8091", help="server URL (default: %(default)s)")
+    parser.add_argument("--image-url", "-i", action="append", default=[], help="a URL or a local file; repeatable")
+    parser.add_argument("--modality", "-m", default="text2img", choices=OUTPUT_OF, help="task (default: %(default)s)")
+    sides = f"in pixels (default: {SIDE} for text2img, the input picture's own for img2img)"
+    parser.add_argument("--height", type=int, help=f"height {sides}")
+    parser.add_argument("--width", type=int, help=f"width {sides}")
+    parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS})")
+    parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
+    parser.add_argument("--negative", help="negative prompt")
+    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--n", type=int, help="number of pictures, saved as NAME-1, NAME-2, or of sampled answers")
+    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=float, help="sample the text; greedy without it")
+    args = parser.parse_args(argv)
+    takes_picture = args.modality.startswith("img2")
+    if takes_picture != bool(args.image_url):
+        parser.error(f"--modality {args.modality} {'needs' if takes_picture else 'takes no'} --image-url")
+    return args
+
+
+def image_url(source: str) -> str:
+    """``source`` if it is a URL; the contents of the local file it names as a data URL otherwise."""
+    if source.startswith(("http://", "https://", "data:")):
+        return source
+    mime, _ = mimetypes.guess_type(source)
+    if mime is None or not mime.startswith("image/"):
+        raise Refused(f"--image-url {source}: not a URL, and not the name of a picture file")
+    try:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        raise Refused(f"--image-url {source}: {error.strerror}") from error
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def request_body(args: argparse.Namespace) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": f"<|im_start|>{args.prompt}<|im_end|>"}]
+    content += [{"type": "image_url", "image_url": {"url": image_url(source)}} for source in args.image_url]
+    output = OUTPUT_OF[args.modality]
+    defaults = {"num_inference_steps": STEPS} if output == "image" else {}
+    if args.modality == "text2img":  # an edited picture keeps its size
+        defaults |= {"height": SIDE, "width": SIDE}
+    given = {
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.steps,
+        "negative_prompt": args.negative or None,
+        "think": args.think or None,
+        "n": args.n,
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+    }
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "modalities": [output],
+        "seed": args.seed,
+        "stream": True,
+        **defaults,
+        # The server refuses what has no meaning for the task, so only what was given is sent.
+        **{name: value for name, value in given.items() if value is not None},
+    }
+
+
+def chunks(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of the streamed reply; raises Refused when the server says no."""
+    url = httpx.URL(f"{server.rstrip('/')}/v1/chat/completions")
+    # A proxy of the environment cannot reach this machine's own addresses.
+    with (
+        httpx.Client(timeout=TIMEOUT, trust_env=url.host not in LOOPBACK) as client,
+        client.stream("POST", url, json=body) as response,
+    ):
+        if response.status_code != 200:
+            raise Refused(f"the server said no ({response.status_code}): {reason(response.read())}")
+        for line in response.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                return
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise Refused(f"the server gave up: {chunk['error']['message']}")
+            yield chunk
+    raise Refused("the server closed the connection before the reply was complete")
+
+
+def reason(answer: bytes) -> str:
+    """The message in OpenAI's error shape, or whatever else came instead."""
+    try:
+        return str(json.loads(answer)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return answer.decode(errors="replace").strip()[:200]
+
+
+class Screen:
+    """Shows a reply: answers on standard output, everything else on standard error.
+
+    All is shown as it comes, but several answers come interleaved: they wait for the end.
+    """
+
+    def __init__(self, several: bool) -> None:
+        self._several = several
+        self._waiting: list[tuple[int, str, str]] = []
+        self._heading = ""
+        self._out = sys.stdout
+        self._end = ""  # the last character on the current line
+        self._bar: tqdm[Any] | None = None
+
+    def text(self, choice: int, heading: str, piece: str) -> None:
+        if self._several:
+            self._waiting.append((choice, f"{heading} {choice + 1}", piece))
+        else:
+            self._show(heading, piece)
+
+    def progress(self, stage: str, step: int, steps: int) -> None:
+        if self._bar is None:
+            self._end_line()
+            self._bar = tqdm(unit="step", leave=False)
+        self._bar.total, self._bar.n = steps, step
+        self._bar.set_description(stage)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for _, heading, piece in sorted(self._waiting, key=lambda waiting: waiting[0]):
+            self._show(heading, piece)
+        self._end_line()
+
+    def _show(self, heading: str, piece: str) -> None:
+        if heading != self._heading:
+            self._end_line()
+            self._heading = heading
+            self._out = sys.stdout if heading.startswith("answer") else sys.stderr
+            if heading != "answer":
+                print(f"{heading}:", file=self._out)
+        self._out.write(piece)
+        self._out.flush()
+        self._end = piece[-1]
+
+    def _end_line(self) -> None:
+        if self._end not in ("", "\n"):
+            print(file=self._out, flush=True)
+        self._end = ""
+
+
+def receive(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The pictures, and the last chunk, which has the seed and the timings."""
+    pictures: list[dict[str, Any]] = []
+    chunk: dict[str, Any] = {}
+    screen = Screen(several=OUTPUT_OF[args.modality] == "text" and (args.n or 1) > 1)
+    try:
+        for chunk in chunks(args.server, request_body(args)):
+            if progress := chunk.get("progress"):
+                screen.progress(**progress)
+            for choice in chunk["choices"]:
+                delta, index = choice["delta"], choice["index"]
+                if thought := delta.get("reasoning_content"):
+                    screen.text(index, "thinking", thought)
+                content = delta.get("content")
+                if isinstance(content, list):
+                    pictures += content
+                elif content:
+                    screen.text(index, "answer", content)
+                if choice["finish_reason"] == "length":
+                    screen.text(index, "note", "the answer was cut at the token limit")
+    finally:
+        screen.close()
+    if not pictures and OUTPUT_OF[args.modality] == "image":
+        raise Refused("the server sent no picture")
+    return pictures, chunk
+
+
+def save(output: Path, pictures: list[dict[str, Any]]) -> None:
+    """Write the pictures and say where; raises Refused where that cannot be."""
+    for number, picture in enumerate(pictures, 1):
+        path = output.with_stem(f"{output.stem}-{number}") if len(pictures) > 1 else output
+        png = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+        try:
+            path.write_bytes(png)
+        except OSError as error:
+            raise Refused(f"cannot write {path}: {error.strerror}") from error
+        width, height = struct.unpack(">II", png[16:24])
+        print(f"picture  {path}, {width}x{height} pixels, {len(png) / 1024:.1f} KB, seed {picture['seed']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        pictures, last = receive(args)
+        save(args.output, pictures)
+    except (Refused, httpx.InvalidURL) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except httpx.HTTPError as error:
+        print(f"no answer from {args.server}: {error}", file=sys.stderr)
+        return 1
+    out = sys.stdout if pictures else sys.stderr  # only the text goes where text is wanted
+    print(f"seed     {'none, greedy' if last['seed'] is None else last['seed']}", file=out)
+    for stage, spent in last["metrics"]["stages"].items():
+        print(f"{stage:<12} {spent['run_s']:8.3f} s  (queued {spent['queue_s']:.3f} s)", file=out)
+    print(f"{'total':<12} {last['metrics']['total_s']:8.3f} s", file=out)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Ask Triton itself for a picture or an answer, over a gRPC stream, without the OpenAI proxy.
+
+python triton_grpc_client.py --prompt "A cute cat" --server localhost:8001
+python triton_grpc_client.py --image cat.png --prompt "Make the cat stand up" --think
+python triton_grpc_client.py --modality text --image cat.png --prompt "What is this?"
+python triton_grpc_client.py --model bagel_text2img
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
+from tritonclient.utils import InferenceServerException
+
+from bagel_triton.messages import AnswerEvent, PictureEvent, ProgressEvent, decode_event
+from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+
+ENSEMBLE = "bagel_text2img"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
+    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    parser.add_argument("--server", "-s", default="localhost:8001", help="Triton's gRPC address (default: %(default)s)")
+    parser.add_argument("--model", default="bagel", choices=["bagel", ENSEMBLE], help="pipeline (default: %(default)s)")
+    parser.add_argument(
+        "--modality", "-m", choices=["image", "text"], help="what to make, with --model bagel (default: image)"
+    )
+    parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input picture; may be repeated")
+    parser.add_argument("--height", type=int, help="height in pixels")
+    parser.add_argument("--width", type=int, help="width in pixels")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
+    parser.add_argument("--negative", help="negative prompt")
+    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
+    args = parser.parse_args(argv)
+    if args.model == ENSEMBLE:
+        for option in ("modality", "image", "think", "max_tokens"):
+            if getattr(args, option):
+                parser.error(f"--model {ENSEMBLE} takes no --{option.replace('_', '-')}")
+    return args
+
+
+def generation_request(args: argparse.Namespace) -> GenerationRequest:
+    """What the arguments ask for; raises OSError where a picture cannot be read."""
+    return GenerationRequest(
+        prompt=args.prompt,
+        image=tuple(path.read_bytes() for path in args.image) or None,
+        modality=args.modality,
+        negative_prompt=args.negative,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        seed=args.seed,
+        think=args.think or None,
+        max_tokens=args.max_tokens,
+    )
+
+
+def inputs(request: GenerationRequest) -> list[InferInput]:
+    """Only what the request gives: every other input is optional and has its default."""
+    return [
+        InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype).set_data_from_numpy(array)
+        for name, array in to_tensors(request).items()
+    ]
+
+
+def stream(server: str, model: str, request: GenerationRequest) -> Iterator[InferResult]:
+    """Responses of a decoupled model until its final flag; raises InferenceServerException."""
+    answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    with InferenceServerClient(server) as client:
+        client.is_server_live()  # a stream to an address where nothing listens does not say so
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        try:
+            client.async_stream_infer(model, inputs(request), enable_empty_final_response=True)
+            while True:
+                result, error = answers.get()
+                if error is not None:
+                    raise error
+                response = result.get_response()
+                if response.outputs:
+                    yield result
+                if response.parameters["triton_final_response"].bool_param:
+                    return
+        finally:
+            client.stop_stream(cancel_requests=True)
+
+
+def receive(args: argparse.Namespace) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
+    """The answer or the thinking, and the picture [H, W, 3] with its seed."""
+    with tqdm(desc=args.model, unit="step", leave=False) as bar:
+        for result in stream(args.server, args.model, generation_request(args)):
+            if args.model == ENSEMBLE:
+                yield result.as_numpy("generated_image"), int(result.as_numpy("seed")[0])
+                continue
+            event = decode_event(result.as_numpy("event")[0])
+            if isinstance(event, ProgressEvent):
+                bar.total, bar.n = event.steps, event.step
+                bar.refresh()
+            elif isinstance(event, AnswerEvent):
+                yield event
+            elif isinstance(event, PictureEvent):
+                yield result.as_numpy("generated_image"), event.seed
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        results = list(receive(args))
+        if not results:
+            raise InferenceServerException("the reply is empty")
+    except InferenceServerException as error:
+        print(f"{args.model} at {args.server}: {error.message()}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"--image {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    for result in results:
+        if isinstance(result, AnswerEvent):
+            if result.reasoning:
+                print(f"thinking:\n{result.reasoning}", file=sys.stderr)
+            if args.modality == "text":
+                print(result.content)
+            continue
+        pixels, seed = result
+        Image.fromarray(pixels).save(args.output)
+        print(f"picture  {args.output}, {pixels.shape[1]}x{pixels.shape[0]} pixels, seed {seed}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
