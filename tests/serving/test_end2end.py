@@ -1,0 +1,250 @@
+"""The offline script: every modality, many prompts at once, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "client" / "end2end.py"
+CHECKPOINT = ROOT / "tests" / "data" / "tiny-a"
+SMALL = ("--height", "64", "--width", "96", "--steps", "4", "--seed", "7")
+
+
+class Runner:
+    """Runs the script in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *arguments: str, model: Path | str = CHECKPOINT) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", str(SCRIPT), "--model", str(model), *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "python_backends"), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def good(self, *arguments: str) -> str:
+        done = self(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def pixels(self, name: str) -> np.ndarray:
+        with Image.open(self.folder / "bagel_output" / name) as picture:
+            assert (picture.format, picture.mode) == ("PNG", "RGB")
+            return np.asarray(picture)
+
+
+@pytest.fixture
+def end2end(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)
+
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """The one line of an error that no prompt could have avoided, from the script's own ``main``."""
+    spec = importlib.util.spec_from_file_location("end2end", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*arguments: str, status: int = 1, model: Path | str = CHECKPOINT) -> str:
+        try:
+            found = script.main(["--model", str(model), *arguments])
+        except SystemExit as exit_:
+            found = exit_.code
+        out, error = capsys.readouterr()
+        assert (found, out) == (status, "")
+        assert error.startswith("end2end: error: ")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "bagel_output" / "0.png").exists()
+        return error
+
+    return refuse
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    Image.linear_gradient("L").convert("RGB").resize((640, 512)).save(path)
+    return path
+
+
+def blocks(out: str) -> dict[int, str]:
+    """What was printed for each prompt."""
+    found = re.findall(r"^\[(\d+)\] (.*?)(?=^\[\d+\]|\Z)", out, re.MULTILINE | re.DOTALL)
+    return {int(index): text for index, text in found}
+
+
+def test_many_prompts_become_a_picture_each(end2end: Runner):
+    out = end2end.good("--prompts", "A cute cat", "A red fox", "A house", *SMALL)
+    printed = blocks(out)
+    assert sorted(printed) == [0, 1, 2]
+    assert printed[1].startswith("A red fox\npicture   bagel_output/1.png, 96x64 pixels, seed 7")
+    pictures = [end2end.pixels(f"{index}.png") for index in range(3)]
+    assert pictures[0].shape == (64, 96, 3)
+    assert not np.array_equal(pictures[0], pictures[1])
+    # A picture does not depend on what it was made with, and none is written over.
+    assert "bagel_output/0-2.png" in end2end.good("--modality", "text2img", "--prompts", "A red fox", *SMALL)
+    assert np.array_equal(end2end.pixels("0-2.png"), pictures[1])
+    assert np.array_equal(end2end.pixels("0.png"), pictures[0])
+
+
+def test_pictures_of_one_prompt_have_seeds_in_a_row(end2end: Runner):
+    out = end2end.good("--prompts", "A cute cat", "--n", "2", "--output", "bagel_output", *SMALL)
+    assert "0.png, 96x64 pixels, seed 7" in out
+    assert "0_1.png, 96x64 pixels, seed 8" in out
+    assert not np.array_equal(end2end.pixels("0.png"), end2end.pixels("0_1.png"))
+
+
+def test_thinking_comes_with_a_picture(end2end: Runner):
+    out = end2end.good("--prompts", "A cute cat", "--think", "--max-think-tokens", "8", *SMALL)
+    assert re.search(r"^thinking  \S", out, re.MULTILINE)
+    assert end2end.pixels("0.png").shape == (64, 96, 3)
+
+
+def test_a_picture_is_edited_in_its_own_size(end2end: Runner, photo: Path):
+    guidance = ("--cfg-text-scale", "3", "--cfg-img-scale", "1.5", "--cfg-interval", "0", "1", "--cache", "taylorseer")
+    end2end.good(
+        "--modality", "img2img", "--image-path", str(photo), "--prompts", "Make it night", "--steps", "3", *guidance
+    )
+    assert end2end.pixels("0.png").shape == (512, 640, 3)
+
+
+def test_a_picture_is_described(end2end: Runner, photo: Path):
+    arguments = ("--modality", "img2text", "--prompts", "What is this?", "--max-tokens", "8")
+    out = end2end.good(*arguments, "--image-path", str(photo))
+    assert re.search(r"^\[0\] What is this\?\nanswer    \S", out, re.MULTILINE)
+    Image.new("RGB", (64, 64), "red").save(photo)
+    assert end2end.good(*arguments, "--image-path", str(photo)) != out
+    assert not (end2end.folder / "bagel_output").exists()
+
+
+def test_prompts_come_from_a_file_one_a_line(end2end: Runner):
+    (end2end.folder / "prompts.txt").write_text("What is the capital of France?\n\n  Where is Köln? \n")
+    arguments = ("--modality", "text2text", "--txt-prompts", "prompts.txt", "--max-tokens", "6", "--enable-stats")
+    out = end2end.good(*arguments, "--temperature", "1", "--top-p", "0.9", "--top-k", "50", "--seed", "1")
+    printed = blocks(out)
+    assert printed[0].startswith("What is the capital of France?\nanswer    ")
+    assert printed[1].startswith("Where is Köln?\nanswer    ")
+
+
+def test_statistics_are_a_row_a_prompt_and_their_sums(end2end: Runner):
+    out = end2end.good("--prompts", "A cute cat", "A red fox", "--enable-stats", *SMALL)
+    assert re.search(r"^loaded in \d+\.\d s, 2 prompts in \d+\.\d s$", out, re.MULTILINE)
+    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[-4:])
+    assert header[0] == "prompt"
+    for stage in ("thinker", "dit", "vae_decode"):
+        assert f"{stage} queue s" in header
+        assert float(rows[0][header.index(f"{stage} run s")]) > 0
+    assert [row[0] for row in rows] == ["0", "1", "all"]
+    for column in range(1, len(header)):
+        values = [float(row[column]) for row in rows]
+        assert values[2] == pytest.approx(values[0] + values[1], abs=0.002)
+
+
+def test_a_prompt_that_fails_loses_no_other(end2end: Runner):
+    done = end2end("--prompts", "A cute cat", "", "A red fox", *SMALL)
+    assert done.returncode == 1
+    assert sorted(blocks(done.stdout)) == [0, 2]
+    assert "end2end: error: prompt 1: prompt='' is not allowed" in done.stderr
+    assert sorted(path.name for path in (end2end.folder / "bagel_output").iterdir()) == ["0.png", "2.png"]
+
+
+def test_a_deploy_yaml_is_read_under_both_names(end2end: Runner, refusal: Refusal):
+    config = end2end.folder / "deploy.yaml"
+    config.write_text("pipeline: bagel_think\ndevice: cpu\nstages:\n- stage_id: 0\n  max_model_len: 64\n")
+    # 64 tokens hold no thinking of 1000: the arena is the YAML's, and so is thinking by default.
+    done = end2end("--prompts", "A cute cat", "--stage-configs-path", str(config), *SMALL)
+    assert done.returncode == 1
+    assert "the request is too long" in done.stderr
+    config.write_text("pipeline: bagel_think\nstages:\n- stage_id: 0\n  no_such_field: 64\n")
+    for option in ("--deploy-config", "--stage-configs-path"):
+        assert "no_such_field" in refusal("--prompts", "A cute cat", option, str(config))
+
+
+def test_a_prompt_waits_for_its_turn_as_long_as_it_takes(end2end: Runner):
+    stages = "stages:\n- stage_id: 0\n  lease_ttl_s: 0.001\n- stage_id: 1\n  max_num_seqs: 1\n"
+    (end2end.folder / "deploy.yaml").write_text(f"pipeline: bagel\n{stages}")
+    end2end.good("--prompts", "A cute cat", "A red fox", "A house", "--deploy-config", "deploy.yaml", *SMALL)
+    assert len(list((end2end.folder / "bagel_output").iterdir())) == 3
+
+
+def test_a_batch_without_progress_is_given_up(end2end: Runner):
+    start = time.monotonic()
+    done = end2end("--prompts", "A cute cat", "A red fox", "--steps", "900", "--batch-timeout", "0.0001")
+    assert time.monotonic() - start < 60
+    assert done.returncode == 1
+    for index in range(2):
+        assert f"prompt {index}: nothing in the batch made progress for 0.0001 s" in done.stderr
+
+
+def test_loading_has_a_time_limit(refusal: Refusal):
+    assert "loading took longer than 0.001 s" in refusal("--prompts", "A cute cat", "--init-timeout", "0.001")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompts", "x", "--worker-backend", "ray"], "no Ray cluster"),
+        (["--prompts", "x", "--ray-address", "auto"], "--ray-address has no meaning here: there is no Ray cluster"),
+        (["--prompts", "x", "--init-sleep-seconds", "20"], "--init-sleep-seconds has no meaning here"),
+        (["--prompts", "x", "--init-timeout", "0"], "--init-timeout=0"),
+        (["--prompts", "x", "--batch-timeout", "nan"], "--batch-timeout=nan"),
+        (["--prompts", "x", "--modality", "img2video"], "img2video"),
+        (["--prompts", "x", "--modality", "img2img"], "--modality img2img needs --image-path"),
+        (["--prompts", "x", "--image-path", "photo.jpg"], "--modality text2img takes no --image-path"),
+        (["--prompts", "x", "--txt-prompts", "prompts.txt"], "--txt-prompts"),
+        ([], "--prompts"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(refusal: Refusal, arguments: list[str], named: str):
+    assert named in refusal(*arguments, status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompts", "x", "--steps", "1"], "--steps: num_inference_steps=1 is not allowed"),
+        (["--prompts", "x", "--height", "65"], "--height: height=65 is not allowed"),
+        (["--prompts", "x", "--modality", "text2text", "--steps", "50"], "--steps: num_inference_steps has no meaning"),
+        (["--prompts", "x", "--cfg-interval", "0.5", "0.2"], "--cfg-interval: cfg_interval=[0.5, 0.2]"),
+        (["--prompts", "x", "--dtype", "float8"], "dtype='float8' is not allowed"),
+        (
+            ["--prompts", "x", "--modality", "img2text", "--image-path", "absent.png"],
+            "--image-path absent.png: No such",
+        ),
+        (["--txt-prompts", "absent.txt"], "--txt-prompts absent.txt: No such"),
+        (["--txt-prompts", "empty.txt"], "--txt-prompts empty.txt has no prompt in it"),
+        (["--txt-prompts", "latin.txt"], "--txt-prompts latin.txt is not UTF-8 text"),
+        (["--prompts", "x", "--modality", "img2text", "--image-path", "latin.txt"], "--image-path: image[0] is not a"),
+    ],
+)
+def test_what_no_prompt_could_make_right_is_refused_at_once(
+    refusal: Refusal, tmp_path: Path, arguments: list[str], named: str
+):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Köln\n".encode("latin-1"))
+    assert named in refusal(*arguments)
+
+
+def test_a_model_that_is_no_folder_must_be_downloaded_first(refusal: Refusal, tmp_path: Path):
+    name = "ByteDance-Seed/BAGEL-7B-MoT"
+    assert f"--model {name} is not a folder; download the checkpoint first" in refusal("--prompts", "x", model=name)
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in refusal("--prompts", "x", model="empty")

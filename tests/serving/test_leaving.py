@@ -1,0 +1,100 @@
+"""Work that nobody waits for any more stops, and a server that is told to stop leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.serving.test_together import EIGHT, picture_body, until_idle
+from tests.support.serving import STOP_S, Server
+
+LONG = picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
+THINKING = {  # ten random texts: it takes thousands of tokens until the last one ends by chance
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "modalities": ["text"],
+    "max_tokens": 3000,
+    "n": 10,
+    "temperature": 2.0,
+    "repetition_penalty": 2.0,
+}
+
+
+def until(server: Server, gauge: str, value: float) -> None:
+    deadline = time.monotonic() + 20
+    while server.gauge(gauge) != value:
+        assert time.monotonic() < deadline, f"{gauge} is not {value}"
+        time.sleep(0.05)
+
+
+def post(server: Server, body: dict[str, object]) -> threading.Thread:
+    """Ask from a thread, and do not care for the answer."""
+
+    def ask() -> None:
+        try:
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+        except httpx.HTTPError:
+            return
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    return thread
+
+
+@contextlib.contextmanager
+def connection(server: Server, body: dict[str, object]) -> Iterator[None]:
+    """A request in flight, whose connection is cut when the block ends."""
+    data = json.dumps(body).encode()
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(data)}\r\n\r\n"
+        client.sendall(head.encode() + data)
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize(
+    ("body", "gauge"), [(LONG, "bagel_dit_active"), (THINKING, "bagel_thinker_active")], ids=["dit", "thinker"]
+)
+def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, object], gauge: str, stream: bool) -> None:
+    with connection(server, {**body, "stream": stream}):
+        until(server, gauge, 1)
+    until(server, gauge, 0)
+    until_idle(server)
+    assert len(server.pictures(picture_body(EIGHT[1], seed=1))) == 1
+
+
+@pytest.fixture
+def own_server(checkpoint_dir: Path) -> Iterator[Server]:
+    with Server(checkpoint_dir) as running:
+        yield running
+
+
+def test_sigterm_during_a_request_leaves_nothing(own_server: Server) -> None:
+    asking = post(own_server, LONG)
+    until(own_server, "bagel_dit_active", 1)
+    prefix = f"bagel_triton_{own_server.process.pid}_"
+    assert list(Path("/dev/shm").glob(f"{prefix}*"))
+    family = _descendants(own_server.process.pid)
+    assert len(family) > 5
+    started = time.monotonic()
+    assert own_server.stop() == 0
+    assert time.monotonic() - started < STOP_S
+    assert not list(Path("/dev/shm").glob(f"{prefix}*"))
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    asking.join(10)
+    assert not asking.is_alive(), "the client was left waiting"
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    direct = [int(child) for path in children for child in path.read_text().split()]
+    return direct + [grandchild for child in direct for grandchild in _descendants(child)]

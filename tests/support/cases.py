@@ -1,0 +1,109 @@
+"""The recorded requests of ``tests/data/cases-a`` and the numbers they lead to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bagel_triton.request import GenerationRequest
+
+# What a case leaves out has the authors' library default, which is not always the server's.
+LIBRARY_DEFAULTS: dict[str, object] = {
+    "cfg_img_scale": 1.5,
+    "cfg_interval": [0.4, 1.0],
+    "cfg_renorm_type": "global",
+    "cfg_renorm_min": 0.0,
+    "timestep_shift": 3.0,
+    "num_timesteps": 50,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded request; ``height`` and ``width`` are the picture's pixels, 0 for text output.
+
+    Of recorded keys and values, tokens 0, ``kv_token_stride``, ... are kept.
+    """
+
+    name: str
+    task: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    height: int
+    width: int
+    request: GenerationRequest
+    text: str | None
+    kv_token_stride: int
+    pictures: tuple[Path, ...]
+    directory: Path
+
+    @property
+    def plain(self) -> bool:
+        """Text to image, without think and without TaylorSeer."""
+        return self.task == "text2img" and not self.request.think and self.request.cache is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The recorded intermediate tensors by name."""
+        return load_file(self.directory / f"{self.name}.safetensors")
+
+    def picture(self) -> Tensor:
+        """The recorded picture, uint8 [height, width, 3]."""
+        with Image.open(self.directory / f"{self.name}.expected.png") as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+def load_cases(directory: Path) -> tuple[Case, ...]:
+    """Every request recorded in ``directory``."""
+    return tuple(_case(fields, directory) for fields in json.loads((directory / "cases.json").read_text())["cases"])
+
+
+def _case(fields: dict[str, Any], directory: Path) -> Case:
+    makes_picture = fields["task"] in ("text2img", "img2img")
+    pictures = tuple(directory / name for name in fields.get("input_images", ()))
+    options = _picture_options(fields) if makes_picture else _text_options(fields)
+    if pictures:
+        options["image"] = tuple(path.read_bytes() for path in pictures)
+    if fields["kw"].get("think"):
+        options["think"] = True
+    height, width = fields.get("output_size_hw", (0, 0))
+    return Case(
+        name=fields["name"],
+        task=fields["task"],
+        prompt=fields["prompt"],
+        prompt_ids=tuple(fields["prompt_ids"]),
+        height=height,
+        width=width,
+        request=GenerationRequest(prompt=fields["prompt"], **options),
+        text=fields.get("expected_text"),
+        kv_token_stride=fields.get("kv_token_stride", 1),
+        pictures=pictures,
+        directory=directory,
+    )
+
+
+def _picture_options(fields: dict[str, Any]) -> dict[str, Any]:
+    options = LIBRARY_DEFAULTS | fields["kw"]
+    options.pop("think", None)
+    options["num_inference_steps"] = options.pop("num_timesteps")
+    options["cfg_interval"] = tuple(options["cfg_interval"])
+    if options.pop("enable_taylorseer", False):
+        options["cache"] = "taylorseer"
+    if "max_think_token_n" in options:
+        options["max_think_tokens"] = options.pop("max_think_token_n") - 1  # the recorded one counts the start token
+    if "size" in fields:
+        options["height"], options["width"] = fields["size"]
+    return options | {"seed": fields["seed"], "modality": "image"}
+
+
+def _text_options(fields: dict[str, Any]) -> dict[str, Any]:
+    recorded = fields["kw"]
+    tokens = recorded["max_new_tokens"] if "max_new_tokens" in recorded else recorded["max_think_token_n"] - 1
+    return {"max_tokens": tokens, "modality": "text"}

@@ -1,0 +1,74 @@
+"""A worker whose jobs count: each needs a number of steps, and may be told to break."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from bagel_triton.engine.worker import Job, Worker
+from bagel_triton.messages import ProgressEvent
+
+
+@dataclass(frozen=True)
+class Count:
+    """``steps`` to count to; ``fails_at`` breaks the step of that number, ``admission`` the admission."""
+
+    steps: int
+    fails_at: int | None = None
+    admission: Exception | None = None
+
+
+CountJob = Job[Count, int]
+
+
+class CountingWorker(Worker[Count, int]):
+    """Counts ``capacity`` jobs at a time; each step waits for :attr:`pace`."""
+
+    stage = "dit"
+
+    def __init__(self, capacity: int = 8) -> None:
+        super().__init__()
+        self.pace = threading.Semaphore(0)
+        self._free = threading.Event()
+        self.batches: list[list[str]] = []
+        self.dropped: list[str] = []
+        self.forgotten: list[str] = []
+        self._capacity = capacity
+        self._counts: dict[CountJob, int] = {}
+        self.start()
+
+    def free_run(self) -> None:
+        """Do not wait any more."""
+        self._free.set()
+        self.pace.release()
+
+    def _active(self) -> list[CountJob]:
+        return list(self._counts)
+
+    def _admit(self, job: CountJob) -> bool:
+        if job.task.admission:
+            raise job.task.admission
+        if len(self._counts) >= self._capacity:
+            return False
+        self._counts[job] = 0
+        return True
+
+    def _step(self) -> None:
+        if not self._free.is_set():
+            self.pace.acquire()
+        self.batches.append([job.request_id for job in self._counts])
+        for job, count in list(self._counts.items()):
+            if count + 1 == job.task.fails_at:
+                raise RuntimeError("a number is missing")
+            self._counts[job] = count + 1
+            job.progress(ProgressEvent("dit", count + 1, job.task.steps))
+            if count + 1 == job.task.steps:
+                del self._counts[job]
+                job.finish(count + 1, self.stage)
+
+    def _drop(self, job: CountJob) -> None:
+        del self._counts[job]
+        self.dropped.append(job.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)

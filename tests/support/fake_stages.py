@@ -1,0 +1,79 @@
+"""Stages that compute nothing: each answers with the name of what it was given."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass, field
+
+from bagel_triton.engine.visit import Visit
+from bagel_triton.errors import StageUnavailable
+from bagel_triton.messages import Answer, FlowSettings, Plan, ProgressEvent, Stage, StageStats, Thoughts, Usage
+
+FLOW = FlowSettings(
+    height=64,
+    width=96,
+    num_inference_steps=3,
+    seed=11,
+    timestep_shift=3.0,
+    cfg_text_scale=4.0,
+    cfg_img_scale=1.5,
+    cfg_interval=(0.4, 1.0),
+    cfg_renorm_type="global",
+    cfg_renorm_min=0.0,
+)
+
+
+@dataclass
+class FakeStages:
+    """``flow`` and ``answers`` are what every request gets.
+
+    ``errors`` and ``silent`` name stages that fail or never answer; ``delays`` are seconds a prompt.
+    """
+
+    flow: FlowSettings | None = FLOW
+    answers: tuple[Answer, ...] = ()
+    errors: dict[str, Exception] = field(default_factory=dict)
+    delays: dict[str, float] = field(default_factory=dict)
+    silent: str | None = None
+    refuses: str | None = None
+    visited: list[str] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def expand(self, request: str) -> Visit[Plan]:
+        plan = Plan(f"{request}-{next(self._numbers)}", branches=(), flow=self.flow, usage=Usage(image_tokens=24))
+        return self._visit("cfg_expand", plan)
+
+    def think(self, plan: Plan) -> Visit[Thoughts]:
+        name = plan.request_id.rpartition("-")[0]
+        return self._visit("thinker", Thoughts(self.answers, f"job of {name}" if plan.flow else None))
+
+    def denoise(self, job: str) -> Visit[list[str]]:
+        delay = next((delay for name, delay in self.delays.items() if job.endswith(name)), 0.0)
+        progress = [ProgressEvent("dit", step, 2) for step in (1, 2)]
+        latents = [f"latents {number} of {job}" for number in range(self.flow.num_pictures)]
+        return self._visit("dit", latents, progress, delay)
+
+    def decode(self, latents: str, request_id: str) -> Visit[str]:
+        return self._visit("vae_decode", f"pixels of {latents}")
+
+    def abandon(self, request_id: str) -> None:
+        self.abandoned.append(request_id)
+
+    def _visit(
+        self, stage: Stage, result: object, progress: list[ProgressEvent] | None = None, delay: float = 0.0
+    ) -> Visit:
+        if stage == self.refuses:
+            raise StageUnavailable(f"{stage} is not loaded")
+        self.visited.append(stage)
+        visit = Visit(stage)
+        if stage == self.silent:
+            return visit
+        for event in progress or []:
+            visit.progress(event)
+        if stage in self.errors:
+            visit.fail(self.errors[stage])
+        else:
+            threading.Timer(delay, visit.finish, (result, StageStats(stage, 0.0, delay))).start()
+        return visit

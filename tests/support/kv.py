@@ -1,0 +1,90 @@
+"""Contexts with known contents, for the tests of arenas, leases and connectors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagel_triton.kv.arena import Context, KVArena
+from bagel_triton.kv.connectors.base import Consumer
+from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
+from bagel_triton.kv.store import gather, store_shape
+from bagel_triton.messages import Branch, ContextHandle, KVGeometry
+
+GEOMETRY = KVGeometry(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype="float32")
+
+
+def new_arena(blocks: int, geometry: KVGeometry = GEOMETRY) -> KVArena:
+    """An empty arena in this process' memory."""
+    return KVArena(torch.zeros(store_shape(geometry, blocks * geometry.block_tokens)), geometry)
+
+
+def contents_of(labels: Sequence[int], geometry: KVGeometry = GEOMETRY) -> Tensor:
+    """Keys and values of the tokens named ``labels``, no two numbers alike.
+
+    [layers, 2, tokens, kv_heads, head_dim] float32.
+    """
+    layers, sides, _, heads, width = store_shape(geometry, 0)
+    places = torch.arange(layers * sides * heads * width).reshape(layers, sides, 1, heads, width)
+    return torch.tensor(list(labels))[None, None, :, None, None] * 1000.0 + places
+
+
+def append(arena: KVArena, context: Context, labels: Sequence[int]) -> None:
+    """Extend ``context`` by the tokens named ``labels`` and write their keys and values."""
+    arena.store[:, :, context.extend(len(labels))] = contents_of(labels, arena.geometry).to(arena.store.dtype)
+    context.next_position += len(labels)
+
+
+def read(arena: KVArena, context: Context) -> Tensor:
+    """All keys and values of ``context``."""
+    out = torch.empty(store_shape(arena.geometry, context.tokens))
+    gather(arena.store, arena.read_slots(context), out)
+    return out
+
+
+def claim(consumer: Consumer, handle: ContextHandle) -> Tensor:
+    """The contents that ``handle`` lends."""
+    dtype = getattr(torch, handle.geometry.dtype)
+    destination = torch.full(store_shape(handle.geometry, handle.tokens), -1, dtype=dtype)
+    consumer.claim(handle, destination)
+    return destination
+
+
+class Clock:
+    """A producer's clock that moves only when told to; far ahead of the real one."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic() + 1e6
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Lender(Consumer):
+    """An arena with leases, and at once its reader."""
+
+    def __init__(self, blocks: int, generation: int = 7) -> None:
+        self.arena = new_arena(blocks)
+        self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
+        self.clock = Clock()
+        self.book = LeaseBook(self.arena, self.table, "arena", "test", generation, self.clock)
+
+    def context(self, labels: Sequence[int]) -> Context:
+        """A context of the tokens named ``labels``."""
+        context = Context(self.arena)
+        append(self.arena, context, labels)
+        return context
+
+    def lend(self, labels: Sequence[int], request_id: str = "r", ttl_s: float = 10.0) -> ContextHandle:
+        """A lease on a new context of the tokens named ``labels``."""
+        return self.book.publish(request_id, Branch.GEN, self.context(labels), ttl_s)
+
+    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+        return self.arena.store, self.table
+
+    def close(self) -> None:
+        self.book.close()

@@ -1,0 +1,65 @@
+"""Whole and partial requests through stages that live in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.flow_run import Latents
+from bagel_triton.engine.visit import Result, Visit
+from bagel_triton.messages import DenoiseJob, Plan
+from bagel_triton.request import GenerationRequest
+
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one request led to: for each picture its latents and its pixels, uint8 [height, width, 3]."""
+
+    plan: Plan
+    latents: list[Latents]
+    pixels: list[Tensor]
+
+
+def result_of(visit: Visit[Result]) -> Result:
+    """What the stage answers; its error is raised."""
+    following = visit.follow(lambda: False, WAIT_S)
+    while True:
+        try:
+            next(following)
+        except StopIteration as end:
+            result: Result = end.value[0]
+            return result
+
+
+def think(stages: LocalStages, request: GenerationRequest) -> tuple[Plan, DenoiseJob]:
+    """The plan of a request for a picture, and its contexts, lent."""
+    plan = result_of(stages.expand(request))
+    job = result_of(stages.think(plan)).job
+    assert job is not None
+    return plan, job
+
+
+def generate(stages: LocalStages, request: GenerationRequest) -> Run:
+    """``request`` from prompt to pixels."""
+    plan, job = think(stages, request)
+    latents = result_of(stages.denoise(job))
+    return Run(plan, latents, [result_of(stages.decode(one, plan.request_id)) for one in latents])
+
+
+def generate_together(stages: LocalStages, requests: Sequence[GenerationRequest]) -> list[Run]:
+    """Every request at once, each from its own thread, in the requests' order."""
+    barrier = threading.Barrier(len(requests))
+
+    def work(request: GenerationRequest) -> Run:
+        barrier.wait()
+        return generate(stages, request)
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(work, requests))

@@ -1,0 +1,101 @@
+"""Packed attention against the formula: grouped heads, a past, causal and whole spans in one pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from bagel_triton.model.attention import Span, attend, backend_name
+
+HEAD_DIM = 16
+
+
+@dataclass(frozen=True)
+class FixedKV:
+    """Keys and values that were written before, [length, kv_heads, head_dim] a sequence."""
+
+    sequences: list[tuple[Tensor, Tensor]]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        raise AssertionError("attention writes nothing")
+
+    def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        return self.sequences[sequence]
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _kv(lengths: list[int], kv_heads: int) -> FixedKV:
+    return FixedKV(
+        [
+            (_random(2 * n + 1, length, kv_heads, HEAD_DIM), _random(2 * n + 2, length, kv_heads, HEAD_DIM))
+            for n, length in enumerate(lengths)
+        ]
+    )
+
+
+def _naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """One row and head at a time, in float64."""
+    rows, heads, _ = query.shape
+    length, kv_heads, _ = key.shape
+    out = torch.empty(rows, heads, HEAD_DIM, dtype=torch.float64)
+    for row in range(rows):
+        seen = length - rows + row + 1 if causal else length
+        for head in range(heads):
+            shared = head * kv_heads // heads
+            scores = key[:seen, shared].double() @ query[row, head].double() / HEAD_DIM**0.5
+            out[row, head] = scores.softmax(0) @ value[:seen, shared].double()
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (8, 1)])
+@pytest.mark.parametrize(
+    ("rows", "length", "causal"),
+    [(5, 5, True), (5, 12, True), (1, 12, True), (1, 1, True), (5, 12, False), (12, 12, False), (70, 600, True)],
+)
+def test_one_span_is_the_formula(heads: int, kv_heads: int, rows: int, length: int, causal: bool) -> None:
+    query, kv = _random(0, rows, heads, HEAD_DIM), _kv([length], kv_heads)
+    out = attend(query, 0, [Span(0, rows, 0, causal)], kv)
+    expected = _naive(query, *kv.sequences[0], causal)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_spans_of_every_kind_share_a_pack_without_touching() -> None:
+    """Two pictures' latents and their markers, behind them two prompts, in an order of their own."""
+    query, kv = _random(0, 31, 6, HEAD_DIM), _kv([20, 9, 14, 5], 2)
+    spans = [
+        Span(0, 8, 1, causal=False),
+        Span(8, 20, 0, causal=False),
+        Span(20, 22, 1, causal=False),
+        Span(22, 24, 0, causal=False),
+        Span(24, 28, 2, causal=True),
+        Span(28, 31, 3, causal=True),
+    ]
+    together = attend(query, 0, spans, kv)
+    for span in spans:
+        rows = query[span.start : span.stop]
+        alone = attend(rows, 0, [Span(0, len(rows), span.sequence, span.causal)], kv)
+        assert torch.equal(together[span.start : span.stop], alone)
+        expected = _naive(rows, *kv.sequences[span.sequence], span.causal)
+        torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_of_a_prompts_rows_sees_all_and_the_first_only_the_past() -> None:
+    query, kv = _random(0, 3, 4, HEAD_DIM), _kv([8], 2)
+    before = attend(query, 0, [Span(0, 3, 0, causal=True)], kv)
+    key, value = kv.sequences[0]
+    key[7] += 1.0
+    value[7] += 1.0
+    after = attend(query, 0, [Span(0, 3, 0, causal=True)], kv)
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2], after[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_uses_torchs_own_attention(dtype: torch.dtype) -> None:
+    assert backend_name(torch.device("cpu"), dtype) == "torch-sdpa"

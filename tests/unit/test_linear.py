@@ -1,0 +1,66 @@
+"""A row of a matrix product is the same to the last bit whatever rows surround it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel_triton.model.linear import expert_linear, linear
+
+ROWS = 600
+# 100 and 385 are no multiples of a vector; 1408 and 3584 are inner sizes of published models.
+SHAPES = [(64, 96), (96, 160), (100, 24), (160, 96), (385, 96), (512, 64), (1408, 256), (3584, 256)]
+COUNTS = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 256, 301, 514, ROWS]
+
+
+def _layer(inner: int, outer: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(outer, inner, generator=generator) / inner**0.5, torch.randn(outer, generator=generator)
+
+
+def _rows(inner: int) -> Tensor:
+    return torch.randn(ROWS, inner, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
+def test_a_row_does_not_depend_on_its_batch(inner: int, outer: int, biased: bool) -> None:
+    x, (weight, bias) = _rows(inner), _layer(inner, outer)
+    full = linear(x, weight, bias if biased else None)
+    for count in COUNTS:
+        for start in {0, 1, 5, ROWS - count} & set(range(ROWS - count + 1)):
+            part = linear(x[start : start + count], weight, bias if biased else None)
+            assert torch.equal(part, full[start : start + count]), (count, start)
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+def test_it_is_the_matrix_product(inner: int, outer: int) -> None:
+    x, (weight, bias) = _rows(inner), _layer(inner, outer)
+    exact = x.double() @ weight.double().T + bias.double()
+    for count in (1, 17, ROWS):
+        ours = linear(x[:count], weight, bias)
+        assert ours.shape == (count, outer)
+        assert (ours - exact[:count]).abs().max() / exact.abs().max() < 2e-6
+        torch.testing.assert_close(ours, F.linear(x[:count], weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows_are_no_rows() -> None:
+    weight, bias = _layer(96, 32)
+    assert linear(torch.empty(0, 96), weight, bias).shape == (0, 32)
+
+
+@pytest.mark.parametrize("gen_rows", [0, 1, 20, 39, 40])
+def test_each_row_goes_through_its_own_expert(gen_rows: int) -> None:
+    experts = [nn.Linear(96, 32) for _ in range(2)]
+    for seed, expert in enumerate(experts):
+        weight, bias = _layer(96, 32, seed)
+        expert.load_state_dict({"weight": weight, "bias": bias})
+    und, gen = experts
+    x = _rows(96)[:40]
+    with torch.inference_mode():
+        out = expert_linear(und, gen, x, gen_rows)
+        for row in range(40):
+            expert = gen if row < gen_rows else und
+            assert torch.equal(out[row : row + 1], linear(x[row : row + 1], expert.weight, expert.bias))

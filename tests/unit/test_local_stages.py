@@ -1,0 +1,140 @@
+"""Stages in one process under pressure: queues, full arenas, clients that leave, and the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.pipeline import Picture, Pipeline
+from bagel_triton.errors import InvalidRequest, LeaseError, Overloaded, StageUnavailable
+from bagel_triton.kv import lease as lease_module
+from bagel_triton.messages import ProgressEvent
+from bagel_triton.request import GenerationRequest
+from tests.support.runs import generate, generate_together, result_of, think
+
+Make = Callable[..., LocalStages]
+SMALL = GenerationRequest(prompt="A cute cat", height=32, width=32, seed=1, num_inference_steps=3)
+LONG = GenerationRequest(prompt="A cute cat", height=160, width=160, seed=1, num_inference_steps=1000)
+
+
+@pytest.fixture
+def make(checkpoint_dir: Path) -> Iterator[Make]:
+    """Makes stages of the settings given; closes them."""
+    made: list[LocalStages] = []
+
+    def build(thinker: ThinkerConfig = ThinkerConfig(), dit: DitConfig = DitConfig()) -> LocalStages:  # noqa: B008
+        config = DeployConfig(checkpoint=str(checkpoint_dir), device="cpu", dtype="float32", thinker=thinker, dit=dit)
+        made.append(LocalStages(config))
+        return made[-1]
+
+    yield build
+    for stages in made:
+        stages.close()
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _nothing_left(stages: LocalStages) -> bool:
+    return stages.producer.arena.blocks.used == 0 and len(stages.producer.leases) == 0
+
+
+def test_a_picture_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
+    generate(local_stages, SMALL)
+    _until(lambda: _nothing_left(local_stages))
+
+
+def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Make) -> None:
+    stages = make(dit=DitConfig(max_num_seqs=1))
+    events = Pipeline(stages, 30.0).run(LONG)
+    assert next(events) == ProgressEvent("dit", 1, 999)
+    start = time.monotonic()
+    events.close()  # type: ignore[attr-defined]
+    generate(stages, SMALL)
+    assert time.monotonic() - start < 3.0  # the rest of the long one takes far longer
+    _until(lambda: _nothing_left(stages))
+
+
+def test_an_abandoned_requests_contexts_are_taken_back(local_stages: LocalStages) -> None:
+    plan, job = think(local_stages, SMALL)
+    assert not _nothing_left(local_stages)
+    local_stages.abandon(plan.request_id)
+    _until(lambda: _nothing_left(local_stages))
+    with pytest.raises(LeaseError, match="has ended"):
+        result_of(local_stages.denoise(job))
+
+
+def test_a_request_that_waits_longer_than_its_lease_still_gets_its_picture(make: Make) -> None:
+    """The lease guards against a reader that died, not against one that is busy."""
+    stages = make(thinker=ThinkerConfig(lease_ttl_s=0.5), dit=DitConfig(max_num_seqs=1))
+    long = GenerationRequest(prompt="A cute cat", height=160, width=160, seed=1, num_inference_steps=60)
+    runs = generate_together(stages, [long, long, long])
+    assert len(runs) == 3
+
+
+def test_a_prompt_longer_than_the_arena_is_refused(make: Make) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=32))
+    with pytest.raises(InvalidRequest, match="too long"):
+        generate(stages, GenerationRequest(prompt="A cute cat on a mountain " * 8, seed=1))
+    assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+
+
+def test_a_full_arena_is_waited_for(make: Make) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=32, block_tokens=16))
+    runs = generate_together(stages, [SMALL] * 6)
+    assert len(runs) == 6
+    assert all((run.pixels[0] == runs[0].pixels[0]).all() for run in runs)
+
+
+def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16, admission_timeout_s=0.1))
+    plan, _ = think(stages, SMALL)  # nobody claims it
+    with pytest.raises(Overloaded, match="the thinker had no room"):
+        generate(stages, SMALL)
+    stages.abandon(plan.request_id)
+    assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+
+
+def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "SLOTS", 1)
+    stages = make()
+    plan, job = think(stages, SMALL)
+    with pytest.raises(Overloaded, match="no KV lease is free"):
+        think(stages, SMALL)
+    assert len(result_of(stages.denoise(job))) == 1
+    _until(lambda: _nothing_left(stages))
+    assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+    assert plan.request_id == job.request_id
+
+
+def test_closing_fails_what_is_under_way_and_what_comes_later(make: Make) -> None:
+    stages = make()
+    events = Pipeline(stages, 30.0).run(LONG)
+    next(events)
+    stages.close()
+    with pytest.raises(StageUnavailable, match="dit is shutting down"):
+        list(events)
+    with pytest.raises(StageUnavailable, match="thinker is shutting down"):
+        generate(stages, SMALL)
+
+
+def test_a_request_tells_its_whole_story(local_stages: LocalStages) -> None:
+    *progress, picture, done = Pipeline(local_stages, 30.0).run(SMALL)
+    assert progress == [ProgressEvent("dit", step, 2) for step in (1, 2)]
+    assert isinstance(picture, Picture)
+    assert picture.pixels.shape == (32, 32, 3)
+    assert (picture.event.seed, done.seed) == (1, 1)  # type: ignore[union-attr]
+    assert done.usage.image_tokens == 4  # type: ignore[union-attr]
+    assert done.usage.prompt_tokens == 6  # type: ignore[union-attr]
+    assert all(stats.run_s >= 0 and stats.queue_s >= 0 for stats in done.stages)  # type: ignore[union-attr]

@@ -1,0 +1,245 @@
+"""What a configuration will take is what it takes, and what does not fit is refused with numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+
+from bagel_triton.deploy import memory
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.deploy.memory import Available, NotEnoughMemory
+from bagel_triton.engine.build import LocalStages, Parts, build_expander
+from bagel_triton.engine.sequence import segment_tokens
+from bagel_triton.kv.store import WorkspaceStep, store_shape
+from bagel_triton.messages import KVGeometry
+from bagel_triton.model.attention import Span
+from bagel_triton.model.autoencoder import Autoencoder, decode, encode
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.model.mot import Pack, Transformer, rotary_tables
+from bagel_triton.model.placement import Placement
+from bagel_triton.request import GenerationRequest
+from bagel_triton.runtime import tiny_checkpoint
+from bagel_triton.runtime.tiny_config import TinyConfig
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FLOAT32, BFLOAT16 = Placement(CPU, torch.float32), Placement(CPU, torch.bfloat16)
+GIB = 2**30
+PUBLISHED = ModelConfig(
+    language=LanguageConfig(3584, 18944, 28, 28, 4, 128, 152064, 1e6, 1e-6),
+    latent=LatentConfig(2, 16, 8, 64),
+    vit=VitConfig(1152, 4304, 26, 16, 14, 1e-6, 70),
+)
+
+
+def config_of(checkpoint: Path, **changes: object) -> DeployConfig:
+    return msgspec.structs.replace(DeployConfig(str(checkpoint), device="cpu", dtype="float32"), **changes)
+
+
+def plan_of(
+    checkpoint: Path = CHECKPOINT, placement: Placement = FLOAT32, side: int = 64, **changes: object
+) -> memory.MemoryPlan:
+    return memory.plan(Checkpoint(checkpoint), config_of(checkpoint, **changes), placement, side, side)
+
+
+def loaded_bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def peak_bytes(work: Callable[[], object], folder: Path) -> int:
+    """The most that ``work`` holds at a time beyond what there was."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+# --- exact: keys and values, weights ---
+
+
+def test_a_token_of_the_published_model_takes_57344_bytes():
+    assert memory.kv_token_bytes(PUBLISHED.language, "bfloat16") == 57_344
+
+
+def test_the_published_weights_take_what_their_file_does():
+    with torch.device("meta"):
+        transformer = Bagel(PUBLISHED).to(torch.bfloat16)
+    assert memory.module_bytes(transformer) == pytest.approx(29.2e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_those_that_are_loaded(tmp_path: Path, dtype: torch.dtype):
+    tiny_checkpoint.write(
+        tmp_path / "other", TinyConfig(hidden_size=80, heads=8, kv_heads=1, vae_channels=64, shards=3)
+    )
+    for directory in (CHECKPOINT, tmp_path / "other"):
+        checkpoint = Checkpoint(directory)
+        transformer = loaded_bytes(checkpoint.load_bagel(CPU, dtype))
+        autoencoder = loaded_bytes(checkpoint.load_autoencoder(CPU, torch.float32))
+        thinker, dit, vae_decode = plan_of(directory, Placement(CPU, dtype)).stages
+        assert (thinker.stage, thinker.weights) == ("thinker", transformer + autoencoder)
+        assert (dit.stage, dit.weights) == ("dit", transformer)
+        assert (vae_decode.stage, vae_decode.weights) == ("vae_decode", autoencoder)
+
+
+def test_weights_are_counted_as_often_as_they_are_in_memory():
+    transformer, autoencoder = plan_of().stages[1].weights, plan_of().stages[2].weights
+    # float32 is made of the stored bfloat16 in each process; the autoencoder is stored in float32.
+    assert plan_of().weights == 2 * transformer + autoencoder
+    assert plan_of(placement=BFLOAT16).weights == transformer // 2 + autoencoder
+    assert plan_of(placement=Placement(CUDA, torch.float32)).weights == 2 * transformer + 2 * autoencoder
+    assert plan_of(pipeline="bagel_single_stage").weights == transformer + autoencoder
+
+
+def test_the_arena_is_the_one_that_is_made():
+    thinker = ThinkerConfig(kv_tokens=1000, block_tokens=16)  # 63 blocks
+    need = plan_of(thinker=thinker, pipeline="bagel_single_stage")
+    stages = LocalStages(config_of(CHECKPOINT, thinker=thinker))
+    assert need.stages[0].kv == stages.producer.arena.store.nbytes == 63 * 16 * need.kv_token
+    stages.close()
+    assert need.shared == 0
+    assert plan_of(thinker=thinker).shared == need.stages[0].kv
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 512), (64, 128)])
+def test_contexts_are_those_of_an_edit(height: int, width: int):
+    config = config_of(CHECKPOINT)
+    picture = io.BytesIO()
+    Image.new("RGB", (width, height)).save(picture, "PNG")
+    request = GenerationRequest(prompt="Make it night", image=(picture.getvalue(),))
+    branches = build_expander(Parts.open(config)).expand(request).branches
+    model = Checkpoint(CHECKPOINT).config
+    gen, cfg_text, cfg_img = (sum(segment_tokens(part, model) for part in branch.segments) for branch in branches)
+    longer = memory.PROMPT_TOKENS - cfg_img  # the prompt that is planned for is a long one
+    assert memory.context_tokens(model, height, width) == (gen + longer, cfg_text, cfg_img + longer)
+
+
+def test_the_dit_copies_three_contexts_for_every_picture():
+    one, four = (plan_of(dit=DitConfig(max_num_seqs=pictures)).stages[1] for pictures in (1, 4))
+    model = Checkpoint(CHECKPOINT).config
+    new = 3 * ((64 // 16) ** 2 + 2)
+    assert one.kv == (sum(memory.context_tokens(model, 64, 64)) + new) * plan_of().kv_token
+    assert (four.kv, four.activations) == (4 * one.kv, 4 * one.activations)
+
+
+# --- estimated: activations ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype):
+    language = LanguageConfig(112, 592, 2, 4, 1, 28, 64, 1e6, 1e-6)
+    transformer = Transformer(language).requires_grad_(False).to(dtype)
+    rows, past, sequences = 256, 40, 6
+    geometry = KVGeometry(2, 1, 28, 16, "float32")
+    stores = [torch.zeros(store_shape(geometry, past + rows), dtype=dtype) for _ in range(sequences)]
+    spans = [Span(index * rows, (index + 1) * rows, index, causal=False) for index in range(sequences)]
+    kv = WorkspaceStep(stores, [[(span.start, span.stop, past)] for span in spans])
+    tokens = rows * sequences
+    gen_rows = tokens - 8  # both experts take part
+
+    def forward() -> torch.Tensor:
+        cos, sin = rotary_tables(torch.arange(tokens), language, dtype)
+        return transformer(torch.ones(tokens, 112, dtype=dtype), Pack(gen_rows, cos, sin, spans, kv))
+
+    assert peak_bytes(forward, tmp_path) == pytest.approx(memory.forward_bytes(language, tokens, dtype), rel=0.05)
+
+
+def autoencoder_of(widths: list[int], encoder_blocks: int, decoder_blocks: int) -> Autoencoder:
+    """One with random weights."""
+    shapes = {f"decoder.up.{level}.block.0.conv1.weight": (width,) for level, width in enumerate(widths)}
+    shapes |= {f"decoder.up.0.block.{index}.conv1.weight": (widths[0],) for index in range(decoder_blocks)}
+    shapes |= {f"encoder.down.0.block.{index}.conv1.weight": (widths[0],) for index in range(encoder_blocks)}
+    return Autoencoder({**shapes, "decoder.conv_out.weight": (3,), "decoder.conv_in.weight": (widths[-1], 16)})
+
+
+@pytest.mark.parametrize(
+    ("widths", "blocks", "size"),
+    [
+        ([32, 64, 128, 128], (2, 3), (256, 128)),  # the published one, narrower
+        ([32, 32, 64, 64], (1, 2), (128, 256)),
+        ([64, 64, 64, 64], (1, 1), (128, 128)),
+    ],
+)
+def test_the_autoencoder_takes_what_was_estimated(
+    tmp_path: Path, widths: list[int], blocks: tuple[int, int], size: tuple[int, int]
+):
+    autoencoder, (height, width) = autoencoder_of(widths, *blocks), size
+    latent, pixels = torch.ones(1, 16, height // 8, width // 8), torch.ones(height, width, 3)
+    decoding = peak_bytes(lambda: decode(autoencoder, latent), tmp_path)
+    assert decoding == pytest.approx(memory.decode_bytes(autoencoder.decoder, height, width), rel=0.1)
+    encoding = peak_bytes(lambda: encode(autoencoder, pixels, latent), tmp_path)
+    assert encoding == pytest.approx(memory.encode_bytes(autoencoder.encoder, height, width), rel=0.1)
+
+
+# --- refusals ---
+
+
+def refusal(need: memory.MemoryPlan, available: Available, placement: Placement = FLOAT32, **changes: object) -> str:
+    with pytest.raises(NotEnoughMemory) as error:
+        memory.check(need, config_of(CHECKPOINT, **changes), placement, available)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_fits_exactly_is_not_refused():
+    need = plan_of()
+    memory.check(need, config_of(CHECKPOINT), FLOAT32, Available(host=need.total, shared=need.shared))
+
+
+def test_too_little_shared_memory():
+    message = refusal(plan_of(), Available(host=GIB, shared=2**20))
+    assert "24.00 MiB of shared memory and 1.00 MiB are free" in message
+    assert "lower thinker.kv_tokens=32768" in message
+    assert "--shm-size" in message
+
+
+def test_too_little_memory_for_keys_and_values():
+    need = plan_of(dit=DitConfig(max_num_seqs=5))
+    message = refusal(need, Available(host=need.total - 1, shared=GIB), dit=DitConfig(max_num_seqs=5))
+    assert f"need {memory.readable(need.total)} of memory and {memory.readable(need.total - 1)} are free" in message
+    assert message.endswith("use dtype bfloat16, or lower dit.max_num_seqs=5, or lower thinker.kv_tokens=32768")
+
+
+def test_too_little_memory_for_the_weights():
+    need = plan_of()
+    message = refusal(need, Available(host=need.weights - 1, shared=GIB))
+    assert message.endswith("use dtype bfloat16, or serve bagel_single_stage")
+    # Weights that are in memory once cannot be fewer.
+    message = refusal(plan_of(placement=BFLOAT16), Available(host=1, shared=GIB), BFLOAT16)
+    assert message.endswith("): use a larger machine")
+
+
+def test_a_devices_memory_is_what_counts_there():
+    placement = Placement(torch.device("cuda:1"), torch.bfloat16)
+    need = plan_of(placement=placement)
+    on_device = need.total - need.shared
+    config = config_of(CHECKPOINT)
+    memory.check(need, config, placement, Available(host=need.shared, shared=GIB, device=on_device))
+    message = refusal(need, Available(host=GIB, shared=GIB, device=on_device - 1), placement)
+    assert "of memory on cuda:1 and" in message
+    assert message.endswith("): lower dit.max_num_seqs=8")
+    message = refusal(need, Available(host=need.shared - 1, shared=GIB, device=on_device), placement)
+    assert "of the host's memory" in message
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (57344, "56.00 KiB"), (3 * 2**40, "3.00 TiB"), (2**51, "2048.00 TiB")],
+)
+def test_sizes_are_readable(size: int, text: str):
+    assert memory.readable(size) == text

@@ -1,0 +1,159 @@
+"""A request's way through the stages, and what is undone when it does not get to the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from bagel_triton.engine.pipeline import Picture, Pipeline
+from bagel_triton.engine.visit import Visit
+from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
+from bagel_triton.messages import Answer, AnswerEvent, DoneEvent, ProgressEvent, StageStats
+from tests.support.fake_stages import FLOW, FakeStages
+
+
+def _run(stages: FakeStages, cancelled: Callable[[], bool] = lambda: False, timeout_s: float = 5.0) -> list[object]:
+    return list(Pipeline(stages, timeout_s).run("a cat", cancelled))
+
+
+def test_a_request_visits_the_stages_in_order_and_ends_with_done() -> None:
+    stages = FakeStages()
+    *progress, picture, done = _run(stages)
+    assert progress == [ProgressEvent("dit", 1, 2), ProgressEvent("dit", 2, 2)]
+    assert isinstance(picture, Picture)
+    assert picture.pixels == "pixels of latents 0 of job of a cat"
+    assert (picture.event.height, picture.event.width, picture.event.seed) == (64, 96, 11)
+    assert isinstance(done, DoneEvent)
+    assert (done.request_id, done.seed, done.usage.image_tokens) == ("a cat-1", 11, 24)
+    assert [stats.stage for stats in done.stages] == ["cfg_expand", "thinker", "dit", "vae_decode"]
+    assert stages.abandoned == []
+
+
+def test_a_request_for_several_pictures_gets_each_with_its_seed() -> None:
+    stages = FakeStages(flow=msgspec.structs.replace(FLOW, num_pictures=3))
+    pictures = [event for event in _run(stages) if isinstance(event, Picture)]
+    assert [picture.pixels for picture in pictures] == [f"pixels of latents {n} of job of a cat" for n in range(3)]
+    assert [(picture.event.index, picture.event.seed) for picture in pictures] == [(0, 11), (1, 12), (2, 13)]
+
+
+def test_a_request_for_text_ends_after_the_thinker() -> None:
+    answer = Answer("It is a cat", "whiskers", "length", tokens=9, reasoning_tokens=4)
+    stages = FakeStages(flow=None, answers=(answer,))
+    told, done = _run(stages)
+    assert told == AnswerEvent(0, "It is a cat", "whiskers", "length")
+    assert isinstance(done, DoneEvent)
+    assert (done.seed, done.usage.text_tokens, done.usage.reasoning_tokens) == (None, 9, 4)
+    assert stages.visited == ["cfg_expand", "thinker"]
+
+
+def test_requests_that_end_out_of_order_keep_their_own_results() -> None:
+    stages = FakeStages(delays={"slow": 0.2})
+    results: dict[str, str] = {}
+    order: list[str] = []
+
+    def work(name: str) -> None:
+        for event in Pipeline(stages, 5.0).run(name):
+            if isinstance(event, Picture):
+                results[name] = event.pixels
+        order.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("slow", "fast")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == ["fast", "slow"]
+    assert results == {name: f"pixels of latents 0 of job of {name}" for name in ("slow", "fast")}
+
+
+@pytest.mark.parametrize("stage", ["thinker", "dit", "vae_decode"])
+def test_a_failed_stage_is_the_requests_error_and_the_rest_is_undone(stage: str) -> None:
+    stages = FakeStages(errors={stage: InvalidRequest("too long", "prompt")})
+    with pytest.raises(InvalidRequest, match="too long"):
+        _run(stages)
+    assert stages.abandoned == ["a cat-1"]
+    assert stages.visited[-1] == stage
+
+
+def test_a_refused_request_leaves_nothing_to_undo() -> None:
+    stages = FakeStages(errors={"cfg_expand": InvalidRequest("no", "prompt")})
+    with pytest.raises(InvalidRequest):
+        _run(stages)
+    assert stages.abandoned == []
+    assert stages.visited == ["cfg_expand"]
+
+
+def test_an_error_of_no_known_kind_is_internal_and_names_itself() -> None:
+    stages = FakeStages(errors={"dit": ZeroDivisionError("by zero")})
+    with pytest.raises(Internal, match="ZeroDivisionError: by zero"):
+        _run(stages)
+
+
+@pytest.mark.parametrize("stage", ["cfg_expand", "thinker", "dit", "vae_decode"])
+def test_a_silent_stage_is_unavailable(stage: str) -> None:
+    stages = FakeStages(silent=stage)
+    with pytest.raises(StageUnavailable, match=rf"^{stage} was silent for 0\.1 s"):
+        _run(stages, timeout_s=0.1)
+    assert stages.abandoned == ([] if stage == "cfg_expand" else ["a cat-1"])
+
+
+def test_progress_keeps_a_slow_stage_alive() -> None:
+    visit: Visit[str] = Visit("dit")
+
+    def work() -> None:
+        for step in range(8):
+            time.sleep(0.05)
+            visit.progress(ProgressEvent("dit", step + 1, 8))
+        visit.finish("done", StageStats("dit", 0.0, 0.4))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert len(list(visit.follow(lambda: False, timeout_s=0.2))) == 8
+    thread.join()
+
+
+def test_a_client_that_left_is_noticed_while_a_stage_is_silent() -> None:
+    stages = FakeStages(silent="dit")
+    left = threading.Timer(0.1, lambda: None)
+    left.start()
+    start = time.monotonic()
+    with pytest.raises(Cancelled):
+        _run(stages, cancelled=lambda: not left.is_alive(), timeout_s=60.0)
+    assert time.monotonic() - start < 5.0
+    assert stages.abandoned == ["a cat-1"]
+
+
+def test_a_client_that_left_between_stages_starts_no_other() -> None:
+    stages = FakeStages()
+    with pytest.raises(Cancelled):
+        _run(stages, cancelled=lambda: "thinker" in stages.visited)
+    assert "dit" not in stages.visited
+    assert stages.abandoned == ["a cat-1"]
+
+
+def test_a_reader_that_goes_away_is_undone_like_a_failure() -> None:
+    stages = FakeStages()
+    events = Pipeline(stages, 5.0).run("a cat")
+    assert next(events) == ProgressEvent("dit", 1, 2)
+    events.close()  # type: ignore[attr-defined]
+    assert stages.abandoned == ["a cat-1"]
+
+
+def test_a_reader_that_goes_after_the_picture_leaves_nothing_to_undo() -> None:
+    stages = FakeStages()
+    events = Pipeline(stages, 5.0).run("a cat")
+    while not isinstance(next(events), Picture):
+        pass
+    events.close()  # type: ignore[attr-defined]
+    assert stages.abandoned == []
+
+
+def test_a_stage_that_cannot_even_be_called_is_undone() -> None:
+    stages = FakeStages(refuses="dit")
+    with pytest.raises(BagelError):
+        _run(stages)
+    assert stages.abandoned == ["a cat-1"]

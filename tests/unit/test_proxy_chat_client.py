@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from proxy_fake import (
+    ONE_ANSWER,
+    PIXELS,
+    PROGRESS,
+    THOUGHT_PICTURES,
+    TWO_ANSWERS,
+    FakeClient,
+    live_proxy,
+    user_turn,
+)
+
+from bagel_triton.errors import InvalidRequest, Overloaded
+from bagel_triton.request import GenerationRequest
+
+SCRIPT = Path(__file__).parents[2] / "client" / "openai_chat_client.py"
+
+
+def run_client(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # The client is for people who have nothing of the server's.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(SCRIPT), *args]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_it_saves_the_picture_and_says_where_and_how_long(tmp_path: Path) -> None:
+    backend = FakeClient()
+    with live_proxy(backend) as url:
+        done = run_client("-s", url, "-p", "A dog", "--negative", "blurry", "--steps", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "bagel_output.png")), PIXELS)
+    for shown in (
+        "bagel_output.png, 48x32 pixels",
+        "seed 7",
+        "seed     7",
+        "thinker",
+        "0.500 s  (queued 0.250 s)",
+        "total",
+    ):
+        assert shown in done.stdout
+    assert "3/3" in done.stderr
+    assert backend.requests == [
+        GenerationRequest(
+            messages=(user_turn("<|im_start|>A dog<|im_end|>"),),
+            modality="image",
+            negative_prompt="blurry",
+            height=512,
+            width=512,
+            num_inference_steps=4,
+            seed=42,
+        )
+    ]
+
+
+def test_text_is_printed_and_only_text_goes_to_standard_output(tmp_path: Path) -> None:
+    backend = FakeClient(*ONE_ANSWER)
+    with live_proxy(backend) as url:
+        done = run_client("-s", url, "-m", "text2text", "-p", "Where?", "--max-tokens", "9", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "Paris\n")
+    assert "thinker" in done.stderr
+    turn = user_turn("<|im_start|>Where?<|im_end|>")
+    assert backend.requests == [GenerationRequest(messages=(turn,), modality="text", seed=42, max_tokens=9)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_thinking_is_shown_apart_from_each_answer(tmp_path: Path) -> None:
+    backend = FakeClient(*TWO_ANSWERS)
+    with live_proxy(backend) as url:
+        options = ("--think", "--n", "2", "--temperature", "0.5")
+        done = run_client("-s", url, "-m", "text2text", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "answer 1:\nParis.\nanswer 2:\nIt is Lyon\n"
+    assert done.stderr.startswith("thinking 1:\nLet me see.\nnote 2:\nthe answer was cut at the token limit\n")
+    request = backend.requests[0]
+    assert (request.think, request.n, request.temperature) == (True, 2, 0.5)
+
+
+def test_thinking_streams_before_its_answer(tmp_path: Path) -> None:
+    script = [item for item in TWO_ANSWERS if getattr(item.event, "index", 0) == 0]
+    with live_proxy(FakeClient(*script)) as url:
+        done = run_client("-s", url, "-m", "text2text", "--think", cwd=tmp_path)
+    assert done.stdout == "Paris.\n"
+    assert done.stderr.startswith("thinking:\nLet me see.\nseed     11\n")
+
+
+def test_every_picture_is_saved_and_its_thinking_shown(tmp_path: Path) -> None:
+    with live_proxy(FakeClient(*THOUGHT_PICTURES)) as url:
+        done = run_client("-s", url, "-o", "cat.png", "--think", "--n", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "cat-1.png")), PIXELS)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "cat-2.png")), PIXELS[::-1])
+    assert done.stderr.startswith("thinking:\nA cat, in snow.\n")
+    for shown in ("cat-1.png, 48x32 pixels", "seed 7", "cat-2.png, 48x32 pixels", "seed 8"):
+        assert shown in done.stdout
+
+
+def test_pictures_are_read_here_and_an_edit_keeps_its_size(tmp_path: Path) -> None:
+    backend = FakeClient()
+    for name in ("cat.webp", "dog.png"):
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    with live_proxy(backend) as url:
+        run_client("-s", url, "-m", "img2img", "-i", "cat.webp", "-i", "dog.png", cwd=tmp_path)
+        run_client("-s", url, "-m", "img2img", "-i", "dog.png", "--width", "64", cwd=tmp_path)
+    first, second = backend.requests
+    assert first == GenerationRequest(
+        messages=(user_turn("<|im_start|>A cute cat<|im_end|>", 0, 1),),
+        image=((tmp_path / "cat.webp").read_bytes(), (tmp_path / "dog.png").read_bytes()),
+        modality="image",
+        num_inference_steps=25,
+        seed=42,
+    )
+    assert (second.height, second.width) == (None, 64)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    with live_proxy(FakeClient(InvalidRequest("height has no meaning for text output", "height"))) as url:
+        done = run_client("-s", url, "-m", "text2text", "--height", "64", cwd=tmp_path)
+    assert done.returncode == 1
+    assert last_line(done) == "the server said no (400): height has no meaning for text output"
+
+
+def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    with live_proxy(FakeClient(*PROGRESS, Overloaded("the arena is full"))) as url:
+        done = run_client("-s", url, cwd=tmp_path)
+    assert done.returncode == 1
+    assert last_line(done) == "the server gave up: the arena is full"
+    assert not (tmp_path / "bagel_output.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (("-s", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
+        (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
+        (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),
+        (("-m", "img2img", "-i", "missing.png"), 1, "--image-url missing.png: No such file or directory"),
+        (("-m", "img2img", "-i", "notes.txt"), 1, "--image-url notes.txt: not a URL, and not the name of a picture"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_in_one_line(tmp_path: Path, args: tuple[str, ...], code: int, text: str) -> None:
+    done = run_client(*args, cwd=tmp_path)
+    assert done.returncode == code
+    assert text in last_line(done)

@@ -1,0 +1,180 @@
+"""What a client is told, and what is logged, when a request fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from proxy_fake import (
+    CHAT,
+    DONE,
+    ONE_ANSWER,
+    PICTURE,
+    PNG_URL,
+    PROGRESS,
+    THOUGHT_PICTURES,
+    FakeClient,
+    chat_body,
+    http,
+    picture_part,
+)
+
+from bagel_triton import errors
+from bagel_triton.proxy.errors import MAX_LOGGED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code"),
+    [
+        (errors.InvalidRequest("height=7 is not allowed", "height"), 400, "invalid_request_error", "invalid_request"),
+        (errors.Overloaded("the arena is full"), 429, "rate_limit_error", "overloaded"),
+        (errors.DeadlineExceeded("too late"), 504, "timeout_error", "deadline_exceeded"),
+        (errors.StageUnavailable("dit died"), 503, "service_unavailable_error", "stage_unavailable"),
+        (errors.LeaseError("stale"), 500, "server_error", "lease_error"),
+        (ZeroDivisionError("division by zero"), 500, "server_error", "internal"),
+    ],
+)
+def test_an_error_before_the_first_event_has_its_status_and_openais_shape(
+    error: Exception, status: int, kind: str, code: str, stream: bool
+) -> None:
+    reply = http(FakeClient(error)).post(CHAT, json=chat_body(stream=stream))
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == "application/json"
+    assert ("retry-after" in reply.headers) == (status == 429)
+    expected = str(error) if isinstance(error, errors.BagelError) else f"ZeroDivisionError: {error}"
+    param = "height" if status == 400 else None
+    assert reply.json() == {"error": {"message": expected, "type": kind, "param": param, "code": code}}
+
+
+def test_an_error_after_some_progress_still_has_its_status_without_streaming() -> None:
+    reply = http(FakeClient(*PROGRESS, errors.Overloaded("full"))).post(CHAT, json=chat_body())
+    assert reply.status_code == 429
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "param", "message"),
+    [
+        (
+            errors.InvalidRequest("image[1] is damaged: truncated", "image[1]"),
+            "messages[2].content[0].image_url",
+            "messages[2].content[0].image_url is damaged: truncated",
+        ),
+        (
+            errors.InvalidRequest("max_tokens=0 is not allowed", "max_tokens"),
+            "max_completion_tokens",
+            "max_completion_tokens=0 is not allowed",
+        ),
+        (
+            errors.InvalidRequest("height=7 is not allowed", "height"),
+            "extra_body.height",
+            "extra_body.height=7 is not allowed",
+        ),
+        (
+            errors.InvalidRequest("messages[2].content='' is not allowed", "messages[2].content"),
+            "messages[2].content",
+            "messages[2].content='' is not allowed",
+        ),
+    ],
+)
+def test_what_a_stage_refuses_is_named_as_it_was_written(
+    error: errors.InvalidRequest, param: str, message: str, stream: bool
+) -> None:
+    body = chat_body(
+        messages=[
+            {"role": "user", "content": [{"type": "text", "text": "What?"}, picture_part(PNG_URL)]},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": [picture_part(PNG_URL)]},
+        ],
+        max_completion_tokens=0,
+        extra_body={"height": 7},
+        stream=stream,
+    )
+    reply = http(FakeClient(error)).post(CHAT, json=body)
+    assert reply.status_code == 400
+    assert (reply.json()["error"]["param"], reply.json()["error"]["message"]) == (param, message)
+
+
+def test_the_next_good_request_works_after_any_bad_one() -> None:
+    client = http(FakeClient(*ONE_ANSWER))
+    for url in (PNG_URL[:-1], "file:///etc/passwd", "http://127.0.0.1/", "http://localhost:1/x", "data:,x"):
+        messages = [{"role": "user", "content": [picture_part(url)]}]
+        reply = client.post(CHAT, json={"messages": messages})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "messages[0].content[0].image_url"
+        assert client.post(CHAT, json={"messages": [{"role": "user", "content": "Hi"}]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (errors.InvalidRequest("no\n\x1b[31mroot", "height"), "WARNING 400 InvalidRequest: no  [31mroot"),
+        (errors.StageUnavailable("dit died\nAt:\n x"), "ERROR 503 StageUnavailable: dit died At:  x"),
+        (errors.Internal("x" * 5000), "ERROR 500 Internal: " + "x" * (MAX_LOGGED - len("Internal: "))),
+    ],
+)
+def test_a_typed_error_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture, error: errors.BagelError, line: str
+) -> None:
+    http(FakeClient(error)).post(CHAT, json=chat_body())
+    [record] = [record for record in caplog.records if record.name.startswith("bagel_triton")]
+    assert f"{record.levelname} {logging.Formatter().format(record)}" == line
+
+
+def test_a_defect_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    http(FakeClient(ZeroDivisionError("oops"))).post(CHAT, json=chat_body())
+    assert "Traceback" in caplog.text
+    assert "ZeroDivisionError: oops" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("script", "modality", "missing"),
+    [
+        ((*PROGRESS, DONE), "image", "without a picture"),
+        ((*PROGRESS, PICTURE), "image", "without a picture"),
+        ((*THOUGHT_PICTURES[:3], DONE), "image", "without a picture"),
+        ((*ONE_ANSWER[:2], DONE), "text", "without an answer"),
+        (ONE_ANSWER[:3], "text", "without an answer"),
+    ],
+)
+def test_a_reply_that_lacks_something_is_an_error_not_an_empty_reply(
+    script: tuple[object, ...], modality: str, missing: str
+) -> None:
+    reply = http(FakeClient(*script)).post(CHAT, json=chat_body(modalities=[modality]))
+    assert reply.status_code == 500
+    assert missing in reply.json()["error"]["message"]
+
+
+def test_a_body_that_is_not_json_is_refused() -> None:
+    reply = http(FakeClient()).post(CHAT, content=b"{nope")
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("the body is not JSON")
+
+
+def _in_pieces() -> Iterator[bytes]:
+    for _ in range(20):
+        yield b"x" * 1000
+
+
+@pytest.mark.parametrize("content", [b"x" * 10_001, _in_pieces()], ids=["with length", "chunked"])
+def test_a_body_over_the_limit_is_refused(content: bytes | Iterator[bytes]) -> None:
+    reply = http(FakeClient()).post(CHAT, content=content)
+    assert reply.status_code == 413
+    assert reply.json()["error"]["message"] == "the body is too large; allowed: at most 10000 bytes"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "text"),
+    [
+        ("GET", CHAT, 405, "GET /v1/chat/completions: Method Not Allowed; allowed: POST"),
+        ("POST", "/health", 405, "allowed: "),
+        ("POST", "/v1/completions", 404, "POST /v1/completions: Not Found"),
+    ],
+)
+def test_the_router_refuses_in_the_same_shape(method: str, path: str, status: int, text: str) -> None:
+    reply = http(FakeClient()).request(method, path)
+    assert reply.status_code == status
+    assert text in reply.json()["error"]["message"]
+    assert reply.json()["error"]["type"] == "invalid_request_error"

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from bagel_triton.proxy import main
+from bagel_triton.runtime.command_error import CommandError
+
+PROGRAM = [sys.executable, "-m", "bagel_triton.runtime.cli", "proxy"]
+CHAT = "/v1/chat/completions"
+
+
+def run(*args: str) -> int:
+    parser = argparse.ArgumentParser()
+    main.add_arguments(parser)
+    return main.run(parser.parse_args(args))
+
+
+def test_a_busy_port_is_named_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CommandError, match=f"port {port}: Address already in use") as caught:
+            run("--port", str(port))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("--port", "70000"), "--port=70000 is not allowed"),
+        (("--max-body-mib", "0"), "--max-body-mib=0 is not allowed"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused(args: tuple[str, ...], text: str) -> None:
+    with pytest.raises(CommandError, match=text):
+        run(*args)
+
+
+def test_it_serves_without_triton_and_stops_on_sigterm() -> None:
+    options = ["--port", "0", "--triton-grpc", "127.0.0.1:1", "--no-remote-images"]
+    with subprocess.Popen([*PROGRAM, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[2]
+        health = httpx.get(f"{url}/health", timeout=30, trust_env=False)
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]
+        refused = httpx.post(url + CHAT, json={"messages": messages}, timeout=30, trust_env=False)
+        waiting = [{"role": "user", "content": "Hi"}]
+        unavailable = httpx.post(url + CHAT, json={"messages": waiting}, timeout=30, trust_env=False)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=15)
+    assert health.status_code == 503
+    assert "Triton at 127.0.0.1:1 cannot be reached" in health.json()["message"]
+    assert "this server fetches none" in refused.json()["error"]["message"]
+    assert unavailable.status_code == 503
+    first, second = errors.splitlines()  # a line each, no traceback
+    assert first.startswith("400 InvalidRequest: messages[0].content[0].image_url is a remote picture")
+    assert second.startswith("503 StageUnavailable: Triton at 127.0.0.1:1 cannot be reached")

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from proxy_fake import A_CAT, chat_body, generation
+
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.proxy.schema import parse
+from bagel_triton.request import GenerationRequest
+
+EVERY_FIELD: dict[str, Any] = {
+    "negative_prompt": "blurry",
+    "height": 768,
+    "width": 512,
+    "num_inference_steps": 25,
+    "seed": 2**40,
+    "n": 3,
+    "cfg_text_scale": 4,
+    "cfg_img_scale": 1.5,
+    "cfg_interval": [0, 1.0],
+    "cfg_renorm_type": "channel",
+    "cfg_renorm_min": 0.25,
+    "timestep_shift": 3.0,
+    "cache": "taylorseer",
+    "think": True,
+    "max_think_tokens": 100,
+    "max_tokens": 200,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "repetition_penalty": 1.1,
+    "stop": ["\n", "END"],
+}
+CONVERSATION = {"prompt", "image", "messages", "modality"}
+
+
+def test_every_field_reaches_the_request_from_top_level_and_from_extra_body() -> None:
+    values = {**EVERY_FIELD, "cfg_interval": (0.0, 1.0), "stop": ("\n", "END")}
+    expected = GenerationRequest(messages=A_CAT, modality="image", **values)
+    assert generation(chat_body(**EVERY_FIELD)) == expected
+    assert generation(chat_body(extra_body=EVERY_FIELD)) == expected
+    assert set(EVERY_FIELD) == set(GenerationRequest.__struct_fields__) - CONVERSATION
+
+
+def test_fields_may_be_split_between_top_level_and_extra_body() -> None:
+    request = generation(chat_body(height=64, extra_body={"width": 32}))
+    assert (request.height, request.width) == (64, 32)
+
+
+def test_a_field_that_is_not_given_or_null_is_left_to_its_default() -> None:
+    nulls = dict.fromkeys([*EVERY_FIELD, "model", "stream", "stream_options", "extra_body", "max_completion_tokens"])
+    plain = GenerationRequest(messages=A_CAT, modality="image")
+    assert generation(chat_body(**nulls)) == generation(chat_body(stop=[])) == generation(chat_body()) == plain
+    assert generation(chat_body(seed=None, extra_body={"seed": 5})).seed == 5
+
+
+def test_other_ways_to_write_a_field() -> None:
+    assert generation(chat_body(max_completion_tokens=9)).max_tokens == 9
+    assert generation(chat_body(extra_body={"max_completion_tokens": 9})).max_tokens == 9
+    assert generation(chat_body(stop="END")).stop == ("END",)
+
+
+def test_ranges_are_left_to_the_stage_that_owns_them() -> None:
+    assert generation(chat_body(height=7, num_inference_steps=-1)).num_inference_steps == -1
+
+
+BAD: list[tuple[dict[str, object], str | None, str]] = [
+    # types
+    ({"height": "512"}, "height", "height='512' is not allowed; allowed: an integer"),
+    ({"height": 512.5}, "height", "height=512.5 is not allowed; allowed: an integer"),
+    ({"height": 512.0}, "height", "height=512.0 is not allowed; allowed: an integer"),
+    ({"height": True}, "height", "height=True is not allowed; allowed: an integer"),
+    ({"cfg_text_scale": "4"}, "cfg_text_scale", "cfg_text_scale='4' is not allowed; allowed: a number"),
+    ({"cfg_text_scale": True}, "cfg_text_scale", "cfg_text_scale=True is not allowed; allowed: a number"),
+    ({"cfg_text_scale": float("nan")}, "cfg_text_scale", "cfg_text_scale=nan is not allowed; allowed: a finite number"),
+    ({"cfg_text_scale": float("inf")}, "cfg_text_scale", "cfg_text_scale=inf is not allowed; allowed: a finite number"),
+    ({"negative_prompt": 5}, "negative_prompt", "negative_prompt=5 is not allowed; allowed: a text"),
+    ({"cfg_interval": 1}, "cfg_interval", "cfg_interval=1 is not allowed; allowed: a list"),
+    ({"cfg_interval": [1]}, "cfg_interval[1]", "cfg_interval[1] is required"),
+    ({"cfg_interval": [0, 1, 2]}, "cfg_interval", "allowed: at most 2 elements"),
+    ({"cfg_interval": [0, None]}, "cfg_interval[1]", "cfg_interval[1]=None is not allowed; allowed: a number"),
+    ({"stream": "yes"}, "stream", "stream='yes' is not allowed; allowed: true or false"),
+    ({"stream_options": []}, "stream_options", "stream_options=[] is not allowed; allowed: an object"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "allowed: true or false"),
+    ({"n": 1.5}, "n", "n=1.5 is not allowed; allowed: an integer"),
+    ({"max_tokens": "5"}, "max_tokens", "max_tokens='5' is not allowed; allowed: an integer"),
+    ({"max_completion_tokens": True}, "max_completion_tokens", "=True is not allowed; allowed: an integer"),
+    ({"max_think_tokens": 1.0}, "max_think_tokens", "allowed: an integer"),
+    ({"temperature": "0.5"}, "temperature", "temperature='0.5' is not allowed; allowed: a number"),
+    ({"temperature": float("nan")}, "temperature", "temperature=nan is not allowed; allowed: a finite number"),
+    ({"top_p": float("-inf")}, "top_p", "top_p=-inf is not allowed; allowed: a finite number"),
+    ({"top_k": 1.5}, "top_k", "top_k=1.5 is not allowed; allowed: an integer"),
+    ({"repetition_penalty": [1]}, "repetition_penalty", "allowed: a number"),
+    ({"cfg_interval": [0, float("nan")]}, "cfg_interval[1]", "cfg_interval[1]=nan is not allowed"),
+    ({"think": "yes"}, "think", "think='yes' is not allowed; allowed: true or false"),
+    ({"cache": True}, "cache", "cache=True is not allowed; allowed: a text"),
+    ({"stop": 5}, "stop", "stop=5 is not allowed; allowed: a text or a list of texts"),
+    ({"stop": ["a", 5]}, "stop[1]", "stop[1]=5 is not allowed; allowed: a text"),
+    # fields
+    ({"guidance_scale": 4}, "guidance_scale", "guidance_scale is not a known field; allowed: cache, cfg_img_scale, "),
+    ({"extra_body": {"steps": 4}}, "extra_body.steps", "num_inference_steps, repetition_penalty, seed, stop"),
+    ({"extra_body": {"messages": []}}, "extra_body.messages", "is not a known field"),
+    ({"extra_body": {"height": "5"}}, "extra_body.height", "extra_body.height='5' is not allowed; allowed: an integer"),
+    ({"stream_options": {"usage": True}}, "stream_options.usage", "allowed: include_usage"),
+    ({"seed": 1, "extra_body": {"seed": 1}}, "extra_body.seed", "seed and extra_body.seed are both given"),
+    (
+        {"max_tokens": 1, "max_completion_tokens": 1},
+        "max_completion_tokens",
+        "max_tokens and max_completion_tokens are both given; allowed: one of them",
+    ),
+    ({"max_tokens": 1, "extra_body": {"max_completion_tokens": 1}}, "extra_body.max_completion_tokens", "both given"),
+    ({"prompt": "x"}, "prompt", "prompt is not a known field"),
+    ({"image": "x"}, "image", "image is not a known field"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "text"), BAD, ids=[f"{param}: {text[:40]}" for _, param, text in BAD])
+def test_a_bad_body_is_refused_by_field_value_and_what_is_allowed(
+    fields: dict[str, object], param: str, text: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generation(chat_body(**fields))
+    assert caught.value.param == param
+    assert text in caught.value.message
+    assert param in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "the body is not JSON: EOF"),
+        (b'{"messages"', "the body is not JSON: EOF"),
+        (b'{"messages": "\xff"}', "the body is not JSON: "),
+        (b"[]", "body=[] is not allowed; allowed: a JSON object"),
+        (b'"text"', "body='text' is not allowed; allowed: a JSON object"),
+        (b"{}", "messages is required"),
+    ],
+)
+def test_what_is_not_a_json_object_is_refused(data: bytes, text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(data)
+    assert text in caught.value.message
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generation(chat_body(height="9" * 5000))
+    assert len(caught.value.message) < 200

@@ -1,0 +1,187 @@
+"""Conversations, their pictures and what is wanted of them, as the model is asked."""
+
+from __future__ import annotations
+
+import pytest
+from proxy_fake import PNG_URL, chat_body, generation, picture_part, user_turn
+
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.request import PicturePart, TextPart, Turn
+
+
+def message(role: str = "user", content: object = "x", **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}
+
+
+def pictures(*urls: str) -> list[dict[str, object]]:
+    """The messages of a conversation that shows the pictures at ``urls``."""
+    return [message(content=[{"type": "text", "text": "x"}, *map(picture_part, urls)])]
+
+
+@pytest.mark.parametrize(
+    ("modalities", "modality", "think"),
+    [
+        (None, "text", None),
+        (["text"], "text", None),
+        (["image"], "image", None),
+        (["text", "image"], "image", True),
+        (["image", "text"], "image", True),
+    ],
+)
+def test_modalities_say_what_is_wanted(modalities: list[str] | None, modality: str, think: bool | None) -> None:
+    request = generation(chat_body(modalities=modalities))
+    assert (request.modality, request.think) == (modality, think)
+
+
+def test_thinking_may_be_asked_for_twice() -> None:
+    assert generation(chat_body(modalities=["text", "image"], think=True)).think is True
+    assert generation(chat_body(modalities=["image"], think=False)).think is False
+
+
+def test_a_conversation_keeps_its_order_and_its_pictures() -> None:
+    first, second, third = (f"data:image/png;base64,{data}" for data in ("QQ==", "Qg==", "Qw=="))
+    body = chat_body(
+        messages=[
+            message("developer", "Be brief."),
+            message(
+                content=[picture_part(first), {"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]
+            ),
+            message("assistant", [{"type": "text", "text": "This:"}, picture_part(second)]),
+            message("system", [{"type": "text", "text": "Be kind."}]),
+            message(content=[{"type": "text", "text": "And"}, picture_part(third), {"type": "text", "text": "this?"}]),
+        ]
+    )
+    request = generation(body)
+    assert request.image == (b"A", b"B", b"C")
+    assert request.messages == (
+        Turn("system", (TextPart("Be brief."),)),
+        Turn("user", (PicturePart(0), TextPart("What"), TextPart("is it?"))),
+        Turn("assistant", (TextPart("This:"), PicturePart(1))),
+        Turn("system", (TextPart("Be kind."),)),
+        Turn("user", (TextPart("And"), PicturePart(2), TextPart("this?"))),
+    )
+
+
+def test_a_reply_can_be_sent_back_as_it_came() -> None:
+    reply = {"role": "assistant", "content": [{**picture_part(PNG_URL), "seed": 7}], "reasoning_content": "A cat."}
+    request = generation(chat_body(messages=[message(), reply, message(content="Again")]))
+    assert request.messages == (user_turn("x"), Turn("assistant", (PicturePart(0),)), user_turn("Again"))
+    assert request.image == (b"a picture",)
+
+
+def test_ten_pictures_are_served() -> None:
+    request = generation(chat_body(messages=pictures(*[PNG_URL] * 10)))
+    assert request.image == (b"a picture",) * 10
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:;base64,QUI=",
+        "data:image/png;name=x.png;base64,QUI=",
+        "DATA:image/png;BASE64,QUI=",
+        "data:image/png;base64,QUI%3D",
+        "data:image/png;base64,QU\nI=\n",
+    ],
+)
+def test_a_data_url_may_be_written_in_any_valid_way(url: str) -> None:
+    assert generation(chat_body(messages=pictures(url))).image == (b"AB",)
+
+
+IMAGE_URL = "messages[0].content[1].image_url"
+
+
+BAD: list[tuple[dict[str, object], str | None, str]] = [
+    # modalities
+    ({"modalities": "image"}, "modalities", "modalities='image' is not allowed; allowed: a list"),
+    (
+        {"modalities": []},
+        "modalities",
+        'modalities=[] is not allowed; allowed: ["text"], ["image"], ["image", "text"]',
+    ),
+    ({"modalities": ["video"]}, "modalities", "modalities=['video'] is not allowed; allowed: [\"text\"], "),
+    ({"modalities": ["text", "audio"]}, "modalities", "modalities=['text', 'audio'] is not allowed"),
+    ({"modalities": ["text", "image", "text"]}, "modalities", "is not allowed"),
+    (
+        {"modalities": ["text", "image"], "think": False},
+        "think",
+        'think=False is not allowed; allowed: true with modalities ["text", "image"]',
+    ),
+    ({"modalities": ["image", "image"]}, "modalities", "is not allowed"),
+    ({"modalities": [1]}, "modalities[0]", "modalities[0]=1 is not allowed; allowed: a text"),
+    # messages
+    ({"messages": []}, "messages", "messages=[] is not allowed; allowed: at least 1 elements"),
+    ({"messages": "A cat"}, "messages", "messages='A cat' is not allowed; allowed: a list"),
+    ({"messages": ["A cat"]}, "messages[0]", "messages[0]='A cat' is not allowed; allowed: an object"),
+    (
+        {"messages": [message(), message("assistant")]},
+        "messages[1].role",
+        "messages[1].role='assistant' is not allowed; allowed: 'user' for the last message",
+    ),
+    ({"messages": [message("system")]}, "messages[0].role", "messages[0].role='system' is not allowed"),
+    ({"messages": [message("tool")]}, "messages[0].role", "'user', 'system', 'assistant' or 'developer'"),
+    (
+        {"messages": [message(name="Ann")]},
+        "messages[0].name",
+        "is not a known field; allowed: content, reasoning_content, role",
+    ),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is required"),
+    ({"messages": [message(content=5)]}, "messages[0].content", "allowed: a text or a list of parts"),
+    ({"messages": [message(content=["x"])]}, "messages[0].content[0]", "allowed: an object"),
+    ({"messages": [message(content=[{"text": "x"}])]}, "messages[0].content[0].type", "is required"),
+    (
+        {"messages": [message(content=[{"type": "text", "text": "x"}, {"type": "audio"}])]},
+        "messages[0].content[1].type",
+        "messages[0].content[1].type='audio' is not allowed; allowed: 'text', 'image_url'",
+    ),
+    ({"messages": [message(content=[{"type": "text"}])]}, "messages[0].content[0].text", "is required"),
+    (
+        {"messages": [message(content=[{"type": "text", "text": 5}])]},
+        "messages[0].content[0].text",
+        "messages[0].content[0].text=5 is not allowed; allowed: a text",
+    ),
+    (
+        {"messages": [message(content=[{"type": "text", "text": "x", "size": 1}])]},
+        "messages[0].content[0].size",
+        "is not a known field; allowed: text, type",
+    ),
+    (
+        {"messages": [message(content=[{"type": "image_url", "image_url": "http://x"}])]},
+        "messages[0].content[0].image_url",
+        "allowed: an object",
+    ),
+    (
+        {"messages": [message("developer", [picture_part(PNG_URL)]), message()]},
+        "messages[0].content[0].type",
+        "='image_url' is not allowed; allowed: 'text' in a message of role 'developer'",
+    ),
+    (
+        {"messages": [message(reasoning_content="Hm")]},
+        "messages[0].reasoning_content",
+        "messages[0].reasoning_content has no meaning in a message of role 'user'",
+    ),
+    # pictures
+    ({"messages": pictures(*[PNG_URL] * 11)}, "messages", "messages='11 pictures' is not allowed; allowed: at most 10"),
+    ({"messages": pictures(PNG_URL[:-1])}, IMAGE_URL, f"{IMAGE_URL} holds malformed base64: "),
+    ({"messages": pictures("data:image/png;base64,a*b=")}, IMAGE_URL, "holds malformed base64: "),
+    ({"messages": pictures("data:image/png;base64,")}, IMAGE_URL, "holds no data"),
+    ({"messages": pictures("data:image/png;base64")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),
+    ({"messages": pictures("data:image/svg+xml,<svg/>")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),
+    ({"messages": pictures("")}, IMAGE_URL, "='' is not allowed; allowed: a data: URL"),
+    ({"messages": pictures("/etc/passwd")}, IMAGE_URL, "='/etc/passwd' is not allowed; allowed: a data: URL"),
+    ({"messages": pictures("file:///etc/passwd")}, IMAGE_URL, "='file:///etc/passwd' is not allowed"),
+    ({"messages": pictures("ftp://host/cat.png")}, IMAGE_URL, "='ftp://host/cat.png' is not allowed"),
+    ({"messages": pictures("https://host/cat.png")}, IMAGE_URL, "remote picture, and this server fetches none"),
+    ({"messages": pictures(PNG_URL, "C:\\cat.png")}, "messages[0].content[2].image_url", "is not allowed"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "text"), BAD, ids=[f"{param}: {text[:40]}" for _, param, text in BAD])
+def test_a_bad_body_is_refused_by_field_value_and_what_is_allowed(
+    fields: dict[str, object], param: str, text: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generation(chat_body(**fields))
+    assert caught.value.param == param
+    assert text in caught.value.message
+    assert param in caught.value.message

@@ -1,0 +1,220 @@
+"""The real gRPC client against a Triton service in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from proxy_fake import DONE, ONE_ANSWER, PICTURE, PIXELS, PROGRESS, user_turn
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
+
+from bagel_triton.deploy.topology import BAGEL
+from bagel_triton.errors import BagelError, Internal, InvalidRequest, StageUnavailable
+from bagel_triton.messages import encode_event
+from bagel_triton.proxy.settings import ProxySettings
+from bagel_triton.proxy.triton import StageResponse, TritonClient
+from bagel_triton.request import GenerationRequest, from_tensors
+
+Script = list[Any]
+HANG = "hang"
+
+
+def wire(response: StageResponse) -> service_pb2.ModelStreamInferResponse:
+    """``response`` as Triton sends it."""
+    message = service_pb2.ModelInferResponse(model_name="bagel")
+    event = encode_event(response.event)
+    message.outputs.add(name="event", datatype="BYTES", shape=[1])
+    message.raw_output_contents.append(len(event).to_bytes(4, "little") + event)
+    if response.picture is not None:
+        message.outputs.add(name="generated_image", datatype="UINT8", shape=response.picture.shape)
+        message.raw_output_contents.append(response.picture.tobytes())
+    return service_pb2.ModelStreamInferResponse(infer_response=message)
+
+
+def refusal(text: str) -> service_pb2.ModelStreamInferResponse:
+    return service_pb2.ModelStreamInferResponse(error_message=text)
+
+
+class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    def __init__(self, script: Script, ready: tuple[str, ...] = BAGEL.models) -> None:
+        self.script, self.ready = script, ready
+        self.requests: list[Any] = []
+        self.cancelled = asyncio.Event()
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        async for request in requests:
+            self.requests.append(request)
+        try:
+            for item in self.script:
+                if item == HANG:
+                    await asyncio.Event().wait()
+                if isinstance(item, grpc.StatusCode):
+                    await context.abort(item, "gone")
+                yield item
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
+
+
+def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], silence_timeout_s: float = 30.0) -> Any:
+    """What ``work`` makes of a client that is connected to ``service``."""
+
+    async def session() -> Any:
+        server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        client = TritonClient(ProxySettings(f"127.0.0.1:{port}", ("bagel",), silence_timeout_s=silence_timeout_s))
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+            await server.stop(None)
+
+    return asyncio.run(asyncio.wait_for(session(), 60))
+
+
+async def everything(client: TritonClient, request: GenerationRequest | None = None) -> list[StageResponse]:
+    return [response async for response in client.generate(request or GenerationRequest("A cat"), "r-1")]
+
+
+def failure(script: Script, **settings: float) -> BagelError:
+    with pytest.raises(BagelError) as caught:
+        play(Service(script), everything, **settings)
+    return caught.value
+
+
+def test_events_and_the_picture_arrive_typed_and_in_order() -> None:
+    responses = play(Service([wire(item) for item in (*PROGRESS, PICTURE, DONE)]), everything)
+    assert [response.event for response in responses] == [item.event for item in (*PROGRESS, PICTURE, DONE)]
+    np.testing.assert_array_equal(responses[3].picture, PIXELS)
+
+
+def test_a_picture_larger_than_grpcs_own_limit_arrives() -> None:
+    pixels = np.zeros((1500, 1500, 3), dtype=np.uint8)
+    event = type(PICTURE.event)(0, 1500, 1500, 7)  # type: ignore[call-arg]
+    responses = play(Service([wire(StageResponse(event, pixels)), wire(DONE)]), everything)
+    assert responses[0].picture.nbytes == 6_750_000
+
+
+def test_the_request_arrives_whole_and_only_what_was_given() -> None:
+    service = Service([wire(item) for item in ONE_ANSWER])
+    request = GenerationRequest(
+        messages=(user_turn("What is on it?", 1, 0),),
+        image=(b"\x89PNG\x00\xff", b""),
+        modality="text",
+        seed=2**40,
+        temperature=0.1,
+        stop=("a", "\u00e9"),
+        think=True,
+    )
+    responses = play(service, lambda client: everything(client, request))
+    assert [response.event for response in responses] == [item.event for item in ONE_ANSWER]
+    [sent] = service.requests
+    assert (sent.model_name, sent.id) == ("bagel", "r-1")
+    assert received(sent) == request
+
+
+def received(sent: Any) -> GenerationRequest:
+    """The request in a gRPC message, as Triton hands it to a model."""
+    arrays = {}
+    for tensor, raw in zip(sent.inputs, sent.raw_input_contents, strict=True):
+        if tensor.datatype == "BYTES":
+            array = deserialize_bytes_tensor(raw)
+        else:
+            array = np.frombuffer(raw, triton_to_np_dtype(tensor.datatype))
+        arrays[tensor.name] = array.reshape(tensor.shape)
+    return from_tensors(arrays)
+
+
+def test_an_integer_no_tensor_can_hold_is_refused_before_it_is_sent() -> None:
+    service = Service([])
+    with pytest.raises(InvalidRequest, match="height=4294967296 is not allowed"):
+        play(service, lambda client: everything(client, GenerationRequest("A cat", height=2**32)))
+    assert not service.requests
+
+
+def test_a_stages_error_arrives_as_what_it_was() -> None:
+    error = failure([wire(PROGRESS[0]), refusal("in ensemble 'x', InvalidRequest(height): height=7 is not allowed")])
+    assert isinstance(error, InvalidRequest)
+    assert (error.param, error.message) == ("height", "height=7 is not allowed")
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "text"),
+    [
+        ([refusal("Request for unknown model: 'bagel' is not found")], StageUnavailable, "unknown model"),
+        ([refusal("Stub process 'bagel_0_0' is not healthy.")], StageUnavailable, "not healthy"),
+        ([refusal("something else")], Internal, "something else"),
+        ([grpc.StatusCode.UNAVAILABLE], StageUnavailable, "cannot be reached: gone"),
+        ([grpc.StatusCode.CANCELLED], StageUnavailable, "cannot be reached: gone"),
+        ([grpc.StatusCode.INTERNAL], Internal, "gone"),
+        ([wire(PICTURE)], Internal, "without its last event"),
+        ([], Internal, "without its last event"),
+        ([wire(StageResponse(PICTURE.event))], Internal, "should be uint8 [32, 48, 3] but is nothing"),
+        ([wire(StageResponse(PICTURE.event, PIXELS[:16]))], Internal, "but is uint8 [16, 48, 3]"),
+    ],
+)
+def test_what_goes_wrong_has_its_kind(script: Script, kind: type[BagelError], text: str) -> None:
+    error = failure(script)
+    assert type(error) is kind
+    assert text in error.message
+
+
+def test_a_silent_server_is_given_up() -> None:
+    error = failure([wire(PROGRESS[0]), HANG], silence_timeout_s=0.2)
+    assert isinstance(error, StageUnavailable)
+    assert error.message == "bagel was silent for 0.2 s"
+
+
+def test_nothing_at_the_address_is_unavailable() -> None:
+    async def session() -> None:
+        client = TritonClient(ProxySettings("127.0.0.1:1", ("bagel",)))
+        with pytest.raises(StageUnavailable, match=r"Triton at 127\.0\.0\.1:1 cannot be reached"):
+            await everything(client)
+        with pytest.raises(StageUnavailable, match=r"Triton at 127\.0\.0\.1:1 cannot be reached"):
+            await client.readiness()
+        await client.close()
+
+    asyncio.run(session())
+
+
+def test_a_consumer_that_stops_cancels_the_stream() -> None:
+    service = Service([wire(PROGRESS[0]), HANG])
+
+    async def leave(client: TritonClient) -> None:
+        responses = client.generate(GenerationRequest("A cat"), "r-1")
+        await anext(responses)
+        assert not service.cancelled.is_set()
+        await responses.aclose()
+        await asyncio.wait_for(service.cancelled.wait(), 10)
+
+    play(service, leave)
+
+
+def test_a_consumer_that_is_cancelled_cancels_the_stream() -> None:
+    service = Service([wire(PROGRESS[0]), HANG])
+
+    async def cancel(client: TritonClient) -> None:
+        consumer = asyncio.create_task(everything(client))
+        while not service.requests:
+            await asyncio.sleep(0.01)
+        consumer.cancel()
+        await asyncio.wait_for(service.cancelled.wait(), 10)
+        with pytest.raises(asyncio.CancelledError):
+            await consumer
+
+    play(service, cancel)
+
+
+def test_readiness_is_told_by_model() -> None:
+    states = play(Service([], ready=("bagel", "dit")), lambda client: client.readiness())
+    assert states == {model: model in ("bagel", "dit") for model in BAGEL.models}

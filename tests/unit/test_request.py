@@ -1,0 +1,207 @@
+"""The request: what may be asked for, what is said of the rest, and how it travels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bagel_triton.defaults import IMG2IMG, MAX_SEED, TEXT2IMG, flow_settings
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.messages import FlowSettings
+from bagel_triton.model.flow import schedule
+from bagel_triton.request import (
+    REQUEST_TENSORS,
+    GenerationRequest,
+    PicturePart,
+    TextPart,
+    Turn,
+    from_tensors,
+    to_tensors,
+)
+
+MAX_SIDE = 1024
+NAN, INFINITY = math.nan, math.inf
+
+
+def _resolve(max_side: int = MAX_SIDE, **fields: Any) -> FlowSettings:
+    return flow_settings(GenerationRequest(prompt="A cat", **fields), max_side, TEXT2IMG)
+
+
+def test_what_is_left_out_has_the_servers_defaults() -> None:
+    settings = _resolve(seed=5)
+    assert (settings.height, settings.width, settings.num_inference_steps, settings.seed) == (512, 512, 50, 5)
+    assert (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_interval) == (4.0, 1.5, (0.4, 1.0))
+    assert (settings.cfg_renorm_type, settings.cfg_renorm_min, settings.timestep_shift) == ("global", 0.0, 3.0)
+
+
+def test_what_is_given_is_kept() -> None:
+    fields: dict[str, Any] = {
+        "height": 64,
+        "width": 1024,
+        "num_inference_steps": 2,
+        "seed": 0,
+        "cfg_text_scale": 0.0,
+        "cfg_img_scale": 0.5,
+        "cfg_interval": (0.0, 0.0),
+        "cfg_renorm_type": "text_channel",
+        "cfg_renorm_min": 1.0,
+        "timestep_shift": 0.25,
+    }
+    settings = _resolve(**fields)
+    assert {name: getattr(settings, name) for name in fields} == fields
+
+
+def test_an_edit_has_the_authors_defaults_for_edits() -> None:
+    settings = flow_settings(GenerationRequest(prompt="A cat", seed=1), MAX_SIDE, IMG2IMG)
+    assert (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_interval) == (4.0, 2.0, (0.0, 1.0))
+    assert settings.cfg_renorm_type == "text_channel"
+
+
+@pytest.mark.parametrize(("given", "side"), [({"height": 256}, 256), ({"width": 128}, 128)])
+def test_one_side_alone_means_a_square(given: dict[str, int], side: int) -> None:
+    settings = _resolve(**given)
+    assert (settings.height, settings.width) == (side, side)
+
+
+def test_the_default_size_fits_a_checkpoint_with_a_small_table() -> None:
+    settings = _resolve(max_side=320)
+    assert (settings.height, settings.width) == (320, 320)
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    seeds = {_resolve().seed for _ in range(20)}
+    assert len(seeds) > 15
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)
+
+
+SIDE = "a multiple of 16 from 16 to 1024"
+SCALE = "a number from 0 to 1000"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("height", 0, SIDE),
+        ("height", -16, SIDE),
+        ("height", 500, SIDE),
+        ("width", 1040, SIDE),
+        ("width", 8, SIDE),
+        ("num_inference_steps", 1, "an integer from 2 to 1000"),
+        ("num_inference_steps", 0, "an integer from 2 to 1000"),
+        ("num_inference_steps", 1001, "an integer from 2 to 1000"),
+        ("seed", -1, f"an integer from 0 to {MAX_SEED}"),
+        ("seed", 2**63, f"an integer from 0 to {MAX_SEED}"),
+        ("cfg_text_scale", -0.1, SCALE),
+        ("cfg_text_scale", NAN, SCALE),
+        ("cfg_img_scale", INFINITY, SCALE),
+        ("cfg_img_scale", -1.0, SCALE),
+        ("cfg_interval", (0.5, 0.4), "0 <= low <= high <= 1"),
+        ("cfg_interval", (-0.1, 1.0), "0 <= low <= high <= 1"),
+        ("cfg_interval", (0.0, 1.1), "0 <= low <= high <= 1"),
+        ("cfg_interval", (NAN, 1.0), "0 <= low <= high <= 1"),
+        ("cfg_renorm_type", "none", "global, channel, text_channel"),
+        ("cfg_renorm_type", "", "global, channel, text_channel"),
+        ("cfg_renorm_min", -0.1, "a number from 0 to 1"),
+        ("cfg_renorm_min", 1.1, "a number from 0 to 1"),
+        ("cfg_renorm_min", NAN, "a number from 0 to 1"),
+        ("timestep_shift", 0.0, "a number from 0.001 to 1000"),
+        ("timestep_shift", -3.0, "a number from 0.001 to 1000"),
+        ("timestep_shift", INFINITY, "a number from 0.001 to 1000"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(field: str, value: object, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        _resolve(**{field: value})
+    assert refusal.value.param == field
+    shown = list(value) if isinstance(value, tuple) else value
+    assert refusal.value.message.startswith(f"{field}={shown!r} is not allowed; allowed: ")
+    assert allowed in refusal.value.message
+
+
+def _accepted(**fields: float) -> FlowSettings | None:
+    try:
+        return _resolve(**fields)
+    except InvalidRequest:
+        return None
+
+
+@pytest.mark.parametrize("shift", [1e-300, 1e-9, 1e38, 1e39, 1e300])
+def test_a_shift_that_is_accepted_gives_finite_times(shift: float) -> None:
+    """The flow computes in float32: what that cannot carry must not become a black picture."""
+    settings = _accepted(timestep_shift=shift)
+    assert settings is None or bool(schedule(4, settings.timestep_shift).isfinite().all())
+
+
+@pytest.mark.parametrize("field", ["cfg_text_scale", "cfg_img_scale"])
+@pytest.mark.parametrize("scale", [1e4, 1e30, 1e39, 1e300])
+def test_a_scale_that_is_accepted_can_be_multiplied_with(field: str, scale: float) -> None:
+    settings = _accepted(**{field: scale})
+    assert settings is None or bool((torch.ones(1) * getattr(settings, field)).isfinite().all())
+
+
+FULL = GenerationRequest(
+    prompt="A café \N{CAT FACE}",
+    negative_prompt="blurry",
+    height=64,
+    width=96,
+    num_inference_steps=8,
+    seed=2**62 + 1,
+    cfg_text_scale=4.1,
+    cfg_img_scale=1.7,
+    cfg_interval=(0.1, 0.9),
+    cfg_renorm_type="channel",
+    cfg_renorm_min=0.3,
+    timestep_shift=2.9,
+)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        FULL,
+        GenerationRequest(prompt="A cat"),
+        GenerationRequest(prompt=""),
+        GenerationRequest(
+            messages=(Turn("user", (TextPart("What is 山?"), PicturePart(0))), Turn("assistant", (TextPart("It"),))),
+            image=(b"\x89PNG\r\n\xff\x00", b""),
+            modality="text",
+            think=True,
+            max_tokens=7,
+            temperature=0.7,
+            stop=("end", "\n"),
+        ),
+    ],
+    ids=["all", "bare", "empty", "conversation"],
+)
+def test_a_request_travels_unchanged(request_: GenerationRequest) -> None:
+    arrays = to_tensors(request_)
+    assert from_tensors(arrays) == request_
+    for name, array in arrays.items():
+        spec = REQUEST_TENSORS[name]
+        assert array.dtype == spec.numpy_type
+        assert array.ndim == 1
+    assert all(getattr(request_, name) is None for name in REQUEST_TENSORS.keys() - arrays.keys())
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 2**63), ("height", 2**31), ("width", -(2**31) - 1)])
+def test_an_integer_too_long_for_its_tensor_is_named(field: str, value: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}={value} is not allowed; allowed: an integer"):
+        to_tensors(GenerationRequest(prompt="A cat", **{field: value}))
+
+
+def test_a_tensor_of_the_wrong_length_is_named() -> None:
+    arrays = to_tensors(FULL)
+    for name, array in (("height", np.array([64, 64], np.int32)), ("cfg_interval", np.array([0.4]))):
+        with pytest.raises(InvalidRequest, match=f"^{name}='{array.size} elements' is not allowed") as refusal:
+            from_tensors(arrays | {name: array})
+        assert refusal.value.param == name
+
+
+def test_text_that_is_not_utf8_is_named() -> None:
+    arrays = to_tensors(FULL)
+    with pytest.raises(InvalidRequest, match=r"^negative_prompt=b'\\xff' is not allowed; allowed: UTF-8 text"):
+        from_tensors(arrays | {"negative_prompt": np.array([b"\xff"], dtype=np.object_)})

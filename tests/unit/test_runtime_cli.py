@@ -1,0 +1,108 @@
+"""The command line: what is wrong is one line on stderr and a non-zero exit status."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from bagel_triton.runtime import cli, python_library
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one error line of a command that must fail with status 1."""
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("bagel-triton: error: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["serve"], "CHECKPOINT"),
+        (["serve", "x", "--port", "many"], "'many'"),
+        (["serve", "x", "--nonsense"], "--nonsense"),
+        (["fly"], "'fly'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("bagel-triton: error: ")
+    assert error.count("\n") == 1
+    assert named in error
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: bagel-triton {command}" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert str(tmp_path / "absent") in error_of(capsys, "serve", str(tmp_path / "absent"), "--port", "0")
+
+
+def test_a_malformed_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    (checkpoint / "ae.safetensors").write_bytes(b"not tensors")
+    assert "ae.safetensors" in error_of(capsys, "serve", str(checkpoint), "--port", "0")
+
+
+def test_a_busy_port(capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in error_of(capsys, "serve", str(CHECKPOINT), "--port", port)
+
+
+def test_a_busy_port_of_triton(capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        error = error_of(capsys, "serve", str(CHECKPOINT), "--port", "0", "--triton-grpc-port", port)
+    assert f"port {port}" in error
+    assert "--triton-grpc-port" in error
+
+
+def test_a_missing_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(python_library, "_directories", lambda: iter([tmp_path]))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert python_library.NAME in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0")
+    assert list(tmp_path.glob("bagel_triton_*")) == []
+
+
+def test_an_unknown_device(capsys: pytest.CaptureFixture[str]):
+    assert "device='abacus'" in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0", "--device", "abacus")
+
+
+def test_an_unknown_dtype(capsys: pytest.CaptureFixture[str]):
+    assert "dtype='float8'" in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0", "--dtype", "float8")
+
+
+def test_a_missing_model_repository(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    absent = str(tmp_path / "absent")
+    assert absent in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0", "--model-repository", absent)
+
+
+def test_model_names_begin_with_the_folders_and_have_no_duplicates():
+    from bagel_triton.runtime.serve import ALIASES, ServeOptions
+
+    def names(checkpoint: str, name: str | None) -> tuple[str, ...]:
+        options = ServeOptions(Path(checkpoint), "", 0, 0, 0, 0, "auto", "auto", name, None, False)
+        return options.model_names
+
+    assert names("/models/mine", None) == ("mine", *ALIASES)
+    assert names("/models/mine", "other") == ("other", *ALIASES)
+    assert names("/models/BAGEL-7B-MoT", None) == ("BAGEL-7B-MoT", "bagel", "ByteDance-Seed/BAGEL-7B-MoT")

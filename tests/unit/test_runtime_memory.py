@@ -1,0 +1,142 @@
+"""``bagel-triton memory`` and the server's own check: what this machine has, and what a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.deploy.memory import Available
+from bagel_triton.model.placement import Placement
+from bagel_triton.runtime import available_memory, cli, memory
+from bagel_triton.runtime.command_error import CommandError
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
+GIB = 2**30
+
+
+def test_a_server_refuses_to_start_without_the_memory(monkeypatch: pytest.MonkeyPatch):
+    small = {"thinker": ThinkerConfig(kv_tokens=64), "dit": DitConfig(max_num_seqs=1)}
+    memory.require(DeployConfig(str(CHECKPOINT), device="cpu", **small))
+    monkeypatch.setattr(available_memory, "read", lambda placement: Available(host=2**20, shared=GIB))
+    with pytest.raises(CommandError, match=r"the stages need .* and 1\.00 MiB are free"):
+        memory.require(DeployConfig(str(CHECKPOINT), device="cpu"))
+
+
+# --- what the machine has ---
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """8 GiB available, and no cgroup."""
+    write(tmp_path / "proc/meminfo", f"MemTotal: 99999999 kB\nMemAvailable: {8 * 2**20} kB\nHugePages_Total: 0\n")
+    write(tmp_path / "proc/self/cgroup", "0::/\n")
+    return tmp_path
+
+
+def host(machine: Path) -> int:
+    return available_memory.host(machine / "proc", machine / "cgroup")
+
+
+def test_without_a_limit_the_machines_memory_counts(machine: Path):
+    assert host(machine) == 8 * GIB
+    write(machine / "cgroup/memory.max", "max\n")
+    assert host(machine) == 8 * GIB
+
+
+@pytest.mark.parametrize("limited", ["cgroup", "cgroup/a", "cgroup/a/b"])
+def test_a_limit_of_any_enclosing_group_counts(machine: Path, limited: str):
+    write(machine / "proc/self/cgroup", "0::/a/b\n")
+    write(machine / limited / "memory.max", f"{4 * GIB}\n")
+    write(machine / limited / "memory.current", f"{3 * GIB}\n")
+    write(machine / limited / "memory.stat", f"anon 5\ninactive_file {GIB}\n")
+    assert host(machine) == 2 * GIB
+
+
+def test_a_limit_of_the_old_hierarchy_counts(machine: Path):
+    write(machine / "proc/self/cgroup", "9:cpu:/elsewhere\n4:memory:/not/seen/in/a/container\n0::/\n")
+    write(machine / "cgroup/memory/memory.limit_in_bytes", f"{4 * GIB}\n")
+    write(machine / "cgroup/memory/memory.usage_in_bytes", f"{3 * GIB}\n")
+    write(machine / "cgroup/memory/memory.stat", f"inactive_file 7\ntotal_inactive_file {GIB}\n")
+    assert host(machine) == 2 * GIB
+
+
+def test_this_machine_can_be_read():
+    free = available_memory.read(Placement(torch.device("cpu"), torch.float32))
+    assert free.host > 0
+    assert free.shared > 0
+    assert free.device is None
+
+
+# --- the command ---
+
+
+def test_the_command_prints_a_row_a_stage(capsys: pytest.CaptureFixture[str]):
+    arguments = [
+        "--max-model-len",
+        "1024",
+        "--max-requests",
+        "2",
+        "--height",
+        "128",
+        "--width",
+        "64",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(["memory", str(CHECKPOINT), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "pipeline bagel on cpu in float32" in out
+    assert "KV arena of 1024 tokens; pictures of 64x128 pixels denoised together: 2" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "768 B" in rows["thinker"]
+    assert "768.00 KiB" in rows["thinker"]  # 1024 tokens
+    assert {"dit", "vae_decode", "together"} <= set(rows)
+
+
+def test_the_command_reads_a_deploy_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "deploy.yaml").write_text("pipeline: bagel_single_stage\ndtype: bfloat16\ndevice: cpu\n")
+    assert cli.main(["memory", str(CHECKPOINT), "--deploy-config", str(tmp_path / "deploy.yaml")]) == 0
+    assert "pipeline bagel_single_stage on cpu in bfloat16" in capsys.readouterr().out
+
+
+def test_a_device_can_be_planned_for_that_is_not_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["memory", str(CHECKPOINT), "--device", "cuda", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "on cuda in bfloat16" in out
+    assert "This machine" not in out
+    assert cli.main(["memory", str(CHECKPOINT), "--device", "cuda"]) == 1
+    assert "dtype must be one of float32, bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max-model-len", "0"], "kv_tokens=0"),
+        (["--max-requests", "-1"], "max_num_seqs=-1"),
+        (["--height", "17"], "height=17"),
+        (["--height", "64", "--width", "4096"], "width=4096"),
+        (["--dtype", "float8"], "dtype='float8'"),
+        (["--deploy-config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str):
+    assert cli.main(["memory", str(CHECKPOINT), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_checkpoint_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert cli.main(["memory", str(tmp_path / "absent")]) == 1
+    assert "absent" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""Ports: free ones differ, a busy one is a clear error."""
+
+import socket
+
+import pytest
+
+from bagel_triton.runtime import ports
+from bagel_triton.runtime.command_error import CommandError
+
+
+def test_a_busy_port_is_named_with_the_flag_that_chooses_another():
+    with socket.create_server((ports.LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CommandError, match=rf"127\.0\.0\.1 port {port}: .*in use; --port chooses another"):
+            ports.listen(ports.LOOPBACK, port, "--port")
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_number_that_is_no_port_is_refused(port):
+    with pytest.raises(CommandError, match=f"--port={port} is not allowed; allowed: 0"):
+        ports.listen(ports.LOOPBACK, port, "--port")
+
+
+def test_an_address_of_no_machine_is_refused():
+    with pytest.raises(CommandError, match="cannot listen on not-an-address"):
+        ports.listen("not-an-address", 0, "--port")
+
+
+def test_the_listener_accepts_connections_at_its_url():
+    with ports.listen(ports.LOOPBACK, 0, "--port") as listener:
+        host, _, port = ports.base_url(listener).removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=5):
+            connection, _ = listener.accept()
+            connection.close()
+
+
+def test_a_wildcard_address_is_reached_at_the_loopback_one():
+    with ports.listen("0.0.0.0", 0, "--port") as listener:
+        assert ports.base_url(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_chosen_ports_differ_and_are_free_to_bind():
+    with ports.listen(ports.LOOPBACK, 0, "--x") as probe:
+        wanted = probe.getsockname()[1]
+    chosen = ports.choose({"--a": 0, "--b": wanted, "--c": 0})
+    assert chosen["--b"] == wanted
+    assert len(set(chosen.values())) == 3
+    for port in chosen.values():
+        ports.listen(ports.LOOPBACK, port, "--x").close()
+
+
+def test_choosing_one_port_twice_is_an_error():
+    with ports.listen(ports.LOOPBACK, 0, "--x") as probe:
+        wanted = probe.getsockname()[1]
+    with pytest.raises(CommandError, match=f"port {wanted}.*--b"):
+        ports.choose({"--a": wanted, "--b": wanted})

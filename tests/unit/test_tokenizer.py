@@ -1,0 +1,91 @@
+"""Prompts as segments: bare, wrapped, verbatim, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.model.config import CheckpointError
+from bagel_triton.model.tokenizer import Tokenizer
+from tests.support.cases import Case
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint_dir: Path) -> Tokenizer:
+    return Tokenizer(checkpoint_dir)
+
+
+def test_prompts_become_the_recorded_ids(tokenizer: Tokenizer, cases: tuple[Case, ...]) -> None:
+    for case in cases:
+        assert tokenizer.segment(case.prompt, "prompt").token_ids == case.prompt_ids
+
+
+@pytest.mark.parametrize("prompt", ["A cute cat", " two  spaces\n", "naïve café, 山", "ends with <|im_end|> inside"])
+def test_a_bare_prompt_gets_the_two_markers_and_nothing_else(tokenizer: Tokenizer, prompt: str) -> None:
+    start, *inner, end = tokenizer.segment(prompt, "prompt").token_ids
+    assert (start, end) == (tokenizer.start, tokenizer.end)
+    assert inner == tokenizer.encode(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["A cute cat", " two  spaces\n", "naïve café, 山"])
+def test_a_wrapped_prompt_means_what_it_wraps(tokenizer: Tokenizer, prompt: str) -> None:
+    wrapped = tokenizer.segment(f"<|im_start|>{prompt}<|im_end|>", "prompt")
+    assert wrapped == tokenizer.segment(prompt, "prompt")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>user\nA cat<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|><|im_start|>A cat<|im_end|>",
+        "<|im_start|>A cat",
+        "A cat<|im_start|>",
+        "<|im_start|>A<|im_end|> cat<|im_end|>",
+    ],
+)
+def test_a_prompt_in_chat_form_stands_as_it_is(tokenizer: Tokenizer, prompt: str) -> None:
+    token_ids = list(tokenizer.segment(prompt, "prompt").token_ids)
+    assert token_ids == tokenizer.encode(prompt)
+    assert token_ids.count(tokenizer.start) == prompt.count("<|im_start|>")
+    assert token_ids.count(tokenizer.end) == prompt.count("<|im_end|>")
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "<|im_start|><|im_end|>", "<|im_start|>  <|im_end|>"])
+def test_an_empty_prompt_is_refused_by_name(tokenizer: Tokenizer, prompt: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not allowed; allowed: a text that is not empty") as refusal:
+        tokenizer.segment(prompt, "negative_prompt")
+    assert refusal.value.param == "negative_prompt"
+    assert repr(prompt) in refusal.value.message
+
+
+def test_the_picture_markers_are_two_single_tokens(tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
+    special = json.loads((checkpoint_dir.parent / "cases-a" / "cases.json").read_text())["special_ids"]
+    assert (tokenizer.start, tokenizer.end) == (special["bos_token_id"], special["eos_token_id"])
+    assert (tokenizer.vision_start, tokenizer.vision_end) == (special["start_of_image"], special["end_of_image"])
+
+
+def test_a_tokenizer_without_the_markers_is_a_broken_checkpoint(checkpoint_dir: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(checkpoint_dir, tmp_path / "broken"))
+    config = json.loads((broken / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        token_id: token
+        for token_id, token in config["added_tokens_decoder"].items()
+        if token["content"] != "<|vision_start|>"
+    }
+    config.pop("additional_special_tokens", None)
+    config.pop("extra_special_tokens", None)
+    (broken / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"no special token <\|vision_start\|>"):
+        Tokenizer(broken)
+
+
+@pytest.mark.parametrize("contents", ["", "not json", "[]"])
+def test_a_garbage_vocabulary_is_a_broken_checkpoint(checkpoint_dir: Path, tmp_path: Path, contents: str) -> None:
+    broken = Path(shutil.copytree(checkpoint_dir, tmp_path / "broken"))
+    (broken / "vocab.json").write_text(contents)
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .*broken cannot be loaded"):
+        Tokenizer(broken)
