@@ -1,6 +1,6 @@
 """Triton's rim of the flow stage: leased contexts in, latents out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from bagel_triton.stage_model import StageModel
 from bagel_triton.triton_io import Reply, message_of
 
 
-def outputs(pictures: list[Latents], seed: int) -> Arrays:
+def outputs(pictures: Sequence[Latents], seed: int) -> Arrays:
     """``latents`` [pictures * tokens, channels] float32, a picture's grid, [rows, columns], and the seed."""
     return {
         "latents": torch.cat([picture.tokens for picture in pictures]).cpu().numpy(),

@@ -37,14 +37,12 @@ class StageSpec:
 class Topology:
     """Stages, and the models that chain them.
 
-    ``think_by_default`` is what a request means that does not say whether to think. With
-    ``one_process`` every engine lives in the orchestrator and KV never leaves it.
+    With ``one_process`` every engine lives in the orchestrator and KV never leaves it.
     """
 
     name: str
     stages: tuple[StageSpec, ...]
     chains: tuple[str, ...]
-    think_by_default: bool = False
     one_process: bool = False
 
     def __post_init__(self) -> None:
@@ -61,19 +59,25 @@ class Topology:
         return tuple(dict.fromkeys([model for stage in self.stages for model in stage.models] + list(self.chains)))
 
     @property
+    def think_by_default(self) -> bool:
+        """What a request means that does not say whether to think: contexts that are sent
+        only after decoding have something to be decoded first."""
+        return any(stage.sends_kv == "decoding_finished" for stage in self.stages)
+
+    @property
     def expander(self) -> StageSpec:
         """The stage that expands prompts."""
         return next(stage for stage in self.stages if stage.expands_prompts)
 
 
-def _two_stages(name: str, sends_kv: KVSent, think_by_default: bool) -> Topology:
+def _two_stages(name: str, sends_kv: KVSent) -> Topology:
     thinker = StageSpec(0, "thinker", "autoregressive", (EXPANDER, THINKER), (), True, sends_kv)
     dit = StageSpec(1, "dit", "diffusion", (DIT, DECODER), (0,))
-    return Topology(name, (thinker, dit), (ORCHESTRATOR, ENSEMBLE), think_by_default)
+    return Topology(name, (thinker, dit), (ORCHESTRATOR, ENSEMBLE))
 
 
-BAGEL = _two_stages("bagel", "prefill_finished", think_by_default=False)
-BAGEL_THINK = _two_stages("bagel_think", "decoding_finished", think_by_default=True)
+BAGEL = _two_stages("bagel", "prefill_finished")
+BAGEL_THINK = _two_stages("bagel_think", "decoding_finished")
 BAGEL_SINGLE_STAGE = Topology(
     "bagel_single_stage",
     (StageSpec(0, "dit", "diffusion", (ORCHESTRATOR,), expands_prompts=True),),

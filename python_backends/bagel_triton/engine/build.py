@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +102,9 @@ class LocalStages:
     def expand(self, request: GenerationRequest) -> Visit[Plan]:
         """Plan at once, on the caller's thread."""
         visit: Visit[Plan] = Visit("cfg_expand")
-        visit.finish(self.expander.expand(request), StageStats("cfg_expand", 0.0, 0.0))
+        started = time.perf_counter()
+        plan = self.expander.expand(request)
+        visit.finish(plan, StageStats("cfg_expand", 0.0, time.perf_counter() - started))
         return visit
 
     def think(self, plan: Plan) -> Visit[Thoughts]:
@@ -108,9 +112,9 @@ class LocalStages:
         visit: Visit[Thoughts] = Visit("thinker")
         return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress))
 
-    def denoise(self, job: DenoiseJob) -> Visit[list[Latents]]:
+    def denoise(self, job: DenoiseJob) -> Visit[Sequence[Latents]]:
         """Queue at the DiT."""
-        visit: Visit[list[Latents]] = Visit("dit")
+        visit: Visit[Sequence[Latents]] = Visit("dit")
         return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress))
 
     def decode(self, latents: Latents, request_id: str) -> Visit[Tensor]:

@@ -20,11 +20,11 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.flow import initial_noise, schedule
 from bagel_triton.model.mot import Pack, rotary_tables
 
-DitJob = Job[DenoiseJob, list[Latents]]
+DitJob = Job[DenoiseJob, Sequence[Latents]]
 Block = tuple[FlowRun, int, int]  # a picture in one context: the run, the picture, the context
 
 
-class DitEngine(Worker[DenoiseJob, list[Latents]]):
+class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
     """Owns the transformer's generation side, from one thread.
 
     ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``.

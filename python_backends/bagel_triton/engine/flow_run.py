@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -29,7 +29,7 @@ class FlowRun:
     They share contexts, times and size, and differ in their noise.
     """
 
-    job: Job[DenoiseJob, list[Latents]]
+    job: Job[DenoiseJob, Sequence[Latents]]
     rows: int
     columns: int
     x: list[Tensor]  # a picture each: [tokens, channels] float32

@@ -131,8 +131,8 @@ class Worker(ABC, Generic[Task, Result]):
 
     def _turn(self) -> None:
         """Take in, admit, and step; or wait, where there is nothing to step."""
-        polling = self._housekeep()
         self._drain(0.0)
+        polling = self._housekeep()
         self._admit_waiting()
         self.observe("active", len(self._active()))
         self.observe("waiting", len(self._waiting))

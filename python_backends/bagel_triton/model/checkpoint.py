@@ -32,23 +32,34 @@ class TensorFiles:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._handles: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._paths: dict[str, Path] = {}
+        self._opened: dict[Path, Any] = {}
         for path in files:
             if not path.is_file():
                 raise CheckpointError(f"{path} does not exist")
-            try:
-                handle = safetensors.safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
+            header = _open(path, "numpy")  # unlike torch's, this mapping asks for no memory
+            names = header.keys()
+            self._shapes.update({name: tuple(header.get_slice(name).get_shape()) for name in names})
+            self._paths.update(dict.fromkeys(names, path))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by tensor name, from the headers alone."""
-        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
+        return dict(self._shapes)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called ``name``, in its stored dtype."""
-        return self._handles[name].get_tensor(name)  # type: ignore[no-any-return]
+        path = self._paths[name]
+        if path not in self._opened:
+            self._opened[path] = _open(path, "pt")
+        return self._opened[path].get_tensor(name)  # type: ignore[no-any-return]
+
+
+def _open(path: Path, framework: str) -> Any:
+    try:
+        return safetensors.safe_open(str(path), framework=framework)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be opened as safetensors: {error}") from error
 
 
 class Checkpoint:

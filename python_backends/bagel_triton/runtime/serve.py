@@ -13,10 +13,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 import bagel_triton
-from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy import deploy_yaml
+from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.proxy.settings import ProxySettings, add_fetch_remote
-from bagel_triton.runtime import ports, shared_memory, source_tree, tritonserver
+from bagel_triton.runtime import memory, ports, shared_memory, source_tree, tritonserver
 from bagel_triton.runtime.command_error import CommandError
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
@@ -38,8 +41,9 @@ class ServeOptions:
     triton_http_port: int
     triton_grpc_port: int
     triton_metrics_port: int
-    device: str
-    dtype: str
+    device: str | None
+    dtype: str | None
+    deploy_config: Path | None
     served_model_name: str | None
     model_repository: Path | None
     verbose: bool
@@ -61,8 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--triton-{protocol}-port", type=int, default=0, help="0 for a free one (default: %(default)s)"
         )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the deploy YAML's, or auto)")
+    parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the deploy YAML's, or auto)")
+    parser.add_argument(
+        "--deploy-config", "--stage-configs-path", metavar="YAML", type=Path, help="topology and limits of the stages"
+    )
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint folder's name")
     parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the source tree's")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
@@ -92,7 +99,8 @@ async def _serve(options: ServeOptions) -> None:
                 "--triton-metrics-port": options.triton_metrics_port,
             }
         ).values()
-        placement = _check(options)
+        config = _configuration(options)
+        placement = _check(config)
         repository = _model_repository(options)
 
         from bagel_triton.proxy.app import create_app
@@ -102,15 +110,14 @@ async def _serve(options: ServeOptions) -> None:
             print(f"removed the shared memory of a server that died: {prefix}", flush=True)
         with shared_memory.SharedMemoryPrefix() as shared, _run_directory() as directory:
             server = tritonserver.find(directory)
-            deploy = DeployConfig(
-                checkpoint=str(options.checkpoint.resolve()),
-                shm_prefix=shared.prefix,
-                device=placement.device,
-                dtype=placement.dtype_name,
+            deploy = msgspec.structs.replace(
+                config, shm_prefix=shared.prefix, device=placement.device, dtype=placement.dtype_name
             )
+            memory.require(deploy)
             deploy.write(directory / "deploy.yaml")
             choices = {
                 "checkpoint": deploy.checkpoint,
+                "pipeline": deploy.pipeline,
                 "model names": ", ".join(options.model_names),
                 "device": placement.device,
                 "dtype": placement.dtype_name,
@@ -155,14 +162,26 @@ async def _serve(options: ServeOptions) -> None:
             )
 
 
-def _check(options: ServeOptions) -> Placement:
+def _configuration(options: ServeOptions) -> DeployConfig:
+    """The deploy YAML's configuration, or the default one, with the command line's say on top."""
+    checkpoint = str(options.checkpoint.resolve())
+    try:
+        path = options.deploy_config
+        config = DeployConfig(checkpoint) if path is None else deploy_yaml.load(path, checkpoint)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+    given = {"device": options.device, "dtype": options.dtype}
+    return msgspec.structs.replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _check(config: DeployConfig) -> Placement:
     """Where the checkpoint will run, once it is known to be one."""
     from bagel_triton.model.checkpoint import inspect
     from bagel_triton.model.placement import resolve
 
     try:
-        inspect(options.checkpoint)
-        return resolve(options.device, options.dtype)
+        inspect(config.checkpoint)
+        return resolve(config.device, config.dtype)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
