@@ -104,7 +104,7 @@ def receive(args: argparse.Namespace) -> Iterator[AnswerEvent | tuple[NDArray[np
     with tqdm(desc=args.model, unit="step", leave=False) as bar:
         for result in stream(args.server, args.model, generation_request(args)):
             if args.model == ENSEMBLE:
-                yield result.as_numpy("generated_image"), int(result.as_numpy("seed")[0])
+                yield result.as_numpy("generated_image"), int(result.as_numpy("used_seed")[0])
                 continue
             event = decode_event(result.as_numpy("event")[0])
             if isinstance(event, ProgressEvent):

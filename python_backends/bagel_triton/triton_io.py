@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import threading
@@ -14,9 +15,11 @@ import triton_python_backend_utils as pb_utils
 
 from bagel_triton.errors import BagelError, InvalidRequest, from_exception, from_text
 from bagel_triton.messages import Event, Message, StageStats, decode, encode, encode_event, encode_stats
-from bagel_triton.request import Array, Arrays
+from bagel_triton.request import REQUEST_TENSORS, Array, Arrays
 
 M = TypeVar("M", bound=Message)
+# Parameters that the protocol itself knows; every other one was meant as an input.
+TRITON_PARAMETERS = ("id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,17 @@ def use_triton_log() -> None:
 def arrays_of(request: Any) -> Arrays:
     """The request's inputs by name; BYTES become object arrays."""
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def refuse_parameters(request: Any) -> None:
+    """Refuse what Triton made a request parameter of: a field that is no input of the model.
+
+    Raises:
+        InvalidRequest: names the field and the inputs there are.
+    """
+    for name in json.loads(request.parameters() or "{}"):
+        if not name.startswith("triton_") and name not in TRITON_PARAMETERS:
+            raise InvalidRequest(f"{name} is not a field; allowed: {', '.join(REQUEST_TENSORS)}", name)
 
 
 def text_of(arrays: Arrays, name: str) -> str:

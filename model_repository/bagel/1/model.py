@@ -44,6 +44,7 @@ class TritonPythonModel:
 
     def _follow(self, request: Any, reply: triton_io.Reply) -> None:
         try:
+            triton_io.refuse_parameters(request)
             inputs: Any = triton_io.arrays_of(request)
             stages: Any = self._local or TritonStages(request)
             if self._local:

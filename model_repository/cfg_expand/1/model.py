@@ -25,6 +25,7 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         seconds = timed()
         try:
+            triton_io.refuse_parameters(request)
             plan = self._expander.expand(from_tensors(triton_io.arrays_of(request)), request.request_id())
         except Exception as error:
             return triton_io.error_response(error)

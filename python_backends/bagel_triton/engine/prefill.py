@@ -91,7 +91,7 @@ class Prefiller:
         positions_at = torch.tensor(gen.positions + und.positions, device=self._model.device)
         cos, sin = rotary_tables(positions_at, self._model.config.language, self._model.dtype)
         reads = [self._arena.read_slots(chunk.context) for chunk in chunks]
-        kv = PagedStep(self._arena.store, torch.cat(gen.slots + und.slots), reads)
+        kv = PagedStep(self._arena.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
         packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
         hidden = self._model.language_model.model(packed, Pack(gen_rows, cos, sin, spans, kv))
         if not scored:

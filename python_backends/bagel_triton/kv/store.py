@@ -51,25 +51,26 @@ def gather(store: Tensor, slots: slice | Tensor, out: Tensor) -> None:
 class PagedStep:
     """One forward's view of the arena: new tokens to ``write_slots``, each sequence read whole.
 
-    ``write_slots`` [tokens] int64 is in the pack's order.
+    ``write_slots`` [tokens] int64 is in the pack's order. A store that is not on the
+    forward's ``device`` is staged through copies.
     """
 
     store: Tensor
     write_slots: Tensor
     sequences: Sequence[slice | Tensor]
+    device: torch.device
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keys and values [tokens, kv_heads, head_dim] to their slots."""
-        self.store[layer, 0].index_copy_(0, self.write_slots, key)
-        self.store[layer, 1].index_copy_(0, self.write_slots, value)
+        for target, new in zip(self.store[layer], (key, value), strict=True):
+            target.index_copy_(0, self.write_slots, new.to(self.store.device))
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, kv_heads, head_dim] of a sequence."""
         slots = self.sequences[sequence]
-        key, value = self.store[layer, 0], self.store[layer, 1]
-        if isinstance(slots, slice):
-            return key[slots], value[slots]
-        return key.index_select(0, slots), value.index_select(0, slots)
+        both = (part[slots] if isinstance(slots, slice) else part.index_select(0, slots) for part in self.store[layer])
+        key, value = (part.to(self.device) for part in both)
+        return key, value
 
 
 class WorkspaceStep:

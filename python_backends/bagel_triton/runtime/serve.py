@@ -122,7 +122,7 @@ async def _serve(options: ServeOptions) -> None:
                 "device": placement.device,
                 "dtype": placement.dtype_name,
                 "attention": placement.attention,
-                "KV connector": deploy.connector,
+                "KV connector": "local (one process)" if deploy.topology.one_process else deploy.connector,
                 "OpenAI API": ports.base_url(listener),
                 "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
                 "Triton gRPC": f"{ports.LOOPBACK}:{grpc_port}",

@@ -1,0 +1,74 @@
+"""Triton without the proxy: gRPC streaming, HTTP ``generate_stream``, perf_analyzer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from bagel_triton.request import GenerationRequest
+from tests.serving.test_together import EIGHT, picture_body
+from tests.support.serving import Server, generate
+
+CLIENTS = Path(__file__).parents[2] / "client"
+PICTURE = picture_body(EIGHT[1], seed=5)
+ARGUMENTS = ("--prompt", "A cute cat", "--height", "64", "--width", "64", "--steps", "4", "--seed", "5")
+
+
+@pytest.mark.parametrize("model", ["bagel", "bagel_text2img"])
+def test_the_grpc_client_gets_the_proxys_picture(server: Server, model: str, tmp_path: Path) -> None:
+    output = tmp_path / "cat.png"
+    run(CLIENTS / "triton_grpc_client.py", "--server", server.grpc, "--model", model, "--output", output, *ARGUMENTS)
+    assert_same(output, server)
+
+
+def test_the_http_client_gets_the_proxys_picture(server: Server, tmp_path: Path) -> None:
+    output = tmp_path / "cat.png"
+    run(CLIENTS / "triton_http_client.py", "--server", f"http://{server.http}", "--output", output, *ARGUMENTS)
+    assert_same(output, server)
+
+
+def run(script: Path, *arguments: str | Path) -> None:
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def assert_same(output: Path, server: Server) -> None:
+    with Image.open(output) as picture:
+        assert np.array_equal(np.array(picture), server.pictures(PICTURE)[0])
+
+
+@pytest.mark.parametrize("model", ["bagel", "bagel_text2img"])
+def test_a_value_that_is_not_allowed_is_a_typed_error(server: Server, model: str) -> None:
+    with pytest.raises(InferenceServerException) as refusal:
+        generate(server.grpc, model, GenerationRequest(prompt="A cute cat", height=17))
+    assert "InvalidRequest(height): height=17 is not allowed; allowed: a multiple of 16" in str(refusal.value)
+
+
+def test_a_misspelt_field_is_refused(server: Server) -> None:
+    body = {"prompt": "A cute cat", "heigth": 64, "width": 64, "num_inference_steps": 4}
+    url = f"http://{server.http}/v2/models/bagel/generate_stream"
+    answer = httpx.post(url, json=body, timeout=60, trust_env=False)
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data")]
+    assert "InvalidRequest(heigth): heigth is not a field; allowed: prompt, " in events[-1]["error"]
+
+
+def test_perf_analyzer_measures_the_ensemble(server: Server, tmp_path: Path) -> None:
+    request = {"prompt": ["A cute cat"], "height": [32], "width": [32], "num_inference_steps": [2], "seed": [1]}
+    data = tmp_path / "input.json"
+    data.write_text(json.dumps({"data": [request]}))
+    program = Path(sys.executable).with_name("bagel-triton")
+    arguments = ["-m", "bagel_text2img", "-u", server.grpc, "-i", "grpc", "--streaming", "--input-data", str(data)]
+    limits = ["--concurrency-range", "2", "--request-count", "10"]
+    command = [program, "perf-analyzer", "--", *arguments, *limits]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Concurrency: 2, throughput:" in done.stdout
