@@ -26,7 +26,6 @@ from torch import Tensor
 from bagel_triton.shm_file import SHM_DIRECTORY, reserve
 
 ALIGNMENT = 64  # as torch's own allocations are: the rounding of a matrix product may depend on it
-PARTIAL = "_partial"
 log = logging.getLogger(__name__)
 
 
@@ -88,9 +87,9 @@ class WeightStore:
     Contents: the key stands for the checkpoint's files (path, size, time of change), the
     tensors and the dtype, so two states of a checkpoint never meet in one file.
 
-    Processes: the first that asks for weights converts them; others that ask meanwhile
-    wait for it. It writes under a second name, locked, and renames when all is written:
-    if it dies, the kernel drops the lock and the next in line starts over.
+    Processes: the first that asks for weights converts them, under the lock of a file named
+    ``..._writing``; others that ask meanwhile wait for it. The weights get their name when
+    all are written. If the writer dies, the next in line starts over.
 
     Lifetime: a mapping lasts as long as any tensor of it, whatever becomes of the file or
     of the process that wrote it, and holds a shared lock on the file. Files stay for
@@ -130,27 +129,23 @@ class WeightStore:
 
     def _write(self, path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
         """Make the file at ``path``, or wait for the process that is making it."""
-        partial = path.with_name(path.name + PARTIAL)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        turn = path.with_name(f"{path.name}_writing")
+        descriptor = os.open(turn, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_at(descriptor, partial):  # finished, or given up, by the process waited for
+            if not _is_at(descriptor, turn):  # the process waited for has finished, or given up
                 return
             try:
                 if not path.exists():
-                    self._remove_unused(keep=partial)
-                    _fill(descriptor, partial, layout, sources)
-                    partial.rename(path)
+                    self._remove_unused()
+                    _create(path, layout, sources)
             finally:
-                if _is_at(descriptor, partial):
-                    partial.unlink()
+                turn.unlink()
         finally:
             os.close(descriptor)
 
-    def _remove_unused(self, keep: Path) -> None:
+    def _remove_unused(self) -> None:
         for path in self._directory.glob(f"{self._prefix}_weights_*"):
-            if path == keep:
-                continue
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except (FileNotFoundError, PermissionError):  # another process was quicker, or another user's
@@ -184,13 +179,24 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _fill(descriptor: int, path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
+def _create(path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
     started = time.perf_counter()
-    os.ftruncate(descriptor, 0)  # what a process that died has left
-    reserve(descriptor, layout.size, "weights")
-    contents = torch.from_file(str(path), shared=True, size=layout.size, dtype=torch.uint8)
-    for name, target in layout.views(contents).items():
-        target.copy_(sources[name])  # converts without a copy in between
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Without a name until it is whole: if this process dies, the kernel takes the memory back.
+        descriptor = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            reserve(descriptor, layout.size, "weights")
+            unnamed = f"/proc/self/fd/{descriptor}"
+            contents = torch.from_file(unnamed, shared=True, size=layout.size, dtype=torch.uint8)
+            for name, target in layout.views(contents).items():
+                target.copy_(sources[name])  # converts without a copy in between
+            # Only with a directory's descriptor does os.link follow the link in /proc.
+            os.link(unnamed, path.name, dst_dir_fd=directory)
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(directory)
     log.info("converted %d bytes of weights in %.1f s: %s", layout.size, time.perf_counter() - started, path.name)
 
 
