@@ -2,7 +2,7 @@
 
 A CPU computes in float32 and the published weights are bfloat16, so every stage would hold
 a conversion of its own. Weights stored in the wanted dtype need no copy here: the mapped
-pages of the checkpoint's own file are shared already.
+pages of the checkpoint's own file are shared already. On CUDA, each process has its own copy.
 """
 
 from __future__ import annotations
