@@ -99,8 +99,9 @@ def test_weights_are_those_that_are_loaded(tmp_path: Path, dtype: torch.dtype):
 
 def test_weights_are_counted_as_often_as_they_are_in_memory():
     transformer, autoencoder = plan_of().stages[1].weights, plan_of().stages[2].weights
-    # float32 is made of the stored bfloat16 in each process; the autoencoder is stored in float32.
-    assert plan_of().weights == 2 * transformer + autoencoder
+    # float32 is made of the stored bfloat16 once, in shared memory; the autoencoder is stored in float32.
+    assert plan_of().weights == transformer + autoencoder
+    assert plan_of().shared == plan_of().stages[0].kv + transformer
     assert plan_of(placement=BFLOAT16).weights == transformer // 2 + autoencoder
     assert plan_of(placement=Placement(CUDA, torch.float32)).weights == 2 * transformer + 2 * autoencoder
     assert plan_of(pipeline="bagel_single_stage").weights == transformer + autoencoder
@@ -113,7 +114,7 @@ def test_the_arena_is_the_one_that_is_made():
     assert need.stages[0].kv == stages.producer.arena.store.nbytes == 63 * 16 * need.kv_token
     stages.close()
     assert need.shared == 0
-    assert plan_of(thinker=thinker).shared == need.stages[0].kv
+    assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 512), (64, 128)])
@@ -202,8 +203,10 @@ def test_what_fits_exactly_is_not_refused():
 
 
 def test_too_little_shared_memory():
-    message = refusal(plan_of(), Available(host=GIB, shared=2**20))
-    assert "24.00 MiB of shared memory and 1.00 MiB are free" in message
+    need = plan_of()
+    message = refusal(need, Available(host=GIB, shared=2**20))
+    assert "the KV arena (24.00 MiB) and converted weights need" in message
+    assert f"{memory.readable(need.shared)} of shared memory and 1.00 MiB are free" in message
     assert "lower thinker.kv_tokens=32768" in message
     assert "--shm-size" in message
 
@@ -218,6 +221,9 @@ def test_too_little_memory_for_keys_and_values():
 def test_too_little_memory_for_the_weights():
     need = plan_of()
     message = refusal(need, Available(host=need.weights - 1, shared=GIB))
+    assert message.endswith("use dtype bfloat16, or use a larger machine")
+    placement = Placement(CUDA, torch.float32)
+    message = refusal(plan_of(placement=placement), Available(host=GIB, shared=GIB, device=1), placement)
     assert message.endswith("use dtype bfloat16, or serve bagel_single_stage")
     # Weights that are in memory once cannot be fewer.
     message = refusal(plan_of(placement=BFLOAT16), Available(host=1, shared=GIB), BFLOAT16)

@@ -54,7 +54,7 @@ class MemoryPlan:
     """The stages of one server in bytes.
 
     ``weights`` are those of all stages, each counted as often as it is in memory.
-    ``shared`` is what lies in shared memory, on the host whatever the device.
+    ``shared`` is what lies in the host's shared memory: the KV arena, and a CPU's converted weights.
     """
 
     stages: tuple[StageMemory, ...]
@@ -123,15 +123,16 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             activations=decoded * decode_bytes(autoencoder.decoder, height, width),
         ),
     )
-    weights = 0
-    loaded: tuple[tuple[nn.Module, str, torch.dtype], ...] = (
+    share = placement.torch_device.type == "cpu" and not one_process
+    weights, shared = 0, 0 if one_process else arena
+    for module, name, loaded_as in (  # two stages have each of them
         (transformer, "vae2llm.weight", dtype),
         (autoencoder, "decoder.conv_in.weight", torch.float32),
-    )
-    for module, name, loaded_as in loaded:  # two stages have each of them
-        once = one_process or _is_mapped(checkpoint, name, loaded_as, placement)
-        weights += module_bytes(module) * (1 if once else 2)
-    return MemoryPlan(stages, token, weights, shared=0 if one_process else arena)
+    ):
+        weights += module_bytes(module) * (1 if one_process or share else 2)
+        if share and not _is_stored_as(checkpoint, name, loaded_as):
+            shared += module_bytes(module)
+    return MemoryPlan(stages, token, weights, shared)
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -187,10 +188,8 @@ def _level_channels(level: nn.Module) -> int:
     return max(2 * channels_in + channels_out + max(channels_in, channels_out), earlier + 5 * channels_out)
 
 
-def _is_mapped(checkpoint: Checkpoint, name: str, dtype: torch.dtype, placement: Placement) -> bool:
-    """Whether processes share weights stored as the tensor ``name`` is: as mapped pages of the file itself."""
-    if placement.torch_device.type != "cpu":
-        return False
+def _is_stored_as(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
+    """Whether processes may map the tensor ``name`` from the checkpoint's file, instead of a conversion."""
     for path in sorted(checkpoint.directory.glob("*.safetensors")):
         with safetensors.safe_open(path, framework="numpy") as file:
             if name in file.keys():  # noqa: SIM118, it is no mapping
@@ -215,8 +214,9 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
     """
     if need.shared > available.shared:
         raise NotEnoughMemory(
-            f"the KV arena needs {readable(need.shared)} of shared memory and {readable(available.shared)} are free: "
-            f"lower thinker.kv_tokens={config.thinker.kv_tokens}, or enlarge /dev/shm (a container's --shm-size)"
+            f"the KV arena ({readable(need.stages[0].kv)}) and converted weights need {readable(need.shared)} of "
+            f"shared memory and {readable(available.shared)} are free: enlarge /dev/shm (a container's --shm-size), "
+            f"or lower thinker.kv_tokens={config.thinker.kv_tokens}, or use the checkpoint's own dtype"
         )
     if available.device is None:
         needed, free, where = need.total, available.host, "memory"

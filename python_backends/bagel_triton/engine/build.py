@@ -24,9 +24,12 @@ from bagel_triton.engine.worker import Gauge, Job
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
 from bagel_triton.messages import DenoiseJob, Plan, StageStats, Thoughts
+from bagel_triton.model.autoencoder import Autoencoder
+from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.placement import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.model.weight_store import WeightStore
 from bagel_triton.request import GenerationRequest
 
 Task = TypeVar("Task")
@@ -47,6 +50,18 @@ class Parts:
         """Check the checkpoint and resolve the placement; loads no weights."""
         return cls(config, Checkpoint(config.checkpoint), resolve(config.device, config.dtype))
 
+    def load_bagel(self) -> Bagel:
+        """The transformer, its weights shared with the server's other processes."""
+        return self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self._store)
+
+    def load_autoencoder(self) -> Autoencoder:
+        """The autoencoder, likewise; it always computes in float32."""
+        return self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self._store)
+
+    @property
+    def _store(self) -> WeightStore:
+        return WeightStore(self.config.shm_prefix)
+
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
         return Tokenizer(Path(self.config.checkpoint))
@@ -63,23 +78,20 @@ def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
     geometry = kv_geometry(parts.checkpoint.config.language, config.thinker.block_tokens, place.dtype_name)
     blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
     producer = ShmProducer(geometry, blocks, config.shm_prefix)
-    model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
-    autoencoder = parts.checkpoint.load_autoencoder(place.torch_device, torch.float32)
+    model, autoencoder = parts.load_bagel(), parts.load_autoencoder()
     return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, gauge)
 
 
 def build_dit(parts: Parts, gauge: Gauge | None = None) -> DitEngine:
     """The DiT, reading arenas in shared memory."""
-    place, tokenizer = parts.placement, parts.tokenizer()
-    model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+    tokenizer = parts.tokenizer()
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    return DitEngine(model, ShmConsumer(), parts.config.dit, markers, gauge)
+    return DitEngine(parts.load_bagel(), ShmConsumer(), parts.config.dit, markers, gauge)
 
 
 def build_decoder(parts: Parts, gauge: Gauge | None = None) -> DecoderEngine:
-    """The decoder; the autoencoder always computes in float32."""
-    autoencoder = parts.checkpoint.load_autoencoder(parts.placement.torch_device, torch.float32)
-    return DecoderEngine(autoencoder, parts.checkpoint.config.latent, parts.config.vae_decode, gauge)
+    """The decoder."""
+    return DecoderEngine(parts.load_autoencoder(), parts.checkpoint.config.latent, parts.config.vae_decode, gauge)
 
 
 class LocalStages:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.model.weight_store import FileIdentity, WeightStore
 
 Module = TypeVar("Module", bound=nn.Module)
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,6 +43,7 @@ class TensorFiles:
             names = header.keys()
             self._shapes.update({name: tuple(header.get_slice(name).get_shape()) for name in names})
             self._paths.update(dict.fromkeys(names, path))
+        self.identity = tuple(FileIdentity.of(path) for path in files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by tensor name, from the headers alone."""
@@ -98,17 +100,23 @@ class Checkpoint:
                 f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
             )
 
-    def load_bagel(self, device: torch.device, dtype: torch.dtype) -> Bagel:
-        """The transformer with its flow head, on ``device`` in ``dtype``."""
+    def load_bagel(self, device: torch.device, dtype: torch.dtype, store: WeightStore | None = None) -> Bagel:
+        """The transformer with its flow head, on ``device`` in ``dtype``; a CPU's weights are in ``store``, if given.
+
+        Raises:
+            MemoryError: the store has no room.
+        """
         with torch.device("meta"):
             module = Bagel(self.config)
-        return _fill(module, self._weights, device, dtype)
+        return _fill(module, self._weights, device, dtype, store)
 
-    def load_autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-        """The autoencoder, on ``device`` in ``dtype``."""
+    def load_autoencoder(
+        self, device: torch.device, dtype: torch.dtype, store: WeightStore | None = None
+    ) -> Autoencoder:
+        """The autoencoder, likewise."""
         with torch.device("meta"):
             module = Autoencoder(self._autoencoder.shapes())
-        return _fill(module, self._autoencoder, device, dtype)
+        return _fill(module, self._autoencoder, device, dtype, store)
 
 
 def inspect(directory: str | Path) -> ModelConfig:
@@ -162,7 +170,15 @@ def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> N
             )
 
 
-def _fill(module: Module, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> Module:
-    state = {name: files.tensor(name).to(device=device, dtype=dtype) for name in module.state_dict()}
+def _fill(
+    module: Module, files: TensorFiles, device: torch.device, dtype: torch.dtype, store: WeightStore | None
+) -> Module:
+    state = {name: files.tensor(name) for name in module.state_dict()}
+    if store is not None and device.type == "cpu":
+        # What is stored in this dtype stays mapped from its file, whose pages all processes share.
+        other = {name: tensor for name, tensor in state.items() if tensor.dtype != dtype}
+        state.update(store.converted(other, dtype, files.identity))
+    else:
+        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()

@@ -21,19 +21,16 @@ from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, Words, table_words
 from bagel_triton.kv.store import store_shape, token_bytes
 from bagel_triton.messages import ContextHandle, KVGeometry
-
-SHM_DIRECTORY = Path("/dev/shm")
+from bagel_triton.shm_file import SHM_DIRECTORY, reserve
 
 
 def _reserve(path: Path, size: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
+        reserve(descriptor, size, "KV arena")
+    except MemoryError:
         path.unlink()
-        raise MemoryError(
-            f"{SHM_DIRECTORY} has no room for {size} bytes ({error.strerror}): raise --shm-size"
-        ) from error
+        raise
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,29 @@
+"""What a process has in memory, by the kernel's account."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Bytes of a process.
+
+    ``pss`` is its proportional set size: a page that n processes map counts as 1/n.
+    ``anonymous`` are the pages that belong to it alone and to no file; a page of a private
+    mapping of a file becomes one when it is written.
+    """
+
+    pss: int
+    anonymous: int
+
+    @classmethod
+    def own(cls) -> Self:
+        """This process, now."""
+        fields = {}
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+            name, value = line.split(":")
+            fields[name] = int(value.split()[0]) * 1024
+        return cls(fields["Pss"], fields["Anonymous"])

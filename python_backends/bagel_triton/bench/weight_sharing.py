@@ -1,0 +1,167 @@
+"""``python -m bagel_triton.bench.weight_sharing CHECKPOINT``: what the stages' weights cost together.
+
+Three processes build the thinker, the DiT and the decoder, one after the other, and read
+every weight once. Their proportional set sizes together, less those with a tiny checkpoint,
+over the bytes of the weights is 1 where each weight is in memory once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from bagel_triton.bench.process_memory import ProcessMemory
+from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
+from bagel_triton.engine.build import Parts, build_decoder, build_dit, build_thinker
+from bagel_triton.engine.decoder import DecoderEngine
+from bagel_triton.engine.dit import DitEngine
+from bagel_triton.engine.thinker import ThinkerEngine
+from bagel_triton.model.autoencoder import Autoencoder
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.model.placement import DTYPES
+from bagel_triton.runtime import tiny_checkpoint
+from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
+from bagel_triton.runtime.tiny_config import TinyConfig
+
+BUILDERS: dict[str, Callable[[Parts], ThinkerEngine | DitEngine | DecoderEngine]] = {
+    "thinker": lambda parts: build_thinker(parts, _ignore),
+    "dit": build_dit,
+    "vae_decode": build_decoder,
+}
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage's process.
+
+    ``build_s`` is the time from its configuration to an engine that takes requests, ``again_s``
+    that of loading all weights once more, as a stage does that is not the first.
+    """
+
+    stage: str
+    build_s: float
+    again_s: float
+    memory: ProcessMemory
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The stages with a checkpoint whose weights take ``weight_bytes``, and with a tiny one."""
+
+    weight_bytes: int
+    stages: tuple[StageCost, ...]
+    tiny: tuple[StageCost, ...]
+
+    @property
+    def copies(self) -> float:
+        """How often the weights are in memory."""
+        extra = sum(cost.memory.pss for cost in self.stages) - sum(cost.memory.pss for cost in self.tiny)
+        return extra / self.weight_bytes
+
+
+def measure(checkpoint: Path, dtype: str = "float32") -> Sharing:
+    """Build the stages on ``checkpoint``, then on a tiny one, on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = Path(folder) / "tiny"
+        tiny_checkpoint.write(tiny, TinyConfig())
+        without = _costs(tiny, dtype)
+    return Sharing(weight_bytes(checkpoint, dtype), _costs(checkpoint, dtype), without)
+
+
+def weight_bytes(checkpoint: Path, dtype: str) -> int:
+    """Bytes of all weights when loaded; the autoencoder's are float32 always."""
+    opened, meta = Checkpoint(checkpoint), torch.device("meta")
+    modules = opened.load_bagel(meta, DTYPES[dtype]), opened.load_autoencoder(meta, torch.float32)
+    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+
+def _costs(checkpoint: Path, dtype: str) -> tuple[StageCost, ...]:
+    spawn = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    with SharedMemoryPrefix() as shared, ExitStack() as running:
+        config = DeployConfig(
+            checkpoint=str(checkpoint),
+            shm_prefix=shared.prefix,
+            device="cpu",
+            dtype=dtype,  # type: ignore[arg-type]
+            thinker=ThinkerConfig(kv_tokens=1024),
+        )
+        times: list[tuple[float, float]] = []
+        for stage in BUILDERS:
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(theirs, stage, config), daemon=True)
+            process.start()
+            theirs.close()
+            running.callback(process.join)
+            running.callback(ours.close)  # which ends the process
+            times.append(ours.recv())
+            pipes.append(ours)
+        for pipe in pipes:  # a page's share is known once all have mapped it
+            pipe.send("measure")
+        return tuple(
+            StageCost(stage, *seconds, pipe.recv()) for stage, seconds, pipe in zip(BUILDERS, times, pipes, strict=True)
+        )
+
+
+def _serve(pipe: Connection, stage: str, config: DeployConfig) -> None:
+    started = time.perf_counter()
+    parts = Parts.open(config)
+    engine = BUILDERS[stage](parts)
+    build_s = time.perf_counter() - started
+    started = time.perf_counter()
+    parts.load_bagel(), parts.load_autoencoder()
+    again_s = time.perf_counter() - started
+    del parts  # and with it the mapped checkpoint
+    for candidate in gc.get_objects():
+        if type(candidate) in (Bagel, Autoencoder):
+            for tensor in candidate.state_dict().values():
+                tensor.sum()
+    pipe.send((build_s, again_s))
+    try:
+        pipe.recv()
+        pipe.send(ProcessMemory.own())
+        pipe.recv()
+    except EOFError:
+        engine.close()
+
+
+def _ignore(name: str, value: float) -> None:
+    """Gauges are not shown."""
+
+
+def report(sharing: Sharing) -> str:
+    """A table for a person."""
+    lines = [f"{'':<15}  {'build s':>8}  {'again s':>8}  {'PSS MiB':>8}  {'anonymous MiB':>13}"]
+    for name, costs in (("", sharing.stages), (" tiny", sharing.tiny)):
+        for cost in costs:
+            lines.append(
+                f"{cost.stage + name:<15}  {cost.build_s:>8.2f}  {cost.again_s:>8.3f}  "
+                f"{cost.memory.pss / MIB:>8.1f}  {cost.memory.anonymous / MIB:>13.1f}"
+            )
+    lines.append(f"weights: {sharing.weight_bytes / MIB:.1f} MiB, in memory {sharing.copies:.3f} times")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the measurement of one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    print(report(measure(args.checkpoint, args.dtype)))
+
+
+if __name__ == "__main__":
+    main()
