@@ -1,5 +1,6 @@
 """The command line: what is wrong is one line on stderr and a non-zero exit status."""
 
+import argparse
 import shutil
 import socket
 from pathlib import Path
@@ -97,11 +98,13 @@ def test_a_missing_model_repository(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_model_names_begin_with_the_folders_and_have_no_duplicates():
-    from bagel_triton.runtime.serve import ALIASES, ServeOptions
+    from bagel_triton.runtime.serve import ALIASES, ServeOptions, add_arguments
 
     def names(checkpoint: str, name: str | None) -> tuple[str, ...]:
-        options = ServeOptions(Path(checkpoint), "", 0, 0, 0, 0, "auto", "auto", name, None, False)
-        return options.model_names
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        named = [] if name is None else ["--served-model-name", name]
+        return ServeOptions(**vars(parser.parse_args([checkpoint, *named]))).model_names
 
     assert names("/models/mine", None) == ("mine", *ALIASES)
     assert names("/models/mine", "other") == ("other", *ALIASES)
