@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from bagel_triton.deploy.topology import ORCHESTRATOR
+from bagel_triton import liveness
+from bagel_triton.deploy.topology import HOLDERS, ORCHESTRATOR
 from bagel_triton.errors import BagelError, Internal, StageUnavailable, from_text
 from bagel_triton.messages import DoneEvent, Event, PictureEvent, decode_event
 from bagel_triton.proxy.settings import ProxySettings
@@ -29,6 +31,9 @@ _CHANNEL_ARGS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
+LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
+ABANDON_S = 2.0
+log = logging.getLogger(__name__)
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -61,6 +66,10 @@ class Client(Protocol):
         """Give the connection back."""
 
 
+class OrchestratorDied(StageUnavailable):
+    """``bagel`` died with a request in flight."""
+
+
 class TritonClient:
     """:class:`Client` over gRPC. Connects on first use, in the event loop that uses it."""
 
@@ -77,30 +86,47 @@ class TritonClient:
     async def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
         call = {"model_name": ORCHESTRATOR, "inputs": _inputs(request), "request_id": request_id}
         responses = self._triton.stream_infer(_once(call))
+        alive = self._watch()
         last: Event | None = None
         try:
             # The request side is closed after one request, so Triton ends the stream
             # when it has seen the final flag.
-            while (response := await self._next(responses)) is not None:
+            while (response := await self._next(responses, alive)) is not None:
                 last = response.event
                 yield response
+        except OrchestratorDied:
+            await self._abandon(request_id)
+            raise
         finally:
             responses.cancel()
         if not isinstance(last, DoneEvent):
             raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
 
-    async def _next(self, responses: Any) -> StageResponse | None:
+    def _watch(self) -> Callable[[], bool]:
+        prefix = self._settings.shm_prefix
+        return (lambda: True) if prefix is None else liveness.watch(prefix, ORCHESTRATOR)
+
+    async def _next(self, responses: Any, alive: Callable[[], bool]) -> StageResponse | None:
         """The next response; ``None`` at the end of the stream."""
         timeout_s = self._settings.silence_timeout_s
+        reading = asyncio.create_task(_read(responses))
         try:
             async with asyncio.timeout(timeout_s):
-                result, error = await anext(responses)
-        except StopAsyncIteration:
-            return None
+                lived = True
+                while not (await asyncio.wait({reading}, timeout=LIVENESS_S))[0]:
+                    # Twice, so that what was sent before its death is still read.
+                    if not (lived or alive()):
+                        raise OrchestratorDied(f"{ORCHESTRATOR} died")
+                    lived = alive()
+            if (answer := reading.result()) is None:
+                return None
+            result, error = answer
         except TimeoutError as timeout:
             raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
         except grpc.RpcError as broken:
             raise self._from_rpc(broken.code(), broken.details()) from broken
+        finally:
+            reading.cancel()
         if error is not None:
             raise from_text(error.message())
         return _decode(result)
@@ -113,7 +139,25 @@ class TritonClient:
             )
         except InferenceServerException as error:
             raise StageUnavailable(self._unreachable(error.message())) from error
-        return dict(zip(models, states, strict=True))
+        dead = () if self._settings.shm_prefix is None else liveness.dead_stages(self._settings.shm_prefix)
+        return {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
+
+    async def _abandon(self, request_id: str) -> None:
+        """What a dead orchestrator cannot do: make the stages drop what it had asked of them."""
+        stages = [stage for stage in HOLDERS if stage in self._settings.models]
+        try:
+            async with asyncio.timeout(ABANDON_S):
+                await asyncio.gather(*(self._cancel(stage, request_id) for stage in stages))
+        except (TimeoutError, grpc.RpcError) as error:
+            log.warning("the stages could not be told to drop request %s: %r", request_id, error)
+
+    async def _cancel(self, stage: str, request_id: str) -> None:
+        tensor = InferInput("cancel", [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([request_id.encode()], dtype=np.object_))
+        call = {"model_name": stage, "inputs": [tensor], "request_id": request_id}
+        async for _, error in self._triton.stream_infer(_once(call)):
+            if error is not None:
+                log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message())
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -125,6 +169,14 @@ class TritonClient:
 
     def _unreachable(self, details: str) -> str:
         return f"Triton at {self._settings.triton_grpc} cannot be reached: {details}"
+
+
+async def _read(responses: Any) -> Any | None:
+    """The next pair of a result and an error; ``None`` at the end of the stream."""
+    try:
+        return await anext(responses)
+    except StopAsyncIteration:
+        return None
 
 
 def _inputs(request: GenerationRequest) -> list[InferInput]:

@@ -16,7 +16,9 @@ from starlette.applications import Starlette
 
 from bagel_triton.runtime import ports, triton_log
 from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.model_repository import ModelRepository
 from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
+from bagel_triton.runtime.watchdog import Watchdog
 
 GRACE_S = 3  # for requests in flight at a shutdown; then Triton's end fails them
 
@@ -32,6 +34,7 @@ class Launch:
     log: Path
     proxy: Starlette
     listener: socket.socket
+    shm_prefix: str
     verbose: bool
 
 
@@ -49,7 +52,7 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     Prints a line that starts with ``READY`` once every model is ready.
 
     Raises:
-        CommandError: one of them ended by itself.
+        CommandError: one of them ended by itself, or a stage cannot be kept alive.
     """
     config = uvicorn.Config(
         launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
@@ -63,11 +66,12 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     stopped = asyncio.create_task(stop.wait())
     url = ports.base_url(launch.listener)
     ready = asyncio.create_task(_until_ready(triton, url))
-    helpers = [ended, stopped, ready]
+    watching = asyncio.create_task(_watch(triton, launch))
+    helpers = [ended, stopped, ready, watching]
     if launch.verbose:
         helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
     try:
-        ends = {serving, ended, stopped}
+        ends = {serving, ended, stopped, watching}
         done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
         if done == {ready}:
             ready.result()
@@ -77,17 +81,26 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
             print("stopping", flush=True)
         elif ended in done:
             raise CommandError(ended.result())
+        elif watching in done:
+            watching.result()
         else:
             serving.result()
             raise CommandError("the proxy ended by itself")
     finally:
         proxy.should_exit = True
+        watching.cancel()  # stages that stop now are not dead
         await asyncio.wait({serving}, timeout=GRACE_S)
         await triton.stop()
         await asyncio.wait({serving})
         for task in helpers:
             task.cancel()
         await asyncio.wait(helpers)
+
+
+async def _watch(triton: TritonProcess, launch: Launch) -> None:
+    await triton.loaded.wait()
+    async with ModelRepository(launch.http_port) as repository:
+        await Watchdog(launch.shm_prefix, repository).run()
 
 
 async def _until_ready(triton: TritonProcess, url: str) -> None:

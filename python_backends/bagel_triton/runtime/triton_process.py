@@ -31,7 +31,7 @@ class TritonProcess:
         self._models = models
         self._url = f"http://{LOOPBACK}:{http_port}"
         self._log = log
-        self._ready = False
+        self.loaded = asyncio.Event()  # every model was ready once
 
     @classmethod
     async def start(
@@ -80,12 +80,12 @@ class TritonProcess:
                     missing = ", ".join(model for model in waiting if model not in loaded) or "the server itself"
                     print(f"  waiting for {missing} ({now - started:.0f} s)", flush=True)
                 await asyncio.sleep(POLL_S)
-        self._ready = True
+        self.loaded.set()
 
     async def stop(self) -> None:
         """End the process and its stubs, within :data:`STOP_TIMEOUT_S` seconds."""
         # While it loads models it does not heed a polite signal.
-        if self._process.returncode is None and self._ready:
+        if self._process.returncode is None and self.loaded.is_set():
             self._process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)

@@ -1,0 +1,99 @@
+"""Stages whose processes died are loaded anew."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bagel_triton import liveness
+from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.model_repository import ReloadError
+
+POLL_S = 0.25
+MAX_RELOADS, STABLE_S = 5, 10.0
+
+
+class Repository(Protocol):
+    """What can give a model new processes."""
+
+    async def reload(self, model: str) -> None:
+        """Raises :class:`ReloadError` where it cannot."""
+
+
+@dataclass
+class _History:
+    """A stage's reloads: all that succeeded, and the tries since it was last stable."""
+
+    reloads: int = 0
+    tries: int = 0
+    back_at: float | None = None  # None while it is dead
+    next_try_at: float = -math.inf
+
+
+class Watchdog:
+    """Watches the processes announced under ``prefix``.
+
+    A stage is stable once it has lived for :data:`STABLE_S` seconds. One that does not get
+    there in :data:`MAX_RELOADS` tries will not recover, and then the server had better end
+    than look alive.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        repository: Repository,
+        directory: Path = liveness.DIRECTORY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._prefix, self._repository, self._directory, self._clock = prefix, repository, directory, clock
+        self._histories: dict[str, _History] = {}
+
+    async def run(self) -> None:
+        """Watch for ever.
+
+        Raises:
+            CommandError: a stage cannot be kept alive.
+        """
+        while True:
+            await self.check()
+            await asyncio.sleep(POLL_S)
+
+    async def check(self) -> None:
+        """Load every stage anew, one after the other, that has lost a process and whose turn it is.
+
+        Raises:
+            CommandError: a stage cannot be kept alive.
+        """
+        for stage, dead in liveness.dead_stages(self._prefix, self._directory).items():
+            history = self._histories.setdefault(stage, _History())
+            if self._clock() >= history.next_try_at:
+                await self._reload(stage, ", ".join(str(process.pid) for process in dead), history)
+
+    async def _reload(self, stage: str, pids: str, history: _History) -> None:
+        started = self._clock()
+        if history.back_at is not None and started - history.back_at >= STABLE_S:
+            history.tries = 0
+        history.back_at = None
+        if history.tries == MAX_RELOADS:
+            raise CommandError(f"stage {stage} (process {pids}) died and {MAX_RELOADS} reloads did not keep it alive")
+        history.tries += 1
+        print(f"stage {stage} died (process {pids}); reloading", flush=True)
+        before = liveness.processes(self._prefix, stage, self._directory)
+        try:
+            await self._repository.reload(stage)
+        except ReloadError as error:
+            # What it lacks, such as memory, others may have to free first.
+            history.next_try_at = self._clock() + 2.0 ** (history.tries - 1)
+            print(f"stage {stage} could not be reloaded: {error}", flush=True)
+            return
+        for process in before:
+            if not process.alive:
+                process.remove()
+        history.reloads += 1
+        history.back_at = self._clock()
+        print(f"stage {stage} is back after {history.back_at - started:.1f} s (reload {history.reloads})", flush=True)
