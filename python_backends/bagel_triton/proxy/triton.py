@@ -66,10 +66,6 @@ class Client(Protocol):
         """Give the connection back."""
 
 
-class OrchestratorDied(StageUnavailable):
-    """``bagel`` died with a request in flight."""
-
-
 class TritonClient:
     """:class:`Client` over gRPC. Connects on first use, in the event loop that uses it."""
 
@@ -94,8 +90,9 @@ class TritonClient:
             while (response := await self._next(responses, alive)) is not None:
                 last = response.event
                 yield response
-        except OrchestratorDied:
-            await self._abandon(request_id)
+        except StageUnavailable:
+            if not alive():
+                await self._abandon(request_id)
             raise
         finally:
             responses.cancel()
@@ -116,7 +113,7 @@ class TritonClient:
                 while not (await asyncio.wait({reading}, timeout=LIVENESS_S))[0]:
                     # Twice, so that what was sent before its death is still read.
                     if not (lived or alive()):
-                        raise OrchestratorDied(f"{ORCHESTRATOR} died")
+                        raise StageUnavailable(f"{ORCHESTRATOR} died")
                     lived = alive()
             if (answer := reading.result()) is None:
                 return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,8 +94,11 @@ class Watchdog:
             print(f"stage {stage} could not be reloaded: {error}", flush=True)
             return
         for process in before:
-            if not process.alive:
-                process.remove()
+            if process.alive:
+                # Triton leaves another process of the stage running where the dead one lost
+                # a request, as it waits for that for ever. Its lock says the id is still its own.
+                os.kill(process.pid, signal.SIGKILL)
+            process.remove()
         history.reloads += 1
         history.back_at = self._clock()
         print(f"stage {stage} is back after {history.back_at - started:.1f} s (reload {history.reloads})", flush=True)
