@@ -33,10 +33,11 @@ def descendants(pid: int) -> list[int]:
 
 def stage_pids(server: Server, stage: str) -> list[int]:
     """The living processes of a stage, as the kernel lists them."""
-    return [pid for pid in descendants(server.process.pid) if f"/{stage}/1/model.py" in _arguments(pid)]
+    return [pid for pid in descendants(server.process.pid) if f"/{stage}/1/model.py" in arguments(pid)]
 
 
-def _arguments(pid: int) -> str:
+def arguments(pid: int) -> str:
+    """The command line of a process; empty where it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()  # empty for a zombie
     except OSError:

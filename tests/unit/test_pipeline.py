@@ -163,7 +163,7 @@ def test_a_stage_that_died_is_not_waited_for() -> None:
     visit: Visit[str] = Visit("dit", alive=lambda: False)
     visit.progress(ProgressEvent("dit", 1, 8))
     start = time.monotonic()
-    with pytest.raises(StageUnavailable, match="^dit died$"):
+    with pytest.raises(StageUnavailable, match=r"^dit died$"):
         list(visit.follow(lambda: False, timeout_s=60.0))
     assert time.monotonic() - start < 1.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pytest
 from bagel_triton.liveness import dead_stages, processes
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ReloadError
-from bagel_triton.runtime.watchdog import MAX_RELOADS, STABLE_S, Watchdog
+from bagel_triton.runtime.tries import MAX_TRIES, STABLE_S
+from bagel_triton.runtime.watchdog import Watchdog
 from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
 
 
@@ -45,6 +46,13 @@ class Server:
 
     def check(self) -> None:
         asyncio.run(self.watchdog.check())
+
+    def check_on(self, then: Callable[[], None], seconds: float) -> None:
+        """Check every ``seconds``, and let ``then`` happen in between, for ever."""
+        while True:
+            self.check()
+            self.now += seconds
+            then()
 
 
 @pytest.fixture
@@ -97,27 +105,22 @@ def test_a_stage_that_cannot_be_loaded_ends_the_server(server: Server) -> None:
     server.broken = {"dit"}
     process = server.start("dit")
     server.kill(process)
-    with pytest.raises(CommandError, match=rf"^stage dit \(process {process.pid}\) died and {MAX_RELOADS} reloads"):
-        for _ in range(1000):
-            server.check()
-            server.now += 1.0
-    assert len(server.reloads) == MAX_RELOADS
+    with pytest.raises(CommandError, match=rf"^stage dit \(process {process.pid}\) died and {MAX_TRIES} reloads"):
+        server.check_on(lambda: None, seconds=1.0)
+    assert len(server.reloads) == MAX_TRIES
 
 
 def test_a_stage_that_dies_at_every_start_ends_the_server(server: Server) -> None:
     server.kill(server.start("dit"))
     with pytest.raises(CommandError, match="did not keep it alive"):
-        for _ in range(MAX_RELOADS + 1):
-            server.check()
-            server.now += STABLE_S / 2
-            server.kill(server.newest)
-    assert len(server.reloads) == MAX_RELOADS
+        server.check_on(lambda: server.kill(server.newest), seconds=STABLE_S / 2)
+    assert len(server.reloads) == MAX_TRIES
 
 
 def test_a_stage_may_die_as_often_as_it_likes_if_it_serves_in_between(server: Server) -> None:
     server.kill(server.start("dit"))
-    for _ in range(2 * MAX_RELOADS):
+    for _ in range(2 * MAX_TRIES):
         server.check()
         server.now += STABLE_S
         server.kill(server.newest)
-    assert len(server.reloads) == 2 * MAX_RELOADS
+    assert len(server.reloads) == 2 * MAX_TRIES

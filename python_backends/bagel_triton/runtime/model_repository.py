@@ -24,7 +24,7 @@ class ModelRepository:
 
     def __init__(self, http_port: int) -> None:
         self._client = httpx.AsyncClient(
-            base_url=f"http://{LOOPBACK}:{http_port}", trust_env=False, timeout=LOAD_TIMEOUT_S
+            base_url=f"http://{LOOPBACK}:{http_port}", trust_env=False, timeout=UNLOAD_TIMEOUT_S
         )
 
     async def __aenter__(self) -> Self:
@@ -44,7 +44,7 @@ class ModelRepository:
             ReloadError: it is not ready afterwards.
         """
         try:
-            await self._post(f"/v2/repository/models/{model}/unload")
+            await self._post(f"/v2/repository/models/{model}/unload", UNLOAD_TIMEOUT_S)
             # Not until it is gone: with a request that its dead process lost it never is,
             # and a new one can be loaded beside it all the same.
             deadline = time.monotonic() + UNLOAD_TIMEOUT_S
@@ -52,14 +52,14 @@ class ModelRepository:
                 if time.monotonic() > deadline:
                     raise ReloadError(f"{model} was not unloaded within {UNLOAD_TIMEOUT_S:g} s")
                 await asyncio.sleep(POLL_S)
-            await self._post(f"/v2/repository/models/{model}/load")
+            await self._post(f"/v2/repository/models/{model}/load", LOAD_TIMEOUT_S)
             if not await self._ready(model):
                 raise ReloadError(f"{model} is not ready after it was loaded")
         except httpx.TransportError as error:
             raise ReloadError(f"Triton does not answer: {error!r}") from error
 
-    async def _post(self, path: str) -> None:
-        answer = await self._client.post(path, json={})
+    async def _post(self, path: str, timeout_s: float) -> None:
+        answer = await self._client.post(path, json={}, timeout=timeout_s)
         if not answer.is_success:
             raise ReloadError(f"{path}: {answer.text}")
 

@@ -156,7 +156,7 @@ async def _serve(options: ServeOptions) -> None:
                             shm_prefix=shared.prefix,
                         )
                     ),
-                    shm_prefix=shared.prefix,
+                    shared=shared,
                     listener=listener,
                     verbose=options.verbose,
                 ),

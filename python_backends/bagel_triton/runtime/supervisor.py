@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -17,6 +19,8 @@ from starlette.applications import Starlette
 from bagel_triton.runtime import ports, triton_log
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ModelRepository
+from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
+from bagel_triton.runtime.tries import Tries
 from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
 from bagel_triton.runtime.watchdog import Watchdog
 
@@ -34,7 +38,7 @@ class Launch:
     log: Path
     proxy: Starlette
     listener: socket.socket
-    shm_prefix: str
+    shared: SharedMemoryPrefix
     verbose: bool
 
 
@@ -49,7 +53,9 @@ class _ProxyServer(uvicorn.Server):
 async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     """Run both servers until ``stop`` is set; neither is left when this returns or raises.
 
-    Prints a line that starts with ``READY`` once every model is ready.
+    Prints a line that starts with ``READY`` once every model is ready. A tritonserver that
+    crashes is started again: a stub that is killed while it holds a lock in the memory
+    that they share makes it crash.
 
     Raises:
         CommandError: one of them ended by itself, or a stage cannot be kept alive.
@@ -58,49 +64,74 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
         launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
     )
     proxy = _ProxyServer(config)
-    triton = await TritonProcess.start(
-        launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
-    )
     serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
-    ended = asyncio.create_task(triton.ended())
     stopped = asyncio.create_task(stop.wait())
-    url = ports.base_url(launch.listener)
-    ready = asyncio.create_task(_until_ready(triton, url))
-    watching = asyncio.create_task(_watch(triton, launch))
-    helpers = [ended, stopped, ready, watching]
+    helpers: list[asyncio.Task[Any]] = [stopped]
     if launch.verbose:
+        launch.log.touch()
         helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
+    tries = Tries()
     try:
-        ends = {serving, ended, stopped, watching}
-        done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if done == {ready}:
-            ready.result()
-            print(f"READY {url}", flush=True)
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if stopped in done:
-            print("stopping", flush=True)
-        elif ended in done:
-            raise CommandError(ended.result())
-        elif watching in done:
-            watching.result()
-        else:
-            serving.result()
-            raise CommandError("the proxy ended by itself")
+        while crash := await _serve_once(launch, proxy, serving, stopped, tries):
+            if not tries.again(time.monotonic()):
+                raise CommandError(crash)
+            print(f"{crash}; starting it again", flush=True)
+            launch.shared.clear()
     finally:
         proxy.should_exit = True
-        watching.cancel()  # stages that stop now are not dead
-        await asyncio.wait({serving}, timeout=GRACE_S)
-        await triton.stop()
         await asyncio.wait({serving})
         for task in helpers:
             task.cancel()
         await asyncio.wait(helpers)
 
 
+async def _serve_once(
+    launch: Launch, proxy: uvicorn.Server, serving: asyncio.Task[None], stopped: asyncio.Task[bool], tries: Tries
+) -> str | None:
+    """Run one tritonserver, and stop it: why it crashed, or None where all is to end."""
+    triton = await TritonProcess.start(
+        launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
+    )
+    url = ports.base_url(launch.listener)
+    ended = asyncio.create_task(triton.ended())
+    ready = asyncio.create_task(_until_ready(triton, url))
+    watching = asyncio.create_task(_watch(triton, launch))
+    crash = None
+    try:
+        ends = {serving, ended, stopped, watching}
+        done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if done == {ready}:
+            ready.result()
+            tries.back(time.monotonic())
+            print(f"READY {url}", flush=True)
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if stopped in done:
+            print("stopping", flush=True)
+        elif ended in done:
+            if not triton.crashed:
+                raise CommandError(ended.result())
+            crash = ended.result()
+        elif watching in done:
+            watching.result()
+        else:
+            serving.result()
+            raise CommandError("the proxy ended by itself")
+    finally:
+        watching.cancel()  # stages that stop now are not dead
+        if crash is None:
+            proxy.should_exit = True
+            await asyncio.wait({serving}, timeout=GRACE_S)
+        await triton.stop()
+        for task in (ended, ready, watching):
+            task.cancel()
+        await asyncio.wait({ended, ready, watching})
+    return crash
+
+
 async def _watch(triton: TritonProcess, launch: Launch) -> None:
     await triton.loaded.wait()
     async with ModelRepository(launch.http_port) as repository:
-        await Watchdog(launch.shm_prefix, repository).run()
+        await Watchdog(launch.shared.prefix, repository).run()
 
 
 async def _until_ready(triton: TritonProcess, url: str) -> None:

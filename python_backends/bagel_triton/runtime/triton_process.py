@@ -21,6 +21,7 @@ STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the
 POLL_S = 0.1
 REAP_S = 0.02
 REPORT_EVERY_S = 10.0
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
 class TritonProcess:
@@ -43,10 +44,10 @@ class TritonProcess:
         http_port: int,
         log: Path,
     ) -> Self:
-        """Start ``command``, which serves ``models``; its output goes to the file ``log``."""
+        """Start ``command``, which serves ``models``; its output is added to the file ``log``."""
         child.adopt_orphans()  # stubs outlive their server for a moment
         argv = child.command(list(command))
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *argv,
                 env=environment,
@@ -63,6 +64,11 @@ class TritonProcess:
         reason = triton_log.failure(self._log)
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"tritonserver ended ({how}){f': {reason}' if reason else ''}; its log: {self._log}"
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended by a fault of its own, after it had served."""
+        return self.loaded.is_set() and self._process.returncode in CRASHES
 
     async def until_ready(self) -> None:
         """Wait for every model to be ready, telling now and then which are not."""

@@ -8,16 +8,16 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from bagel_triton import liveness
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ReloadError
+from bagel_triton.runtime.tries import MAX_TRIES, Tries
 
 POLL_S = 0.25
-MAX_RELOADS, STABLE_S = 5, 10.0
 
 
 class Repository(Protocol):
@@ -29,20 +29,15 @@ class Repository(Protocol):
 
 @dataclass
 class _History:
-    """A stage's reloads: all that succeeded, and the tries since it was last stable."""
-
+    tries: Tries = field(default_factory=Tries)
     reloads: int = 0
-    tries: int = 0
-    back_at: float | None = None  # None while it is dead
     next_try_at: float = -math.inf
 
 
 class Watchdog:
     """Watches the processes announced under ``prefix``.
 
-    A stage is stable once it has lived for :data:`STABLE_S` seconds. One that does not get
-    there in :data:`MAX_RELOADS` tries will not recover, and then the server had better end
-    than look alive.
+    A stage that cannot be kept alive ends the server: see :class:`Tries`.
     """
 
     def __init__(
@@ -78,19 +73,15 @@ class Watchdog:
 
     async def _reload(self, stage: str, pids: str, history: _History) -> None:
         started = self._clock()
-        if history.back_at is not None and started - history.back_at >= STABLE_S:
-            history.tries = 0
-        history.back_at = None
-        if history.tries == MAX_RELOADS:
-            raise CommandError(f"stage {stage} (process {pids}) died and {MAX_RELOADS} reloads did not keep it alive")
-        history.tries += 1
+        if not history.tries.again(started):
+            raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
         print(f"stage {stage} died (process {pids}); reloading", flush=True)
         before = liveness.processes(self._prefix, stage, self._directory)
         try:
             await self._repository.reload(stage)
         except ReloadError as error:
             # What it lacks, such as memory, others may have to free first.
-            history.next_try_at = self._clock() + 2.0 ** (history.tries - 1)
+            history.next_try_at = self._clock() + 2.0 ** (history.tries.count - 1)
             print(f"stage {stage} could not be reloaded: {error}", flush=True)
             return
         for process in before:
@@ -100,5 +91,5 @@ class Watchdog:
                 os.kill(process.pid, signal.SIGKILL)
             process.remove()
         history.reloads += 1
-        history.back_at = self._clock()
-        print(f"stage {stage} is back after {history.back_at - started:.1f} s (reload {history.reloads})", flush=True)
+        history.tries.back(now := self._clock())
+        print(f"stage {stage} is back after {now - started:.1f} s (reload {history.reloads})", flush=True)
