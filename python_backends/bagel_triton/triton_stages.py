@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bagel_triton import liveness, triton_io
-from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, HOLDERS, THINKER
+from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, Internal
 from bagel_triton.messages import (
@@ -62,7 +62,7 @@ class TritonStages:
     def abandon(self, request_id: str) -> None:
         """Tell the stages that hold something: Triton does not pass a cancellation on."""
         # A stage that died holds nothing any more, and a call of it would hang.
-        living = [stage for stage in HOLDERS if liveness.watch(self._shm_prefix, stage)()]
+        living = [stage for stage in (DECODER, DIT, THINKER) if liveness.watch(self._shm_prefix, stage)()]
         calls = [threading.Thread(target=self._cancel, args=(stage, request_id), daemon=True) for stage in living]
         deadline = time.monotonic() + ABANDON_S
         for thread in calls:

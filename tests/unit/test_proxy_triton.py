@@ -232,22 +232,18 @@ def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_orchestrator_that_dies_is_not_waited_for_and_its_stages_drop_the_request(shm: Path) -> None:
+def test_an_orchestrator_that_dies_is_not_waited_for(shm: Path) -> None:
     service = Service([wire(PROGRESS[0]), HANG])
 
     async def die(client: TritonClient) -> None:
         responses = client.generate(GenerationRequest("A cat"), "r-1")
         assert (await anext(responses)).event == PROGRESS[0].event
         orchestrator.kill()
-        service.script = []  # the stages answer a cancellation with nothing
         with pytest.raises(StageUnavailable, match=r"^bagel died$"):
             await asyncio.wait_for(anext(responses), 5)
 
     with AnnouncedProcess(shm, "bagel") as orchestrator:
         play(service, die, shm_prefix=PREFIX)
-    _, *cancels = service.requests
-    assert {request.model_name for request in cancels} == {"dit", "thinker", "vae_decode"}
-    assert {deserialize_bytes_tensor(request.raw_input_contents[0])[0] for request in cancels} == {b"r-1"}
 
 
 def test_a_silent_orchestrator_that_lives_is_waited_for(shm: Path) -> None:

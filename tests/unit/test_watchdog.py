@@ -13,7 +13,7 @@ from bagel_triton.liveness import dead_stages, processes
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ReloadError
 from bagel_triton.runtime.tries import MAX_TRIES, STABLE_S
-from bagel_triton.runtime.watchdog import Watchdog
+from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
 from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
 
 
@@ -124,3 +124,21 @@ def test_a_stage_may_die_as_often_as_it_likes_if_it_serves_in_between(server: Se
         server.now += STABLE_S
         server.kill(server.newest)
     assert len(server.reloads) == 2 * MAX_TRIES
+
+
+def test_the_orchestrator_is_not_replaced_alone(server: Server) -> None:
+    process = server.start("bagel")
+    server.kill(process)
+    with pytest.raises(RestartNeeded, match=rf"^bagel died \(process {process.pid}\)"):
+        server.check()
+    assert server.reloads == []
+
+
+def test_a_triton_that_hangs_is_not_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(model: str) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(server, "reload", hang)
+    server.kill(server.start("dit"))
+    with pytest.raises(RestartNeeded, match="and Triton hangs"):
+        server.check()

@@ -13,7 +13,6 @@ DIT: Final = "dit"
 DECODER: Final = "vae_decode"
 ORCHESTRATOR: Final = "bagel"
 ENSEMBLE: Final = "bagel_text2img"
-HOLDERS: Final = (DECODER, DIT, THINKER)  # stages that hold something of a request: they take ``cancel``
 
 
 @dataclass(frozen=True)

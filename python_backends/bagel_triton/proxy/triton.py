@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from bagel_triton import liveness
-from bagel_triton.deploy.topology import HOLDERS, ORCHESTRATOR
+from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.errors import BagelError, Internal, StageUnavailable, from_text
 from bagel_triton.messages import DoneEvent, Event, PictureEvent, decode_event
 from bagel_triton.proxy.settings import ProxySettings
@@ -32,8 +31,6 @@ _CHANNEL_ARGS = [
     ("grpc.enable_http_proxy", 0),
 ]
 LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
-ABANDON_S = 2.0
-log = logging.getLogger(__name__)
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -90,10 +87,6 @@ class TritonClient:
             while (response := await self._next(responses, alive)) is not None:
                 last = response.event
                 yield response
-        except StageUnavailable:
-            if not alive():
-                await self._abandon(request_id)
-            raise
         finally:
             responses.cancel()
         if not isinstance(last, DoneEvent):
@@ -138,23 +131,6 @@ class TritonClient:
             raise StageUnavailable(self._unreachable(error.message())) from error
         dead = () if self._settings.shm_prefix is None else liveness.dead_stages(self._settings.shm_prefix)
         return {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
-
-    async def _abandon(self, request_id: str) -> None:
-        """What a dead orchestrator cannot do: make the stages drop what it had asked of them."""
-        stages = [stage for stage in HOLDERS if stage in self._settings.models]
-        try:
-            async with asyncio.timeout(ABANDON_S):
-                await asyncio.gather(*(self._cancel(stage, request_id) for stage in stages))
-        except (TimeoutError, grpc.RpcError) as error:
-            log.warning("the stages could not be told to drop request %s: %r", request_id, error)
-
-    async def _cancel(self, stage: str, request_id: str) -> None:
-        tensor = InferInput("cancel", [1], "BYTES")
-        tensor.set_data_from_numpy(np.array([request_id.encode()], dtype=np.object_))
-        call = {"model_name": stage, "inputs": [tensor], "request_id": request_id}
-        async for _, error in self._triton.stream_infer(_once(call)):
-            if error is not None:
-                log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message())
 
     async def close(self) -> None:
         if self._connection is not None:

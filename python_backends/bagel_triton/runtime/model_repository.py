@@ -42,6 +42,7 @@ class ModelRepository:
 
         Raises:
             ReloadError: it is not ready afterwards.
+            TimeoutError: Triton did not answer in time.
         """
         try:
             await self._post(f"/v2/repository/models/{model}/unload", UNLOAD_TIMEOUT_S)
@@ -50,11 +51,13 @@ class ModelRepository:
             deadline = time.monotonic() + UNLOAD_TIMEOUT_S
             while await self._ready(model):
                 if time.monotonic() > deadline:
-                    raise ReloadError(f"{model} was not unloaded within {UNLOAD_TIMEOUT_S:g} s")
+                    raise TimeoutError(f"{model} was not unloaded within {UNLOAD_TIMEOUT_S:g} s")
                 await asyncio.sleep(POLL_S)
             await self._post(f"/v2/repository/models/{model}/load", LOAD_TIMEOUT_S)
             if not await self._ready(model):
                 raise ReloadError(f"{model} is not ready after it was loaded")
+        except httpx.TimeoutException as error:
+            raise TimeoutError(f"no answer about {model}") from error
         except httpx.TransportError as error:
             raise ReloadError(f"Triton does not answer: {error!r}") from error
 

@@ -22,7 +22,7 @@ from bagel_triton.runtime.model_repository import ModelRepository
 from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
 from bagel_triton.runtime.tries import Tries
 from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
-from bagel_triton.runtime.watchdog import Watchdog
+from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
 
 GRACE_S = 3  # for requests in flight at a shutdown; then Triton's end fails them
 
@@ -54,8 +54,8 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     """Run both servers until ``stop`` is set; neither is left when this returns or raises.
 
     Prints a line that starts with ``READY`` once every model is ready. A tritonserver that
-    crashes is started again: a stub that is killed while it holds a lock in the memory
-    that they share makes it crash.
+    crashes or hangs is started again: a stub that is killed while it holds a lock in the
+    memory that they share brings it down.
 
     Raises:
         CommandError: one of them ended by itself, or a stage cannot be kept alive.
@@ -88,7 +88,7 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
 async def _serve_once(
     launch: Launch, proxy: uvicorn.Server, serving: asyncio.Task[None], stopped: asyncio.Task[bool], tries: Tries
 ) -> str | None:
-    """Run one tritonserver, and stop it: why it crashed, or None where all is to end."""
+    """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
     triton = await TritonProcess.start(
         launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
     )
@@ -112,7 +112,7 @@ async def _serve_once(
                 raise CommandError(ended.result())
             crash = ended.result()
         elif watching in done:
-            watching.result()
+            crash = _restart_reason(watching)
         else:
             serving.result()
             raise CommandError("the proxy ended by itself")
@@ -121,11 +121,19 @@ async def _serve_once(
         if crash is None:
             proxy.should_exit = True
             await asyncio.wait({serving}, timeout=GRACE_S)
-        await triton.stop()
+        await triton.stop(at_once=crash is not None)
         for task in (ended, ready, watching):
             task.cancel()
         await asyncio.wait({ended, ready, watching})
     return crash
+
+
+def _restart_reason(watching: asyncio.Task[None]) -> str:
+    try:
+        watching.result()
+    except RestartNeeded as error:
+        return str(error)
+    raise CommandError("the watchdog ended by itself")
 
 
 async def _watch(triton: TritonProcess, launch: Launch) -> None:

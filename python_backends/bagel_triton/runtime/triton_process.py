@@ -88,10 +88,10 @@ class TritonProcess:
                 await asyncio.sleep(POLL_S)
         self.loaded.set()
 
-    async def stop(self) -> None:
-        """End the process and its stubs, within :data:`STOP_TIMEOUT_S` seconds."""
+    async def stop(self, at_once: bool = False) -> None:
+        """End the process and its stubs, within :data:`STOP_TIMEOUT_S` seconds or ``at_once``."""
         # While it loads models it does not heed a polite signal.
-        if self._process.returncode is None and self.loaded.is_set():
+        if not at_once and self._process.returncode is None and self.loaded.is_set():
             self._process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)

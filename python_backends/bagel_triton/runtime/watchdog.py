@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bagel_triton import liveness
+from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ReloadError
 from bagel_triton.runtime.tries import MAX_TRIES, Tries
@@ -20,11 +21,15 @@ from bagel_triton.runtime.tries import MAX_TRIES, Tries
 POLL_S = 0.25
 
 
+class RestartNeeded(Exception):
+    """Nothing less than a new tritonserver helps; the message says why."""
+
+
 class Repository(Protocol):
     """What can give a model new processes."""
 
     async def reload(self, model: str) -> None:
-        """Raises :class:`ReloadError` where it cannot."""
+        """Raises :class:`ReloadError` where it cannot, and TimeoutError where Triton hangs."""
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Watchdog:
 
         Raises:
             CommandError: a stage cannot be kept alive.
+            RestartNeeded: a stage cannot be replaced alone.
         """
         while True:
             await self.check()
@@ -65,6 +71,7 @@ class Watchdog:
 
         Raises:
             CommandError: a stage cannot be kept alive.
+            RestartNeeded: a stage cannot be replaced alone.
         """
         for stage, dead in liveness.dead_stages(self._prefix, self._directory).items():
             history = self._histories.setdefault(stage, _History())
@@ -75,10 +82,15 @@ class Watchdog:
         started = self._clock()
         if not history.tries.again(started):
             raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
+        if stage == ORCHESTRATOR:
+            # Triton goes on delivering to it what the stages answer, and they hang as soon as it is full.
+            raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
         print(f"stage {stage} died (process {pids}); reloading", flush=True)
         before = liveness.processes(self._prefix, stage, self._directory)
         try:
             await self._repository.reload(stage)
+        except TimeoutError as error:
+            raise RestartNeeded(f"{stage} died (process {pids}), and Triton hangs") from error
         except ReloadError as error:
             # What it lacks, such as memory, others may have to free first.
             history.next_try_at = self._clock() + 2.0 ** (history.tries.count - 1)
