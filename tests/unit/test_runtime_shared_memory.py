@@ -64,9 +64,9 @@ def test_no_shared_memory_is_a_clear_error(tmp_path: Path):
 
 
 def test_a_server_that_clears_its_files_keeps_its_claim(tmp_path: Path) -> None:
-    with shared_memory.SharedMemoryPrefix(tmp_path) as shared:
+    with SharedMemoryPrefix(tmp_path) as shared:
         for name in (f"{shared.prefix}_kv_1", f"{shared.prefix}_stage_dit.1", "another_1"):
             (tmp_path / name).touch()
         shared.clear()
         assert {path.name for path in tmp_path.iterdir()} == {f"{shared.prefix}.lock", "another_1"}
-        assert shared_memory.sweep_leftovers(tmp_path) == []
+        assert sweep_leftovers(tmp_path) == []
