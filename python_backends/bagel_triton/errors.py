@@ -88,7 +88,14 @@ class StageUnavailable(BagelError):
 
 
 class LeaseError(BagelError):
-    """A KV lease was stale, expired, released or did not match its contents."""
+    """A KV lease was stale, expired, released or did not match its contents.
+
+    The request was sound: served again, it gets other leases.
+    """
+
+    http_status = 503
+    openai_type = "service_unavailable_error"
+    triton_code = "UNAVAILABLE"
 
 
 class Internal(BagelError):

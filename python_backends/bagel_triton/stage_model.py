@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
+from bagel_triton.liveness import Announcement
 from bagel_triton.messages import Event
 from bagel_triton.request import Arrays
 
@@ -37,7 +38,9 @@ class StageModel:
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
         self._gauges = triton_io.Gauges()
-        self.engine = self.build(Parts.open(from_environment()), self._gauges.set)
+        config = from_environment()
+        self.engine = self.build(Parts.open(config), self._gauges.set)
+        self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> Engine:
         """This stage's engine."""
@@ -73,6 +76,7 @@ class StageModel:
         """Stop the engine, then send the last answers."""
         self.engine.close()
         self._outbox.close()
+        self._announcement.withdraw()
 
 
 def _ignore(event: Event) -> None:

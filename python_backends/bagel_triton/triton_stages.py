@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
-from bagel_triton import triton_io
+from bagel_triton import liveness, triton_io
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.visit import Visit
-from bagel_triton.errors import Internal
+from bagel_triton.errors import BagelError, Internal
 from bagel_triton.messages import (
     DenoiseJob,
     Plan,
@@ -24,13 +26,18 @@ from bagel_triton.messages import (
 from bagel_triton.request import Array, Arrays
 
 Result = TypeVar("Result")
+ABANDON_S = 2.0  # a cancellation takes milliseconds, unless its stage dies meanwhile
+log = logging.getLogger(__name__)
 
 
 class TritonStages:
-    """One request's way through the server; ``parent`` is its Triton request."""
+    """One request's way through the server; ``parent`` is its Triton request.
 
-    def __init__(self, parent: Any) -> None:
-        self._parent = parent
+    ``shm_prefix`` is the server's: the stages' processes are announced under it.
+    """
+
+    def __init__(self, parent: Any, shm_prefix: str) -> None:
+        self._parent, self._shm_prefix = parent, shm_prefix
         self._request_id: str = parent.request_id()  # the plan's, once there is a plan
 
     def expand(self, request: Arrays) -> Visit[Plan]:
@@ -54,10 +61,22 @@ class TritonStages:
 
     def abandon(self, request_id: str) -> None:
         """Tell the stages that hold something: Triton does not pass a cancellation on."""
+        # A stage that died holds nothing any more, and a call of it would hang.
+        living = [stage for stage in (DECODER, DIT, THINKER) if liveness.watch(self._shm_prefix, stage)()]
+        calls = [threading.Thread(target=self._cancel, args=(stage, request_id), daemon=True) for stage in living]
+        deadline = time.monotonic() + ABANDON_S
+        for thread in calls:
+            thread.start()
+        for thread in calls:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _cancel(self, stage: str, request_id: str) -> None:
         inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
-        for stage in (DECODER, DIT, THINKER):
+        try:
             for _ in triton_io.call(stage, inputs, [], self._parent, request_id, decoupled=True):
                 pass
+        except BagelError as error:
+            log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message)
 
     def _visit(
         self,
@@ -67,7 +86,7 @@ class TritonStages:
         result: Callable[[Arrays], Result],
         decoupled: bool = True,
     ) -> Visit[Result]:
-        visit: Visit[Result] = Visit(stage)
+        visit: Visit[Result] = Visit(stage, liveness.watch(self._shm_prefix, stage))
 
         def read() -> None:
             answered = False

@@ -157,3 +157,37 @@ def test_a_stage_that_cannot_even_be_called_is_undone() -> None:
     with pytest.raises(BagelError):
         _run(stages)
     assert stages.abandoned == ["a cat-1"]
+
+
+def test_a_stage_that_died_is_not_waited_for() -> None:
+    visit: Visit[str] = Visit("dit", alive=lambda: False)
+    visit.progress(ProgressEvent("dit", 1, 8))
+    start = time.monotonic()
+    with pytest.raises(StageUnavailable, match=r"^dit died$"):
+        list(visit.follow(lambda: False, timeout_s=60.0))
+    assert time.monotonic() - start < 1.0
+
+
+def test_an_answer_that_was_on_its_way_when_its_stage_died_still_counts() -> None:
+    visit: Visit[str] = Visit("dit", alive=lambda: False)
+    late = threading.Timer(0.15, visit.finish, ("done", StageStats("dit", 0.0, 0.1)))
+    late.start()
+    followed = visit.follow(lambda: False, timeout_s=60.0)
+    with pytest.raises(StopIteration) as ended:
+        next(followed)
+    assert ended.value.value[0] == "done"
+    late.join()
+
+
+def test_a_stage_that_was_slow_before_it_died_gets_no_less_time_for_last_words() -> None:
+    alive = threading.Event()
+    alive.set()
+    visit: Visit[str] = Visit("dit", alive=alive.is_set)
+    dies = threading.Timer(0.5, alive.clear)
+    answers = threading.Timer(0.65, visit.finish, ("done", StageStats("dit", 0.0, 0.1)))
+    for timer in (dies, answers):
+        timer.start()
+    with pytest.raises(StopIteration):
+        next(visit.follow(lambda: False, timeout_s=60.0))
+    for timer in (dies, answers):
+        timer.join()

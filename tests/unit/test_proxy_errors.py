@@ -32,7 +32,7 @@ from bagel_triton.proxy.errors import MAX_LOGGED
         (errors.Overloaded("the arena is full"), 429, "rate_limit_error", "overloaded"),
         (errors.DeadlineExceeded("too late"), 504, "timeout_error", "deadline_exceeded"),
         (errors.StageUnavailable("dit died"), 503, "service_unavailable_error", "stage_unavailable"),
-        (errors.LeaseError("stale"), 500, "server_error", "lease_error"),
+        (errors.LeaseError("stale"), 503, "service_unavailable_error", "lease_error"),
         (ZeroDivisionError("division by zero"), 500, "server_error", "internal"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,12 +15,14 @@ from proxy_fake import DONE, ONE_ANSWER, PICTURE, PIXELS, PROGRESS, user_turn
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
+from bagel_triton import liveness
 from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.errors import BagelError, Internal, InvalidRequest, StageUnavailable
 from bagel_triton.messages import encode_event
 from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.proxy.triton import StageResponse, TritonClient
 from bagel_triton.request import GenerationRequest, from_tensors
+from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
 
 Script = list[Any]
 HANG = "hang"
@@ -64,7 +68,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
 
 
-def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], silence_timeout_s: float = 30.0) -> Any:
+def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], **settings: Any) -> Any:
     """What ``work`` makes of a client that is connected to ``service``."""
 
     async def session() -> Any:
@@ -72,7 +76,7 @@ def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], silen
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        client = TritonClient(ProxySettings(f"127.0.0.1:{port}", ("bagel",), silence_timeout_s=silence_timeout_s))
+        client = TritonClient(ProxySettings(f"127.0.0.1:{port}", ("bagel",), **settings))
         try:
             return await work(client)
         finally:
@@ -86,7 +90,7 @@ async def everything(client: TritonClient, request: GenerationRequest | None = N
     return [response async for response in client.generate(request or GenerationRequest("A cat"), "r-1")]
 
 
-def failure(script: Script, **settings: float) -> BagelError:
+def failure(script: Script, **settings: Any) -> BagelError:
     with pytest.raises(BagelError) as caught:
         play(Service(script), everything, **settings)
     return caught.value
@@ -218,3 +222,39 @@ def test_a_consumer_that_is_cancelled_cancels_the_stream() -> None:
 def test_readiness_is_told_by_model() -> None:
     states = play(Service([], ready=("bagel", "dit")), lambda client: client.readiness())
     assert states == {model: model in ("bagel", "dit") for model in BAGEL.models}
+
+
+@pytest.fixture
+def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where processes announce themselves to the client under test."""
+    for function in (liveness.watch, liveness.dead_stages):
+        monkeypatch.setattr(liveness, function.__name__, functools.partial(function, directory=tmp_path))
+    return tmp_path
+
+
+def test_an_orchestrator_that_dies_is_not_waited_for(shm: Path) -> None:
+    service = Service([wire(PROGRESS[0]), HANG])
+
+    async def die(client: TritonClient) -> None:
+        responses = client.generate(GenerationRequest("A cat"), "r-1")
+        assert (await anext(responses)).event == PROGRESS[0].event
+        orchestrator.kill()
+        with pytest.raises(StageUnavailable, match=r"^bagel died$"):
+            await asyncio.wait_for(anext(responses), 5)
+
+    with AnnouncedProcess(shm, "bagel") as orchestrator:
+        play(service, die, shm_prefix=PREFIX)
+
+
+def test_a_silent_orchestrator_that_lives_is_waited_for(shm: Path) -> None:
+    with AnnouncedProcess(shm, "bagel"):
+        error = failure([wire(PROGRESS[0]), HANG], silence_timeout_s=1.5, shm_prefix=PREFIX)
+    assert error.message == "bagel was silent for 1.5 s"
+
+
+def test_a_model_whose_process_died_is_not_ready_whatever_triton_says(shm: Path) -> None:
+    with AnnouncedProcess(shm, "dit") as dit, AnnouncedProcess(shm, "thinker"):
+        dit.kill()
+        assert soon(lambda: bool(liveness.dead_stages(PREFIX)))
+        states = play(Service([]), lambda client: client.readiness(), shm_prefix=PREFIX)
+    assert states == {model: model != "dit" for model in BAGEL.models}

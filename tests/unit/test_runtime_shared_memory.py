@@ -61,3 +61,12 @@ def test_files_of_no_supervisor_are_not_swept(tmp_path: Path):
 def test_no_shared_memory_is_a_clear_error(tmp_path: Path):
     with pytest.raises(CommandError, match=r"shared memory in .*absent cannot be used"):
         SharedMemoryPrefix(tmp_path / "absent")
+
+
+def test_a_server_that_clears_its_files_keeps_its_claim(tmp_path: Path) -> None:
+    with SharedMemoryPrefix(tmp_path) as shared:
+        for name in (f"{shared.prefix}_kv_1", f"{shared.prefix}_stage_dit.1", "another_1"):
+            (tmp_path / name).touch()
+        shared.clear()
+        assert {path.name for path in tmp_path.iterdir()} == {f"{shared.prefix}.lock", "another_1"}
+        assert sweep_leftovers(tmp_path) == []

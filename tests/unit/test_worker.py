@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
+from bagel_triton.engine.worker import KEEP_S
+from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, LeaseError, StageUnavailable
 from bagel_triton.messages import ProgressEvent
 from tests.support.counting_worker import Count, CountingWorker, CountJob
 
@@ -183,3 +184,20 @@ def test_closing_fails_the_rest_and_refuses_more() -> None:
         assert isinstance(error, StageUnavailable)
         assert error.message == "dit is shutting down"
     assert worker.dropped == ["active"]
+
+
+def test_a_waiting_job_whose_lease_is_gone_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(job: CountJob) -> None:
+        if job.request_id == "stale":
+            raise LeaseError("the arena is gone")
+
+    worker = CountingWorker(capacity=1)
+    monkeypatch.setattr(worker, "_keep", keep)
+    active, stale, waiting = (_submit(worker, name, Count(3)) for name in ("active", "stale", "waiting"))
+    for _ in range(2):  # two steps, with time between them for a look at those who wait
+        time.sleep(2 * KEEP_S)
+        worker.pace.release()
+    assert isinstance(_error(stale), LeaseError)
+    worker.free_run()
+    assert [job.done.result(WAIT_S)[0] for job in (active, waiting)] == [3, 3]
+    worker.close()

@@ -9,6 +9,7 @@ from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.errors import Overloaded
+from bagel_triton.liveness import Announcement
 from bagel_triton.messages import encode_event
 from bagel_triton.request import from_tensors
 from bagel_triton.triton_stages import TritonStages
@@ -24,7 +25,7 @@ class TritonPythonModel:
         """Nothing is loaded here, unless everything is."""
         triton_io.use_triton_log()
         config = from_environment()
-        self._config, self._local = config.bagel, None
+        self._config, self._shm_prefix, self._local = config.bagel, config.shm_prefix, None
         if config.topology.one_process:
             from bagel_triton.engine.build import LocalStages  # the BLS orchestrator needs no torch
 
@@ -32,6 +33,7 @@ class TritonPythonModel:
         self._outbox = triton_io.Outbox()
         self._closing = threading.Event()
         self._slots = threading.BoundedSemaphore(self._config.max_inflight)
+        self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Follow every request from a thread of its own."""
@@ -46,7 +48,7 @@ class TritonPythonModel:
         try:
             triton_io.refuse_parameters(request)
             inputs: Any = triton_io.arrays_of(request)
-            stages: Any = self._local or TritonStages(request)
+            stages: Any = self._local or TritonStages(request, self._shm_prefix)
             if self._local:
                 inputs = from_tensors(inputs)
             for item in Pipeline(stages, self._config.stage_timeout_s).run(inputs, lambda: self._gone(reply)):
@@ -73,3 +75,4 @@ class TritonPythonModel:
         if self._local:
             self._local.close()
         self._outbox.close()
+        self._announcement.withdraw()

@@ -5,6 +5,7 @@ from typing import Any
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts, build_expander
+from bagel_triton.liveness import Announcement
 from bagel_triton.messages import StageStats, encode_stats
 from bagel_triton.request import from_tensors
 from bagel_triton.stage_model import timed
@@ -16,7 +17,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer and the checkpoint's geometry."""
         triton_io.use_triton_log()
-        self._expander = build_expander(Parts.open(from_environment()))
+        config = from_environment()
+        self._expander = build_expander(Parts.open(config))
+        self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
@@ -35,3 +38,7 @@ class TritonPythonModel:
                 "stats": triton_io.bytes_array(encode_stats(StageStats("cfg_expand", 0.0, seconds()))),
             }
         )
+
+    def finalize(self) -> None:
+        """Leave in good order."""
+        self._announcement.withdraw()

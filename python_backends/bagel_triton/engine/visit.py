@@ -11,14 +11,19 @@ from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_ex
 from bagel_triton.messages import Event, Stage, StageStats
 
 Result = TypeVar("Result")
-POLL_S = 0.05  # how soon a client that left is noticed while a stage says nothing
+POLL_S = 0.05  # how soon a client that left, or a stage that died, is noticed
+LAST_WORDS_S = 0.3  # for what a process said, or another process of its stage says, when it has died
 
 
 class Visit(Generic[Result]):
-    """Filled by a stage from any thread, followed by one orchestrator."""
+    """Filled by a stage from any thread, followed by one orchestrator.
 
-    def __init__(self, stage: Stage) -> None:
+    ``alive`` tells whether the stage can still answer; it is asked while the stage is silent.
+    """
+
+    def __init__(self, stage: Stage, alive: Callable[[], bool] = lambda: True) -> None:
         self.stage = stage
+        self._alive = alive
         self._items: queue.SimpleQueue[Event | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
 
     def progress(self, event: Event) -> None:
@@ -40,20 +45,25 @@ class Visit(Generic[Result]):
 
         Raises:
             Cancelled: ``cancelled`` became true.
-            StageUnavailable: no word from the stage for ``timeout_s`` seconds.
+            StageUnavailable: the stage died, or no word from it for ``timeout_s`` seconds.
             BagelError: the stage failed.
         """
-        heard_at = time.monotonic()
+        heard_at = alive_at = time.monotonic()
         while True:
             if cancelled():
                 raise Cancelled("the client cancelled the request")
             try:
                 item = self._items.get(timeout=POLL_S)
             except queue.Empty:
-                if time.monotonic() - heard_at > timeout_s:
+                now = time.monotonic()
+                if self._alive():
+                    alive_at = now
+                elif now - alive_at > LAST_WORDS_S:
+                    raise StageUnavailable(f"{self.stage} died") from None
+                if now - heard_at > timeout_s:
                     raise StageUnavailable(f"{self.stage} was silent for {timeout_s:g} s") from None
                 continue
-            heard_at = time.monotonic()
+            heard_at = alive_at = time.monotonic()
             if isinstance(item, BagelError):
                 raise item
             if isinstance(item, tuple):

@@ -147,15 +147,19 @@ class Worker(ABC, Generic[Task, Result]):
         now = time.monotonic()
         if now - self._kept_at > KEEP_S:
             self._kept_at = now
-            for job in self._waiting:
-                self._keep(job)
+            for job in list(self._waiting):
+                try:
+                    self._keep(job)
+                except BagelError as error:  # its own failure, not that of those being worked on
+                    self._waiting.remove(job)
+                    job.fail(error)
         if now - self._told_at > SIGN_OF_LIFE_S:
             self._told_at = now
             for job in self._waiting:
                 job.progress(ProgressEvent(self.stage, 0, 0))
 
     def _keep(self, job: Job[Task, Result]) -> None:
-        """See that what a waiting job needs is still there when its turn comes."""
+        """See that what a waiting job needs is still there when its turn comes; a BagelError fails it."""
 
     def observe(self, name: str, value: float) -> None:
         """Set the gauge ``STAGE_name`` where it changed."""

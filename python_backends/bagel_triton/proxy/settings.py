@@ -19,7 +19,8 @@ class ProxySettings:
     silent for ``silence_timeout_s`` is given up: it must exceed what ``bagel`` itself
     grants a stage. ``retry_after_s`` is what a client of an overloaded server is told.
     ``fetch_remote`` lets requests name pictures by ``http`` and ``https`` URLs. ``models``
-    are the Triton models that must be ready for the server to be.
+    are the Triton models that must be ready for the server to be. Where Triton's processes
+    run on this host, ``shm_prefix`` is their server's: one that dies is noticed at once.
     """
 
     triton_grpc: str
@@ -30,6 +31,7 @@ class ProxySettings:
     retry_after_s: int = 1
     fetch_remote: bool = True
     models: tuple[str, ...] = BAGEL.models
+    shm_prefix: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+from bagel_triton import liveness
 from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.errors import BagelError, Internal, StageUnavailable, from_text
 from bagel_triton.messages import DoneEvent, Event, PictureEvent, decode_event
@@ -29,6 +30,7 @@ _CHANNEL_ARGS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
+LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -77,11 +79,12 @@ class TritonClient:
     async def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
         call = {"model_name": ORCHESTRATOR, "inputs": _inputs(request), "request_id": request_id}
         responses = self._triton.stream_infer(_once(call))
+        alive = self._watch()
         last: Event | None = None
         try:
             # The request side is closed after one request, so Triton ends the stream
             # when it has seen the final flag.
-            while (response := await self._next(responses)) is not None:
+            while (response := await self._next(responses, alive)) is not None:
                 last = response.event
                 yield response
         finally:
@@ -89,18 +92,31 @@ class TritonClient:
         if not isinstance(last, DoneEvent):
             raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
 
-    async def _next(self, responses: Any) -> StageResponse | None:
+    def _watch(self) -> Callable[[], bool]:
+        prefix = self._settings.shm_prefix
+        return (lambda: True) if prefix is None else liveness.watch(prefix, ORCHESTRATOR)
+
+    async def _next(self, responses: Any, alive: Callable[[], bool]) -> StageResponse | None:
         """The next response; ``None`` at the end of the stream."""
         timeout_s = self._settings.silence_timeout_s
+        reading = asyncio.create_task(_read(responses))
         try:
             async with asyncio.timeout(timeout_s):
-                result, error = await anext(responses)
-        except StopAsyncIteration:
-            return None
+                lived = True
+                while not (await asyncio.wait({reading}, timeout=LIVENESS_S))[0]:
+                    # Twice, so that what was sent before its death is still read.
+                    if not (lived or alive()):
+                        raise StageUnavailable(f"{ORCHESTRATOR} died")
+                    lived = alive()
+            if (answer := reading.result()) is None:
+                return None
+            result, error = answer
         except TimeoutError as timeout:
             raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
         except grpc.RpcError as broken:
             raise self._from_rpc(broken.code(), broken.details()) from broken
+        finally:
+            reading.cancel()
         if error is not None:
             raise from_text(error.message())
         return _decode(result)
@@ -113,7 +129,8 @@ class TritonClient:
             )
         except InferenceServerException as error:
             raise StageUnavailable(self._unreachable(error.message())) from error
-        return dict(zip(models, states, strict=True))
+        dead = () if self._settings.shm_prefix is None else liveness.dead_stages(self._settings.shm_prefix)
+        return {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -125,6 +142,14 @@ class TritonClient:
 
     def _unreachable(self, details: str) -> str:
         return f"Triton at {self._settings.triton_grpc} cannot be reached: {details}"
+
+
+async def _read(responses: Any) -> Any | None:
+    """The next pair of a result and an error; ``None`` at the end of the stream."""
+    try:
+        return await anext(responses)
+    except StopAsyncIteration:
+        return None
 
 
 def _inputs(request: GenerationRequest) -> list[InferInput]:

@@ -153,8 +153,10 @@ async def _serve(options: ServeOptions) -> None:
                             options.model_names,
                             fetch_remote=options.fetch_remote,
                             models=deploy.topology.models,
+                            shm_prefix=shared.prefix,
                         )
                     ),
+                    shared=shared,
                     listener=listener,
                     verbose=options.verbose,
                 ),

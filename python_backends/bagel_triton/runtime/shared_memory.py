@@ -40,6 +40,10 @@ class SharedMemoryPrefix:
             raise CommandError(f"shared memory in {directory} cannot be used: {error.strerror}") from error
         self._lock = lock
 
+    def clear(self) -> None:
+        """Remove every file under the prefix, and keep the claim."""
+        _remove_all_but(self._directory / f"{self.prefix}{LOCK_SUFFIX}", self._directory, self.prefix)
+
     def __enter__(self) -> Self:
         return self
 
@@ -87,7 +91,11 @@ def _lock(path: Path, flags: int = 0) -> int | None:
 def _remove(directory: Path, prefix: str) -> None:
     """Remove what starts with ``prefix``, the lock file last."""
     lock = directory / f"{prefix}{LOCK_SUFFIX}"
+    _remove_all_but(lock, directory, prefix)
+    lock.unlink(missing_ok=True)
+
+
+def _remove_all_but(lock: Path, directory: Path, prefix: str) -> None:
     for path in directory.glob(f"{prefix}*"):
         if path != lock:
             path.unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -16,7 +18,11 @@ from starlette.applications import Starlette
 
 from bagel_triton.runtime import ports, triton_log
 from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.model_repository import ModelRepository
+from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
+from bagel_triton.runtime.tries import Tries
 from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
+from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
 
 GRACE_S = 3  # for requests in flight at a shutdown; then Triton's end fails them
 
@@ -32,6 +38,7 @@ class Launch:
     log: Path
     proxy: Starlette
     listener: socket.socket
+    shared: SharedMemoryPrefix
     verbose: bool
 
 
@@ -46,48 +53,93 @@ class _ProxyServer(uvicorn.Server):
 async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     """Run both servers until ``stop`` is set; neither is left when this returns or raises.
 
-    Prints a line that starts with ``READY`` once every model is ready.
+    Prints a line that starts with ``READY`` once every model is ready. A tritonserver that
+    crashes or hangs is started again: a stub that is killed while it holds a lock in the
+    memory that they share brings it down.
 
     Raises:
-        CommandError: one of them ended by itself.
+        CommandError: one of them ended by itself, or a stage cannot be kept alive.
     """
     config = uvicorn.Config(
         launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
     )
     proxy = _ProxyServer(config)
+    serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
+    stopped = asyncio.create_task(stop.wait())
+    helpers: list[asyncio.Task[Any]] = [stopped]
+    if launch.verbose:
+        launch.log.touch()
+        helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
+    tries = Tries()
+    try:
+        while crash := await _serve_once(launch, proxy, serving, stopped, tries):
+            if not tries.again(time.monotonic()):
+                raise CommandError(crash)
+            print(f"{crash}; starting it again", flush=True)
+            launch.shared.clear()
+    finally:
+        proxy.should_exit = True
+        await asyncio.wait({serving})
+        for task in helpers:
+            task.cancel()
+        await asyncio.wait(helpers)
+
+
+async def _serve_once(
+    launch: Launch, proxy: uvicorn.Server, serving: asyncio.Task[None], stopped: asyncio.Task[bool], tries: Tries
+) -> str | None:
+    """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
     triton = await TritonProcess.start(
         launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
     )
-    serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
-    ended = asyncio.create_task(triton.ended())
-    stopped = asyncio.create_task(stop.wait())
     url = ports.base_url(launch.listener)
+    ended = asyncio.create_task(triton.ended())
     ready = asyncio.create_task(_until_ready(triton, url))
-    helpers = [ended, stopped, ready]
-    if launch.verbose:
-        helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
+    watching = asyncio.create_task(_watch(triton, launch))
+    crash = None
     try:
-        ends = {serving, ended, stopped}
+        ends = {serving, ended, stopped, watching}
         done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
         if done == {ready}:
             ready.result()
+            tries.back(time.monotonic())
             print(f"READY {url}", flush=True)
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if stopped in done:
             print("stopping", flush=True)
         elif ended in done:
-            raise CommandError(ended.result())
+            if not triton.crashed:
+                raise CommandError(ended.result())
+            crash = ended.result()
+        elif watching in done:
+            crash = _restart_reason(watching)
         else:
             serving.result()
             raise CommandError("the proxy ended by itself")
     finally:
-        proxy.should_exit = True
-        await asyncio.wait({serving}, timeout=GRACE_S)
-        await triton.stop()
-        await asyncio.wait({serving})
-        for task in helpers:
+        watching.cancel()  # stages that stop now are not dead
+        if crash is None:
+            proxy.should_exit = True
+            await asyncio.wait({serving}, timeout=GRACE_S)
+        await triton.stop(at_once=crash is not None)
+        for task in (ended, ready, watching):
             task.cancel()
-        await asyncio.wait(helpers)
+        await asyncio.wait({ended, ready, watching})
+    return crash
+
+
+def _restart_reason(watching: asyncio.Task[None]) -> str:
+    try:
+        watching.result()
+    except RestartNeeded as error:
+        return str(error)
+    raise CommandError("the watchdog ended by itself")
+
+
+async def _watch(triton: TritonProcess, launch: Launch) -> None:
+    await triton.loaded.wait()
+    async with ModelRepository(launch.http_port) as repository:
+        await Watchdog(launch.shared.prefix, repository).run()
 
 
 async def _until_ready(triton: TritonProcess, url: str) -> None:

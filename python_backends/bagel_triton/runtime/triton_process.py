@@ -21,6 +21,7 @@ STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the
 POLL_S = 0.1
 REAP_S = 0.02
 REPORT_EVERY_S = 10.0
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
 class TritonProcess:
@@ -31,7 +32,7 @@ class TritonProcess:
         self._models = models
         self._url = f"http://{LOOPBACK}:{http_port}"
         self._log = log
-        self._ready = False
+        self.loaded = asyncio.Event()  # every model was ready once
 
     @classmethod
     async def start(
@@ -43,10 +44,10 @@ class TritonProcess:
         http_port: int,
         log: Path,
     ) -> Self:
-        """Start ``command``, which serves ``models``; its output goes to the file ``log``."""
+        """Start ``command``, which serves ``models``; its output is added to the file ``log``."""
         child.adopt_orphans()  # stubs outlive their server for a moment
         argv = child.command(list(command))
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *argv,
                 env=environment,
@@ -64,6 +65,11 @@ class TritonProcess:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"tritonserver ended ({how}){f': {reason}' if reason else ''}; its log: {self._log}"
 
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended by a fault of its own, after it had served."""
+        return self.loaded.is_set() and self._process.returncode in CRASHES
+
     async def until_ready(self) -> None:
         """Wait for every model to be ready, telling now and then which are not."""
         started = reported = time.monotonic()
@@ -80,12 +86,12 @@ class TritonProcess:
                     missing = ", ".join(model for model in waiting if model not in loaded) or "the server itself"
                     print(f"  waiting for {missing} ({now - started:.0f} s)", flush=True)
                 await asyncio.sleep(POLL_S)
-        self._ready = True
+        self.loaded.set()
 
-    async def stop(self) -> None:
-        """End the process and its stubs, within :data:`STOP_TIMEOUT_S` seconds."""
+    async def stop(self, at_once: bool = False) -> None:
+        """End the process and its stubs, within :data:`STOP_TIMEOUT_S` seconds or ``at_once``."""
         # While it loads models it does not heed a polite signal.
-        if self._process.returncode is None and self._ready:
+        if not at_once and self._process.returncode is None and self.loaded.is_set():
             self._process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)

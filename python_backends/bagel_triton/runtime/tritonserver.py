@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_triton.deploy.config import DEPLOY_VARIABLE
+from bagel_triton.liveness import region_prefix
 from bagel_triton.runtime import python_library
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.ports import LOOPBACK
@@ -65,7 +66,7 @@ class TritonServer:
             f"--grpc-port={grpc_port}",
             f"--metrics-address={LOOPBACK}",
             f"--metrics-port={metrics_port}",
-            f"--backend-config=python,shm-region-prefix-name={shm_prefix}_triton_",
+            f"--backend-config=python,shm-region-prefix-name={region_prefix(shm_prefix)}",
             *(["--log-verbose=1"] if verbose else []),
         ]
 

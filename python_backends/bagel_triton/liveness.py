@@ -1,0 +1,129 @@
+"""Which stage processes are alive: each holds the lock of a file that says who it is.
+
+Triton goes on calling a model ready whose process was killed, and never answers what was
+in flight. So every stage process announces itself when it is built: a file
+``PREFIX_stage_STAGE.TOKEN`` in shared memory, locked as long as the process lives. The
+kernel drops the lock with the process, whatever ended it: no process id is trusted, as
+ids are reused. A process that forks without exec would share its lock with the child.
+
+A file whose lock is free is that of a process that died. It stays until whoever replaces
+the process removes it, so a stage counts as dead until it is back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+DIRECTORY = Path("/dev/shm")
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file says: who, and which files in shared memory Triton made for it alone."""
+
+    stage: str
+    pid: int
+    regions: tuple[str, ...]
+
+
+class Announcement:
+    """This process as one of ``stage``, from now until :meth:`withdraw` or its death."""
+
+    def __init__(self, prefix: str, stage: str, directory: Path = DIRECTORY) -> None:
+        token = secrets.token_hex(4)
+        # Named only once it is locked: until then it would look like a dead process's.
+        unnamed = directory / f"{prefix}_announcing.{token}"
+        self._path = directory / f"{prefix}_stage_{stage}.{token}"
+        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(self._lock, msgspec.json.encode(_Record(stage, os.getpid(), _regions(prefix, directory))))
+        unnamed.rename(self._path)
+
+    def withdraw(self) -> None:
+        """The process ends in good order."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+@dataclass(frozen=True)
+class StageProcess:
+    """A process that announced itself."""
+
+    stage: str
+    pid: int
+    path: Path
+    regions: tuple[str, ...] = ()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs and has not withdrawn."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def remove(self) -> None:
+        """Remove what a dead process has left in shared memory."""
+        for region in self.regions:
+            self.path.with_name(region).unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def processes(prefix: str, stage: str = "*", directory: Path = DIRECTORY) -> list[StageProcess]:
+    """Every announced process of ``stage`` (of all stages by default), dead ones included."""
+    found = []
+    for path in sorted(directory.glob(f"{prefix}_stage_{stage}.*")):
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=_Record)
+        except FileNotFoundError:  # it has just withdrawn
+            continue
+        found.append(StageProcess(record.stage, record.pid, path, record.regions))
+    return found
+
+
+def dead_stages(prefix: str, directory: Path = DIRECTORY) -> dict[str, list[StageProcess]]:
+    """The processes that died and have not been replaced, by stage."""
+    dead: dict[str, list[StageProcess]] = {}
+    for process in processes(prefix, directory=directory):
+        # A file that is gone by now was withdrawn, not left behind.
+        if not process.alive and process.path.exists():
+            dead.setdefault(process.stage, []).append(process)
+    return dead
+
+
+def watch(prefix: str, stage: str, directory: Path = DIRECTORY) -> Callable[[], bool]:
+    """Whether ``stage`` lives on as it does now, when called: false once any process has died.
+
+    Which of its processes has a request cannot be told. Processes that are dead already
+    do not count, unless all are. A stage that never announced itself is never held dead.
+    """
+    announced = processes(prefix, stage, directory)
+    living = [process for process in announced if process.alive]
+    if announced and not living:
+        return lambda: False
+    return lambda: all(process.alive for process in living)
+
+
+def _regions(prefix: str, directory: Path) -> tuple[str, ...]:
+    """Names of the mapped files that Triton made for this process: it forgets those of a killed one."""
+    start = f"{directory}/{region_prefix(prefix)}"
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return tuple(sorted(Path(name).name for name in mapped if name.startswith(start)))
+
+
+def region_prefix(prefix: str) -> str:
+    """How the names of Triton's own files in shared memory start."""
+    return f"{prefix}_triton_"

@@ -1,0 +1,107 @@
+"""Stages whose processes died are loaded anew."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from bagel_triton import liveness
+from bagel_triton.deploy.topology import ORCHESTRATOR
+from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.model_repository import ReloadError
+from bagel_triton.runtime.tries import MAX_TRIES, Tries
+
+POLL_S = 0.25
+
+
+class RestartNeeded(Exception):
+    """Nothing less than a new tritonserver helps; the message says why."""
+
+
+class Repository(Protocol):
+    """What can give a model new processes."""
+
+    async def reload(self, model: str) -> None:
+        """Raises :class:`ReloadError` where it cannot, and TimeoutError where Triton hangs."""
+
+
+@dataclass
+class _History:
+    tries: Tries = field(default_factory=Tries)
+    reloads: int = 0
+    next_try_at: float = -math.inf
+
+
+class Watchdog:
+    """Watches the processes announced under ``prefix``.
+
+    A stage that cannot be kept alive ends the server: see :class:`Tries`.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        repository: Repository,
+        directory: Path = liveness.DIRECTORY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._prefix, self._repository, self._directory, self._clock = prefix, repository, directory, clock
+        self._histories: dict[str, _History] = {}
+
+    async def run(self) -> None:
+        """Watch for ever.
+
+        Raises:
+            CommandError: a stage cannot be kept alive.
+            RestartNeeded: a stage cannot be replaced alone.
+        """
+        while True:
+            await self.check()
+            await asyncio.sleep(POLL_S)
+
+    async def check(self) -> None:
+        """Load every stage anew, one after the other, that has lost a process and whose turn it is.
+
+        Raises:
+            CommandError: a stage cannot be kept alive.
+            RestartNeeded: a stage cannot be replaced alone.
+        """
+        for stage, dead in liveness.dead_stages(self._prefix, self._directory).items():
+            history = self._histories.setdefault(stage, _History())
+            if self._clock() >= history.next_try_at:
+                await self._reload(stage, ", ".join(str(process.pid) for process in dead), history)
+
+    async def _reload(self, stage: str, pids: str, history: _History) -> None:
+        started = self._clock()
+        if not history.tries.again(started):
+            raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
+        if stage == ORCHESTRATOR:
+            # Triton goes on delivering to it what the stages answer, and they hang as soon as it is full.
+            raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
+        print(f"stage {stage} died (process {pids}); reloading", flush=True)
+        before = liveness.processes(self._prefix, stage, self._directory)
+        try:
+            await self._repository.reload(stage)
+        except TimeoutError as error:
+            raise RestartNeeded(f"{stage} died (process {pids}), and Triton hangs") from error
+        except ReloadError as error:
+            # What it lacks, such as memory, others may have to free first.
+            history.next_try_at = self._clock() + 2.0 ** (history.tries.count - 1)
+            print(f"stage {stage} could not be reloaded: {error}", flush=True)
+            return
+        for process in before:
+            if process.alive:
+                # Triton leaves another process of the stage running where the dead one lost
+                # a request, as it waits for that for ever. Its lock says the id is still its own.
+                os.kill(process.pid, signal.SIGKILL)
+            process.remove()
+        history.reloads += 1
+        history.tries.back(now := self._clock())
+        print(f"stage {stage} is back after {now - started:.1f} s (reload {history.reloads})", flush=True)

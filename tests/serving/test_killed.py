@@ -1,0 +1,158 @@
+"""A stage process that is killed takes no request with it for long, leaves nothing, and comes back."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bagel_triton.deploy.topology import BAGEL, ENSEMBLE
+from tests.serving.test_together import EIGHT, picture_body
+from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
+from tests.support.serving import Server
+
+STAGES = tuple(model for model in BAGEL.models if model != ENSEMBLE)
+KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "4"))
+REFERENCE = picture_body(EIGHT[1], seed=1)
+# The killed stage's requests fail within FAIL_S; those at the others go on, and CLIENT_S is for a slow machine.
+NOTICE_S, FAIL_S, RELOAD_S, CLIENT_S, IDLE_S = 2.0, 5.0, 60.0, 90.0, 15.0
+MIXED: list[dict[str, Any]] = [
+    picture_body({**EIGHT[0], "num_inference_steps": 150}, seed=1),
+    picture_body({**EIGHT[2], "think": True, "max_think_tokens": 40}, seed=2),
+    *(picture_body(fields, seed) for seed, fields in enumerate(EIGHT[1:], start=3)),
+    {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "modalities": ["text"],
+        "max_tokens": 300,
+        "n": 4,
+        "temperature": 1.0,
+    },
+]
+# A load that is sure to be at the stage: many steps, many tokens, or (where visits are short) many requests.
+AT: dict[str, list[dict[str, Any]]] = {
+    "dit": [picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
+    "thinker": [
+        {
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "modalities": ["text"],
+            "max_tokens": 3000,
+            "n": 10,
+            "temperature": 2.0,
+            "repetition_penalty": 2.0,
+        }
+    ],
+}
+AT["bagel"] = AT["dit"] + AT["thinker"]
+
+
+@pytest.fixture(scope="module")
+def own_server(checkpoint_dir: Path) -> Iterator[Server]:
+    """A server for this module; told to stop, it leaves neither a process nor a file."""
+    with Server(checkpoint_dir) as running:
+        yield running
+        family = descendants(running.process.pid)
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    assert not shared_files(running)
+
+
+@pytest.fixture(scope="module")
+def picture(own_server: Server) -> np.ndarray:
+    return own_server.pictures(REFERENCE)[0]
+
+
+def _idle(server: Server) -> bool:
+    names = ("thinker_kv_leases", "thinker_kv_blocks_used", "thinker_active", "dit_active", "vae_decode_active")
+    return not any(server.gauge(f"bagel_{name}") for name in names)
+
+
+def _check_recovery(server: Server, killed: int, before: dict[str, Any], picture: np.ndarray) -> None:
+    """It is well again: healthy, the same answer as ever, idle, and nothing left over."""
+
+    def back() -> bool:
+        replaced = not arguments(killed) and _state(server)["processes"] == before["processes"]
+        return replaced and health(server) == 200
+
+    print(f"back after {until(back, 'the stage is not back', RELOAD_S):.1f} s")
+    assert np.array_equal(server.pictures(REFERENCE)[0], picture)
+    until(lambda: _idle(server), "something is left in a stage", IDLE_S)
+    assert _state(server) == before
+
+
+def _state(server: Server) -> dict[str, Any]:
+    return {"files": shared_files(server), "processes": {stage: len(stage_pids(server, stage)) for stage in STAGES}}
+
+
+@pytest.mark.parametrize("stage", ["dit", "thinker", "bagel"])
+def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, picture: np.ndarray, stage: str) -> None:
+    before = _state(own_server)
+    load = Load(own_server, AT[stage], CLIENT_S)
+    busy = [gauge for name, gauge in (("dit", "dit_active"), ("thinker", "thinker_active")) if stage in (name, "bagel")]
+    until(lambda: all(own_server.gauge(f"bagel_{gauge}") for gauge in busy), f"{stage} is not at work", CLIENT_S)
+    killed = kill(own_server, stage)
+    at = time.monotonic()
+    until(lambda: health(own_server) == 503, "a dead stage looks healthy", NOTICE_S)
+    for ended in load:
+        assert ended.status == 503, ended.reply
+        assert ended.reply["error"]["code"] == "stage_unavailable"
+        # Of what it holds at that moment, a lock may bring down tritonserver itself, which is then started again.
+        assert re.match(f"{stage} died|Triton at .* cannot be reached", ended.reply["error"]["message"])
+        assert ended.at - at < FAIL_S
+    _check_recovery(own_server, killed, before, picture)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_killed_while_idle_comes_back(own_server: Server, picture: np.ndarray, stage: str) -> None:
+    before = _state(own_server)
+    killed = kill(own_server, stage)
+    until(lambda: health(own_server) == 503, "a dead stage looks healthy", NOTICE_S)
+    # Before it is back, a request is refused, not kept. (Of cfg_expand another process may serve it.)
+    asked = time.monotonic()
+    response = own_server.chat(REFERENCE)
+    assert response.status_code == 503 or stage == "cfg_expand", response.text
+    assert time.monotonic() - asked < FAIL_S
+    _check_recovery(own_server, killed, before, picture)
+
+
+def test_a_tritonserver_that_crashes_is_started_again(own_server: Server, picture: np.ndarray) -> None:
+    before = _state(own_server)
+    load = Load(own_server, AT["bagel"], CLIENT_S)
+    until(lambda: bool(own_server.gauge("bagel_dit_active")), "dit is not at work", CLIENT_S)
+    [killed] = [pid for pid in descendants(own_server.process.pid) if "--model-control-mode" in arguments(pid)]
+    os.kill(killed, signal.SIGABRT)
+    at = time.monotonic()
+    for ended in load:
+        assert ended.status == 503, ended.reply
+        assert ended.at - at < FAIL_S
+    assert health(own_server) == 503
+    _check_recovery(own_server, killed, before, picture)
+
+
+@pytest.mark.timeout(60 * (KILLS + 5))
+def test_random_kills_under_a_mixed_load(own_server: Server, picture: np.ndarray) -> None:
+    chance = random.Random(0)
+    before = _state(own_server)
+    outcomes = []
+    for number in range(KILLS):
+        stage = chance.choice(STAGES)
+        load = Load(own_server, chance.sample(MIXED, len(MIXED)), CLIENT_S)
+        time.sleep(chance.uniform(0.0, 0.8))
+        killed = kill(own_server, stage)
+        at = time.monotonic()
+        statuses = []
+        for ended in load:
+            assert ended.status in (200, 503), ended.reply
+            statuses.append(ended.status)
+            outcomes.append((ended.status, ended.at - at, ended.reply.get("error")))
+        slowest = {status: max((s for x, s, _ in outcomes if x == status), default=0.0) for status in (200, 503)}
+        print(f"kill {number} of {stage}: {statuses}, slowest so far {slowest}")
+        _check_recovery(own_server, killed, before, picture)
+    refused = [(seconds, error) for status, seconds, error in outcomes if status == 503]
+    assert max((seconds for seconds, _ in refused), default=0.0) < IDLE_S, refused

@@ -1,0 +1,55 @@
+"""Processes that announce themselves as stages, for tests to kill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+PREFIX = "test_1"
+
+
+class AnnouncedProcess:
+    """One process of ``stage``, announced in ``directory``."""
+
+    def __init__(self, directory: Path, stage: str) -> None:
+        command = [sys.executable, Path(__file__).with_name("announced.py"), directory, PREFIX, stage]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._expect("announced")
+
+    def _expect(self, line: str) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline().strip() == line
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it as ``kill -9`` does; it stays a zombie until the block ends."""
+        self._process.kill()
+
+    def withdraw(self) -> None:
+        """Let it withdraw, and go on living."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self._expect("withdrawn")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether ``condition`` comes to hold."""
+    deadline = time.monotonic() + 10
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return held
