@@ -173,13 +173,37 @@ class KVGeometry(Message, frozen=True):
     dtype: str
 
 
+class MooncakeAddress(Message, frozen=True, tag="mooncake"):
+    """Where a transfer engine finds an arena of ``slots`` tokens.
+
+    ``peer`` is the engine, ``host:port``; ``store`` and ``words`` are addresses in its
+    process.
+    """
+
+    peer: str
+    store: int
+    words: int
+    slots: int
+
+
+class CudaAddress(Message, frozen=True, tag="cuda_ipc"):
+    """An arena of ``slots`` tokens on the GPU ``device`` (its UUID); ``memory`` is its CUDA IPC handle."""
+
+    device: str
+    memory: bytes
+    slots: int
+
+
+Address = MooncakeAddress | CudaAddress
+
+
 class ContextHandle(Message, frozen=True):
     """A lease on one branch's context: enough to map and check it, no KV.
 
     ``blocks`` are block indices in the arena named ``arena`` of generation
     ``generation``; an empty context has none and needs no lease (``lease`` 0).
     ``expires_at`` is ``time.monotonic()`` seconds, comparable between processes of
-    one host.
+    one host only. ``address`` is what a connector needs beyond the arena's name.
     """
 
     request_id: str
@@ -194,6 +218,7 @@ class ContextHandle(Message, frozen=True):
     next_position: int
     geometry: KVGeometry
     expires_at: float
+    address: Address | None = None
 
 
 class BranchContext(Message, frozen=True):

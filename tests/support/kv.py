@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.kv.arena import Context, KVArena
-from bagel_triton.kv.connectors.base import Consumer
+from bagel_triton.kv.connectors.base import Consumer, MappedConsumer
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
 from bagel_triton.kv.store import gather, store_shape
 from bagel_triton.messages import Branch, ContextHandle, KVGeometry
@@ -64,7 +64,7 @@ class Clock:
         return self.now
 
 
-class Lender(Consumer):
+class Lender(MappedConsumer):
     """An arena with leases, and at once its reader."""
 
     def __init__(self, blocks: int, generation: int = 7) -> None:

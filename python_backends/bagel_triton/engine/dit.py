@@ -94,8 +94,6 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
                     self._consumer.release(rest)
                 raise
             stores.append(store)
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)  # the copies are done before the leases are reused
         return stores
 
     def _check_geometry(self, geometry: KVGeometry) -> None:

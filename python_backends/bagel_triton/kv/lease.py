@@ -7,6 +7,10 @@ it still wants the lease: the producer, seeing it move, lets the lease's time be
 so no clock is shared). Each word has one writer and is stored whole, so no lock is needed.
 Lease numbers never repeat within a generation. A consumer reads ``granted`` before and
 after its copy: a lease that was reclaimed meanwhile shows.
+
+Giving back or renewing a lease that has ended, for whatever reason, does nothing: a
+number that is not the slot's own any more is nobody's. Claiming one is a
+:class:`LeaseError`.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy.typing as npt
 
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context, KVArena
-from bagel_triton.messages import Branch, ContextHandle
+from bagel_triton.messages import Address, Branch, ContextHandle
 
 SLOTS = 4096
 _WORDS = 4  # a slot's words; one is spare
@@ -34,10 +38,21 @@ def table_words() -> int:
 
 
 class LeaseTable:
-    """The shared words, [1 + SLOTS, 4]; row 0 holds the producer's generation."""
+    """The shared words, [1 + SLOTS, 4]; row 0 holds the producer's generation.
+
+    Where the words are not shared but a copy of another host's, a subclass fetches and
+    sends them: :meth:`fetch` comes before every reading of a slot by a consumer,
+    :meth:`send` after every writing.
+    """
 
     def __init__(self, words: Words) -> None:
         self._words = words.reshape(1 + SLOTS, _WORDS)
+
+    def fetch(self, slot: int) -> None:
+        """Bring the generation and the words of ``slot`` up to date."""
+
+    def send(self, slot: int) -> None:
+        """Let the producer see what was written to ``slot``."""
 
     def open(self, generation: int) -> None:
         """Start a generation: no lease is granted."""
@@ -60,6 +75,7 @@ class LeaseTable:
     def release(self, slot: int, lease: int) -> None:
         """Consumer: ``lease`` may be reclaimed."""
         self._words[1 + slot, _RELEASED] = lease
+        self.send(slot)
 
     def released(self, slot: int) -> int:
         """The lease that was last given back in ``slot``."""
@@ -68,13 +84,20 @@ class LeaseTable:
     def renew(self, slot: int) -> None:
         """Consumer: the lease in ``slot`` is still wanted."""
         self._words[1 + slot, _RENEWALS] += 1
+        self.send(slot)
 
     def renewals(self, slot: int) -> int:
         """How often the leases in ``slot`` were renewed."""
         return int(self._words[1 + slot, _RENEWALS])
 
+    def carries(self, handle: ContextHandle) -> bool:
+        """Whether the lease of ``handle`` has not ended, released or not."""
+        self.fetch(handle.slot)
+        return self.generation == handle.generation and self.granted(handle.slot) == handle.lease
+
     def check(self, handle: ContextHandle) -> None:
         """Raise :class:`LeaseError` unless ``handle`` may be read now."""
+        self.fetch(handle.slot)
         what = f"lease {handle.lease} of request {handle.request_id}, branch {handle.branch}"
         if self.generation != handle.generation:
             raise LeaseError(f"{what} is of generation {handle.generation}; the arena's is {self.generation}")
@@ -108,10 +131,11 @@ class LeaseBook:
         connector: str,
         generation: int,
         clock: Callable[[], float] = time.monotonic,
+        address: Address | None = None,
     ) -> None:
         self._arena, self._table = arena, table
         self._arena_name, self._connector, self._generation = arena_name, connector, generation
-        self._clock = clock
+        self._clock, self._address = clock, address
         self._leases: dict[int, _Lease] = {}  # by slot
         self._free_slots = list(range(SLOTS - 1, -1, -1))
         self._last_lease = 0
@@ -155,6 +179,7 @@ class LeaseBook:
             next_position=context.next_position,
             geometry=self._arena.geometry,
             expires_at=expires_at,
+            address=self._address,
         )
 
     def reclaim(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from bagel_triton.errors import LeaseError
@@ -18,7 +19,8 @@ class Producer(ABC):
 
     Lifetime: from construction to :meth:`close`, which ends every lease and removes what
     it created outside the process. Threads: one. Ordering: a context's keys and values
-    are in memory before its lease is granted.
+    are in memory before its lease is granted; on a GPU, whoever publishes synchronises
+    the stream that wrote them first.
     """
 
     arena: KVArena
@@ -30,19 +32,33 @@ class Producer(ABC):
 
 
 class Consumer(ABC):
-    """The DiT's end. Threads: one. It holds nothing between claims but mappings."""
+    """The DiT's end. It holds nothing between claims but mappings and connections.
+
+    Threads: one. Ordering: a claim returns, and gives its lease back, only after the copy
+    is complete, on a GPU too. Errors: :class:`LeaseError` for whatever is wrong with a
+    lease or its arena, and never a wait without an end: a producer that has died is
+    noticed.
+    """
 
     @abstractmethod
-    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
-        """The store and lease table that ``handle`` points into.
+    def lease_table(self, handle: ContextHandle) -> LeaseTable:
+        """The lease words of the arena that ``handle`` points into.
 
         Raises:
             LeaseError: the producer's arena is gone.
         """
 
     @abstractmethod
+    def read(self, handle: ContextHandle, destination: Tensor) -> None:
+        """Copy the context into ``destination``, whose shape and dtype are right; done on return.
+
+        Raises:
+            LeaseError: the producer's arena is gone, or the handle names blocks outside it.
+        """
+
+    @abstractmethod
     def close(self) -> None:
-        """Drop every mapping."""
+        """Drop every mapping and connection."""
 
     def claim(self, handle: ContextHandle, destination: Tensor) -> None:
         """Copy the lease's context into ``destination`` and release the lease.
@@ -58,7 +74,7 @@ class Consumer(ABC):
         if not handle.lease:
             return
         expected = store_shape(handle.geometry, handle.tokens)
-        store, table = self.attach(handle)
+        table = self.lease_table(handle)
         table.check(handle)
         try:
             if tuple(destination.shape) != expected or str(destination.dtype) != f"torch.{handle.geometry.dtype}":
@@ -66,25 +82,55 @@ class Consumer(ABC):
                     f"context of request {handle.request_id} is {handle.geometry.dtype} {list(expected)}; "
                     f"the reader expects {str(destination.dtype).removeprefix('torch.')} {list(destination.shape)}"
                 )
-            size, capacity = handle.geometry.block_tokens, store.shape[2]
-            if handle.tokens > len(handle.blocks) * size or any(not 0 <= b * size < capacity for b in handle.blocks):
-                raise LeaseError(f"the handle of request {handle.request_id} names blocks {handle.blocks}, not its own")
-            gather(store, slots_of(handle.blocks, handle.tokens, handle.geometry.block_tokens), destination)
+            self.read(handle, destination)
             table.check(handle)  # reclaimed during the copy: what was read may be another's
         finally:
             table.release(handle.slot, handle.lease)
 
     def renew(self, handle: ContextHandle) -> None:
         """Keep a lease that is still wanted from expiring; one that has ended stays so."""
-        if handle.lease:
-            _, table = self.attach(handle)
-            if table.generation == handle.generation and table.granted(handle.slot) == handle.lease:
-                table.renew(handle.slot)
+        if handle.lease and (table := self._carrying(handle)):
+            table.renew(handle.slot)
 
     def release(self, handle: ContextHandle) -> None:
-        """Give a lease back unread; one that has ended already is left alone."""
-        if not handle.lease:
-            return
-        _, table = self.attach(handle)
-        if table.generation == handle.generation and table.granted(handle.slot) == handle.lease:
+        """Give a lease back unread; one that has ended, with its arena or alone, is left alone."""
+        if handle.lease and (table := self._carrying(handle)):
             table.release(handle.slot, handle.lease)
+
+    def _carrying(self, handle: ContextHandle) -> LeaseTable | None:
+        """The table that still carries the lease of ``handle``; None once that has ended."""
+        try:
+            table = self.lease_table(handle)
+            return table if table.carries(handle) else None
+        except LeaseError:  # the arena is gone, and every lease on it has ended
+            return None
+
+
+def check_blocks(handle: ContextHandle, slots: int) -> None:
+    """Raise :class:`LeaseError` unless the blocks hold the tokens and lie in a store of ``slots``."""
+    size = handle.geometry.block_tokens
+    if handle.tokens > len(handle.blocks) * size or any(not 0 <= block * size < slots for block in handle.blocks):
+        raise LeaseError(f"the handle of request {handle.request_id} names blocks {handle.blocks}, not its own")
+
+
+class MappedConsumer(Consumer):
+    """A consumer that sees the producer's memory as a tensor of its own."""
+
+    @abstractmethod
+    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+        """The store and lease table that ``handle`` points into.
+
+        Raises:
+            LeaseError: the producer's arena is gone.
+        """
+
+    def lease_table(self, handle: ContextHandle) -> LeaseTable:
+        return self.attach(handle)[1]
+
+    def read(self, handle: ContextHandle, destination: Tensor) -> None:
+        store, _ = self.attach(handle)
+        check_blocks(handle, store.shape[2])
+        gather(store, slots_of(handle.blocks, handle.tokens, handle.geometry.block_tokens), destination)
+        if destination.is_cuda:
+            # The lease words are the CPU's: they may speak of the copy only once it has happened.
+            torch.cuda.current_stream(destination.device).synchronize()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import KVArena
-from bagel_triton.kv.connectors.base import Consumer, Producer
+from bagel_triton.kv.connectors.base import MappedConsumer, Producer
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
 from bagel_triton.kv.store import store_shape
 from bagel_triton.messages import ContextHandle, KVGeometry
@@ -39,7 +39,7 @@ class LocalProducer(Producer):
         _producers.pop(self.name, None)
 
 
-class LocalConsumer(Consumer):
+class LocalConsumer(MappedConsumer):
     """Reads any :class:`LocalProducer` of this process."""
 
     def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import KVArena
-from bagel_triton.kv.connectors.base import Consumer, Producer
+from bagel_triton.kv.connectors.base import MappedConsumer, Producer
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, Words, table_words
 from bagel_triton.kv.store import store_shape, token_bytes
 from bagel_triton.messages import ContextHandle, KVGeometry
@@ -78,7 +78,7 @@ class ShmProducer(Producer):
         self._words_path.unlink(missing_ok=True)
 
 
-class ShmConsumer(Consumer):
+class ShmConsumer(MappedConsumer):
     """Maps arenas by name and keeps the mapping of the newest."""
 
     def __init__(self) -> None:
