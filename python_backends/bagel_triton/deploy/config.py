@@ -83,11 +83,29 @@ class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _require("bagel.stage_timeout_s", self.stage_timeout_s, self.stage_timeout_s > 0, "seconds > 0")
 
 
+class MooncakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the ``mooncake`` connector needs.
+
+    ``host`` is the address of this server's host that the other stage's host reaches.
+    ``protocol`` "rdma" takes the cards that ``device_name`` lists, comma-separated, or any
+    where it is empty. A peer that is silent for ``timeout_s`` during a transfer is dead.
+    """
+
+    host: str = "127.0.0.1"
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    device_name: str = ""
+    timeout_s: int = 5
+
+    def __post_init__(self) -> None:
+        _require("mooncake.host", self.host, self.host not in ("", "auto", "0.0.0.0", "::"), "an address of this host")
+        _require("mooncake.timeout_s", self.timeout_s, self.timeout_s >= 1, "whole seconds >= 1")
+
+
 class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the stages of one server agree on.
 
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
-    leftovers can be told apart and swept.
+    leftovers can be told apart and swept. ``connector`` carries contexts from stage to stage.
     """
 
     checkpoint: str
@@ -95,7 +113,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shm_prefix: str = "bagel_triton"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    connector: Literal["shm"] = "shm"
+    connector: Literal["auto", "shm", "cuda_ipc", "mooncake"] = "auto"
+    mooncake: MooncakeConfig = MooncakeConfig()
     thinker: ThinkerConfig = ThinkerConfig()
     dit: DitConfig = DitConfig()
     vae_decode: VaeDecodeConfig = VaeDecodeConfig()

@@ -12,17 +12,10 @@ from typing import Any
 import msgspec
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
 from bagel_triton.deploy.topology import TOPOLOGIES, Topology
 
-CONNECTORS = {"SharedMemoryConnector": "shm", "shm": "shm"}
 _THINKER_FIELDS = ("max_num_batched_tokens", "max_model_len", "kv_tokens", "block_tokens", "lease_ttl_s")
-
-
-class ConnectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named connector."""
-
-    name: str
-    extra: dict[str, Any] = {}
 
 
 class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,7 +65,7 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
         pipeline=user.pipeline,
         device=_device(user),
         dtype=_allowed("dtype", user.dtype, ("auto", "float32", "bfloat16")),  # type: ignore[arg-type]
-        connector=_connector(user),  # type: ignore[arg-type]
+        **_connector(user),
         thinker=_thinker(user, topology),
         dit=_dit(user, topology),
         vae_decode=VaeDecodeConfig(),
@@ -104,16 +97,17 @@ def _device(user: DeployYaml) -> str:
     return f"cuda:{device}" if device.isdigit() else device
 
 
-def _connector(user: DeployYaml) -> str:
-    kinds = []
-    for name, spec in user.connectors.items():
-        kinds.append(CONNECTORS[_allowed(f"connectors.{name}.name", spec.name, tuple(CONNECTORS))])
-        if spec.extra:
-            raise ConfigError(f"connectors.{name}.extra={spec.extra!r} is not allowed; {spec.name} takes no options")
+def _connector(user: DeployYaml) -> dict[str, Any]:
+    """The connector that the stages name; the only one there is where they name none."""
+    used: list[str] = []
     for section in user.stages:
         for reference in (*section.input_connectors.values(), *section.output_connectors.values()):
-            _allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors))
-    return kinds[0] if kinds else "shm"
+            used.append(_allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors)))
+    fields = {name: connector_fields(f"connectors.{name}", spec) for name, spec in user.connectors.items()}
+    names = list(dict.fromkeys(used or fields))
+    if len(names) > 1:
+        raise ConfigError(f"connectors={names}: contexts travel once, from the thinker to the DiT; one may be used")
+    return fields[names[0]] if names else {}
 
 
 def _merged(user: DeployYaml, stage: int, fields: tuple[str, ...]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
 from bagel_triton.engine.visit import Visit
 from bagel_triton.engine.worker import Gauge, Job
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
-from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
+from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from bagel_triton.messages import DenoiseJob, Plan, StageStats, Thoughts
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
@@ -73,20 +73,20 @@ def build_expander(parts: Parts) -> Expander:
 
 
 def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
-    """The thinker with its arena in shared memory."""
+    """The thinker with an arena that the DiT can read."""
     config, place = parts.config, parts.placement
     geometry = kv_geometry(parts.checkpoint.config.language, config.thinker.block_tokens, place.dtype_name)
-    blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
-    producer = ShmProducer(geometry, blocks, config.shm_prefix)
+    producer = open_producer(config, geometry, place.torch_device)
     model, autoencoder = parts.load_bagel(), parts.load_autoencoder()
     return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, gauge)
 
 
 def build_dit(parts: Parts, gauge: Gauge | None = None) -> DitEngine:
-    """The DiT, reading arenas in shared memory."""
+    """The DiT, reading the thinker's arena."""
     tokenizer = parts.tokenizer()
+    consumer = open_consumer(parts.config, parts.placement.torch_device)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    return DitEngine(parts.load_bagel(), ShmConsumer(), parts.config.dit, markers, gauge)
+    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, gauge)
 
 
 def build_decoder(parts: Parts, gauge: Gauge | None = None) -> DecoderEngine:

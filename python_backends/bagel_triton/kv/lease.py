@@ -37,6 +37,16 @@ def table_words() -> int:
     return _WORDS * (1 + SLOTS)
 
 
+def row_bytes() -> int:
+    """Bytes of a table's row."""
+    return _WORDS * 8
+
+
+def consumer_words() -> tuple[int, int]:
+    """Where in a slot's row the words that a consumer writes begin and end, in bytes."""
+    return _RELEASED * 8, (_RENEWALS + 1) * 8
+
+
 class LeaseTable:
     """The shared words, [1 + SLOTS, 4]; row 0 holds the producer's generation.
 

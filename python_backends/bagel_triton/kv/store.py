@@ -28,13 +28,23 @@ def token_bytes(geometry: KVGeometry) -> int:
     return geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * int(itemsize)
 
 
+def runs_of(blocks: Sequence[int], tokens: int, block_tokens: int) -> list[slice]:
+    """Slots of a context's ``tokens``, in order: a slice for each run of consecutive blocks."""
+    runs: list[slice] = []
+    for index, block in enumerate(blocks):
+        start, count = block * block_tokens, min(block_tokens, tokens - index * block_tokens)
+        if runs and runs[-1].stop == start:
+            runs[-1] = slice(runs[-1].start, start + count)
+        elif count > 0:
+            runs.append(slice(start, start + count))
+    return runs
+
+
 def slots_of(blocks: Sequence[int], tokens: int, block_tokens: int) -> slice | Tensor:
     """Slots of a context's ``tokens``, in order: a slice where its blocks are consecutive."""
-    if not blocks:
-        return slice(0, 0)
-    first = blocks[0]
-    if all(block == first + index for index, block in enumerate(blocks)):
-        return slice(first * block_tokens, first * block_tokens + tokens)
+    runs = runs_of(blocks, tokens, block_tokens)
+    if len(runs) < 2:
+        return runs[0] if runs else slice(0, 0)
     starts = torch.tensor(blocks, dtype=torch.int64) * block_tokens
     return (starts[:, None] + torch.arange(block_tokens)).flatten()[:tokens]
 

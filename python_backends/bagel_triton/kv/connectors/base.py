@@ -14,6 +14,10 @@ from bagel_triton.kv.store import gather, slots_of, store_shape
 from bagel_triton.messages import ContextHandle
 
 
+class ConnectorUnavailable(RuntimeError):
+    """A connector cannot be used on this machine; the message says what it needs."""
+
+
 class Producer(ABC):
     """The thinker's end: an arena others can read, and the leases on it.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from bagel_triton.messages import ContextHandle, KVGeometry
 from bagel_triton.shm_file import SHM_DIRECTORY, reserve
 
 
+def new_name(prefix: str) -> tuple[str, int]:
+    """The name of a new arena and its generation; files an earlier one of this prefix left are removed."""
+    for stale in SHM_DIRECTORY.glob(f"{prefix}_kv_*"):
+        stale.unlink()
+    generation = time.time_ns()
+    return f"{prefix}_kv_{generation}", generation
+
+
 def _reserve(path: Path, size: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -35,6 +44,17 @@ def _reserve(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
+def _path(handle: ContextHandle) -> Path:
+    """The store's file; a handle names one in shared memory and nowhere else."""
+    if Path(handle.arena).name != handle.arena:
+        raise LeaseError(f"arena {handle.arena!r} of request {handle.request_id} is no file's name")
+    return SHM_DIRECTORY / handle.arena
+
+
+def _gone(handle: ContextHandle, error: Exception) -> LeaseError:
+    return LeaseError(f"arena {handle.arena} of request {handle.request_id} is gone: {error}")
+
+
 def _map_store(path: Path, geometry: KVGeometry) -> Tensor:
     dtype = getattr(torch, geometry.dtype)
     elements = path.stat().st_size // dtype.itemsize
@@ -43,8 +63,32 @@ def _map_store(path: Path, geometry: KVGeometry) -> Tensor:
     return flat.view(store_shape(geometry, slots))
 
 
-def _map_words(path: Path) -> Words:
-    return np.memmap(path, dtype=np.int64, mode="r+", shape=(table_words(),))
+class SharedWords:
+    """The lease words of one arena, in a file that the consumer maps too; ``array`` are the words."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.array: Words = np.memmap(path, dtype=np.int64, mode="r+", shape=(table_words(),))
+
+    @classmethod
+    def create(cls, name: str) -> Self:
+        """The words of a new arena; raises :class:`MemoryError`."""
+        path = SHM_DIRECTORY / f"{name}_leases"
+        _reserve(path, table_words() * 8)
+        return cls(path)
+
+    @classmethod
+    def open(cls, handle: ContextHandle) -> Self:
+        """The words of the arena that ``handle`` names; raises :class:`LeaseError` where it is gone."""
+        path = _path(handle)
+        try:
+            return cls(path.with_name(f"{path.name}_leases"))
+        except (OSError, ValueError) as error:
+            raise _gone(handle, error) from error
+
+    def unlink(self) -> None:
+        """Remove the file; existing mappings stay readable."""
+        self._path.unlink(missing_ok=True)
 
 
 class ShmProducer(Producer):
@@ -57,25 +101,22 @@ class ShmProducer(Producer):
     """
 
     def __init__(self, geometry: KVGeometry, blocks: int, prefix: str) -> None:
-        for stale in SHM_DIRECTORY.glob(f"{prefix}_kv_*"):
-            stale.unlink()
-        generation = time.time_ns()
-        name = f"{prefix}_kv_{generation}"
-        self._store_path, self._words_path = SHM_DIRECTORY / name, SHM_DIRECTORY / f"{name}_leases"
+        name, generation = new_name(prefix)
+        self._store_path = SHM_DIRECTORY / name
         _reserve(self._store_path, blocks * geometry.block_tokens * token_bytes(geometry))
         try:
-            _reserve(self._words_path, table_words() * 8)
+            self._words = SharedWords.create(name)
         except MemoryError:
             self._store_path.unlink()
             raise
         self.arena = KVArena(_map_store(self._store_path, geometry), geometry)
-        self.leases = LeaseBook(self.arena, LeaseTable(_map_words(self._words_path)), name, "shm", generation)
+        self.leases = LeaseBook(self.arena, LeaseTable(self._words.array), name, "shm", generation)
 
     def close(self) -> None:
         """End all leases and unlink both files; existing mappings stay readable."""
         self.leases.close()
         self._store_path.unlink(missing_ok=True)
-        self._words_path.unlink(missing_ok=True)
+        self._words.unlink()
 
 
 class ShmConsumer(MappedConsumer):
@@ -87,13 +128,12 @@ class ShmConsumer(MappedConsumer):
     def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
         """The mapped store and table of the handle's arena."""
         if self._attached is None or self._attached[0] != handle.arena:
-            path = SHM_DIRECTORY / handle.arena
+            path = _path(handle)
             try:
                 store = _map_store(path, handle.geometry)
-                table = LeaseTable(_map_words(path.with_name(f"{handle.arena}_leases")))
             except (OSError, RuntimeError) as error:
-                raise LeaseError(f"arena {handle.arena} of request {handle.request_id} is gone: {error}") from error
-            self._attached = (handle.arena, store, table)
+                raise _gone(handle, error) from error
+            self._attached = (handle.arena, store, LeaseTable(SharedWords.open(handle).array))
         return self._attached[1], self._attached[2]
 
     def close(self) -> None:

@@ -1,0 +1,110 @@
+"""Which connector carries contexts from the thinker to the DiT, by which name, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig
+
+Connector = Literal["local", "shm", "cuda_ipc", "mooncake"]
+# The names that deploy files carry, and ours.
+NAMES: dict[str, str] = {
+    "auto": "auto",
+    "shm": "shm",
+    "SharedMemoryConnector": "shm",
+    "cuda_ipc": "cuda_ipc",
+    "CudaIpcConnector": "cuda_ipc",
+    "mooncake": "mooncake",
+    "MooncakeConnector": "mooncake",
+    "MooncakeStoreConnector": "mooncake",
+    "MooncakeTransferEngineConnector": "mooncake",
+}
+_RENAMED = {"proto": "protocol"}
+_POINTLESS = {
+    "shm_threshold_bytes": "contexts always stay in shared memory, whatever their size",
+    "metadata_server": "the stages shake hands with each other, and no metadata server is asked",
+    "master": "the DiT reads the thinker's memory itself, and no store's master is asked",
+    "segment": "the arena's size is stages[].kv_tokens",
+    "localbuf": "the reader's buffer grows as it has to",
+    "memory_pool_size": "the arena's size is stages[].kv_tokens",
+    "memory_pool_device": "the arena is the host's memory",
+    "zmq_port": "a lease travels with its request, not by a port of its own",
+    "role": "the thinker lends and the DiT reads",
+}
+
+
+class ConnectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named connector of a deploy file, and its options."""
+
+    name: str
+    extra: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class ConnectorChoice:
+    """A connector and, for a person, the reason for it."""
+
+    name: Connector
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def connector_fields(where: str, spec: ConnectorSpec) -> dict[str, Any]:
+    """The fields of :class:`DeployConfig` that ``spec``, found at ``where``, sets.
+
+    Raises:
+        ConfigError: an unknown name, or an option that is unknown, of the wrong type or
+            without a meaning here; the message says why.
+    """
+    if spec.name not in NAMES:
+        raise ConfigError(f"{where}.name={spec.name!r} is not allowed; allowed: {', '.join(NAMES)}")
+    kind = NAMES[spec.name]
+    for option, value in spec.extra.items():
+        if option in _POINTLESS:
+            raise ConfigError(f"{where}.extra.{option}={value!r} has no meaning here: {_POINTLESS[option]}; remove it")
+    if kind == "mooncake":
+        options = {_RENAMED.get(option, option): value for option, value in spec.extra.items()}
+        try:
+            return {"connector": kind, "mooncake": msgspec.convert(options, MooncakeConfig)}
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{where}.extra: {error}") from error
+    if spec.extra:
+        raise ConfigError(f"{where}.extra={spec.extra!r} is not allowed; {spec.name} takes no options")
+    return {"connector": kind}
+
+
+def choose(config: DeployConfig, device: str) -> ConnectorChoice:
+    """The connector of a server whose stages run on ``device`` ("cpu", "cuda:0").
+
+    Raises:
+        ConfigError: the configured one cannot carry contexts on that device.
+    """
+    on_gpu = device.partition(":")[0] == "cuda"
+    if config.topology.one_process:
+        if config.connector != "auto":
+            raise ConfigError(
+                f"connector={config.connector!r}: pipeline {config.pipeline} is one process, which needs none"
+            )
+        return ConnectorChoice("local", f"pipeline {config.pipeline} is one process")
+    if config.connector == "auto":
+        if on_gpu:
+            return ConnectorChoice("cuda_ipc", f"auto: the stages share {device}")
+        return ConnectorChoice("shm", f"auto: the stages are on one host's {device}")
+    if on_gpu and config.connector != "cuda_ipc":
+        raise ConfigError(
+            f"connector={config.connector!r} holds contexts in the host's memory; {device} needs cuda_ipc"
+        )
+    if not on_gpu and config.connector == "cuda_ipc":
+        raise ConfigError(f"connector='cuda_ipc' needs stages on CUDA; they are on {device}")
+    return ConnectorChoice(config.connector, f"configured, {_details(config)}")
+
+
+def _details(config: DeployConfig) -> str:
+    if config.connector != "mooncake":
+        return "one host"
+    return f"{config.mooncake.protocol} at {config.mooncake.host}"

@@ -1,0 +1,122 @@
+"""One allocation on a GPU that other processes may map: CUDA IPC, by NVIDIA's own Python bindings.
+
+It is made with ``cudaMalloc``, outside torch's caching allocator: an IPC handle stands for a
+whole allocation, and torch's may be cut up, moved or freed at any time. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagel_triton.kv.connectors.base import ConnectorUnavailable
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def refuse_expandable_segments() -> None:
+    """Raise :class:`ConnectorUnavailable` where torch's allocator is set to use virtual memory.
+
+    Its memory cannot be exported by the handles used here, and its own way of sharing needs
+    rights that containers lack; so it is refused for a whole stage, before anything is shared.
+    """
+    for variable in ALLOCATOR_VARIABLES:
+        value = os.environ.get(variable, "")
+        if "expandable_segments:true" in value.replace(" ", "").lower():
+            raise ConnectorUnavailable(f"{variable}={value!r}: connector=cuda_ipc needs expandable_segments:False")
+
+
+def device_uuid(device: torch.device) -> str:
+    """What names a GPU alike in every process, however each of them numbers those it sees."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def device_of(uuid: str) -> torch.device | None:
+    """The GPU of that UUID as this process numbers it; None where it is not visible here."""
+    for index in range(torch.cuda.device_count()):
+        if device_uuid(torch.device("cuda", index)) == uuid:
+            return torch.device("cuda", index)
+    return None
+
+
+class CudaPool:
+    """``size`` bytes at ``pointer`` on ``device``, allocated here or mapped from another process.
+
+    An allocation is never freed before its process ends: to free what another process has
+    mapped is undefined, and there is no telling whether one has.
+    """
+
+    def __init__(self, device: torch.device, pointer: int, size: int) -> None:
+        self.device, self.pointer, self.size = device, pointer, size
+
+    @classmethod
+    def allocate(cls, device: torch.device, size: int) -> CudaPool:
+        """New memory, zeroed.
+
+        Raises:
+            MemoryError: the GPU has no room.
+        """
+        runtime = _runtime(device)
+        error, pointer = runtime.cudaMalloc(size)
+        if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
+            free, _ = torch.cuda.mem_get_info(device)
+            raise MemoryError(f"{device} has no room for {size} bytes of contexts; {free} are free: lower kv_tokens")
+        _check(runtime, "cudaMalloc", error)
+        pool = cls(device, int(pointer), size)
+        pool.tensor().zero_()
+        torch.cuda.synchronize(device)
+        return pool
+
+    @classmethod
+    def open(cls, device: torch.device, memory: bytes, size: int) -> CudaPool:
+        """Another process's allocation by its handle; :meth:`close` ends the mapping."""
+        runtime = _runtime(device)
+        handle = runtime.cudaIpcMemHandle_t()
+        handle.reserved = memory
+        error, pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
+        _check(runtime, "cudaIpcOpenMemHandle", error)
+        return cls(device, int(pointer), size)
+
+    def export(self) -> bytes:
+        """The handle by which another process, never this one, opens the allocation."""
+        runtime = _runtime(self.device)
+        error, handle = runtime.cudaIpcGetMemHandle(self.pointer)
+        _check(runtime, "cudaIpcGetMemHandle", error)
+        return bytes(handle.reserved)
+
+    def tensor(self) -> Tensor:
+        """The memory as uint8 [size]; no copy, and valid as long as the pool."""
+        return torch.as_tensor(self, device=self.device)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        # Bytes, because the interface knows no bfloat16.
+        return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "strides": None, "version": 3}
+
+    def close(self) -> None:
+        """End a mapping that :meth:`open` made; its tensors must be gone."""
+        runtime = _runtime(self.device)
+        torch.cuda.synchronize(self.device)
+        _check(runtime, "cudaIpcCloseMemHandle", runtime.cudaIpcCloseMemHandle(self.pointer)[0])
+
+
+def _runtime(device: torch.device) -> Any:
+    """The bindings, with ``device`` current in this thread for them and for torch."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise ConnectorUnavailable(
+            f"connector=cuda_ipc needs the package cuda-python, of the CUDA driver's major version: {error}"
+        ) from error
+    torch.cuda.set_device(device)
+    _check(runtime, "cudaSetDevice", runtime.cudaSetDevice(torch.cuda.current_device())[0])
+    return runtime
+
+
+def _check(runtime: Any, call: str, error: Any) -> None:
+    if error != runtime.cudaError_t.cudaSuccess:
+        name = runtime.cudaGetErrorName(error)[1]
+        raise ConnectorUnavailable(f"{call} failed: {name.decode() if isinstance(name, bytes) else name}")
