@@ -221,6 +221,16 @@ class ContextHandle(Message, frozen=True):
     address: Address | None = None
 
 
+def encode_handle(handle: ContextHandle) -> bytes:
+    """JSON of ``handle``: what the connector's self-test passes between the stages."""
+    return msgspec.json.encode(handle)
+
+
+def decode_handle(data: bytes) -> ContextHandle:
+    """The handle in JSON ``data``; raises ``msgspec.ValidationError``."""
+    return msgspec.json.decode(data, type=ContextHandle)
+
+
 class BranchContext(Message, frozen=True):
     """Which handle a branch reads: its own, or another branch's."""
 

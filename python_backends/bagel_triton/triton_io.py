@@ -162,14 +162,22 @@ class Reply:
     def settle(self, done: Future[tuple[Result, StageStats]], outputs: Callable[[Result], Arrays]) -> None:
         """Answer with what becomes of an engine's job."""
 
-        def answer(future: Future[tuple[Result, StageStats]]) -> None:
+        def with_stats(done: tuple[Result, StageStats]) -> Arrays:
+            result, stats = done
+            return {**outputs(result), "stats": bytes_array(encode_stats(stats))}
+
+        self.answer(done, with_stats)
+
+    def answer(self, done: Future[Result], outputs: Callable[[Result], Arrays]) -> None:
+        """Answer with ``outputs`` of what ``done`` resolves to, or with its error."""
+
+        def finish(future: Future[Result]) -> None:
             try:
-                result, stats = future.result()
-                self.finish({**outputs(result), "stats": bytes_array(encode_stats(stats))})
+                self.finish(outputs(future.result()))
             except Exception as error:
                 self.fail(error)
 
-        done.add_done_callback(answer)
+        done.add_done_callback(finish)
 
 
 class Gauges:

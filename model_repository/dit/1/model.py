@@ -8,10 +8,19 @@ import torch
 from bagel_triton.engine.build import Parts, build_dit
 from bagel_triton.engine.dit import DitEngine
 from bagel_triton.engine.flow_run import Latents
-from bagel_triton.messages import DenoiseJob
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.messages import ContextHandle, DenoiseJob, decode_handle
 from bagel_triton.request import Arrays
 from bagel_triton.stage_model import StageModel
-from bagel_triton.triton_io import Reply, message_of
+from bagel_triton.triton_io import Reply, bytes_array, message_of, text_of
+
+
+def handle_of(inputs: Arrays) -> ContextHandle:
+    """The lease in the input ``selftest``."""
+    try:
+        return decode_handle(text_of(inputs, "selftest").encode())
+    except ValueError as error:
+        raise InvalidRequest(f"input selftest is not a lease: {error}", "selftest") from error
 
 
 def outputs(pictures: Sequence[Latents], seed: int) -> Arrays:
@@ -31,7 +40,12 @@ class TritonPythonModel(StageModel):
         return build_dit(parts, gauge)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue a request's pictures."""
+        """Queue a request's pictures, or read what the thinker lent for the self-test."""
+        if "selftest" in inputs:
+            handle = handle_of(inputs)
+            name = bytes_array(handle.connector.encode())
+            reply.answer(self.engine.read_pattern(handle), lambda _: {"selftest": name})
+            return
         task = message_of(inputs, "contexts", DenoiseJob)
         job = self.engine.submit(task, task.request_id, self.listener(inputs, reply))
         reply.settle(job.done, lambda pictures: outputs(pictures, task.flow.seed))

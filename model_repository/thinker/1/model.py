@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from bagel_triton.engine.build import Parts, build_thinker
 from bagel_triton.engine.thinker import ThinkerEngine
-from bagel_triton.messages import Plan, Thoughts
+from bagel_triton.messages import Plan, Thoughts, encode_handle
 from bagel_triton.request import Arrays
 from bagel_triton.stage_model import StageModel
-from bagel_triton.triton_io import Reply, message_array, message_of
+from bagel_triton.triton_io import Reply, bytes_array, message_array, message_of
 
 
 def outputs(thoughts: Thoughts) -> Arrays:
@@ -24,7 +24,10 @@ class TritonPythonModel(StageModel):
         return build_thinker(parts, gauge)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue a plan's branches."""
+        """Queue a plan's branches, or lend a pattern for the self-test."""
+        if "selftest" in inputs:
+            reply.answer(self.engine.lend_pattern(), lambda handle: {"selftest": bytes_array(encode_handle(handle))})
+            return
         plan = message_of(inputs, "plan", Plan)
         job = self.engine.submit(plan, plan.request_id, self.listener(inputs, reply))
         reply.settle(job.done, outputs)

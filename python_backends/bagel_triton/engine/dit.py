@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from bagel_triton.engine.flow_run import FlowRun, Latents
 from bagel_triton.engine.sequence import MARKERS
 from bagel_triton.engine.worker import Gauge, Job, Worker
 from bagel_triton.errors import LeaseError
+from bagel_triton.kv import selftest
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.messages import ContextHandle, DenoiseJob, KVGeometry, ProgressEvent
@@ -47,6 +49,10 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
         self.start()
+
+    def read_pattern(self, handle: ContextHandle) -> Future[None]:
+        """Read what the thinker lent for the connector's self-test; from any thread."""
+        return self.call(lambda: selftest.read_pattern(self._consumer, handle, self._model.device))
 
     def _active(self) -> list[DitJob]:
         return [run.job for run in self._runs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from bagel_triton.engine.sequence import Sequence as BranchSequence
 from bagel_triton.engine.thinker_run import TextDecoder, ThinkerRun
 from bagel_triton.engine.worker import Gauge, Job, Worker
 from bagel_triton.errors import BagelError, InvalidRequest, Overloaded
+from bagel_triton.kv import selftest
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Producer
 from bagel_triton.messages import (
     Branch,
     BranchContext,
+    ContextHandle,
     Decoding,
     DenoiseJob,
     FlowSettings,
@@ -64,6 +67,10 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         self._prefiller = Prefiller(model, autoencoder, producer.arena, markers)
         self._running: list[ThinkerRun] = []
         self.start()
+
+    def lend_pattern(self) -> Future[ContextHandle]:
+        """A lease for the connector's self-test; from any thread."""
+        return self.call(lambda: selftest.lend_pattern(self._producer, self._config.lease_ttl_s))
 
     # --- admission ---
 

@@ -18,6 +18,7 @@ from bagel_triton.messages import Event, ProgressEvent, Stage, StageStats
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 Gauge = Callable[[str, float], None]
 KEEP_S, SIGN_OF_LIFE_S = 0.05, 1.0
 log = logging.getLogger(__name__)
@@ -82,6 +83,23 @@ class Worker(ABC, Generic[Task, Result]):
                 return job
         job.fail(StageUnavailable(f"{self.stage} is shutting down"))
         return job
+
+    def call(self, function: Callable[[], Value]) -> Future[Value]:
+        """What ``function`` returns or raises, run between steps on the worker's thread; from any thread."""
+        future: Future[Value] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._closing_lock:
+            if not self._closed:
+                self._inbox.put(run)
+                return future
+        future.set_exception(StageUnavailable(f"{self.stage} is shutting down"))
+        return future
 
     def cancel(self, request_id: str) -> None:
         """Drop what ``request_id`` has here, waiting or active; from any thread."""

@@ -16,7 +16,8 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 
-from bagel_triton.runtime import ports, triton_log
+from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.runtime import connector_test, ports, triton_log
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ModelRepository
 from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
@@ -58,7 +59,8 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     memory that they share brings it down.
 
     Raises:
-        CommandError: one of them ended by itself, or a stage cannot be kept alive.
+        CommandError: one of them ended by itself, a stage cannot be kept alive, or contexts do
+            not get from stage to stage.
     """
     config = uvicorn.Config(
         launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
@@ -94,7 +96,7 @@ async def _serve_once(
     )
     url = ports.base_url(launch.listener)
     ended = asyncio.create_task(triton.ended())
-    ready = asyncio.create_task(_until_ready(triton, url))
+    ready = asyncio.create_task(_until_ready(triton, launch, url))
     watching = asyncio.create_task(_watch(triton, launch))
     crash = None
     try:
@@ -142,8 +144,11 @@ async def _watch(triton: TritonProcess, launch: Launch) -> None:
         await Watchdog(launch.shared.prefix, repository).run()
 
 
-async def _until_ready(triton: TritonProcess, url: str) -> None:
+async def _until_ready(triton: TritonProcess, launch: Launch, url: str) -> None:
     await triton.until_ready()
+    if {THINKER, DIT} <= set(launch.models):
+        connector = await connector_test.check(launch.http_port)
+        print(f"  self-test: {connector} carried a pattern from {THINKER} to {DIT}", flush=True)
     # The proxy may still wait to connect again, after a question that came too early.
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=None) as client:
         while not (await client.get("/health")).is_success:

@@ -1,0 +1,71 @@
+"""The self-test of a connector: a pattern that the thinker lends and the DiT reads back.
+
+Both ends run inside the stages' own processes, on the engines' threads, so it proves what
+requests will use: the mapping or the connection, the lease words, the copy.
+"""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+
+import torch
+from torch import Tensor
+
+from bagel_triton.errors import LeaseError
+from bagel_triton.kv.arena import Context
+from bagel_triton.kv.connectors.base import Consumer, Producer
+from bagel_triton.kv.store import store_shape
+from bagel_triton.messages import Branch, ContextHandle, KVGeometry
+
+BLOCKS = 4
+
+
+def lend_pattern(producer: Producer, ttl_s: float) -> ContextHandle:
+    """A lease on a pattern of a few scattered blocks, the last one not full.
+
+    Raises:
+        ArenaFull: there is no room for it.
+    """
+    arena, geometry = producer.arena, producer.arena.geometry
+    request_id = f"selftest-{secrets.token_hex(8)}"
+    size = geometry.block_tokens
+    context, gaps = Context(arena), Context(arena)
+    try:
+        for block in range(min(BLOCKS, arena.blocks.count // 2)):
+            context.extend(size if block < BLOCKS - 1 else max(1, size - 1))
+            gaps.extend(size)
+        slots = arena.slots(context.blocks, 0, context.tokens)
+        arena.store[:, :, slots] = _pattern(request_id, geometry, context.tokens).to(arena.store.device)
+        if arena.store.is_cuda:
+            torch.cuda.synchronize(arena.store.device)
+        handle = producer.leases.publish(request_id, Branch.GEN, context, ttl_s)
+    except Exception:
+        context.free()
+        raise
+    finally:
+        gaps.free()
+    return handle
+
+
+def read_pattern(consumer: Consumer, handle: ContextHandle, device: torch.device) -> None:
+    """Claim the lease of :func:`lend_pattern` into memory of ``device`` and compare.
+
+    Raises:
+        LeaseError: it cannot be claimed, or what was read is not what was lent.
+    """
+    expected = _pattern(handle.request_id, handle.geometry, handle.tokens)
+    found = torch.empty(expected.shape, dtype=expected.dtype, device=device)
+    consumer.claim(handle, found)
+    wrong = int((found.cpu() != expected).sum())
+    if wrong or not handle.tokens:
+        raise LeaseError(
+            f"the self-test of connector {handle.connector} read {wrong} of {expected.numel()} numbers wrong"
+        )
+
+
+def _pattern(request_id: str, geometry: KVGeometry, tokens: int) -> Tensor:
+    """Small whole numbers, exact in every dtype, that no other request's pattern repeats."""
+    generator = torch.Generator().manual_seed(zlib.crc32(request_id.encode()))
+    numbers = torch.randint(-128, 128, store_shape(geometry, tokens), generator=generator)
+    return numbers.to(getattr(torch, geometry.dtype))
