@@ -38,7 +38,7 @@ class TransferEngine:
     """
 
     def __init__(self, config: MooncakeConfig) -> None:
-        library = _load()
+        library = load()
         _check_device(config)
         # The library takes these from the environment only, when an engine starts. Without the
         # first it chooses RDMA by itself; the others end a transfer to a peer that fell silent.
@@ -91,7 +91,8 @@ class TransferEngine:
         self._failed_at.pop(peer, None)
 
 
-def _load() -> Any:
+def load() -> Any:
+    """The library; raises :class:`ConnectorUnavailable` naming what to install."""
     try:
         return importlib.import_module("mooncake.engine")
     except ModuleNotFoundError as error:

@@ -1,0 +1,180 @@
+"""Either end of a connector in a process of its own, told what to do through a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagel_triton.errors import LeaseError
+from bagel_triton.kv.arena import ArenaFull, Context
+from bagel_triton.kv.connectors.base import Consumer, Producer
+from bagel_triton.kv.selftest import lend_pattern
+from bagel_triton.kv.store import store_shape
+from bagel_triton.messages import Branch, ContextHandle, decode, encode
+from tests.support.kv import append, claim
+
+WAIT_S = 60.0
+
+
+class Peer:
+    """The process; its exceptions come back as :class:`LeaseError` or :class:`ArenaFull`."""
+
+    def __init__(self, process: Any, pipe: Connection) -> None:
+        self.process, self._pipe = process, pipe
+
+    def ask(self, command: str, *arguments: Any) -> Any:
+        """What the process answers to ``command``."""
+        self._pipe.send((command, arguments))
+        return self.answer()
+
+    def tell(self, command: str, *arguments: Any) -> None:
+        """As :meth:`ask`, without waiting."""
+        self._pipe.send((command, arguments))
+
+    def answer(self) -> Any:
+        """The next answer; raises ``EOFError`` if the process has ended."""
+        assert self._pipe.poll(WAIT_S), "the process says nothing"
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def lend(self, labels: range, ttl_s: float = 60.0, request_id: str = "r") -> ContextHandle:
+        """A producer's lease on a context of the tokens named ``labels``."""
+        return decode(self.ask("lend", labels, ttl_s, request_id), ContextHandle)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        self.process.kill()
+        self.process.join(WAIT_S)
+
+
+@contextlib.contextmanager
+def peer(make: Callable[..., Any], *arguments: Any) -> Iterator[Peer]:
+    """A process that owns the producer or consumer that ``make(*arguments)`` returns there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # each process then starts without importing torch anew
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(theirs, make, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    running = Peer(process, ours)
+    try:
+        assert running.answer() == "ready"
+        yield running
+    finally:
+        with contextlib.suppress(BrokenPipeError):  # it was killed
+            running.tell("end")
+        process.join(WAIT_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        ours.close()
+
+
+def _run(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    end = make(*arguments)
+    commands = _Lending(end) if isinstance(end, Producer) else _Reading(end)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):  # the test has gone
+        while True:
+            command, given = pipe.recv()
+            if command == "end":
+                end.close()
+                return
+            try:
+                answer = getattr(commands, command)(*given)
+            except (LeaseError, ArenaFull) as error:
+                answer = error
+            pipe.send(answer)
+
+
+class _Lending:
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._parent: Context | None = None
+
+    def lend(self, labels: range, ttl_s: float, request_id: str) -> bytes:
+        context = Context(self._producer.arena)
+        try:
+            append(self._producer.arena, context, labels)
+        except ArenaFull:
+            context.free()
+            raise
+        return self._publish(context, ttl_s, request_id)
+
+    def fork(self, labels: range, more: range) -> bytes:
+        """Two contexts with one past; the second, which grew by ``more``, is lent."""
+        self._parent = Context(self._producer.arena)
+        append(self._producer.arena, self._parent, labels)
+        child = self._parent.fork()
+        append(self._producer.arena, child, more)
+        return self._publish(child, 60.0, "fork")
+
+    def lend_random(self, tokens: int, seed: int) -> bytes:
+        """Much data: seeded numbers, as :func:`random_contents` makes them."""
+        arena = self._producer.arena
+        context = Context(arena)
+        slots = context.extend(tokens)
+        arena.store[:, :, slots] = random_contents(arena.store, tokens, seed)
+        return self._publish(context, 60.0, "random")
+
+    def pattern(self) -> bytes:
+        return encode(lend_pattern(self._producer, 60.0))
+
+    def reclaim(self) -> int:
+        return self._producer.leases.reclaim()
+
+    def used(self) -> int:
+        return self._producer.arena.blocks.used
+
+    def close(self) -> None:
+        self._producer.close()
+
+    def _publish(self, context: Context, ttl_s: float, request_id: str) -> bytes:
+        if self._producer.arena.store.is_cuda:
+            torch.cuda.synchronize(self._producer.arena.store.device)
+        return encode(self._producer.leases.publish(request_id, Branch.GEN, context, ttl_s))
+
+
+class _Reading:
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    def claim(self, handle: bytes) -> Tensor:
+        return claim(self._consumer, decode(handle, ContextHandle))
+
+    def release(self, handle: bytes) -> None:
+        self._consumer.release(decode(handle, ContextHandle))
+
+    def check_random(self, handle: bytes, seed: int, device: str) -> tuple[bool, float]:
+        """Whether the claim is what ``lend_random`` wrote, and the seconds it took."""
+        lease = decode(handle, ContextHandle)
+        dtype = getattr(torch, lease.geometry.dtype)
+        found = torch.zeros(store_shape(lease.geometry, lease.tokens), dtype=dtype, device=device)
+        start = time.perf_counter()
+        self._consumer.claim(lease, found)
+        took = time.perf_counter() - start
+        return torch.equal(found, random_contents(found, lease.tokens, seed)), took
+
+    def stop_inside(self, handle: bytes) -> None:
+        """Die in the middle of a claim: mapped, copied, and not given back."""
+        lease = decode(handle, ContextHandle)
+        self._consumer.lease_table(lease).check(lease)
+        os.kill(os.getpid(), 9)
+
+
+def random_contents(like: Tensor, tokens: int, seed: int) -> Tensor:
+    """Seeded whole numbers [layers, 2, tokens, kv_heads, head_dim] in the dtype and on the device of ``like``."""
+    shape = (*like.shape[:2], tokens, *like.shape[3:])
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randint(-128, 128, shape, generator=generator, device=like.device, dtype=torch.int16).to(like.dtype)

@@ -1,0 +1,70 @@
+"""The connector's self-test: it passes where contexts travel, and tells where they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+
+import msgspec
+import pytest
+import torch
+
+from bagel_triton.errors import LeaseError
+from bagel_triton.kv import selftest
+from bagel_triton.kv.arena import ArenaFull
+from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
+from bagel_triton.messages import ContextHandle, decode, decode_handle, encode_handle
+from tests.support.connectors import Ends, require_mooncake
+from tests.support.kv import GEOMETRY
+from tests.support.kv_process import peer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["shm", "mooncake"])
+def test_it_passes_between_processes_and_leaves_nothing(name: str) -> None:
+    if name == "mooncake":
+        require_mooncake()
+    ends = Ends(name, f"bagel_triton_test_{os.getpid()}_{secrets.token_hex(4)}")
+    with peer(ends.producer) as producer, contextlib.closing(ends.consumer()) as consumer:
+        handle = decode(producer.ask("pattern"), ContextHandle)
+        assert handle.tokens == 15
+        assert decode_handle(encode_handle(handle)) == handle
+        selftest.read_pattern(consumer, handle, CPU)
+        assert producer.ask("reclaim") == 1
+        assert producer.ask("used") == 0
+    assert ends.files() == []
+
+
+@pytest.fixture
+def producer() -> LocalProducer:
+    return LocalProducer(GEOMETRY, 16, CPU)
+
+
+def test_its_blocks_are_scattered(producer: LocalProducer) -> None:
+    blocks = selftest.lend_pattern(producer, 60.0).blocks
+    assert all(second - first > 1 for first, second in itertools.pairwise(blocks))
+
+
+def test_one_wrong_number_fails_it(producer: LocalProducer) -> None:
+    handle = selftest.lend_pattern(producer, 60.0)
+    slot = handle.blocks[1] * GEOMETRY.block_tokens
+    producer.arena.store[1, 1, slot, 0, 2] += 1
+    with pytest.raises(LeaseError, match=r"self-test of connector local read 1 of 240 numbers wrong"):
+        selftest.read_pattern(LocalConsumer(), handle, CPU)
+
+
+def test_two_patterns_differ(producer: LocalProducer) -> None:
+    first, second = (selftest.lend_pattern(producer, 60.0) for _ in range(2))
+    exchanged = msgspec.structs.replace(first, slot=second.slot, lease=second.lease, blocks=second.blocks)
+    with pytest.raises(LeaseError, match="numbers wrong"):
+        selftest.read_pattern(LocalConsumer(), exchanged, CPU)
+
+
+def test_a_full_arena_fails_it_and_keeps_no_block(producer: LocalProducer) -> None:
+    held = producer.arena.blocks.allocate(14)
+    with pytest.raises(ArenaFull):
+        selftest.lend_pattern(producer, 60.0)
+    assert producer.arena.blocks.used == len(held)
