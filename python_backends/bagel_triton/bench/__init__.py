@@ -1,1 +1,1 @@
-"""Measurements that a user can repeat."""
+"""Measurements: what things cost, beside a plain reference in the same run."""
