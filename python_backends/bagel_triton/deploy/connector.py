@@ -87,18 +87,14 @@ def choose(config: DeployConfig, device: str) -> ConnectorChoice:
     on_gpu = device.partition(":")[0] == "cuda"
     if config.topology.one_process:
         if config.connector != "auto":
-            raise ConfigError(
-                f"connector={config.connector!r}: pipeline {config.pipeline} is one process, which needs none"
-            )
+            raise ConfigError(f"connector={config.connector!r}: pipeline {config.pipeline} is one process; use auto")
         return ConnectorChoice("local", f"pipeline {config.pipeline} is one process")
     if config.connector == "auto":
         if on_gpu:
             return ConnectorChoice("cuda_ipc", f"auto: the stages share {device}")
         return ConnectorChoice("shm", f"auto: the stages are on one host's {device}")
     if on_gpu and config.connector != "cuda_ipc":
-        raise ConfigError(
-            f"connector={config.connector!r} holds contexts in the host's memory; {device} needs cuda_ipc"
-        )
+        raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; {device} needs cuda_ipc")
     if not on_gpu and config.connector == "cuda_ipc":
         raise ConfigError(f"connector='cuda_ipc' needs stages on CUDA; they are on {device}")
     return ConnectorChoice(config.connector, f"configured, {_details(config)}")

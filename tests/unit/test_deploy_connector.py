@@ -1,0 +1,166 @@
+"""Which connector is chosen, for which reason, and what a deploy file may say about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, ThinkerConfig
+from bagel_triton.deploy.connector import choose
+from bagel_triton.deploy.deploy_yaml import load
+from bagel_triton.kv.connectors.base import ConnectorUnavailable
+from bagel_triton.kv.connectors.cuda_ipc import CudaIpcConsumer
+from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
+from bagel_triton.kv.connectors.registry import open_consumer, open_producer
+from tests.support.kv import GEOMETRY
+
+
+def _load(tmp_path: Path, text: str) -> DeployConfig:
+    path = tmp_path / "deploy.yaml"
+    path.write_text(text)
+    return load(path, "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "chosen"),
+    [
+        (DeployConfig("c"), "cpu", "shm (auto: the stages are on one host's cpu)"),
+        (DeployConfig("c"), "cuda:1", "cuda_ipc (auto: the stages share cuda:1)"),
+        (DeployConfig("c", connector="shm"), "cpu", "shm (configured, one host)"),
+        (DeployConfig("c", connector="cuda_ipc"), "cuda:0", "cuda_ipc (configured, one host)"),
+        (
+            DeployConfig("c", connector="mooncake", mooncake=MooncakeConfig(host="10.0.0.7")),
+            "cpu",
+            "mooncake (configured, tcp at 10.0.0.7)",
+        ),
+        (
+            DeployConfig("c", pipeline="bagel_single_stage"),
+            "cuda:0",
+            "local (pipeline bagel_single_stage is one process)",
+        ),
+    ],
+)
+def test_the_choice_and_its_reason(config: DeployConfig, device: str, chosen: str) -> None:
+    assert str(choose(config, device)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "message"),
+    [
+        (DeployConfig("c", connector="shm"), "cuda:0", "connector='shm' is for stages on a CPU; cuda:0 needs cuda_ipc"),
+        (DeployConfig("c", connector="mooncake"), "cuda:0", "connector='mooncake' is for stages on a CPU"),
+        (DeployConfig("c", connector="cuda_ipc"), "cpu", "connector='cuda_ipc' needs stages on CUDA; they are on cpu"),
+        (DeployConfig("c", "bagel_single_stage", connector="shm"), "cpu", "is one process; use auto"),
+    ],
+)
+def test_a_connector_that_cannot_carry_contexts_there_is_refused(
+    config: DeployConfig, device: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(config, device)
+
+
+@pytest.mark.parametrize(
+    ("name", "connector"),
+    [
+        ("SharedMemoryConnector", "shm"),
+        ("CudaIpcConnector", "cuda_ipc"),
+        ("MooncakeConnector", "mooncake"),
+        ("MooncakeStoreConnector", "mooncake"),
+        ("MooncakeTransferEngineConnector", "mooncake"),
+        ("auto", "auto"),
+    ],
+)
+def test_the_names_that_deploy_files_carry(tmp_path: Path, name: str, connector: str) -> None:
+    config = _load(tmp_path, f"connectors: {{one: {{name: {name}}}}}")
+    assert config.connector == connector
+    config.write(tmp_path / "written.yaml")
+
+
+def test_a_file_without_connectors_chooses_by_the_device(tmp_path: Path) -> None:
+    assert _load(tmp_path, "pipeline: bagel").connector == "auto"
+
+
+def test_options_are_typed(tmp_path: Path) -> None:
+    config = _load(
+        tmp_path,
+        """
+        stages:
+          - {stage_id: 0, output_connectors: {to_stage_1: net}}
+          - {stage_id: 1, input_connectors: {from_stage_0: net}}
+        connectors:
+          unused: {name: SharedMemoryConnector}
+          net:
+            name: MooncakeTransferEngineConnector
+            extra: {host: 10.0.0.7, protocol: rdma, device_name: mlx5_0, timeout_s: 3}
+        """,
+    )
+    assert config.connector == "mooncake"
+    assert config.mooncake == MooncakeConfig("10.0.0.7", "rdma", "mlx5_0", 3)
+
+
+def test_the_stores_word_for_the_protocol_is_understood(tmp_path: Path) -> None:
+    text = "connectors: {net: {name: MooncakeStoreConnector, extra: {host: 10.0.0.7, proto: tcp}}}"
+    assert _load(tmp_path, text).mooncake == MooncakeConfig("10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    ("connector", "message"),
+    [
+        ("{name: Carrier}", r"connectors.net.name='Carrier' is not allowed; allowed: auto, shm, SharedMemoryConnector"),
+        (
+            "{name: SharedMemoryConnector, extra: {shm_threshold_bytes: 65536}}",
+            r"connectors.net.extra.shm_threshold_bytes=65536 has no meaning here: contexts always stay in shared",
+        ),
+        (
+            "{name: MooncakeStoreConnector, extra: {host: 10.0.0.7, master: '10.0.0.1:50051'}}",
+            r"connectors.net.extra.master='10.0.0.1:50051' has no meaning here: the DiT reads the thinker's memory",
+        ),
+        (
+            "{name: MooncakeTransferEngineConnector, extra: {zmq_port: 50051}}",
+            r"extra.zmq_port=50051 has no meaning here: a lease travels with its request",
+        ),
+        ("{name: shm, extra: {host: here}}", r"connectors.net.extra=\{'host': 'here'\} is not allowed; shm takes no"),
+        ("{name: mooncake, extra: {host: auto}}", r"mooncake.host='auto' is not allowed; allowed: an address of this"),
+        ("{name: mooncake, extra: {protocol: udp}}", r"connectors.net.extra: Invalid enum value 'udp'"),
+        ("{name: mooncake, extra: {hots: here}}", r"connectors.net.extra: .*unknown field `hots`"),
+        ("{name: mooncake, extra: {timeout_s: 0}}", r"mooncake.timeout_s=0 is not allowed"),
+    ],
+)
+def test_what_a_connector_does_not_take_is_refused_with_the_reason(
+    tmp_path: Path, connector: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, f"connectors: {{net: {connector}}}")
+
+
+def test_two_connectors_in_use_are_refused(tmp_path: Path) -> None:
+    text = """
+        stages:
+          - {stage_id: 0, output_connectors: {to_stage_1: a}}
+          - {stage_id: 1, input_connectors: {from_stage_0: b}}
+        connectors: {a: {name: shm}, b: {name: mooncake}}
+        """
+    with pytest.raises(ConfigError, match=r"connectors=\['a', 'b'\]: contexts travel once"):
+        _load(tmp_path, text)
+
+
+def test_one_process_hands_over_within_itself() -> None:
+    thinker = ThinkerConfig(kv_tokens=10, block_tokens=GEOMETRY.block_tokens)
+    config = DeployConfig("c", "bagel_single_stage", thinker=thinker)
+    producer = open_producer(config, GEOMETRY, torch.device("cpu"))
+    assert isinstance(producer, LocalProducer)
+    assert producer.arena.capacity == 12  # whole blocks
+    assert isinstance(open_consumer(config, torch.device("cpu")), LocalConsumer)
+    producer.close()
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_refused_for_cuda_ipc(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "max_split_size_mb:64, expandable_segments: True")
+    with pytest.raises(ConnectorUnavailable, match=f"{variable}=.*needs expandable_segments:False"):
+        CudaIpcConsumer()
+    monkeypatch.setenv(variable, "expandable_segments:False")
+    CudaIpcConsumer().close()
