@@ -92,15 +92,15 @@ class MooncakeConsumer(Consumer):
 
     def __init__(self, engine: TransferEngine) -> None:
         self._engine = engine
-        self._table: tuple[str, _RemoteTable] | None = None
+        self._table: tuple[MooncakeAddress, _RemoteTable] | None = None
         self._buffer: Tensor | None = None
 
     def lease_table(self, handle: ContextHandle) -> LeaseTable:
         """The words of the handle's arena; fetched when they are read, not before."""
-        if self._table is None or self._table[0] != handle.arena:
-            address = _address(handle)
+        address = _address(handle)
+        if self._table is None or self._table[0] != address:
             self._forget_table()
-            self._table = (handle.arena, _RemoteTable(self._engine, address.peer, address.words))
+            self._table = (address, _RemoteTable(self._engine, address.peer, address.words))
         return self._table[1]
 
     def read(self, handle: ContextHandle, destination: Tensor) -> None:
