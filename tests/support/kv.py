@@ -35,7 +35,7 @@ def contents_of(labels: Sequence[int], geometry: KVGeometry = GEOMETRY) -> Tenso
 
 def append(arena: KVArena, context: Context, labels: Sequence[int]) -> None:
     """Extend ``context`` by the tokens named ``labels`` and write their keys and values."""
-    arena.store[:, :, context.extend(len(labels))] = contents_of(labels, arena.geometry).to(arena.store.dtype)
+    arena.store[:, :, context.extend(len(labels))] = contents_of(labels, arena.geometry).to(arena.store)
     context.next_position += len(labels)
 
 

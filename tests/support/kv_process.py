@@ -18,7 +18,7 @@ from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.selftest import lend_pattern
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch, ContextHandle, decode, encode
+from bagel_triton.messages import Branch, ContextHandle, CudaAddress, decode, encode
 from tests.support.kv import append, claim
 
 WAIT_S = 60.0
@@ -151,7 +151,12 @@ class _Reading:
         self._consumer = consumer
 
     def claim(self, handle: bytes) -> Tensor:
-        return claim(self._consumer, decode(handle, ContextHandle))
+        lease = decode(handle, ContextHandle)
+        if not isinstance(lease.address, CudaAddress):
+            return claim(self._consumer, lease)
+        found = torch.full(store_shape(lease.geometry, lease.tokens), -1.0, device="cuda:0")
+        self._consumer.claim(lease, found)
+        return found.cpu()
 
     def release(self, handle: bytes) -> None:
         self._consumer.release(decode(handle, ContextHandle))

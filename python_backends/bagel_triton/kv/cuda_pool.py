@@ -6,6 +6,7 @@ whole allocation, and torch's may be cut up, moved or freed at any time. Not run
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; the bindings show a handle's address, not all of them its bytes
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -73,9 +75,11 @@ class CudaPool:
     @classmethod
     def open(cls, device: torch.device, memory: bytes, size: int) -> CudaPool:
         """Another process's allocation by its handle; :meth:`close` ends the mapping."""
+        if len(memory) != HANDLE_BYTES:
+            raise ConnectorUnavailable(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(memory)}")
         runtime = _runtime(device)
         handle = runtime.cudaIpcMemHandle_t()
-        handle.reserved = memory
+        ctypes.memmove(handle.getPtr(), memory, HANDLE_BYTES)
         error, pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
         _check(runtime, "cudaIpcOpenMemHandle", error)
         return cls(device, int(pointer), size)
@@ -85,7 +89,7 @@ class CudaPool:
         runtime = _runtime(self.device)
         error, handle = runtime.cudaIpcGetMemHandle(self.pointer)
         _check(runtime, "cudaIpcGetMemHandle", error)
-        return bytes(handle.reserved)
+        return ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
 
     def tensor(self) -> Tensor:
         """The memory as uint8 [size]; no copy, and valid as long as the pool."""

@@ -27,7 +27,7 @@ async def _ask(client: httpx.AsyncClient, port: int, model: str, text: str) -> s
     try:
         answer = await client.post(f"http://{LOOPBACK}:{port}/v2/models/{model}/generate", json={FIELD: text})
         body = answer.json()
-        if answer.is_success:
+        if answer.is_success and FIELD in body:
             return str(body[FIELD])
         reason = body.get("error", body)
     except (httpx.HTTPError, ValueError) as error:
