@@ -12,9 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bagel_triton.deploy.topology import BAGEL
+from bagel_triton.deploy.topology import BAGEL_SINGLE_STAGE
 
-CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "data" / "tiny-a"
+# One model, and no hand-over between stages to be tested before READY.
+DEPLOY = ROOT / "build" / "deploy" / "bagel_single_stage.yaml"
 SHARED_MEMORY = Path("/dev/shm")
 START_S, STOP_S = 120, 15
 CONFIG = """
@@ -42,6 +45,7 @@ class Server:
     def __init__(self, repository: Path, directory: Path) -> None:
         self.directory = directory
         command = [sys.executable, "-m", "bagel_triton.runtime.cli", "serve", str(CHECKPOINT), "--port", "0"]
+        command += ["--deploy-config", str(DEPLOY)]
         self.errors = directory / "stderr"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -107,7 +111,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     def start(initialize: str = "pass", only: str | None = None) -> Server:
         repository = tmp_path / f"models{len(started)}"
-        for model in BAGEL.models:
+        for model in BAGEL_SINGLE_STAGE.models:
             (repository / model / "1").mkdir(parents=True)
             (repository / model / "config.pbtxt").write_text(CONFIG)
             line = initialize if only in (None, model) else "pass"
@@ -135,7 +139,7 @@ def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server
     names = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]]
     assert names == ["tiny-a", "bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT"]
     family = server.family()
-    assert len(family) == 1 + len(BAGEL.models)
+    assert len(family) == 1 + len(BAGEL_SINGLE_STAGE.models)
     assert server.files() != []
     assert len(server.run_directories()) == 1
 
@@ -159,10 +163,10 @@ def test_it_stops_while_models_load(serve: Callable[..., Server]):
 
 
 def test_a_model_that_fails_to_load_is_one_clear_line(serve: Callable[..., Server]):
-    server = serve("raise ValueError('layer 3 is missing')", only="dit")
+    server = serve("raise ValueError('layer 3 is missing')", only="bagel")
     assert server.process.wait(START_S) == 1
     error = server.errors.read_text()
-    assert re.fullmatch(r"bagel-triton: error: tritonserver ended .*'dit'.*layer 3 is missing; its log: \S+\n", error)
+    assert re.fullmatch(r"bagel-triton: error: tritonserver ended .*'bagel'.*layer 3 is missing; its log: \S+\n", error)
     assert "layer 3 is missing" in Path(error.split()[-1]).read_text()
     assert server.files() == []
 
