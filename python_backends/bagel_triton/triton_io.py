@@ -6,6 +6,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ M = TypeVar("M", bound=Message)
 # Parameters that the protocol itself knows; every other one was meant as an input.
 TRITON_PARAMETERS = ("id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 Result = TypeVar("Result")
+CANCEL_POLL_S = 0.25
+_ASKING = threading.Lock()
 log = logging.getLogger(__name__)
 
 
@@ -131,10 +134,20 @@ class Reply:
         self.request_id: str = request.request_id()
         self._sender = request.get_response_sender()
         self._outbox = outbox
+        self._cancelled, self._asked_at = False, time.monotonic()
 
     def cancelled(self) -> bool:
-        """Whether the client has cancelled the request."""
-        return bool(self._sender.is_cancelled())
+        """Whether the client has cancelled the request, as of at most ``CANCEL_POLL_S`` ago.
+
+        Triton answers this from another process, over the queue that carries responses: it is
+        asked seldom, and by one thread at a time.
+        """
+        now = time.monotonic()
+        if not self._cancelled and now - self._asked_at > CANCEL_POLL_S:
+            self._asked_at = now
+            with _ASKING:
+                self._cancelled = bool(self._sender.is_cancelled())
+        return self._cancelled
 
     def send(self, arrays: Arrays) -> None:
         """One response of several."""
