@@ -37,12 +37,12 @@ class TritonStages:
     """
 
     def __init__(self, parent: Any, shm_prefix: str) -> None:
-        self._parent, self._shm_prefix = parent, shm_prefix
+        self._shm_prefix = shm_prefix
         self._request_id: str = parent.request_id()  # the plan's, once there is a plan
 
     def expand(self, request: Arrays) -> Visit[Plan]:
         """``cfg_expand``, with the client's own tensors."""
-        return self._visit(EXPANDER, request, ["plan"], _plan, decoupled=False)
+        return self._visit(EXPANDER, request, ["plan"], _plan)
 
     def think(self, plan: Plan) -> Visit[Thoughts]:
         """``thinker``, with text as it is decoded."""
@@ -73,7 +73,7 @@ class TritonStages:
     def _cancel(self, stage: str, request_id: str) -> None:
         inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
         try:
-            for _ in triton_io.call(stage, inputs, [], self._parent, request_id, decoupled=True):
+            for _ in triton_io.call(stage, inputs, [], request_id):
                 pass
         except BagelError as error:
             log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message)
@@ -84,7 +84,6 @@ class TritonStages:
         inputs: Arrays,
         outputs: list[str],
         result: Callable[[Arrays], Result],
-        decoupled: bool = True,
     ) -> Visit[Result]:
         visit: Visit[Result] = Visit(stage, liveness.watch(self._shm_prefix, stage))
 
@@ -92,7 +91,7 @@ class TritonStages:
             answered = False
             try:
                 names = [*outputs, "stats"]
-                for arrays in triton_io.call(stage, inputs, names, self._parent, self._request_id, decoupled):
+                for arrays in triton_io.call(stage, inputs, names, self._request_id):
                     if "stats" in arrays:
                         stats = decode_stats(_bytes(arrays.pop("stats")))
                         visit.finish(result(arrays), stats)

@@ -143,7 +143,8 @@ async def _serve(options: ServeOptions) -> None:
                         shm_prefix=shared.prefix,
                         verbose=options.verbose,
                     ),
-                    environment=server.environment(directory / "deploy.yaml"),
+                    environment=server.environment(directory / "deploy.yaml")
+                    | {"BAGEL_TRITON_GRPC": f"{ports.LOOPBACK}:{grpc_port}"},
                     models=deploy.topology.models,
                     http_port=http_port,
                     log=directory / LOG_FILE,
