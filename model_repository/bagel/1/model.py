@@ -16,7 +16,7 @@ from bagel_triton.triton_stages import TritonStages
 
 
 class TritonPythonModel:
-    """Chains the stages: by BLS, or in this process where the topology has but one.
+    """Chains the stages: over gRPC, or in this process where the topology has but one.
 
     A thread follows each request.
     """
