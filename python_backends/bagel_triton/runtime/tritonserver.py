@@ -33,6 +33,9 @@ class TritonServer:
         """This process's environment, changed so that stubs run this Python and read ``deploy``."""
         environment = dict(os.environ)
         environment[DEPLOY_VARIABLE] = str(deploy)
+        # The stages' processes share the cores: a thread that spins at its barrier keeps another stage
+        # from its work, and slows every small step of two busy stages many times over.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # A stub takes its standard library and packages from the first python3 on PATH.
         environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
         if self.libraries:
