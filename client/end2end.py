@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bagel_triton import defaults
 from bagel_triton.engine.pipeline import Picture
 from bagel_triton.errors import BagelError, InvalidRequest
-from bagel_triton.messages import AnswerEvent, DoneEvent, Event, ProgressEvent
+from bagel_triton.events import AnswerEvent, DoneEvent, Event, ProgressEvent
 from bagel_triton.request import GenerationRequest
 from bagel_triton.runtime.command_error import CommandError
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
-from bagel_triton.messages import AnswerEvent, PictureEvent, ProgressEvent, decode_event
+from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 
 ENSEMBLE = "bagel_text2img"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from bagel_triton.messages import AnswerEvent, PictureEvent, ProgressEvent, decode_event
+from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 

@@ -1,8 +1,8 @@
-"""The vocabulary the stages share: frozen, typed, and the only thing that travels.
+"""What the stages tell each other: frozen, typed, and the only thing that travels.
 
 Messages are ``msgspec.Struct``s: frozen dataclasses with a strict codec (unknown
 fields and wrong types are refused) and tagged unions. Stages exchange them as
-MessagePack in one UINT8 tensor; what a person reads (events, statistics) is JSON.
+MessagePack in one UINT8 tensor.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from enum import StrEnum
 from typing import Literal, TypeVar
 
 import msgspec
-
-Stage = Literal["cfg_expand", "thinker", "dit", "vae_decode"]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,12 +34,8 @@ def decode(data: bytes, kind: type[M]) -> M:
     return msgspec.msgpack.decode(data, type=kind)
 
 
-# --- the plan: what each branch's context is made of ----------------------------------
-
-
 class Branch(StrEnum):
-    """The contexts of classifier-free guidance (``cfg_text`` has no prompt, ``cfg_img``
-    no picture)."""
+    """The contexts of guidance: ``cfg_text`` has no prompt, ``cfg_img`` no picture."""
 
     GEN = "gen"
     CFG_TEXT = "cfg_text"
@@ -54,26 +48,20 @@ class TextSegment(Message, frozen=True, tag="text"):
     token_ids: tuple[int, ...]
 
 
-class VitSegment(Message, frozen=True, tag="vit"):
-    """A picture for understanding: one bidirectional block at one position.
-
-    ``pixels`` are uint8 [height, width, 3], resized for the ViT already.
-    """
+class _PictureSegment(Message, frozen=True):
+    """One bidirectional block at one position; ``pixels`` are uint8 [height, width, 3]."""
 
     height: int
     width: int
     pixels: bytes
 
 
-class VaeSegment(Message, frozen=True, tag="vae"):
-    """A picture for generation: one bidirectional block at one position.
+class VitSegment(_PictureSegment, frozen=True, tag="vit"):
+    """A picture for understanding, resized for the ViT already."""
 
-    ``pixels`` are uint8 [height, width, 3], resized for the autoencoder already.
-    """
 
-    height: int
-    width: int
-    pixels: bytes
+class VaeSegment(_PictureSegment, frozen=True, tag="vae"):
+    """A picture for generation, resized for the autoencoder already."""
 
 
 Segment = TextSegment | VitSegment | VaeSegment
@@ -159,12 +147,8 @@ class Plan(Message, frozen=True):
     decoding: Decoding | None = None
 
 
-# --- contexts: KV that a lease lends from the thinker to the DiT ----------------------
-
-
 class KVGeometry(Message, frozen=True):
-    """Shape of one token's KV and of a block: ``[layers, 2, block_tokens, kv_heads,
-    head_dim]`` of ``dtype`` (a torch dtype name)."""
+    """A block is ``[layers, 2, block_tokens, kv_heads, head_dim]`` of ``dtype`` (a torch dtype's name)."""
 
     layers: int
     kv_heads: int
@@ -238,24 +222,6 @@ class BranchContext(Message, frozen=True):
     handle: int
 
 
-class StageStats(Message, frozen=True):
-    """Where one request's time went in one stage, in seconds."""
-
-    stage: Stage
-    queue_s: float
-    run_s: float
-
-
-def encode_stats(stats: StageStats) -> bytes:
-    """JSON of ``stats``: the stages' ``stats`` output."""
-    return msgspec.json.encode(stats)
-
-
-def decode_stats(data: bytes) -> StageStats:
-    """The statistics in JSON ``data``; raises ``msgspec.ValidationError``."""
-    return msgspec.json.decode(data, type=StageStats)
-
-
 class DenoiseJob(Message, frozen=True):
     """The thinker's answer, the DiT's input: flow settings and leased contexts."""
 
@@ -280,65 +246,3 @@ class Thoughts(Message, frozen=True):
 
     answers: tuple[Answer, ...] = ()
     job: DenoiseJob | None = None
-
-
-# --- events: what a client of ``bagel`` receives, as JSON ------------------------------
-
-
-class ProgressEvent(Message, frozen=True, tag="progress"):
-    """``step`` of ``steps`` updates are done; 0 of 0: the request waits for the stage."""
-
-    stage: Stage
-    step: int
-    steps: int
-
-
-class TextEvent(Message, frozen=True, tag="text"):
-    """More text of answer ``index``."""
-
-    index: int
-    channel: Literal["content", "reasoning"]
-    text: str
-
-
-class AnswerEvent(Message, frozen=True, tag="answer"):
-    """Answer ``index``, whole; ``content`` is empty where the thinking was for a picture."""
-
-    index: int
-    content: str
-    reasoning: str
-    finish_reason: Literal["stop", "length"]
-
-
-class PictureEvent(Message, frozen=True, tag="picture"):
-    """Describes the ``generated_image`` of the same response; sizes in pixels."""
-
-    index: int
-    height: int
-    width: int
-    seed: int
-
-
-class DoneEvent(Message, frozen=True, tag="done"):
-    """The last event of a request that succeeded."""
-
-    request_id: str
-    seed: int | None  # of the first picture or answer; None for greedy text
-    usage: Usage
-    stages: tuple[StageStats, ...]
-
-
-Event = ProgressEvent | TextEvent | AnswerEvent | PictureEvent | DoneEvent
-
-
-def encode_event(event: Event) -> bytes:
-    """JSON of ``event``, its kind under ``type``."""
-    return msgspec.json.encode(event)
-
-
-_EVENTS: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
-
-
-def decode_event(data: bytes | str) -> Event:
-    """The event in JSON ``data``; raises ``msgspec.ValidationError``."""
-    return _EVENTS.decode(data)

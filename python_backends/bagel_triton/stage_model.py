@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
+from bagel_triton.events import Event
 from bagel_triton.liveness import Announcement
-from bagel_triton.messages import Event
 from bagel_triton.request import Arrays
 
 

@@ -18,7 +18,8 @@ import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
 
 from bagel_triton.errors import BagelError, InvalidRequest, from_exception, from_text
-from bagel_triton.messages import Event, Message, StageStats, decode, encode, encode_event, encode_stats
+from bagel_triton.events import Event, StageStats, encode_event, encode_stats
+from bagel_triton.messages import Message, decode, encode
 from bagel_triton.request import REQUEST_TENSORS, Array, Arrays
 
 M = TypeVar("M", bound=Message)

@@ -14,15 +14,8 @@ from bagel_triton import liveness, triton_io
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, Internal
-from bagel_triton.messages import (
-    DenoiseJob,
-    Plan,
-    Stage,
-    Thoughts,
-    decode,
-    decode_event,
-    decode_stats,
-)
+from bagel_triton.events import Stage, decode_event, decode_stats
+from bagel_triton.messages import DenoiseJob, Plan, Thoughts, decode
 from bagel_triton.request import Array, Arrays
 
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 
 from bagel_triton.engine.worker import Job, Worker
-from bagel_triton.messages import ProgressEvent
+from bagel_triton.events import ProgressEvent
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import StageUnavailable
-from bagel_triton.messages import Answer, FlowSettings, Plan, ProgressEvent, Stage, StageStats, Thoughts, Usage
+from bagel_triton.events import ProgressEvent, Stage, StageStats
+from bagel_triton.messages import Answer, FlowSettings, Plan, Thoughts, Usage
 
 FLOW = FlowSettings(
     height=64,

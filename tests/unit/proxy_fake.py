@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
 from bagel_triton.deploy.topology import BAGEL
-from bagel_triton.messages import AnswerEvent, DoneEvent, PictureEvent, ProgressEvent, StageStats, TextEvent, Usage
+from bagel_triton.events import AnswerEvent, DoneEvent, PictureEvent, ProgressEvent, StageStats, TextEvent
+from bagel_triton.messages import Usage
 from bagel_triton.proxy import schema, task
 from bagel_triton.proxy.app import create_app
 from bagel_triton.proxy.fetch import RemotePictures

@@ -12,8 +12,8 @@ from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.errors import InvalidRequest, LeaseError, Overloaded, StageUnavailable
+from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import lease as lease_module
-from bagel_triton.messages import ProgressEvent
 from bagel_triton.request import GenerationRequest
 from tests.support.runs import generate, generate_together, result_of, think
 

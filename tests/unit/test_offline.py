@@ -14,7 +14,8 @@ from bagel_triton.engine.offline import run_batch, save_png, stats_table
 from bagel_triton.engine.pipeline import Picture
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, InvalidRequest, StageUnavailable
-from bagel_triton.messages import DoneEvent, ProgressEvent, StageStats, Usage
+from bagel_triton.events import DoneEvent, ProgressEvent, StageStats
+from bagel_triton.messages import Usage
 from tests.support.fake_stages import FakeStages
 
 

@@ -12,7 +12,8 @@ import pytest
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
-from bagel_triton.messages import Answer, AnswerEvent, DoneEvent, ProgressEvent, StageStats
+from bagel_triton.events import AnswerEvent, DoneEvent, ProgressEvent, StageStats
+from bagel_triton.messages import Answer
 from tests.support.fake_stages import FLOW, FakeStages
 
 

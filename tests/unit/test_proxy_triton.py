@@ -18,7 +18,7 @@ from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 from bagel_triton import liveness
 from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.errors import BagelError, Internal, InvalidRequest, StageUnavailable
-from bagel_triton.messages import encode_event
+from bagel_triton.events import encode_event
 from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.proxy.triton import StageResponse, TritonClient
 from bagel_triton.request import GenerationRequest, from_tensors

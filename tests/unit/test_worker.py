@@ -9,7 +9,7 @@ import pytest
 
 from bagel_triton.engine.worker import KEEP_S
 from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, LeaseError, StageUnavailable
-from bagel_triton.messages import ProgressEvent
+from bagel_triton.events import ProgressEvent
 from tests.support.counting_worker import Count, CountingWorker, CountJob
 
 WAIT_S = 10.0

@@ -9,8 +9,8 @@ from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.errors import Overloaded
+from bagel_triton.events import encode_event
 from bagel_triton.liveness import Announcement
-from bagel_triton.messages import encode_event
 from bagel_triton.request import from_tensors
 from bagel_triton.triton_stages import TritonStages
 

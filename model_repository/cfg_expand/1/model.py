@@ -5,8 +5,8 @@ from typing import Any
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts, build_expander
+from bagel_triton.events import StageStats, encode_stats
 from bagel_triton.liveness import Announcement
-from bagel_triton.messages import StageStats, encode_stats
 from bagel_triton.request import from_tensors
 from bagel_triton.stage_model import timed
 

@@ -16,8 +16,9 @@ from torch import nn
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.sequence import segment_tokens
 from bagel_triton.engine.thinker import kv_geometry
+from bagel_triton.events import Stage
 from bagel_triton.kv.store import token_bytes
-from bagel_triton.messages import Stage, VaeSegment, VitSegment
+from bagel_triton.messages import VaeSegment, VitSegment
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import AUTOENCODER_FILE, Checkpoint, TensorFiles

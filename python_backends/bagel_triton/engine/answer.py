@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from bagel_triton.messages import Answer, Decoding, TextEvent
+from bagel_triton.events import TextEvent
+from bagel_triton.messages import Answer, Decoding
 from bagel_triton.model.tokenizer import Tokenizer
 
 THINK_START, THINK_END = "<think>", "</think>"

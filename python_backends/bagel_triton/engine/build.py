@@ -21,9 +21,10 @@ from bagel_triton.engine.flow_run import Latents
 from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
 from bagel_triton.engine.visit import Visit
 from bagel_triton.engine.worker import Gauge, Job
+from bagel_triton.events import StageStats
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
-from bagel_triton.messages import DenoiseJob, Plan, StageStats, Thoughts
+from bagel_triton.messages import DenoiseJob, Plan, Thoughts
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint

@@ -13,10 +13,11 @@ from bagel_triton.engine.flow_run import FlowRun, Latents
 from bagel_triton.engine.sequence import MARKERS
 from bagel_triton.engine.worker import Gauge, Job, Worker
 from bagel_triton.errors import LeaseError
+from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import selftest
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
-from bagel_triton.messages import ContextHandle, DenoiseJob, KVGeometry, ProgressEvent
+from bagel_triton.messages import ContextHandle, DenoiseJob, KVGeometry
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.flow import initial_noise, schedule

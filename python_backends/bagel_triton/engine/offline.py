@@ -22,7 +22,7 @@ from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages, Parts, build_expander
 from bagel_triton.engine.pipeline import LatentsT, Picture, Pipeline, PixelsT, RequestT, Stages
 from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_exception
-from bagel_triton.messages import DoneEvent, Event, ProgressEvent, StageStats
+from bagel_triton.events import DoneEvent, Event, ProgressEvent, StageStats
 from bagel_triton.request import GenerationRequest
 
 

@@ -9,19 +9,8 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from bagel_triton.engine.visit import Visit
-from bagel_triton.messages import (
-    Answer,
-    AnswerEvent,
-    DenoiseJob,
-    DoneEvent,
-    Event,
-    FlowSettings,
-    PictureEvent,
-    Plan,
-    StageStats,
-    Thoughts,
-    Usage,
-)
+from bagel_triton.events import AnswerEvent, DoneEvent, Event, PictureEvent, StageStats
+from bagel_triton.messages import Answer, DenoiseJob, FlowSettings, Plan, Thoughts, Usage
 
 RequestT = TypeVar("RequestT", contravariant=True)
 LatentsT = TypeVar("LatentsT")

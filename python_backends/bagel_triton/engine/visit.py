@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
 from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_exception
-from bagel_triton.messages import Event, Stage, StageStats
+from bagel_triton.events import Event, Stage, StageStats
 
 Result = TypeVar("Result")
 POLL_S = 0.05  # how soon a client that left, or a stage that died, is noticed

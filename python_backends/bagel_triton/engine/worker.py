@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable
-from bagel_triton.messages import Event, ProgressEvent, Stage, StageStats
+from bagel_triton.events import Event, ProgressEvent, Stage, StageStats
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bagel_triton.defaults import Modality
 from bagel_triton.errors import Internal
-from bagel_triton.messages import AnswerEvent, DoneEvent, PictureEvent, Stage
+from bagel_triton.events import AnswerEvent, DoneEvent, PictureEvent, Stage
 from bagel_triton.messages import Usage as StageUsage
 from bagel_triton.proxy.picture import data_url
 from bagel_triton.proxy.triton import StageResponse

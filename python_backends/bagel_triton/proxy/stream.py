@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bagel_triton.defaults import Modality
-from bagel_triton.messages import AnswerEvent, DoneEvent, Event, PictureEvent, ProgressEvent, Stage, TextEvent
+from bagel_triton.events import AnswerEvent, DoneEvent, Event, PictureEvent, ProgressEvent, Stage, TextEvent
 from bagel_triton.proxy.errors import error_body, to_bagel_error
 from bagel_triton.proxy.reply import (
     PICTURE_FINISH,

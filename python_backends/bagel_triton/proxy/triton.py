@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from bagel_triton import liveness
 from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.errors import BagelError, Internal, StageUnavailable, from_text
-from bagel_triton.messages import DoneEvent, Event, PictureEvent, decode_event
+from bagel_triton.events import DoneEvent, Event, PictureEvent, decode_event
 from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 
