@@ -6,12 +6,13 @@ A checkpoint's own limit, the longest side, is passed in; everything else is her
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Literal, TypeVar, get_args
 
 import msgspec
 
 from bagel_triton.errors import InvalidRequest
-from bagel_triton.messages import Decoding, FlowSettings
+from bagel_triton.messages import Decoding, FlowSettings, Schedule
 from bagel_triton.request import LATENT_STRIDE, GenerationRequest
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ MAX_PICTURES = 10
 MAX_INPUT_PICTURES = 10
 MAX_PICTURE_BYTES = 32 * 2**20  # encoded
 MAX_STOPS = 16
+MAX_PRIORITY = 1000
+MAX_TIMEOUT_S = 86400
 MAX_NEW_TOKENS = 32768
 
 
@@ -105,6 +108,16 @@ def seed(request: GenerationRequest) -> int:
     value = secrets.randbits(31) if request.seed is None else request.seed
     _check("seed", value, 0 <= value <= MAX_SEED, f"an integer from 0 to {MAX_SEED}")
     return value
+
+
+def schedule(request: GenerationRequest, timeout_s: float) -> Schedule:
+    """When ``request`` is worked on, from now; ``timeout_s`` where it names no time itself."""
+    priority = _given(request.priority, 0)
+    allowed = f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}; lower comes first"
+    _check("priority", priority, -MAX_PRIORITY <= priority <= MAX_PRIORITY, allowed)
+    timeout = _given(request.timeout, timeout_s)
+    _check("timeout", timeout, 0 < timeout <= MAX_TIMEOUT_S, f"seconds above 0, at most {MAX_TIMEOUT_S}")
+    return Schedule(priority, time.time() + timeout)
 
 
 def flow_settings(

@@ -1,16 +1,22 @@
 """What the stages tell each other: frozen, typed, and the only thing that travels.
 
 Messages are ``msgspec.Struct``s: frozen dataclasses with a strict codec (unknown
-fields and wrong types are refused) and tagged unions. Stages exchange them as
-MessagePack in one UINT8 tensor.
+fields, wrong types and impossible values are refused) and tagged unions. Stages exchange
+them as MessagePack in one tensor. What a user may ask for is narrower, and checked in
+``defaults.py``: the bounds here are those beyond which a stage could not work.
 """
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=1)]
+Index = Annotated[int, Meta(ge=0)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +40,13 @@ def decode(data: bytes, kind: type[M]) -> M:
     return msgspec.msgpack.decode(data, type=kind)
 
 
+class Schedule(Message, frozen=True):
+    """When a request is worked on: lower ``priority`` first; not after ``deadline``, Unix seconds."""
+
+    priority: int = 0
+    deadline: float | None = None
+
+
 class Branch(StrEnum):
     """The contexts of guidance: ``cfg_text`` has no prompt, ``cfg_img`` no picture."""
 
@@ -45,15 +58,19 @@ class Branch(StrEnum):
 class TextSegment(Message, frozen=True, tag="text"):
     """Tokens appended causally, one position each, markers included."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Annotated[tuple[Index, ...], Meta(min_length=1)]
 
 
 class _PictureSegment(Message, frozen=True):
     """One bidirectional block at one position; ``pixels`` are uint8 [height, width, 3]."""
 
-    height: int
-    width: int
+    height: Count
+    width: Count
     pixels: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.pixels) != self.height * self.width * 3:
+            raise ValueError(f"{len(self.pixels)} bytes are not {self.height}x{self.width} pixels")
 
 
 class VitSegment(_PictureSegment, frozen=True, tag="vit"):
@@ -83,18 +100,23 @@ class FlowSettings(Message, frozen=True):
     (N points are N-1 updates). Guidance acts where ``lo < t <= hi`` of ``cfg_interval``.
     """
 
-    height: int
-    width: int
-    num_inference_steps: int
-    seed: int
-    timestep_shift: float
+    height: Count
+    width: Count
+    num_inference_steps: Annotated[int, Meta(ge=2)]
+    seed: Index
+    timestep_shift: Annotated[float, Meta(gt=0)]
     cfg_text_scale: float
     cfg_img_scale: float
     cfg_interval: tuple[float, float]
     cfg_renorm_type: Literal["global", "channel", "text_channel"]
     cfg_renorm_min: float
-    num_pictures: int = 1
+    num_pictures: Count = 1
     cache: Literal["none", "taylorseer"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}")
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -113,16 +135,16 @@ class Decoding(Message, frozen=True):
     """
 
     purpose: Literal["answer", "think"]
-    first_token: int
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    first_token: Index
+    max_new_tokens: Count
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_p: Annotated[float, Meta(gt=0)] = 1.0
+    top_k: Index = 0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     stop: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[Index, ...], Meta(min_length=1)] = (0,)
     split_thinking: bool = False
-    max_think_tokens: int | None = None
+    max_think_tokens: Count | None = None
 
 
 class Usage(Message, frozen=True):
@@ -145,15 +167,23 @@ class Plan(Message, frozen=True):
     usage: Usage
     flow: FlowSettings | None = None  # None where no picture is wanted
     decoding: Decoding | None = None
+    schedule: Schedule = Schedule()
+
+    def __post_init__(self) -> None:
+        own = [plan.branch for plan in self.branches if plan.same_as is None]
+        if own[:1] != [Branch.GEN] or len({plan.branch for plan in self.branches}) != len(self.branches):
+            raise ValueError("branches must begin with gen and name none twice")
+        if lost := [plan.same_as for plan in self.branches if plan.same_as not in (None, *own)]:
+            raise ValueError(f"a branch is the same as {lost[0]}, which has no context")
 
 
 class KVGeometry(Message, frozen=True):
     """A block is ``[layers, 2, block_tokens, kv_heads, head_dim]`` of ``dtype`` (a torch dtype's name)."""
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    block_tokens: int
+    layers: Count
+    kv_heads: Count
+    head_dim: Count
+    block_tokens: Count
     dtype: str
 
 
@@ -195,14 +225,18 @@ class ContextHandle(Message, frozen=True):
     connector: str
     arena: str
     generation: int
-    slot: int
-    lease: int
-    blocks: tuple[int, ...]
-    tokens: int
-    next_position: int
+    slot: Index
+    lease: Index
+    blocks: tuple[Index, ...]
+    tokens: Index
+    next_position: Index
     geometry: KVGeometry
     expires_at: float
     address: Address | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) != -(-self.tokens // self.geometry.block_tokens):
+            raise ValueError(f"{len(self.blocks)} blocks do not hold {self.tokens} tokens")
 
 
 def encode_handle(handle: ContextHandle) -> bytes:
@@ -219,7 +253,7 @@ class BranchContext(Message, frozen=True):
     """Which handle a branch reads: its own, or another branch's."""
 
     branch: Branch
-    handle: int
+    handle: Index
 
 
 class DenoiseJob(Message, frozen=True):
@@ -229,6 +263,13 @@ class DenoiseJob(Message, frozen=True):
     flow: FlowSettings
     handles: tuple[ContextHandle, ...]
     branches: tuple[BranchContext, ...]
+    schedule: Schedule = Schedule()
+
+    def __post_init__(self) -> None:
+        if {context.branch for context in self.branches} != set(Branch):
+            raise ValueError(f"branches must have a context for each of {', '.join(Branch)}")
+        if any(context.handle >= len(self.handles) for context in self.branches):
+            raise ValueError(f"a branch reads a handle beyond the {len(self.handles)} there are")
 
 
 class Answer(Message, frozen=True):

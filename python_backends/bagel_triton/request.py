@@ -70,6 +70,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     top_k: int | None = None
     repetition_penalty: float | None = None
     stop: tuple[str, ...] | None = None
+    priority: int | None = None
+    timeout: float | None = None
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -119,6 +121,8 @@ REQUEST_TENSORS: dict[str, TensorSpec] = {
     "top_k": TensorSpec("INT32"),
     "repetition_penalty": TensorSpec("FP64"),
     "stop": TensorSpec("BYTES", -1),
+    "priority": TensorSpec("INT32"),
+    "timeout": TensorSpec("FP64"),
 }
 _TURNS: msgspec.json.Decoder[tuple[Turn, ...]] = msgspec.json.Decoder(tuple[Turn, ...])
 

@@ -12,6 +12,7 @@ from bagel_triton.engine.build import Parts
 from bagel_triton.events import Event
 from bagel_triton.liveness import Announcement
 from bagel_triton.request import Arrays
+from bagel_triton.triton_metrics import TritonMetrics
 
 
 class Engine(Protocol):
@@ -37,13 +38,13 @@ class StageModel:
         """Build the engine; an error here is the reason Triton reports."""
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
-        self._gauges = triton_io.Gauges()
+        self.metrics = TritonMetrics()
         config = from_environment()
-        self.engine = self.build(Parts.open(config), self._gauges.set)
+        self.engine = self.build(Parts.open(config))
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
-    def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> Engine:
-        """This stage's engine."""
+    def build(self, parts: Parts) -> Engine:
+        """This stage's engine, which tells ``self.metrics`` of its work."""
         raise NotImplementedError
 
     def accept(self, inputs: Arrays, reply: triton_io.Reply) -> None:
@@ -76,6 +77,7 @@ class StageModel:
         """Stop the engine, then send the last answers."""
         self.engine.close()
         self._outbox.close()
+        self.metrics.close()
         self._announcement.withdraw()
 
 

@@ -198,27 +198,6 @@ class Reply:
         done.add_done_callback(finish)
 
 
-class Gauges:
-    """Triton gauges by name, made on first use; silent where Triton has metrics switched off."""
-
-    def __init__(self) -> None:
-        self._metrics: dict[str, tuple[Any, Any] | None] = {}
-
-    def set(self, name: str, value: float) -> None:
-        """Set the gauge ``bagel_NAME``."""
-        if name not in self._metrics:
-            try:
-                family = pb_utils.MetricFamily(f"bagel_{name}", name.replace("_", " "), pb_utils.MetricFamily.GAUGE)
-                # The family is kept: Triton drops a metric whose family is collected.
-                self._metrics[name] = (family, family.Metric(labels={}))
-            except pb_utils.TritonModelException as error:
-                log.warning("metrics are off: %s", error)
-                self._metrics[name] = None
-        metric = self._metrics[name]
-        if metric is not None:
-            metric[1].set(value)
-
-
 def call(model: str, arrays: Arrays, outputs: list[str], request_id: str) -> Iterator[Arrays]:
     """Responses of another model of this server, as arrays by name.
 

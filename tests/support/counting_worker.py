@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from bagel_triton.engine.worker import Job, Worker
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.worker import Worker
 from bagel_triton.events import ProgressEvent
 
 
@@ -26,8 +27,8 @@ class CountingWorker(Worker[Count, int]):
 
     stage = "dit"
 
-    def __init__(self, capacity: int = 8) -> None:
-        super().__init__()
+    def __init__(self, capacity: int = 8, max_waiting: int = 256) -> None:
+        super().__init__(max_waiting=max_waiting)
         self.pace = threading.Semaphore(0)
         self._free = threading.Event()
         self.batches: list[list[str]] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import StageUnavailable
 from bagel_triton.events import ProgressEvent, Stage, StageStats
-from bagel_triton.messages import Answer, FlowSettings, Plan, Thoughts, Usage
+from bagel_triton.messages import Answer, Branch, BranchPlan, FlowSettings, Plan, Thoughts, Usage
 
 FLOW = FlowSettings(
     height=64,
@@ -43,7 +43,12 @@ class FakeStages:
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def expand(self, request: str) -> Visit[Plan]:
-        plan = Plan(f"{request}-{next(self._numbers)}", branches=(), flow=self.flow, usage=Usage(image_tokens=24))
+        plan = Plan(
+            f"{request}-{next(self._numbers)}",
+            branches=(BranchPlan(Branch.GEN),),
+            flow=self.flow,
+            usage=Usage(image_tokens=24),
+        )
         return self._visit("cfg_expand", plan)
 
     def think(self, plan: Plan) -> Visit[Thoughts]:

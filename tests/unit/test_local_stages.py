@@ -45,7 +45,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def _nothing_left(stages: LocalStages) -> bool:
-    return stages.producer.arena.blocks.used == 0 and len(stages.producer.leases) == 0
+    return stages.thinker.blocks_used == 0 and len(stages.producer.leases) == 0
 
 
 def test_a_picture_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:

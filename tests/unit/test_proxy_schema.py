@@ -31,6 +31,8 @@ EVERY_FIELD: dict[str, Any] = {
     "top_k": 40,
     "repetition_penalty": 1.1,
     "stop": ["\n", "END"],
+    "priority": -1,
+    "timeout": 30.5,
 }
 CONVERSATION = {"prompt", "image", "messages", "modality"}
 
@@ -99,7 +101,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"stop": ["a", 5]}, "stop[1]", "stop[1]=5 is not allowed; allowed: a text"),
     # fields
     ({"guidance_scale": 4}, "guidance_scale", "guidance_scale is not a known field; allowed: cache, cfg_img_scale, "),
-    ({"extra_body": {"steps": 4}}, "extra_body.steps", "num_inference_steps, repetition_penalty, seed, stop"),
+    ({"extra_body": {"steps": 4}}, "extra_body.steps", "num_inference_steps, priority, repetition_penalty, seed, stop"),
     ({"extra_body": {"messages": []}}, "extra_body.messages", "is not a known field"),
     ({"extra_body": {"height": "5"}}, "extra_body.height", "extra_body.height='5' is not allowed; allowed: an integer"),
     ({"stream_options": {"usage": True}}, "stream_options.usage", "allowed: include_usage"),

@@ -8,8 +8,18 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bagel_triton.engine.worker import KEEP_S
-from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, LeaseError, StageUnavailable
+from bagel_triton.errors import (
+    BagelError,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    LeaseError,
+    Overloaded,
+    StageUnavailable,
+)
 from bagel_triton.events import ProgressEvent
+from bagel_triton.messages import Schedule
 from tests.support.counting_worker import Count, CountingWorker, CountJob
 
 WAIT_S = 10.0
@@ -200,4 +210,49 @@ def test_a_waiting_job_whose_lease_is_gone_fails_alone(monkeypatch: pytest.Monke
     assert isinstance(_error(stale), LeaseError)
     worker.free_run()
     assert [job.done.result(WAIT_S)[0] for job in (active, waiting)] == [3, 3]
+    worker.close()
+
+
+# --- order, time and bounds ---
+
+
+def test_those_that_wait_are_taken_by_priority_then_by_age() -> None:
+    worker = CountingWorker(capacity=1)
+    first = _submit(worker, "first", Count(1))
+    _until(lambda: bool(worker._active()))
+    order = [("late", 5), ("early", -1), ("a", 0), ("b", 0)]
+    jobs = [worker.submit(Count(1), name, lambda event: None, Schedule(priority)) for name, priority in order]
+    worker.free_run()
+    for job in (first, *jobs):
+        job.done.result(WAIT_S)
+    assert worker.batches == [["first"], ["early"], ["a"], ["b"], ["late"]]
+    worker.close()
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "active"])
+def test_a_job_ends_at_its_deadline_and_its_neighbour_goes_on(waits: bool) -> None:
+    worker = CountingWorker(capacity=1 if waits else 2)
+    neighbour = _submit(worker, "neighbour", Count(3))
+    late = worker.submit(Count(3), "late", lambda event: None, Schedule(deadline=time.time() + 0.05))
+    _until(lambda: time.time() > late.schedule.deadline)
+    worker.free_run()
+    error = _error(late)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.param == "timeout"
+    assert neighbour.done.result(WAIT_S)[0] == 3
+    assert worker.dropped == ([] if waits else ["late"])
+    assert worker.forgotten == ["late"]
+    worker.close()
+
+
+def test_a_line_that_is_full_refuses_at_once_and_loses_nobody() -> None:
+    worker = CountingWorker(capacity=1, max_waiting=3)
+    jobs = [_submit(worker, "0", Count(1))]
+    _until(lambda: bool(worker._active()))
+    jobs += [_submit(worker, str(number), Count(1)) for number in range(1, 6)]
+    for refused in jobs[4:]:
+        assert isinstance(_error(refused), Overloaded)
+    worker.free_run()
+    assert [job.done.result(WAIT_S)[0] for job in jobs[:4]] == [1] * 4
+    assert _submit(worker, "later", Count(1)).done.result(WAIT_S)[0] == 1
     worker.close()

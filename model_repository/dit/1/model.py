@@ -1,6 +1,6 @@
 """Triton's rim of the flow stage: leased contexts in, latents out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ def outputs(pictures: Sequence[Latents], seed: int) -> Arrays:
 class TritonPythonModel(StageModel):
     """``contexts`` -> ``latents``, ``latent_grid``, ``seed``; events where ``progress`` is true."""
 
-    def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> DitEngine:
+    def build(self, parts: Parts) -> DitEngine:
         """The engine."""
-        return build_dit(parts, gauge)
+        return build_dit(parts, self.metrics)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
         """Queue a request's pictures, or read what the thinker lent for the self-test."""
@@ -47,5 +47,5 @@ class TritonPythonModel(StageModel):
             reply.answer(self.engine.read_pattern(handle), lambda _: {"selftest": name})
             return
         task = message_of(inputs, "contexts", DenoiseJob)
-        job = self.engine.submit(task, task.request_id, self.listener(inputs, reply))
+        job = self.engine.submit(task, task.request_id, self.listener(inputs, reply), task.schedule)
         reply.settle(job.done, lambda pictures: outputs(pictures, task.flow.seed))

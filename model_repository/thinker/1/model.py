@@ -1,7 +1,5 @@
 """Triton's rim of the autoregressive stage: a plan in, texts and leases on contexts out."""
 
-from collections.abc import Callable
-
 from bagel_triton.engine.build import Parts, build_thinker
 from bagel_triton.engine.thinker import ThinkerEngine
 from bagel_triton.messages import Plan, Thoughts, encode_handle
@@ -19,9 +17,9 @@ def outputs(thoughts: Thoughts) -> Arrays:
 class TritonPythonModel(StageModel):
     """``plan`` -> ``thoughts``, ``contexts``; events in between where ``progress`` is true."""
 
-    def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> ThinkerEngine:
+    def build(self, parts: Parts) -> ThinkerEngine:
         """The engine and its arena."""
-        return build_thinker(parts, gauge)
+        return build_thinker(parts, self.metrics)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
         """Queue a plan's branches, or lend a pattern for the self-test."""
@@ -29,5 +27,5 @@ class TritonPythonModel(StageModel):
             reply.answer(self.engine.lend_pattern(), lambda handle: {"selftest": bytes_array(encode_handle(handle))})
             return
         plan = message_of(inputs, "plan", Plan)
-        job = self.engine.submit(plan, plan.request_id, self.listener(inputs, reply))
+        job = self.engine.submit(plan, plan.request_id, self.listener(inputs, reply), plan.schedule)
         reply.settle(job.done, outputs)

@@ -1,7 +1,5 @@
 """Triton's rim of the pixel stage: latents in, a uint8 picture out."""
 
-from collections.abc import Callable
-
 import torch
 
 from bagel_triton.engine.build import Parts, build_decoder
@@ -16,10 +14,10 @@ from bagel_triton.triton_io import Reply
 class TritonPythonModel(StageModel):
     """``latents``, ``latent_grid`` -> ``generated_image``; a ``seed`` passes through."""
 
-    def build(self, parts: Parts, gauge: Callable[[str, float], None]) -> DecoderEngine:
+    def build(self, parts: Parts) -> DecoderEngine:
         """The engine."""
         self._channels = parts.checkpoint.config.latent.token_channels
-        return build_decoder(parts, gauge)
+        return build_decoder(parts, self.metrics)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
         """Queue one picture's latents."""

@@ -35,7 +35,7 @@ from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
 from bagel_triton.runtime.tiny_config import TinyConfig
 
 BUILDERS: dict[str, Callable[[Parts], ThinkerEngine | DitEngine | DecoderEngine]] = {
-    "thinker": lambda parts: build_thinker(parts, _ignore),
+    "thinker": build_thinker,
     "dit": build_dit,
     "vae_decode": build_decoder,
 }
@@ -135,10 +135,6 @@ def _serve(pipe: Connection, stage: str, config: DeployConfig) -> None:
         pipe.recv()
     except EOFError:
         engine.close()
-
-
-def _ignore(name: str, value: float) -> None:
-    """Gauges are not shown."""
 
 
 def report(sharing: Sharing) -> str:

@@ -33,9 +33,11 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The autoregressive stage.
 
     ``max_num_seqs`` bounds the requests in flight, ``max_num_batched_tokens`` the tokens
-    of one packed forward, ``kv_tokens`` the arena. A lease nobody claims is reclaimed
-    after ``lease_ttl_s`` seconds; a request that finds the arena full waits at most
-    ``admission_timeout_s``.
+    of one packed forward, ``max_waiting`` the requests in line, ``kv_tokens`` the arena. A
+    lease nobody claims is reclaimed after ``lease_ttl_s`` seconds; a request that finds the
+    arena full waits at most ``admission_timeout_s``. With ``enable_prefix_caching`` what is
+    left of the arena keeps the beginnings of contexts for requests that begin alike, and
+    ``encoder_cache_mb`` megabytes what the encoders made of pictures.
     """
 
     max_num_seqs: int = 64
@@ -44,43 +46,70 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_tokens: int = 16
     lease_ttl_s: float = 60.0
     admission_timeout_s: float = 60.0
+    max_waiting: int = 256
+    enable_prefix_caching: bool = True
+    encoder_cache_mb: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens", "max_waiting"):
             value = getattr(self, name)
             _require(f"thinker.{name}", value, value >= 1, "an integer >= 1")
+        _require("thinker.encoder_cache_mb", self.encoder_cache_mb, self.encoder_cache_mb >= 0, "an integer >= 0")
         for name in ("lease_ttl_s", "admission_timeout_s"):
             value = getattr(self, name)
             _require(f"thinker.{name}", value, value > 0, "seconds > 0")
 
 
 class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The flow stage; ``max_num_seqs`` bounds the pictures denoised together."""
+    """The flow stage.
+
+    ``max_num_seqs`` bounds the pictures denoised together, ``max_num_batched_tokens`` the
+    tokens of a step over all their branches (a request that is alone may exceed both),
+    ``max_waiting`` the requests in line.
+    """
 
     max_num_seqs: int = 8
+    max_num_batched_tokens: int = 65536
+    max_waiting: int = 256
 
     def __post_init__(self) -> None:
-        _require("dit.max_num_seqs", self.max_num_seqs, self.max_num_seqs >= 1, "an integer >= 1")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+            value = getattr(self, name)
+            _require(f"dit.{name}", value, value >= 1, "an integer >= 1")
 
 
 class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The decoder stage; ``max_batch_size`` bounds pictures of one size decoded together."""
+    """The decoder stage.
+
+    ``max_batch_size`` bounds pictures of one size decoded together, ``max_waiting`` the
+    pictures in line.
+    """
 
     max_batch_size: int = 4
+    max_waiting: int = 1024
 
     def __post_init__(self) -> None:
-        _require("vae_decode.max_batch_size", self.max_batch_size, self.max_batch_size >= 1, "an integer >= 1")
+        for name in ("max_batch_size", "max_waiting"):
+            value = getattr(self, name)
+            _require(f"vae_decode.{name}", value, value >= 1, "an integer >= 1")
 
 
 class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The orchestrator; a stage silent for ``stage_timeout_s`` is treated as dead."""
+    """The orchestrator.
+
+    A stage silent for ``stage_timeout_s`` is treated as dead; a request that names no
+    ``timeout`` of its own has ``request_timeout_s``.
+    """
 
     max_inflight: int = 256
     stage_timeout_s: float = 600.0
+    request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
         _require("bagel.max_inflight", self.max_inflight, self.max_inflight >= 1, "an integer >= 1")
-        _require("bagel.stage_timeout_s", self.stage_timeout_s, self.stage_timeout_s > 0, "seconds > 0")
+        for name in ("stage_timeout_s", "request_timeout_s"):
+            value = getattr(self, name)
+            _require(f"bagel.{name}", value, value > 0, "seconds > 0")
 
 
 class MooncakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

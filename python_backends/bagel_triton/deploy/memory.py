@@ -148,7 +148,7 @@ def kv_token_bytes(config: LanguageConfig, dtype: str) -> int:
 
 def latent_tokens(config: ModelConfig, height: int, width: int) -> int:
     """Tokens of a picture that is being made, with its markers."""
-    return segment_tokens(VaeSegment(height, width, b""), config)
+    return segment_tokens(VaeSegment(height, width, bytes(height * width * 3)), config)
 
 
 def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:
@@ -156,7 +156,7 @@ def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, i
     resized_width, resized_height = VAE_RULE.size(width, height)
     seen_width, seen_height = VIT_RULE.size(resized_width, resized_height)
     picture = latent_tokens(config, resized_height, resized_width)
-    picture += segment_tokens(VitSegment(seen_height, seen_width, b""), config)
+    picture += segment_tokens(VitSegment(seen_height, seen_width, bytes(seen_height * seen_width * 3)), config)
     return picture + PROMPT_TOKENS, picture, PROMPT_TOKENS
 
 

@@ -18,9 +18,10 @@ from bagel_triton.engine.decoder import DecoderEngine
 from bagel_triton.engine.dit import DitEngine
 from bagel_triton.engine.expander import Expander
 from bagel_triton.engine.flow_run import Latents
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import Metrics
 from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
 from bagel_triton.engine.visit import Visit
-from bagel_triton.engine.worker import Gauge, Job
 from bagel_triton.events import StageStats
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
@@ -70,47 +71,49 @@ class Parts:
 
 def build_expander(parts: Parts) -> Expander:
     """``cfg_expand``'s planner."""
-    return Expander(parts.checkpoint.config, parts.tokenizer(), parts.config.topology.think_by_default)
+    config = parts.config
+    defaults = config.topology.think_by_default, config.bagel.request_timeout_s
+    return Expander(parts.checkpoint.config, parts.tokenizer(), *defaults)
 
 
-def build_thinker(parts: Parts, gauge: Gauge) -> ThinkerEngine:
+def build_thinker(parts: Parts, metrics: Metrics | None = None) -> ThinkerEngine:
     """The thinker with an arena that the DiT can read."""
     config, place = parts.config, parts.placement
     geometry = kv_geometry(parts.checkpoint.config.language, config.thinker.block_tokens, place.dtype_name)
     producer = open_producer(config, geometry, place.torch_device)
     model, autoencoder = parts.load_bagel(), parts.load_autoencoder()
-    return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, gauge)
+    return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, metrics)
 
 
-def build_dit(parts: Parts, gauge: Gauge | None = None) -> DitEngine:
+def build_dit(parts: Parts, metrics: Metrics | None = None) -> DitEngine:
     """The DiT, reading the thinker's arena."""
     tokenizer = parts.tokenizer()
     consumer = open_consumer(parts.config, parts.placement.torch_device)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, gauge)
+    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, metrics)
 
 
-def build_decoder(parts: Parts, gauge: Gauge | None = None) -> DecoderEngine:
+def build_decoder(parts: Parts, metrics: Metrics | None = None) -> DecoderEngine:
     """The decoder."""
-    return DecoderEngine(parts.load_autoencoder(), parts.checkpoint.config.latent, parts.config.vae_decode, gauge)
+    return DecoderEngine(parts.load_autoencoder(), parts.checkpoint.config.latent, parts.config.vae_decode, metrics)
 
 
 class LocalStages:
     """All stages in this process over one copy of the weights; KV by the ``local`` connector."""
 
-    def __init__(self, config: DeployConfig) -> None:
+    def __init__(self, config: DeployConfig, metrics: Metrics | None = None) -> None:
         parts = Parts.open(config)
         place, tokenizer, model_config = parts.placement, parts.tokenizer(), parts.checkpoint.config
         model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
-        self.expander = Expander(model_config, tokenizer, config.topology.think_by_default)
+        self.expander = build_expander(parts)
         autoencoder = parts.checkpoint.load_autoencoder(place.torch_device, torch.float32)
-        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker)
+        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
-        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers)
-        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode)
+        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, metrics)
+        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode, metrics)
 
     def expand(self, request: GenerationRequest) -> Visit[Plan]:
         """Plan at once, on the caller's thread."""
@@ -123,12 +126,12 @@ class LocalStages:
     def think(self, plan: Plan) -> Visit[Thoughts]:
         """Queue at the thinker."""
         visit: Visit[Thoughts] = Visit("thinker")
-        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress))
+        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress, plan.schedule))
 
     def denoise(self, job: DenoiseJob) -> Visit[Sequence[Latents]]:
         """Queue at the DiT."""
         visit: Visit[Sequence[Latents]] = Visit("dit")
-        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress))
+        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress, job.schedule))
 
     def decode(self, latents: Latents, request_id: str) -> Visit[Tensor]:
         """Queue at the decoder."""

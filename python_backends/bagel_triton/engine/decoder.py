@@ -7,7 +7,9 @@ from torch import Tensor
 
 from bagel_triton.deploy.config import VaeDecodeConfig
 from bagel_triton.engine.flow_run import Latents
-from bagel_triton.engine.worker import Gauge, Job, Worker
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import Metrics
+from bagel_triton.engine.worker import Worker
 from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
 from bagel_triton.model.config import LatentConfig
 
@@ -20,9 +22,9 @@ class DecoderEngine(Worker[Latents, Tensor]):
     stage = "vae_decode"
 
     def __init__(
-        self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig, gauge: Gauge | None = None
+        self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig, metrics: Metrics | None = None
     ) -> None:
-        super().__init__(gauge)
+        super().__init__(metrics, config.max_waiting)
         self._autoencoder, self._latent = autoencoder, latent
         # On a CPU a convolution's rounding depends on the batch, and batching gains nothing.
         on_cpu = next(autoencoder.parameters()).device.type == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from bagel_triton.deploy.config import DitConfig
 from bagel_triton.engine.flow_run import FlowRun, Latents
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import Metrics
 from bagel_triton.engine.sequence import MARKERS
-from bagel_triton.engine.worker import Gauge, Job, Worker
-from bagel_triton.errors import LeaseError
+from bagel_triton.engine.worker import Worker
+from bagel_triton.errors import InvalidRequest, LeaseError
 from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import selftest
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
-from bagel_triton.messages import ContextHandle, DenoiseJob, KVGeometry
+from bagel_triton.messages import ContextHandle, DenoiseJob, FlowSettings, KVGeometry
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.flow import initial_noise, schedule
@@ -41,9 +44,9 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         consumer: Consumer,
         config: DitConfig,
         vision_markers: tuple[int, int],
-        gauge: Gauge | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        super().__init__(gauge)
+        super().__init__(metrics, config.max_waiting)
         self._model, self._consumer, self._config = model, consumer, config
         self._runs: list[FlowRun] = []
         self._packed: tuple[list[Block], Pack] | None = None
@@ -59,17 +62,29 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         return [run.job for run in self._runs]
 
     def _admit(self, job: DitJob) -> bool:
-        pictures = sum(len(run.x) for run in self._runs)
-        if self._runs and pictures + job.task.flow.num_pictures > self._config.max_num_seqs:
+        flow = job.task.flow
+        rows, columns = self._grid(flow)
+        pictures = flow.num_pictures + sum(len(run.x) for run in self._runs)
+        tokens = (rows * columns + MARKERS) * len(job.task.handles) * flow.num_pictures
+        tokens += sum((run.tokens + MARKERS) * len(run.stores) * len(run.x) for run in self._runs)
+        within = pictures <= self._config.max_num_seqs and tokens <= self._config.max_num_batched_tokens
+        if self._runs and not within:  # one that is alone may exceed both
             return False
-        self._runs.append(self._begin(job))
+        self._runs.append(self._begin(job, rows, columns))
         return True
 
+    def _grid(self, flow: FlowSettings) -> tuple[int, int]:
+        """Rows and columns of a picture's latent tokens."""
+        latent = self._model.config.latent
+        for name, side in (("height", flow.height), ("width", flow.width)):
+            if side % latent.stride or side > latent.max_side:
+                raise InvalidRequest.value(name, side, f"a multiple of {latent.stride} up to {latent.max_side}")
+        return flow.height // latent.stride, flow.width // latent.stride
+
     @torch.inference_mode()
-    def _begin(self, job: DitJob) -> FlowRun:
+    def _begin(self, job: DitJob, rows: int, columns: int) -> FlowRun:
         model, task, settings = self._model, job.task, job.task.flow
-        stride, channels = model.config.latent.stride, model.config.latent.token_channels
-        rows, columns = settings.height // stride, settings.width // stride
+        channels = model.config.latent.token_channels
         times = schedule(settings.num_inference_steps, settings.timestep_shift)
         return FlowRun(
             job=job,
@@ -89,7 +104,7 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
 
         Every lease ends here, whether or not all could be claimed.
         """
-        stores = []
+        stores, started = [], time.monotonic()
         for index, handle in enumerate(handles):
             try:
                 self._check_geometry(handle.geometry)
@@ -101,6 +116,7 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
                     self._consumer.release(rest)
                 raise
             stores.append(store)
+        self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
         return stores
 
     def _check_geometry(self, geometry: KVGeometry) -> None:
@@ -172,11 +188,16 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         run.job.progress(ProgressEvent("dit", run.step, run.updates))
         if run.step == run.updates:
             self._drop(run.job)
+            self.metrics.count("pictures", len(run.x))
             run.job.finish([Latents(x, run.rows, run.columns) for x in run.x], self.stage)
 
     def _keep(self, job: DitJob) -> None:
         for handle in job.task.handles:
             self._consumer.renew(handle)
+
+    def _turn_away(self, job: DitJob) -> None:
+        for handle in job.task.handles:
+            self._consumer.release(handle)
 
     def _drop(self, job: DitJob) -> None:
         self._runs = [run for run in self._runs if run.job is not job]

@@ -32,11 +32,15 @@ THINK_BEFORE_ANSWER = (
 class Expander:
     """Validates requests against one checkpoint and plans their branches. Thread-safe.
 
-    ``think_by_default`` is what a request means that does not say whether to think.
+    ``think_by_default`` is what a request means that does not say whether to think;
+    ``timeout_s`` is the time of one that names none.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, think_by_default: bool = False) -> None:
-        self._config, self._tokenizer, self._think = config, tokenizer, think_by_default
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, think_by_default: bool = False, timeout_s: float = 3600.0
+    ) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._think, self._timeout_s = think_by_default, timeout_s
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.
@@ -54,8 +58,9 @@ class Expander:
         plain = request.prompt is not None
         names = ["prompt"] if plain else [f"messages[{index}].content" for index in range(len(turns))]
         conversation = converse(turns, pictures, self._tokenizer, wanted, names)
-        plan = self._picture if wanted == "image" else self._text
-        return plan(request, conversation, size, f"{client_id or 'request'}-{secrets.token_hex(6)}")
+        make = self._picture if wanted == "image" else self._text
+        plan = make(request, conversation, size, f"{client_id or 'request'}-{secrets.token_hex(6)}")
+        return msgspec.structs.replace(plan, schedule=defaults.schedule(request, self._timeout_s))
 
     def _opening(self, instruction: str, think: bool | None) -> tuple[Segment, ...]:
         return (self._tokenizer.segment(instruction, "think"),) if think else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -60,13 +61,16 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
             BagelError: the request failed; nothing of it is left in any stage.
         """
         times: list[StageStats] = []
+        started, deadline = time.time(), None
 
         def follow(visit: Visit[T]) -> Generator[Event, None, T]:
-            result, stats = yield from visit.follow(cancelled, self._timeout_s)
+            result, stats = yield from visit.follow(cancelled, self._timeout_s, deadline)
             times.append(stats)
             return result
 
         plan = yield from follow(self._stages.expand(request))
+        if plan.schedule.deadline is not None:  # it was set when the plan was made, which took its time
+            deadline = plan.schedule.deadline - (time.time() - started)
         pictures: list[PixelsT] = []
         finished = False
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
@@ -9,12 +10,13 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from bagel_triton.engine.encodings import EncodingCache
 from bagel_triton.engine.sequence import MARKERS, Chunk, PictureChunk, TextChunk
 from bagel_triton.kv.arena import KVArena
 from bagel_triton.kv.store import PagedStep
-from bagel_triton.messages import VaeSegment
+from bagel_triton.messages import VaeSegment, VitSegment
 from bagel_triton.model.attention import Span
-from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents
+from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.mot import Pack, rotary_tables
 from bagel_triton.model.picture import normalised
@@ -43,19 +45,22 @@ class Prefiller:
     ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``.
     """
 
-    def __init__(self, model: Bagel, autoencoder: Autoencoder, arena: KVArena, vision_markers: tuple[int, int]) -> None:
-        self._model, self._autoencoder, self._arena = model, autoencoder, arena
+    def __init__(
+        self,
+        model: Bagel,
+        autoencoder: Autoencoder,
+        arena: KVArena,
+        encodings: EncodingCache,
+        vision_markers: tuple[int, int],
+    ) -> None:
+        self._model, self._autoencoder, self._arena, self._encodings = model, autoencoder, arena, encodings
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
             self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
 
     @torch.inference_mode()
-    def append(self, chunks: Sequence[Chunk], noises: Sequence[Tensor | None]) -> Tensor:
+    def append(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run ``chunks`` in one forward; their keys and values are in the arena afterwards.
-
-        Args:
-            noises: for each chunk its posterior draw, [1, channels, h, w]; None for all
-                but pictures for generation.
 
         Returns:
             Scores of the scored chunks' last tokens, [scored, vocabulary].
@@ -67,7 +72,7 @@ class Prefiller:
         gen_rows = sum(chunk.tokens - MARKERS for chunk in chunks if _is_vae(chunk))
         spans: list[Span] = []
         scored: list[int] = []
-        for sequence, (chunk, noise) in enumerate(zip(chunks, noises, strict=True)):
+        for sequence, chunk in enumerate(chunks):
             context, position = chunk.context, chunk.context.next_position
             slots = context.extend(chunk.tokens)
             if isinstance(chunk, TextChunk):
@@ -78,7 +83,7 @@ class Prefiller:
                 context.next_position += 1  # one position for the whole block
                 embeddings, body = self._markers, [position] * chunk.tokens
                 if _is_vae(chunk):
-                    start, stop = gen.add(self._vae_tokens(chunk, noise), slots[1:-1], body[MARKERS:])
+                    start, stop = gen.add(self._vae_tokens(chunk), slots[1:-1], body[MARKERS:])
                     spans.append(Span(start, stop, sequence, causal=False))
                     slots, positions = slots[[0, -1]], body[:MARKERS]
                 else:
@@ -100,17 +105,28 @@ class Prefiller:
 
     def _vit_tokens(self, chunk: PictureChunk) -> Tensor:
         """[patches, hidden] of a picture for understanding."""
-        segment = chunk.segment
-        return self._model.embed_picture(normalised(segment.pixels, segment.height, segment.width))
+        return self._encodings.get(
+            _key("vit", chunk.segment), lambda: self._model.embed_picture(_pixels(chunk.segment))
+        )
 
-    def _vae_tokens(self, chunk: PictureChunk, noise: Tensor | None) -> Tensor:
+    def _vae_tokens(self, chunk: PictureChunk) -> Tensor:
         """[latent tokens, hidden] of a clean conditioning picture."""
         segment, latent = chunk.segment, self._model.config.latent
-        assert noise is not None, "a picture for generation comes with its posterior draw"
-        z = encode(self._autoencoder, normalised(segment.pixels, segment.height, segment.width), noise)
+        assert chunk.noise is not None, "a picture for generation comes with its posterior draw"
+        moments = self._encodings.get(_key("vae", segment), lambda: encode(self._autoencoder, _pixels(segment)))
+        z = sample(moments, chunk.noise)
         rows, columns = segment.height // latent.stride, segment.width // latent.stride
         tokens = pack_latents(z[0], latent.patch_size).to(self._model.device)
         return self._model.embed_latents(tokens, self._clean, self._model.latent_pos_embed(rows, columns))
+
+
+def _pixels(segment: VitSegment | VaeSegment) -> Tensor:
+    return normalised(segment.pixels, segment.height, segment.width)
+
+
+def _key(encoder: str, segment: VitSegment | VaeSegment) -> bytes:
+    size = f"{encoder} {segment.height}x{segment.width} ".encode()
+    return hashlib.blake2b(size + segment.pixels, digest_size=16).digest()
 
 
 def _is_vae(chunk: Chunk) -> TypeGuard[PictureChunk]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
 
 from bagel_triton.kv.arena import Context, KVArena
 from bagel_triton.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
@@ -34,7 +39,7 @@ class PictureChunk:
     context: Context
     segment: VitSegment | VaeSegment
     tokens: int
-    noise_index: int = 0  # which of the request's posterior draws a VaeSegment uses
+    noise: Tensor | None = None  # a VaeSegment's posterior draw, [1, channels, h, w]
 
 
 Chunk = TextChunk | PictureChunk
@@ -48,23 +53,46 @@ def segment_tokens(segment: Segment, config: ModelConfig) -> int:
     return (segment.height // stride) * (segment.width // stride) + MARKERS
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a chunk ends: ``done`` segments and ``offset`` tokens of the next one are in the context.
+
+    ``key`` stands for everything before this point that determines keys and values: tokens,
+    pixels, posterior draws, and where the chunks were cut.
+    """
+
+    key: bytes
+    done: int
+    offset: int
+    tokens: int
+    position: int  # the next RoPE position
+
+
+_START = Mark(b"", done=0, offset=0, tokens=0, position=0)
+
+
 @dataclass(eq=False)
 class Sequence:
     """One branch of one request, from its first token to its last.
 
     A branch that begins like an earlier one waits for that one to get there, then forks
-    its context: shared prefixes are prefilled once.
+    its context: shared prefixes are prefilled once. ``draws`` are the posterior draws of
+    its pictures for generation, in order.
     """
 
     branch: Branch
     segments: list[Segment]
     config: ModelConfig
     context: Context
+    draws: Items[Tensor] = ()
     parent: Sequence | None = None
     shared: int = 0  # leading segments taken from the parent
-    done: int = 0  # segments that are in the context
-    offset: int = 0  # tokens of the next segment that are in the context
+    marks: list[Mark] = field(default_factory=list)
+    reached: int = 0  # marks that are in the context
     children: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.marks.extend(self._marks_from(0))
 
     @property
     def waiting(self) -> bool:
@@ -74,17 +102,27 @@ class Sequence:
     @property
     def complete(self) -> bool:
         """Whether every segment is in the context."""
-        return not self.waiting and self.done == len(self.segments)
+        return not self.waiting and self.reached == len(self.marks)
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Of what is in the context, from its first chunk to the last."""
+        return [mark.key for mark in self.marks[: self.reached]]
 
     @property
     def total_tokens(self) -> int:
         """Tokens of the complete context."""
-        return sum(segment_tokens(segment, self.config) for segment in self.segments)
+        return self.marks[-1].tokens if self.marks else 0
 
     @property
     def shared_tokens(self) -> int:
         """Tokens taken from the parent."""
-        return sum(segment_tokens(segment, self.config) for segment in self.segments[: self.shared])
+        return self._shared_mark.tokens if self.shared else 0
+
+    def append(self, segment: Segment) -> None:
+        """One segment more to come."""
+        self.segments.append(segment)
+        self.marks.extend(self._marks_from(len(self.segments) - 1))
 
     def next_chunk(self, budget: int, alone: bool) -> Chunk | None:
         """What to append next within ``budget`` tokens, if anything.
@@ -95,38 +133,82 @@ class Sequence:
         """
         if self.waiting or self.complete:
             return None
-        segment = self.segments[self.done]
-        if isinstance(segment, TextSegment):
-            text = TextChunk(self.context, segment.token_ids[self.offset : self.offset + TEXT_CHUNK])
-            return text if alone or text.tokens <= budget else None
-        tokens = segment_tokens(segment, self.config)
+        before = self.marks[self.reached - 1] if self.reached else _START
+        tokens = self.marks[self.reached].tokens - before.tokens
         if tokens > budget and not alone:
             return None
-        earlier = sum(isinstance(before, VaeSegment) for before in self.segments[: self.done])
-        return PictureChunk(self.context, segment, tokens, noise_index=earlier)
+        segment = self.segments[before.done]
+        if isinstance(segment, TextSegment):
+            return TextChunk(self.context, segment.token_ids[before.offset : before.offset + tokens])
+        noise = self._draw(before.done) if isinstance(segment, VaeSegment) else None
+        return PictureChunk(self.context, segment, tokens, noise)
 
-    def advance(self, chunk: Chunk) -> None:
-        """``chunk`` is in the context now; branches that were waiting for it fork."""
-        self.offset += chunk.tokens
-        if self.offset == segment_tokens(self.segments[self.done], self.config):
-            self.done, self.offset = self.done + 1, 0
+    def advance(self) -> None:
+        """The next chunk is in the context now; branches that were waiting for it fork."""
+        self.reached += 1
+        self.fork_children()
+
+    def adopt(self, context: Context, reached: int) -> None:
+        """Go on from ``context``, which has everything up to the mark number ``reached``."""
+        self.context.free()
+        if self.parent is not None:
+            self.parent.children.remove(self)
+        self.context, self.reached, self.parent = context, reached, None
         self.fork_children()
 
     def fork_children(self) -> None:
-        """Fork the branches that share exactly what is done so far."""
-        for child in [child for child in self.children if child.shared == self.done and not self.offset]:
-            child.context, child.parent, child.done = self.context.fork(), None, child.shared
-            self.children.remove(child)
-            child.fork_children()
+        """Fork the branches whose shared beginning is in the context."""
+        for child in list(self.children):
+            mark = child._shared_mark
+            if mark.tokens <= self.context.tokens:
+                child.adopt(self.context.fork_at(mark.tokens, mark.position), child.marks.index(mark) + 1)
+
+    @property
+    def _shared_mark(self) -> Mark:
+        return next(mark for mark in self.marks if mark.done == self.shared and not mark.offset)
+
+    def _marks_from(self, first: int) -> Iterator[Mark]:
+        """The marks of the segments from number ``first`` on; those before are marked already."""
+        mark = self.marks[-1] if self.marks else _START
+        for done, segment in enumerate(self.segments[first:], first):
+            tokens = segment_tokens(segment, self.config)
+            if isinstance(segment, TextSegment):
+                ids = np.asarray(segment.token_ids, dtype=np.int64)
+                for start in range(0, tokens, TEXT_CHUNK):
+                    stop = min(start + TEXT_CHUNK, tokens)
+                    place = (done + 1, 0) if stop == tokens else (done, stop)
+                    key = _key(mark.key, b"text", ids[start:stop].tobytes())
+                    mark = Mark(key, *place, mark.tokens + stop - start, mark.position + stop - start)
+                    yield mark
+            else:
+                what = b"%s %dx%d" % (type(segment).__name__.encode(), segment.height, segment.width)
+                draw = self._draw(done).numpy().tobytes() if isinstance(segment, VaeSegment) else b""
+                key = _key(mark.key, what, segment.pixels, draw)
+                mark = Mark(key, done + 1, 0, mark.tokens + tokens, mark.position + 1)
+                yield mark
+
+    def _draw(self, index: int) -> Tensor:
+        """The posterior draw of segment ``index``, a picture for generation."""
+        return self.draws[sum(isinstance(before, VaeSegment) for before in self.segments[:index])]
 
 
-def build_sequences(branches: Items[BranchPlan], arena: KVArena, config: ModelConfig) -> list[Sequence]:
+def _key(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return digest.digest()
+
+
+def build_sequences(
+    branches: Items[BranchPlan], arena: KVArena, config: ModelConfig, draws: Items[Tensor] = ()
+) -> list[Sequence]:
     """The branches that need a context, each tied to the earlier one it shares most with."""
     sequences: list[Sequence] = []
     for plan in branches:
         if plan.same_as is not None:
             continue
-        sequence = Sequence(plan.branch, list(plan.segments), config, Context(arena))
+        sequence = Sequence(plan.branch, list(plan.segments), config, Context(arena), draws)
         best = max(sequences, key=lambda other: _common(other.segments, sequence.segments), default=None)
         shared = _common(best.segments, sequence.segments) if best else 0
         if best and shared:

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import ThinkerConfig
+from bagel_triton.engine.admission import Admission
 from bagel_triton.engine.answer import GrowingAnswer
-from bagel_triton.engine.prefill import Prefiller, posterior_noise
-from bagel_triton.engine.sequence import Chunk, build_sequences
+from bagel_triton.engine.encodings import EncodingCache
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import Metrics
+from bagel_triton.engine.prefill import Prefiller
+from bagel_triton.engine.sequence import Chunk
 from bagel_triton.engine.sequence import Sequence as BranchSequence
 from bagel_triton.engine.thinker_run import TextDecoder, ThinkerRun
-from bagel_triton.engine.worker import Gauge, Job, Worker
-from bagel_triton.errors import BagelError, InvalidRequest, Overloaded
+from bagel_triton.engine.worker import Worker
+from bagel_triton.errors import Overloaded
 from bagel_triton.kv import selftest
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Producer
+from bagel_triton.kv.prefix_cache import PrefixCache
 from bagel_triton.messages import (
     Branch,
     BranchContext,
@@ -31,7 +36,6 @@ from bagel_triton.messages import (
     Plan,
     TextSegment,
     Thoughts,
-    VaeSegment,
 )
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
@@ -39,6 +43,7 @@ from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.tokenizer import Tokenizer
 
 ThinkerJob = Job[Plan, Thoughts]
+COUNT_S = 0.25  # how often the arena's blocks are counted for the gauges
 
 
 def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeometry:
@@ -58,13 +63,17 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         tokenizer: Tokenizer,
         producer: Producer,
         config: ThinkerConfig,
-        gauge: Gauge | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        super().__init__(gauge)
+        super().__init__(metrics, config.max_waiting)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
-        self._prefiller = Prefiller(model, autoencoder, producer.arena, markers)
+        encodings = EncodingCache(config.encoder_cache_mb * 10**6)
+        self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers)
+        self._prefixes = PrefixCache(producer.arena)
+        self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
+        self._counted_at = 0.0
         self._running: list[ThinkerRun] = []
         self.start()
 
@@ -72,98 +81,65 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         """A lease for the connector's self-test; from any thread."""
         return self.call(lambda: selftest.lend_pattern(self._producer, self._config.lease_ttl_s))
 
+    @property
+    def blocks_used(self) -> int:
+        """Blocks of the arena that requests or leases hold; those only kept for later are not counted."""
+        return self._producer.arena.blocks.used - self._prefixes.blocks
+
     # --- admission ---
 
     def _active(self) -> list[ThinkerJob]:
         return [active.job for active in self._running]
 
     def _admit(self, job: ThinkerJob) -> bool:
-        plan, arena = job.task, self._producer.arena
-        sequences = build_sequences(plan.branches, arena, self._model.config)
-        needed = self._worst_case(sequences, plan.decoding)
-        if needed > arena.blocks.count:
-            tokens = sum(sequence.total_tokens for sequence in sequences)
-            raise InvalidRequest(
-                f"the request is too long: {tokens} tokens of context and what may be decoded need {needed} KV blocks; "
-                f"the arena has {arena.blocks.count} of {arena.geometry.block_tokens} tokens",
-                "messages",
-            )
-        promised = sum(active.blocks for active in self._running) + self._producer.leases.blocks
-        if len(self._running) >= self._config.max_num_seqs or needed + promised > arena.blocks.count:
-            waited = time.monotonic() - job.submitted_at
-            if waited > self._config.admission_timeout_s:
-                raise Overloaded(f"the thinker had no room for {waited:.0f} s: {needed} KV blocks wanted")
-            return False
-        self._running.append(ThinkerRun(job, sequences, self._noises(plan), needed))
-        return True
-
-    def _worst_case(self, sequences: Sequence[BranchSequence], decoding: Decoding | None) -> int:
-        """Blocks that a request holds at most; a fork may copy one block."""
-        arena = self._producer.arena
-        size = arena.geometry.block_tokens
-        total = sum(
-            arena.blocks_for(sequence.total_tokens) - sequence.shared_tokens // size + bool(sequence.shared)
-            for sequence in sequences
-        )
-        if decoding is not None:
-            past = sequences[0].total_tokens
-            decoded = arena.blocks_for(past + 1 + decoding.max_new_tokens) - past // size + 1
-            total += decoded * len(decoding.seeds)
-            if decoding.purpose == "think":
-                # The thought is appended encoded afresh, each broken character as three bytes.
-                total += arena.blocks_for(past + 2 + 3 * decoding.max_new_tokens) - past // size
-        return total
-
-    def _noises(self, plan: Plan) -> list[Tensor]:
-        pictures = [segment for segment in plan.branches[0].segments if isinstance(segment, VaeSegment)]
-        if not pictures or plan.flow is None:
-            return []
-        latent = self._model.config.latent
-        return posterior_noise(pictures, latent.channels, latent.downsample, plan.flow.seed)
+        return self._admission.admit(job, self._running)
 
     # --- one step: a token for every running text, and prefill within the budget ---
 
     def _step(self) -> None:
         budget = self._config.max_num_batched_tokens
-        chunks: list[Chunk] = []
-        noises: list[Tensor | None] = []
-        advances: list[tuple[BranchSequence, Chunk]] = []
-        decoders = [decoder for active in self._running for decoder in active.running]
-        for decoder in decoders:
-            chunks.append(decoder.chunk)
-            noises.append(None)
-            budget -= 1
+        decoders = [(active, decoder) for active in self._running for decoder in active.running]
+        chunks: list[Chunk] = [decoder.chunk for _, decoder in decoders]
+        budget -= len(chunks)
+        prefilled: list[BranchSequence] = []
         for active in self._running:
             for sequence in active.sequences:
                 chunk = sequence.next_chunk(budget, alone=not chunks)
                 if chunk is not None:
                     chunks.append(chunk)
-                    noises.append(active.noise_of(chunk))
-                    advances.append((sequence, chunk))
+                    prefilled.append(sequence)
                     budget -= chunk.tokens
         if chunks:
-            logits = self._prefiller.append(chunks, noises)
-            for sequence, chunk in advances:
-                sequence.advance(chunk)
+            logits = self._prefiller.append(chunks)
+            for sequence in prefilled:
+                sequence.advance()
+                if self._config.enable_prefix_caching:
+                    self._prefixes.keep(sequence.keys, sequence.context)
             self._decode(decoders, logits)
         for active in [active for active in self._running if active.prefilled and not active.running]:
             try:
                 self._next_phase(active)
-            except BagelError as error:
+            except Exception as error:
                 self._drop(active.job)
                 active.job.fail(error)
 
-    def _decode(self, decoders: Sequence[TextDecoder], logits: Tensor) -> None:
-        jobs = {id(decoder): active.job for active in self._running for decoder in active.decoders}
-        for decoder, scores in zip(decoders, logits, strict=True):
-            token = decoder.choose(scores)
-            decoder.seen.append(token)
-            for event in decoder.growing.push(token):
-                jobs[id(decoder)].progress(event)
+    def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor) -> None:
+        for (active, decoder), scores in zip(decoders, logits, strict=True):
+            if active.job.done.done():  # another of its texts failed
+                continue
+            try:
+                events = decoder.take(decoder.choose(scores))
+            except Exception as error:  # its own failure, not that of those that share the step
+                self._drop(active.job)
+                active.job.fail(error)
+                continue
+            for event in events:
+                active.job.progress(event)
 
     def _next_phase(self, active: ThinkerRun) -> None:
         """After prefill: decode; after thinking: append the thought; then the answer."""
         plan = active.job.task
+        active.prefilled_at = active.prefilled_at or time.monotonic()
         if plan.decoding is not None and not active.decoders:
             self._begin_decoding(active, plan.decoding)
         elif plan.decoding is not None and plan.decoding.purpose == "think" and not active.decoded:
@@ -186,13 +162,16 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         decoder.context.free()
         tokenizer = self._tokenizer
         thought = (tokenizer.start, *tokenizer.encode(decoder.growing.text), tokenizer.end)
-        active.sequences[0].segments.append(TextSegment(thought))
+        gen = active.sequences[0]
+        gen.append(TextSegment(thought))
+        self._admission.reuse(active, gen, 0)
         active.decoded = True
 
     def _finish(self, active: ThinkerRun) -> None:
         flow = active.job.task.flow
         job = None if flow is None else self._publish(active, flow)
         answers = tuple(decoder.growing.answer() for decoder in active.decoders)
+        active.tell(self.metrics)
         self._drop(active.job)
         active.job.finish(Thoughts(answers, job), self.stage)
 
@@ -211,7 +190,7 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
             raise Overloaded(f"no KV lease is free: {error}") from error
         index: dict[Branch, int] = {handle.branch: number for number, handle in enumerate(handles)}
         branches = tuple(BranchContext(b.branch, index[b.same_as or b.branch]) for b in plan.branches)
-        return DenoiseJob(plan.request_id, flow, tuple(handles), branches)
+        return DenoiseJob(plan.request_id, flow, tuple(handles), branches, plan.schedule)
 
     # --- the end ---
 
@@ -224,13 +203,19 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         self._producer.leases.withdraw(request_id)
 
     def _housekeep(self) -> bool:
-        leases, blocks = self._producer.leases, self._producer.arena.blocks
+        leases = self._producer.leases
         leases.reclaim()
-        self.observe("kv_leases", len(leases))
-        self.observe("kv_blocks_used", blocks.used)
+        self.gauge("kv_leases", len(leases))
+        now = time.monotonic()
+        if now - self._counted_at > COUNT_S or not self._running:
+            self._counted_at = now
+            self.gauge("kv_blocks_cached", self._prefixes.blocks)
+            self.gauge("kv_blocks_used", self.blocks_used)
+            self.gauge("kv_blocks_leased", leases.blocks)
         return len(leases) > 0
 
     def close(self) -> None:
         """Stop the thread, then end every lease and remove the arena."""
         super().close()
+        self._prefixes.clear()
         self._producer.close()

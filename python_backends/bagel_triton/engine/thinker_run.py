@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bagel_triton.engine.answer import GrowingAnswer
-from bagel_triton.engine.sequence import Chunk, PictureChunk, Sequence, TextChunk
-from bagel_triton.engine.worker import Job
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import Metrics
+from bagel_triton.engine.sequence import Sequence, TextChunk
+from bagel_triton.events import TextEvent
 from bagel_triton.kv.arena import Context
-from bagel_triton.messages import Decoding, Plan, Thoughts, VaeSegment
+from bagel_triton.messages import Decoding, Plan, Thoughts
 from bagel_triton.model.sampling import next_token, penalised
 
 
@@ -24,11 +27,20 @@ class TextDecoder:
     growing: GrowingAnswer
     generator: torch.Generator
     seen: list[int]  # prompt and text so far, for the repetition penalty
+    first_at: float = 0.0  # monotonic seconds of the first token and of the last
+    last_at: float = 0.0
 
     @property
     def chunk(self) -> TextChunk:
         """The last token, to be appended and scored."""
         return TextChunk(self.context, (self.seen[-1],), scored=True)
+
+    def take(self, token_id: int) -> list[TextEvent]:
+        """Add the next token; the text that became certain."""
+        self.seen.append(token_id)
+        self.last_at = time.monotonic()
+        self.first_at = self.first_at or self.last_at
+        return list(self.growing.push(token_id))
 
     def choose(self, logits: Tensor) -> int:
         """The next token for ``logits`` [vocabulary]."""
@@ -45,10 +57,11 @@ class ThinkerRun:
 
     job: Job[Plan, Thoughts]
     sequences: list[Sequence]
-    noises: list[Tensor]
     blocks: int
     decoders: list[TextDecoder] = field(default_factory=list)
     decoded: bool = False
+    waits: bool = False  # it found the arena full
+    prefilled_at: float = 0.0
 
     @property
     def prefilled(self) -> bool:
@@ -60,10 +73,18 @@ class ThinkerRun:
         """Texts that have not ended."""
         return [decoder for decoder in self.decoders if decoder.growing.finish_reason is None]
 
-    def noise_of(self, chunk: Chunk) -> Tensor | None:
-        """The posterior draw that ``chunk`` needs, if it needs one."""
-        picture = isinstance(chunk, PictureChunk) and isinstance(chunk.segment, VaeSegment)
-        return self.noises[chunk.noise_index] if picture else None  # type: ignore[union-attr]
+    def tell(self, metrics: Metrics) -> None:
+        """Measurements of a request that is through."""
+        job = self.job
+        metrics.count("prompt_tokens", job.task.usage.prompt_tokens)
+        if job.started_at is not None and self.prefilled_at:
+            metrics.observe("thinker_prefill_seconds", self.prefilled_at - job.started_at)
+        for decoder in self.decoders:
+            tokens = len(decoder.growing.tokens)
+            metrics.count("generated_tokens", tokens)
+            metrics.observe("time_to_first_token_seconds", decoder.first_at - job.submitted_at)
+            if tokens > 1:
+                metrics.observe("time_per_output_token_seconds", (decoder.last_at - decoder.first_at) / (tokens - 1))
 
     def free(self) -> None:
         """Give every context back."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
-from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_exception
+from bagel_triton.errors import BagelError, Cancelled, DeadlineExceeded, StageUnavailable, from_exception
 from bagel_triton.events import Event, Stage, StageStats
 
 Result = TypeVar("Result")
@@ -39,12 +39,13 @@ class Visit(Generic[Result]):
         self._items.put(from_exception(error))
 
     def follow(
-        self, cancelled: Callable[[], bool], timeout_s: float
+        self, cancelled: Callable[[], bool], timeout_s: float, deadline: float | None = None
     ) -> Generator[Event, None, tuple[Result, StageStats]]:
         """Yield progress until the answer, which is returned.
 
         Raises:
             Cancelled: ``cancelled`` became true.
+            DeadlineExceeded: it is later than ``deadline``, Unix seconds.
             StageUnavailable: the stage died, or no word from it for ``timeout_s`` seconds.
             BagelError: the stage failed.
         """
@@ -52,6 +53,8 @@ class Visit(Generic[Result]):
         while True:
             if cancelled():
                 raise Cancelled("the client cancelled the request")
+            if deadline is not None and time.time() > deadline:
+                raise DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout")
             try:
                 item = self._items.get(timeout=POLL_S)
             except queue.Empty:

@@ -7,47 +7,20 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable
-from bagel_triton.events import Event, ProgressEvent, Stage, StageStats
+from bagel_triton.engine.job import Job, Result, Task
+from bagel_triton.engine.metrics import Metrics, NoMetrics
+from bagel_triton.errors import BagelError, Cancelled, DeadlineExceeded, Overloaded, StageUnavailable
+from bagel_triton.events import Event, ProgressEvent, Stage
+from bagel_triton.messages import Schedule
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 Value = TypeVar("Value")
-Gauge = Callable[[str, float], None]
 KEEP_S, SIGN_OF_LIFE_S = 0.05, 1.0
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Job(Generic[Task, Result]):
-    """One request's visit to a stage.
-
-    ``done`` resolves, from the worker's thread, to the result and its timing; ``progress``
-    is called from there too and must not block.
-    """
-
-    request_id: str
-    task: Task
-    progress: Callable[[Event], None]
-    done: Future[tuple[Result, StageStats]] = field(default_factory=Future)
-    submitted_at: float = field(default_factory=time.monotonic)
-    started_at: float | None = None
-
-    def finish(self, result: Result, stage: Stage) -> None:
-        """Resolve ``done``."""
-        now = time.monotonic()
-        started = self.started_at or now
-        self.done.set_result((result, StageStats(stage, started - self.submitted_at, now - started)))
-
-    def fail(self, error: BagelError) -> None:
-        """Resolve ``done`` with ``error``."""
-        self.done.set_exception(error)
 
 
 class Worker(ABC, Generic[Task, Result]):
@@ -55,16 +28,18 @@ class Worker(ABC, Generic[Task, Result]):
 
     Subclasses own ``active`` jobs and implement :meth:`_admit`, :meth:`_step` and
     :meth:`_drop`. An exception in a step fails the jobs that took part in it, and the
-    worker goes on. ``gauge`` is told how many jobs are active and waiting.
+    worker goes on. Jobs wait by priority, then by age, and no more than ``max_waiting``
+    of them; one whose deadline passes fails wherever it is.
     """
 
     stage: Stage
     poll_s = 0.02  # how soon a condition without a wake-up, such as a released lease, is noticed
 
-    def __init__(self, gauge: Gauge | None = None) -> None:
-        self._gauge, self._gauged = gauge, dict[str, float]()
+    def __init__(self, metrics: Metrics | None = None, max_waiting: int = 256) -> None:
+        self.metrics, self._gauged = metrics or NoMetrics(), dict[str, float]()
+        self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: deque[Job[Task, Result]] = deque()
+        self._waiting: list[Job[Task, Result]] = []
         self._closing = threading.Event()
         self._closed, self._closing_lock = False, threading.Lock()
         self._told_at = self._kept_at = time.monotonic()
@@ -74,14 +49,20 @@ class Worker(ABC, Generic[Task, Result]):
         """Start the thread; the subclass is fully built by then."""
         self._thread.start()
 
-    def submit(self, task: Task, request_id: str, progress: Callable[[Event], None]) -> Job[Task, Result]:
+    def submit(
+        self, task: Task, request_id: str, progress: Callable[[Event], None], schedule: Schedule | None = None
+    ) -> Job[Task, Result]:
         """Queue ``task``; from any thread."""
-        job: Job[Task, Result] = Job(request_id, task, progress)
+        job: Job[Task, Result] = Job(request_id, task, progress, schedule or Schedule())
         with self._closing_lock:
-            if not self._closed:
-                self._inbox.put(lambda: self._waiting.append(job))
-                return job
-        job.fail(StageUnavailable(f"{self.stage} is shutting down"))
+            waiting = len(self._waiting) + self._inbox.qsize()
+            if self._closed:
+                job.fail(StageUnavailable(f"{self.stage} is shutting down"))
+            elif waiting >= self._max_waiting:
+                self.metrics.count(f"{self.stage}_refused")
+                job.fail(Overloaded(f"{waiting} requests wait for {self.stage} already; try again later"))
+            else:
+                self._inbox.put(lambda: insort(self._waiting, job, key=lambda waiting: waiting.rank))
         return job
 
     def call(self, function: Callable[[], Value]) -> Future[Value]:
@@ -129,6 +110,9 @@ class Worker(ABC, Generic[Task, Result]):
     def _drop(self, job: Job[Task, Result]) -> None:
         """Free what an active job holds."""
 
+    def _turn_away(self, job: Job[Task, Result]) -> None:
+        """Free what came with a job that will not be admitted any more."""
+
     def _housekeep(self) -> bool:
         """Between steps; True while something is pending that needs polling."""
         return False
@@ -151,12 +135,15 @@ class Worker(ABC, Generic[Task, Result]):
         """Take in, admit, and step; or wait, where there is nothing to step."""
         self._drain(0.0)
         polling = self._housekeep()
+        self._expire()
         self._admit_waiting()
-        self.observe("active", len(self._active()))
-        self.observe("waiting", len(self._waiting))
+        self.gauge("active", len(self._active()))
+        self.gauge("waiting", len(self._waiting))
         self._tell_waiting()
         if self._active():
+            started = time.monotonic()
             self._step()
+            self.metrics.observe(f"{self.stage}_step_seconds", time.monotonic() - started)
         else:
             self._drain(self.poll_s if polling or self._waiting else None)
 
@@ -169,7 +156,7 @@ class Worker(ABC, Generic[Task, Result]):
                 try:
                     self._keep(job)
                 except BagelError as error:  # its own failure, not that of those being worked on
-                    self._waiting.remove(job)
+                    self._remove(job)
                     job.fail(error)
         if now - self._told_at > SIGN_OF_LIFE_S:
             self._told_at = now
@@ -179,11 +166,26 @@ class Worker(ABC, Generic[Task, Result]):
     def _keep(self, job: Job[Task, Result]) -> None:
         """See that what a waiting job needs is still there when its turn comes; a BagelError fails it."""
 
-    def observe(self, name: str, value: float) -> None:
+    def gauge(self, name: str, value: float) -> None:
         """Set the gauge ``STAGE_name`` where it changed."""
-        if self._gauge is not None and self._gauged.get(name) != value:
+        if self._gauged.get(name) != value:
             self._gauged[name] = value
-            self._gauge(f"{self.stage}_{name}", value)
+            self.metrics.gauge(f"{self.stage}_{name}", value)
+
+    def _expire(self) -> None:
+        """Fail every job whose time is up, waiting or active."""
+        for job in [job for job in (*self._waiting, *self._active()) if job.expired]:
+            self._remove(job)
+            job.fail(DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout"))
+            self._forget(job.request_id)
+
+    def _remove(self, job: Job[Task, Result]) -> None:
+        """Take a job from the line, or from the active ones."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self._turn_away(job)
+        else:
+            self._drop(job)
 
     def _drain(self, wait_s: float | None) -> None:
         try:
@@ -200,29 +202,23 @@ class Worker(ABC, Generic[Task, Result]):
             try:
                 if not self._admit(job):
                     return
-                job.started_at = job.started_at or time.monotonic()
-            except BagelError as error:
-                job.fail(error)
+                job.started_at = time.monotonic()
+                self.metrics.observe(f"{self.stage}_queue_seconds", job.started_at - job.submitted_at)
             except Exception as error:
-                log.exception("%s: request %s could not be admitted", self.stage, job.request_id)
-                job.fail(Internal(f"{type(error).__name__}: {error}"))
-            self._waiting.popleft()
+                job.fail(error)
+            self._waiting.remove(job)
 
     def _cancel(self, request_id: str) -> None:
-        error = Cancelled(f"request {request_id} was cancelled")
-        for job in [job for job in self._waiting if job.request_id == request_id]:
-            self._waiting.remove(job)
-            job.fail(error)
-        for job in [job for job in self._active() if job.request_id == request_id]:
-            self._drop(job)
-            job.fail(error)
+        for job in [job for job in (*self._waiting, *self._active()) if job.request_id == request_id]:
+            self._remove(job)
+            job.fail(Cancelled(f"request {request_id} was cancelled"))
+            self.metrics.count(f"{self.stage}_cancelled")
         self._forget(request_id)
 
     def _fail_active(self, error: Exception) -> None:
-        typed = error if isinstance(error, BagelError) else Internal(f"{type(error).__name__}: {error}")
         for job in self._active():
             self._drop(job)
-            job.fail(typed)
+            job.fail(error)
 
     def _shut_down(self) -> None:
         with self._closing_lock:
@@ -230,5 +226,6 @@ class Worker(ABC, Generic[Task, Result]):
         self._drain(0.0)
         error = StageUnavailable(f"{self.stage} is shutting down")
         self._fail_active(error)
-        while self._waiting:
-            self._waiting.popleft().fail(error)
+        for job in list(self._waiting):
+            self._remove(job)
+            job.fail(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ class ArenaFull(Exception):
 
 
 class Blocks:
-    """Reference counts of ``count`` blocks. Not thread-safe: one thread owns an arena."""
+    """Reference counts of ``count`` blocks (``references``, by block). Not thread-safe: one thread owns an arena."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._free = list(range(count - 1, -1, -1))  # a stack: low blocks first, in order
-        self._references = [0] * count
+        self.references = [0] * count
 
     @property
     def free(self) -> int:
@@ -39,24 +39,24 @@ class Blocks:
             raise ArenaFull(f"{number} blocks wanted, {len(self._free)} of {self.count} free")
         taken = [self._free.pop() for _ in range(number)]
         for block in taken:
-            self._references[block] = 1
+            self.references[block] = 1
         return taken
 
     def retain(self, blocks: Sequence[int]) -> None:
         """One more reference to each block."""
         for block in blocks:
-            if not self._references[block]:
+            if not self.references[block]:
                 raise ValueError(f"block {block} is free and cannot be shared")
-            self._references[block] += 1
+            self.references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """One reference less to each block; the last one frees it."""
-        if twice := [block for block in blocks if not self._references[block]]:
+        if twice := [block for block in blocks if not self.references[block]]:
             raise ValueError(f"block {twice[0]} is free already")
         freed = []
         for block in blocks:
-            self._references[block] -= 1
-            if not self._references[block]:
+            self.references[block] -= 1
+            if not self.references[block]:
                 freed.append(block)
         if freed:
             # Sorted, so that the next contexts get consecutive blocks and are read without a gather.
@@ -65,7 +65,7 @@ class Blocks:
 
     def shared(self, block: int) -> bool:
         """Whether more than one context holds ``block``."""
-        return self._references[block] > 1
+        return self.references[block] > 1
 
 
 class Context:
@@ -81,8 +81,13 @@ class Context:
 
     def fork(self) -> Context:
         """A context with the same past; the two grow apart from here."""
-        self._arena.blocks.retain(self.blocks)
-        return Context(self._arena, list(self.blocks), self.tokens, self.next_position)
+        return self.fork_at(self.tokens, self.next_position)
+
+    def fork_at(self, tokens: int, next_position: int) -> Context:
+        """A context with the first ``tokens`` of this one's, which end before ``next_position``."""
+        blocks = self.blocks[: self._arena.blocks_for(tokens)]
+        self._arena.blocks.retain(blocks)
+        return Context(self._arena, blocks, tokens, next_position)
 
     def extend(self, tokens: int) -> Tensor:
         """Room for ``tokens`` more: their slots, [tokens] int64.
@@ -92,8 +97,9 @@ class Context:
         """
         arena, size = self._arena, self._arena.geometry.block_tokens
         filled = self.tokens % size
-        copy_tail = bool(filled) and arena.blocks.shared(self.blocks[-1])
         missing = -(-(self.tokens + tokens) // size) - len(self.blocks)
+        arena.make_room(missing + (bool(filled) and arena.blocks.shared(self.blocks[-1])))
+        copy_tail = bool(filled) and arena.blocks.shared(self.blocks[-1])  # which making room may have ended
         fresh = arena.blocks.allocate(missing + copy_tail)
         if copy_tail:
             tail, copy = self.blocks[-1], fresh.pop(0)
@@ -113,11 +119,16 @@ class Context:
 
 
 class KVArena:
-    """A store, ``[layers, 2, blocks * block_tokens, kv_heads, head_dim]``, cut into blocks."""
+    """A store, ``[layers, 2, blocks * block_tokens, kv_heads, head_dim]``, cut into blocks.
+
+    ``make_room`` is asked before blocks are allocated to see that so many are free, if
+    there is something that can be let go.
+    """
 
     def __init__(self, store: Tensor, geometry: KVGeometry) -> None:
         self.store = store
         self.geometry = geometry
+        self.make_room: Callable[[int], None] = lambda blocks: None
         self.blocks = Blocks(store.shape[2] // geometry.block_tokens)
 
     @property

@@ -198,17 +198,22 @@ def pack_latents(latent: Tensor, patch: int) -> Tensor:
     return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
 
 
-def encode(autoencoder: Autoencoder, pixels: Tensor, noise: Tensor) -> Tensor:
-    """A sample of a picture's posterior, scaled and shifted.
-
-    pixels [height, width, 3] in [-1, 1]; noise [1, channels, height / 8, width / 8], a standard
-    normal draw -> latent of the noise's shape.
-    """
+def encode(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """A picture's posterior: [height, width, 3] in [-1, 1] -> means, log variances [1, 2 * channels, h, w] float32."""
     weight = autoencoder.encoder.conv_in.weight
     image = pixels.permute(2, 0, 1).unsqueeze(0).to(device=weight.device, dtype=weight.dtype)  # [1, 3, H, W]
-    mean, logvar = autoencoder.encoder(image).float().chunk(2, dim=1)
-    sample: Tensor = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
-    return SCALE * (sample - SHIFT)
+    moments: Tensor = autoencoder.encoder(image)
+    return moments.float()
+
+
+def sample(moments: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the posterior with these ``moments``, scaled and shifted.
+
+    ``noise`` is a standard normal draw, [1, channels, h, w], as is the latent returned.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    drawn: Tensor = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+    return SCALE * (drawn - SHIFT)
 
 
 def decode(autoencoder: Autoencoder, latent: Tensor) -> Tensor:

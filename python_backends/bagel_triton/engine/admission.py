@@ -1,0 +1,125 @@
+"""What the thinker promises a request before it starts: room for all that it may come to hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+
+from torch import Tensor
+
+from bagel_triton.deploy.config import ThinkerConfig
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import Metrics
+from bagel_triton.engine.prefill import posterior_noise
+from bagel_triton.engine.sequence import Sequence, build_sequences
+from bagel_triton.engine.thinker_run import ThinkerRun
+from bagel_triton.errors import InvalidRequest, Overloaded
+from bagel_triton.kv.connectors.base import Producer
+from bagel_triton.kv.prefix_cache import PrefixCache
+from bagel_triton.messages import Decoding, Plan, TextSegment, Thoughts, VaeSegment
+from bagel_triton.model.config import ModelConfig
+
+
+class Admission:
+    """Lets a request in when its worst case fits beside what is promised already.
+
+    So a running request never meets a full arena. What is kept for later requests is not
+    promised to anyone: it goes when blocks are needed.
+    """
+
+    def __init__(
+        self, model: ModelConfig, producer: Producer, prefixes: PrefixCache, config: ThinkerConfig, metrics: Metrics
+    ) -> None:
+        self._model, self._producer, self._arena = model, producer, producer.arena
+        self._prefixes, self._config, self._metrics = prefixes, config, metrics
+        self._next: ThinkerRun | None = None  # the first in line, once it was looked at
+
+    def admit(self, job: Job[Plan, Thoughts], running: list[ThinkerRun]) -> bool:
+        """Add ``job`` to ``running``; False where there is no room yet.
+
+        Raises:
+            InvalidRequest: it can never fit, or names tokens that the model does not have.
+            Overloaded: it has waited for room too long.
+        """
+        if self._next is None or self._next.job is not job:
+            self._next = self._prepare(job)
+        run = self._next
+        promised = sum(active.blocks for active in running) + self._producer.leases.blocks
+        room = self._arena.blocks.count - promised - run.blocks
+        if room < 0 and not run.waits:
+            run.waits = True
+            self._metrics.count("thinker_kv_waits")
+        if room < 0 or len(running) >= self._config.max_num_seqs:
+            waited = time.monotonic() - job.submitted_at
+            if waited > self._config.admission_timeout_s:
+                self._metrics.count("thinker_refused")
+                raise Overloaded(f"the thinker had no room for {waited:.0f} s: {run.blocks} KV blocks wanted")
+            return False
+        for sequence in run.sequences:
+            self._metrics.count("thinker_prefix_query_tokens", sequence.total_tokens - sequence.shared_tokens)
+            room = self.reuse(run, sequence, room)
+        running.append(run)
+        self._next = None
+        return True
+
+    def reuse(self, run: ThinkerRun, sequence: Sequence, room: int) -> int:
+        """Let ``sequence`` go on from the longest context that is kept; the ``room`` left then, in blocks."""
+        keys = [mark.key for mark in sequence.marks]
+        reached, shared = self._prefixes.longest(keys), sequence.shared_tokens
+        held = sequence.context.tokens or shared
+        unshared = shared // self._arena.geometry.block_tokens  # blocks that its parent would have lent it
+        if reached and sequence.marks[reached - 1].tokens > held and unshared <= room:
+            self._metrics.count("thinker_prefix_hit_tokens", sequence.marks[reached - 1].tokens - held)
+            run.blocks += unshared
+            room -= unshared
+            sequence.adopt(self._prefixes.take(keys[:reached]), reached)
+        return room
+
+    def _prepare(self, job: Job[Plan, Thoughts]) -> ThinkerRun:
+        """The run of ``job``, which holds nothing yet."""
+        plan, arena = job.task, self._arena
+        self._check_tokens(plan)
+        sequences = build_sequences(plan.branches, arena, self._model, self._draws(plan))
+        needed = self._worst_case(sequences, plan.decoding)
+        if needed > arena.blocks.count:
+            tokens = sum(sequence.total_tokens for sequence in sequences)
+            raise InvalidRequest(
+                f"the request is too long: {tokens} tokens of context and what may be decoded need {needed} KV blocks; "
+                f"the arena has {arena.blocks.count} of {arena.geometry.block_tokens} tokens",
+                "messages",
+            )
+        return ThinkerRun(job, sequences, needed)
+
+    def _check_tokens(self, plan: Plan) -> None:
+        """Refuse token ids beyond the vocabulary: they would break the step for everyone in it."""
+        size = self._model.language.vocab_size
+        segments = [segment for branch in plan.branches for segment in branch.segments]
+        used = [max(segment.token_ids) for segment in segments if isinstance(segment, TextSegment)]
+        highest = max(used + ([plan.decoding.first_token] if plan.decoding else []), default=0)
+        if highest >= size:
+            raise InvalidRequest.value("plan", highest, f"token ids below {size}")
+
+    def _draws(self, plan: Plan) -> list[Tensor]:
+        """The posterior draws of the request's pictures for generation."""
+        pictures = [segment for segment in plan.branches[0].segments if isinstance(segment, VaeSegment)]
+        if not pictures or plan.flow is None:
+            return []
+        latent = self._model.latent
+        return posterior_noise(pictures, latent.channels, latent.downsample, plan.flow.seed)
+
+    def _worst_case(self, sequences: Items[Sequence], decoding: Decoding | None) -> int:
+        """Blocks that a request holds at most; a fork may copy one block."""
+        arena = self._arena
+        size = arena.geometry.block_tokens
+        total = sum(
+            arena.blocks_for(sequence.total_tokens) - sequence.shared_tokens // size + bool(sequence.shared)
+            for sequence in sequences
+        )
+        if decoding is not None:
+            past = sequences[0].total_tokens
+            decoded = arena.blocks_for(past + 1 + decoding.max_new_tokens) - past // size + 1
+            total += decoded * len(decoding.seeds)
+            if decoding.purpose == "think":
+                # The thought is appended encoded afresh, each broken character as three bytes.
+                total += arena.blocks_for(past + 2 + 3 * decoding.max_new_tokens) - past // size
+        return total
