@@ -27,6 +27,8 @@ MAX_INPUT_PICTURES = 10
 MAX_PICTURE_BYTES = 32 * 2**20  # encoded
 MAX_STOPS = 16
 MAX_NEW_TOKENS = 32768
+LEAST_TEMPERATURE = 1e-5  # below it, float32 scores could overflow and sampling is greedy anyway
+LEAST_PENALTY, MAX_PENALTY = 0.01, 2
 
 
 class FlowDefaults(msgspec.Struct, frozen=True):
@@ -170,8 +172,10 @@ def decoding(request: GenerationRequest, first_token: int, wanted: Modality) -> 
     nucleus = request.top_p is not None or top_k > 0
     temperature = _given(request.temperature, TEXT.temperature_with_nucleus if nucleus else 0.0)
     _check("temperature", temperature, 0 <= temperature <= 2, "a number from 0 (greedy) to 2")
+    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
     penalty = _given(request.repetition_penalty, 1.0)
-    _check("repetition_penalty", penalty, 0 < penalty <= 2, "a number above 0, at most 2")
+    allowed = f"a number from {LEAST_PENALTY} to {MAX_PENALTY}"
+    _check("repetition_penalty", penalty, LEAST_PENALTY <= penalty <= MAX_PENALTY, allowed)
     stop = _given(request.stop, ())
     _check("stop", list(stop), len(stop) <= MAX_STOPS and all(stop), f"at most {MAX_STOPS} texts, none empty")
     number = count(request)
