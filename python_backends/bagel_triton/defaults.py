@@ -12,7 +12,7 @@ import msgspec
 
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import Decoding, FlowSettings
-from bagel_triton.request import LATENT_STRIDE, GenerationRequest
+from bagel_triton.request import LATENT_STRIDE, GenerationRequest, TextPart
 
 T = TypeVar("T")
 Renorm = Literal["global", "channel", "text_channel"]
@@ -26,6 +26,8 @@ MAX_PICTURES = 10
 MAX_INPUT_PICTURES = 10
 MAX_PICTURE_BYTES = 32 * 2**20  # encoded
 MAX_STOPS = 16
+MAX_MESSAGES = 2048  # of a conversation, and parts of a message
+MAX_TEXT_BYTES = 2**20  # of all texts of a request, UTF-8: tokenising more takes seconds
 MAX_NEW_TOKENS = 32768
 LEAST_TEMPERATURE = 1e-5  # below it, float32 scores could overflow and sampling is greedy anyway
 LEAST_PENALTY, MAX_PENALTY = 0.01, 2
@@ -83,16 +85,34 @@ def modality(request: GenerationRequest) -> Modality:
     """
     wanted = _given(request.modality, "image")
     _check("modality", wanted, wanted in get_args(Modality), ", ".join(get_args(Modality)))
-    foreign: tuple[str, ...] = TEXT_FIELDS if wanted == "image" else PICTURE_FIELDS
-    if wanted == "image" and not request.think:
-        foreign += (*SAMPLING_FIELDS, "max_think_tokens")
-    if wanted == "text" and not request.think:
-        foreign += ("max_think_tokens",)
-    for name in foreign:
-        if getattr(request, name) is not None:
-            condition = " without think" if name in ("max_think_tokens", *SAMPLING_FIELDS) else ""
-            raise InvalidRequest(f"{name} has no meaning for {wanted} output{condition}", name)
+    fields, other = (TEXT_FIELDS, "text") if wanted == "image" else (PICTURE_FIELDS, "image")
+    foreign = dict.fromkeys(fields, f"only with {other} output")
+    if not request.think:
+        if wanted == "image":
+            foreign |= dict.fromkeys(SAMPLING_FIELDS, "only with text output or with think")
+        foreign["max_think_tokens"] = "only with think"
+    for name, allowed in foreign.items():
+        if (value := getattr(request, name)) is not None:
+            raise InvalidRequest.meaningless(name, value, f"for {wanted} output", allowed)
     return wanted  # type: ignore[return-value]
+
+
+def bounded(request: GenerationRequest) -> None:
+    """Refuse more messages and text than is worth tokenising to find that no context holds them.
+
+    Raises:
+        InvalidRequest: names the field that holds most of it.
+    """
+    turns = request.messages or ()
+    _check("messages", f"{len(turns)} messages", len(turns) <= MAX_MESSAGES, f"at most {MAX_MESSAGES}")
+    sizes = {
+        "prompt": _bytes(request.prompt or ""),
+        "messages": sum(_bytes(part.text) for turn in turns for part in turn.parts if isinstance(part, TextPart)),
+        "negative_prompt": _bytes(request.negative_prompt or ""),
+        "stop": sum(map(_bytes, request.stop or ())),
+    }
+    total, most = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
+    _check(most, f"{total} bytes of text in all", total <= MAX_TEXT_BYTES, f"at most {MAX_TEXT_BYTES} in a request")
 
 
 def count(request: GenerationRequest) -> int:
@@ -212,6 +232,10 @@ def _sides(request: GenerationRequest, default: int, max_side: int, size: tuple[
             continue
         _check(name, side, side % LATENT_STRIDE == 0 and LATENT_STRIDE <= side <= max_side, allowed)
     return height, width
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
 
 
 def _given(value: T | None, default: T) -> T:

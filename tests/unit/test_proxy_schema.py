@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from proxy_fake import A_CAT, chat_body, generation
+from proxy_fake import A_CAT, chat_body, generation, picture_part
 
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.proxy.schema import parse
@@ -77,7 +77,8 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"cfg_text_scale": float("inf")}, "cfg_text_scale", "cfg_text_scale=inf is not allowed; allowed: a finite number"),
     ({"negative_prompt": 5}, "negative_prompt", "negative_prompt=5 is not allowed; allowed: a text"),
     ({"cfg_interval": 1}, "cfg_interval", "cfg_interval=1 is not allowed; allowed: a list"),
-    ({"cfg_interval": [1]}, "cfg_interval[1]", "cfg_interval[1] is required"),
+    ({"cfg_interval": [1]}, "cfg_interval", "cfg_interval=[1] is not allowed; allowed: at least 2 elements"),
+    ({"cfg_interval": []}, "cfg_interval", "cfg_interval=[] is not allowed; allowed: at least 1 elements"),
     ({"cfg_interval": [0, 1, 2]}, "cfg_interval", "allowed: at most 2 elements"),
     ({"cfg_interval": [0, None]}, "cfg_interval[1]", "cfg_interval[1]=None is not allowed; allowed: a number"),
     ({"stream": "yes"}, "stream", "stream='yes' is not allowed; allowed: true or false"),
@@ -143,7 +144,28 @@ def test_what_is_not_a_json_object_is_refused(data: bytes, text: str) -> None:
     assert text in caught.value.message
 
 
-def test_a_long_value_is_cut_in_the_message() -> None:
+LONG = "9" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"height": LONG},
+        {"height": [LONG] * 9},
+        {"stop": [1] * 1_000_000},
+        {LONG: 1},
+        {"extra_body": {LONG: 1}},
+        {"modalities": [LONG]},
+        {"messages": [{"role": LONG, "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x", "reasoning_content": LONG}]},
+        {"messages": [{"role": "user", "content": [picture_part(LONG)]}]},
+        {"messages": [{"role": "user", "content": [picture_part(f"http://{LONG}")]}]},
+        {"messages": [{"role": "user", "content": [picture_part(f"data:;base64,{LONG}*")]}]},
+    ],
+    ids=lambda fields: str(fields)[:30],
+)
+def test_a_long_value_is_cut_in_the_message(fields: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        generation(chat_body(height="9" * 5000))
-    assert len(caught.value.message) < 200
+        generation(chat_body(**fields))
+    assert len(caught.value.message) < 600  # the known fields' names are 300 of them
+    assert len(caught.value.param or "") <= 120

@@ -7,7 +7,6 @@ from pathlib import Path
 from tokenizers.decoders import DecodeStream
 from transformers import Qwen2Tokenizer
 
-from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import TextSegment
 from bagel_triton.model.config import CheckpointError
 
@@ -50,16 +49,10 @@ class Tokenizer:
         """Token ids of ``text``, special tokens parsed, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
 
-    def segment(self, text: str, param: str) -> TextSegment:
-        """A prompt for a picture as a segment: bare or wrapped text between the two markers;
-        text that holds ``<|im_start|>`` in any other way stands as it is.
-
-        Raises:
-            InvalidRequest: there is no text; ``param`` names the field.
-        """
+    def segment(self, text: str) -> TextSegment:
+        """``text`` as a segment: bare or wrapped text between the two markers;
+        text that holds ``<|im_start|>`` in any other way stands as it is."""
         inner = unwrapped(text)
-        if not inner.strip():
-            raise InvalidRequest.value(param, text, "a text that is not empty")
         if START in inner:
             return TextSegment(tuple(self.encode(inner)))
         return TextSegment((self.start, *self.encode(inner), self.end))

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from bagel_triton.defaults import MAX_MESSAGES
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.proxy.violation import not_allowed, to_invalid_request, unknown_field
 from bagel_triton.request import GenerationRequest
@@ -82,7 +83,7 @@ class ChatMessage(StrictModel):
     """
 
     role: Literal["user", "system", "assistant", "developer"]
-    content: Annotated[list[Part], BeforeValidator(_to_parts)]
+    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES), BeforeValidator(_to_parts)]
     reasoning_content: str | None = None
 
 
@@ -133,7 +134,7 @@ else:
 class ChatBody(GenerationFields):
     """A request body; ``null`` means not given, as in OpenAI's API."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     modalities: list[str] | None = None
     stream: bool | None = None
