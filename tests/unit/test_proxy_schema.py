@@ -136,12 +136,44 @@ def test_a_bad_body_is_refused_by_field_value_and_what_is_allowed(
         (b"[]", "body=[] is not allowed; allowed: a JSON object"),
         (b'"text"', "body='text' is not allowed; allowed: a JSON object"),
         (b"{}", "messages is required"),
+        (b'{"messages": ' + b"[" * 100_000, "the body is not JSON: recursion limit exceeded"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: "),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": NaN}', "n=nan is not allowed; allowed: "),
     ],
 )
 def test_what_is_not_a_json_object_is_refused(data: bytes, text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(data)
     assert text in caught.value.message
+
+
+USER = '"messages": [{"role": "user", "content": "x"}]'
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [
+        (f'{{{USER}, "seed": 1, "seed": 2}}', "seed"),
+        (f'{{{USER}, "seed": 1, {USER}}}', "messages"),
+        (f'{{{USER}, "extra_body": {{"n": 1, "n": 1}}}}', "n"),
+        ('{"messages": [{"role": "user", "role": "user", "content": "x"}]}', "role"),
+    ],
+)
+def test_a_field_that_is_there_twice_is_refused(data: str, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(data.encode())
+    assert caught.value.param == param
+    assert caught.value.message == f"{param} is given 2 times in one object; allowed: once"
+
+
+@pytest.mark.parametrize("stream", [None, False])
+def test_stream_options_are_for_streams(stream: bool | None) -> None:
+    options = {"stream_options": {"include_usage": True}}
+    with pytest.raises(
+        InvalidRequest, match=r"^stream_options=\{'include_usage': True\} has no meaning without stream"
+    ):
+        generation(chat_body(stream=stream, **options))
+    assert generation(chat_body(stream=True, **options)) == generation(chat_body())
 
 
 LONG = "9" * 1_000_000
