@@ -144,25 +144,40 @@ _KINDS: dict[str, type[BagelError]] = {
         Internal,
     )
 }
+# Triton's own words, and its client's, for what is not there, has died or is being stopped.
+_GONE = (
+    "is not healthy",
+    "is not ready",
+    "unknown model",
+    "Server not ready",
+    "Server is stopping",
+    "StatusCode.UNAVAILABLE",
+    "The stream is no longer in valid state",
+)
 _TEXT = re.compile(rf"\b({'|'.join(_KINDS)})\(([^()\n]*)\): (.*)", re.DOTALL)
 
 
 def from_text(text: str) -> BagelError:
     """The typed error in ``text``; text of any other origin becomes :class:`Internal`.
 
-    Triton's own word for a dead stub or an unloaded model becomes
-    :class:`StageUnavailable`.
+    Triton's own word for a dead stub, an unloaded model or a server that stops
+    becomes :class:`StageUnavailable`.
     """
     found = _TEXT.search(text)
     if found:
         return _KINDS[found[1]](found[3], found[2] or None)
-    if "is not healthy" in text or "is not ready" in text or "unknown model" in text:
+    if any(words in text for words in _GONE):
         return StageUnavailable(text)
     return Internal(text)
 
 
 def from_exception(error: BaseException) -> BagelError:
-    """``error`` itself if typed; :class:`Internal` naming its type otherwise."""
+    """``error`` itself if typed; :class:`Internal` naming its type otherwise.
+
+    What Triton's client raises carries Triton's text.
+    """
     if isinstance(error, BagelError):
         return error
+    if type(error).__name__ == "InferenceServerException":  # known by name: most of the package needs no client
+        return from_text(str(error))
     return Internal(f"{type(error).__name__}: {error}")

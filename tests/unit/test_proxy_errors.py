@@ -19,6 +19,7 @@ from proxy_fake import (
     http,
     picture_part,
 )
+from tritonclient.utils import InferenceServerException
 
 from bagel_triton import errors
 from bagel_triton.proxy.errors import MAX_LOGGED
@@ -46,6 +47,22 @@ def test_an_error_before_the_first_event_has_its_status_and_openais_shape(
     expected = str(error) if isinstance(error, errors.BagelError) else f"ZeroDivisionError: {error}"
     param = "height" if status == 400 else None
     assert reply.json() == {"error": {"message": expected, "type": kind, "param": param, "code": code}}
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("The stream is no longer in valid state, the error detail is reported through provided callback.", 503),
+        ("[StatusCode.UNAVAILABLE] Socket closed", 503),
+        ("Server is stopping, scheduler for model has stopped accepting new inference requests", 503),
+        ("[StatusCode.INTERNAL] a defect", 500),
+    ],
+)
+def test_a_stage_that_meets_a_server_being_stopped_is_unavailable(text: str, status: int) -> None:
+    error = errors.from_text(errors.from_exception(InferenceServerException(text)).to_text())
+    reply = http(FakeClient(error)).post(CHAT, json=chat_body())
+    assert reply.status_code == status
+    assert text in reply.json()["error"]["message"]
 
 
 def test_an_error_after_some_progress_still_has_its_status_without_streaming() -> None:
