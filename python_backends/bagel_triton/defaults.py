@@ -12,7 +12,7 @@ import msgspec
 
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import Decoding, FlowSettings
-from bagel_triton.request import LATENT_STRIDE, GenerationRequest, TextPart
+from bagel_triton.request import LATENT_STRIDE, GenerationRequest, TextPart, utf8
 
 T = TypeVar("T")
 Renorm = Literal["global", "channel", "text_channel"]
@@ -105,11 +105,12 @@ def bounded(request: GenerationRequest) -> None:
     """
     turns = request.messages or ()
     _check("messages", f"{len(turns)} messages", len(turns) <= MAX_MESSAGES, f"at most {MAX_MESSAGES}")
+    written = (part.text for turn in turns for part in turn.parts if isinstance(part, TextPart))
     sizes = {
-        "prompt": _bytes(request.prompt or ""),
-        "messages": sum(_bytes(part.text) for turn in turns for part in turn.parts if isinstance(part, TextPart)),
-        "negative_prompt": _bytes(request.negative_prompt or ""),
-        "stop": sum(map(_bytes, request.stop or ())),
+        "prompt": len(utf8("prompt", request.prompt or "")),
+        "messages": sum(len(utf8("messages", text)) for text in written),
+        "negative_prompt": len(utf8("negative_prompt", request.negative_prompt or "")),
+        "stop": sum(len(utf8("stop", text)) for text in request.stop or ()),
     }
     total, most = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
     _check(most, f"{total} bytes of text in all", total <= MAX_TEXT_BYTES, f"at most {MAX_TEXT_BYTES} in a request")
@@ -232,10 +233,6 @@ def _sides(request: GenerationRequest, default: int, max_side: int, size: tuple[
             continue
         _check(name, side, side % LATENT_STRIDE == 0 and LATENT_STRIDE <= side <= max_side, allowed)
     return height, width
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode(errors="replace"))
 
 
 def _given(value: T | None, default: T) -> T:

@@ -127,7 +127,7 @@ def to_tensors(request: GenerationRequest) -> Arrays:
     """The given fields as named arrays; a field that is ``None`` is left out.
 
     Raises:
-        InvalidRequest: an integer does not fit its tensor type.
+        InvalidRequest: an integer does not fit its tensor type, or a text is not Unicode.
     """
     arrays: Arrays = {}
     for name, spec in REQUEST_TENSORS.items():
@@ -135,17 +135,29 @@ def to_tensors(request: GenerationRequest) -> Arrays:
         if value is None:
             continue
         if name == "messages":
-            value = msgspec.json.encode(value).decode()
+            value = msgspec.json.encode(value)
         items = list(value) if isinstance(value, tuple) else [value]
         if spec.datatype.startswith("INT"):
             info = np.iinfo(spec.numpy_type)  # type: ignore[type-var]
             if not info.min <= value <= info.max:
                 raise InvalidRequest.value(name, value, f"an integer that fits {spec.datatype}")
-        items = [item.encode() if isinstance(item, str) else item for item in items]
+        items = [utf8(name, item) if isinstance(item, str) else item for item in items]
         array = np.empty(len(items), dtype=spec.numpy_type)
         array[:] = items
         arrays[name] = array
     return arrays
+
+
+def utf8(name: str, text: str) -> bytes:
+    """The bytes of the field ``name``'s ``text``.
+
+    Raises:
+        InvalidRequest: it holds half a character, as arguments of a command line may.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest.value(name, text, "UTF-8 text") from error
 
 
 def from_tensors(arrays: Arrays) -> GenerationRequest:

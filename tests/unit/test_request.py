@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_triton.defaults import IMG2IMG, MAX_SEED, TEXT2IMG, flow_settings
+from bagel_triton.defaults import IMG2IMG, MAX_SEED, TEXT2IMG, bounded, flow_settings
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import FlowSettings
 from bagel_triton.model.flow import schedule
@@ -191,6 +191,14 @@ def test_a_request_travels_unchanged(request_: GenerationRequest) -> None:
 def test_an_integer_too_long_for_its_tensor_is_named(field: str, value: int) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}={value} is not allowed; allowed: an integer"):
         to_tensors(GenerationRequest(prompt="A cat", **{field: value}))
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "a\udcff"}, {"negative_prompt": "\udcff"}, {"stop": ("x", "\ud800")}])
+def test_half_a_character_is_named(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    for refuse in (to_tensors, bounded):
+        with pytest.raises(InvalidRequest, match=rf"^{name}='.*\\ud.*' is not allowed; allowed: UTF-8 text$"):
+            refuse(GenerationRequest(**fields))
 
 
 def test_a_tensor_of_the_wrong_length_is_named() -> None:
