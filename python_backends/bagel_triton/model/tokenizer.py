@@ -34,7 +34,8 @@ class Tokenizer:
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # the tokenizers library raises the base class itself
-            raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
         self.backend = self._tokenizer.backend_tokenizer
         self.start, self.end = self._special(START), self._special(END)
         self.vision_start, self.vision_end = self._special(VISION_START), self._special(VISION_END)
