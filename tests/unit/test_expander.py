@@ -147,15 +147,15 @@ MARKS = (
             (
                 {"prompt": prompt, "image": image},
                 "prompt",
-                f"prompt={prompt!r} is not allowed; allowed: a text that is not empty",
+                f"prompt={prompt!r} is not allowed; allowed: a text that is not empty{beside}",
             )
             for prompt in ("", "   ", "\n\t", "<|im_start|><|im_end|>", "<|im_start|>  <|im_end|>")
-            for image in (None, (SMALL,))
+            for image, beside in ((None, ""), ((SMALL,), " beside the pictures"))
         ),
         (
             {"messages": (user(" ", 0), user("x")), "image": (SMALL,)},
             "messages[0].content",
-            "messages[0].content=' ' is not allowed; allowed: a text that is not empty",
+            "messages[0].content=' ' is not allowed; allowed: a text that is not empty beside the pictures",
         ),
         (
             {"prompt": "x", "height": 64, "modality": "text"},

@@ -98,7 +98,8 @@ def _laid_out(
     marks = len(pieces) - 1
     if not marks:
         if not inner.strip() and (is_last or text or not groups):
-            raise InvalidRequest.value(param, text, "a text that is not empty")
+            beside = " beside the pictures" if groups else ""
+            raise InvalidRequest.value(param, text, f"a text that is not empty{beside}")
         pieces = [*[""] * len(groups), inner]
     elif marks != len(groups):
         raise InvalidRequest(
