@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.errors import InvalidRequest, shortened
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]  # tensors by name, as Triton carries them
@@ -177,7 +177,8 @@ def from_tensors(arrays: Arrays) -> GenerationRequest:
         try:
             fields["messages"] = _TURNS.decode(fields["messages"])
         except msgspec.DecodeError as error:
-            raise InvalidRequest(f"messages is not a list of turns: {error}", "messages") from error
+            shape = f"a list of turns as JSON ({shortened(str(error))})"
+            raise InvalidRequest.value("messages", fields["messages"], shape) from error
     return GenerationRequest(**fields)
 
 

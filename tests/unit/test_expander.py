@@ -158,6 +158,11 @@ MARKS = (
             "messages[0].content=' ' is not allowed; allowed: a text that is not empty beside the pictures",
         ),
         (
+            {"messages": (user("x", 0, 0, 7),), "image": (SMALL,)},
+            "messages",
+            "messages refer to pictures [0, 0, 7], and image holds 1; allowed: each of them once",
+        ),
+        (
             {"prompt": "x", "height": 64, "modality": "text"},
             "height",
             "height=64 has no meaning for text output; allowed: only with image output",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
+import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 from proxy_fake import (
@@ -17,6 +20,7 @@ from proxy_fake import (
     FakeClient,
     chat_body,
     http,
+    live_proxy,
     picture_part,
 )
 from tritonclient.utils import InferenceServerException
@@ -138,6 +142,24 @@ def test_a_typed_error_is_one_line_of_the_log(
     http(FakeClient(error)).post(CHAT, json=chat_body())
     [record] = [record for record in caplog.records if record.name.startswith("bagel_triton")]
     assert f"{record.levelname} {logging.Formatter().format(record)}" == line
+
+
+def test_a_client_that_leaves_while_it_sends_its_request_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = FakeClient()
+    with live_proxy(backend) as url:
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 5000\r\n\r\n{")
+            time.sleep(0.2)
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [(record.levelname, record.getMessage(), record.exc_info) for record in caplog.records] == [
+        ("WARNING", "499 Cancelled: the client left while it sent the request", None)
+    ]
+    assert not backend.requests
 
 
 def test_a_defect_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:

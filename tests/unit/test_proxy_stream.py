@@ -242,24 +242,6 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool, script: tuple[ob
         assert backend.cancelled.wait(10)
 
 
-def test_a_client_that_leaves_while_it_sends_its_request_is_one_line_of_the_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    backend = FakeClient()
-    with live_proxy(backend) as url:
-        address = urlsplit(url)
-        with socket.create_connection((address.hostname, address.port)) as connection:
-            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 5000\r\n\r\n{")
-            time.sleep(0.2)
-        deadline = time.monotonic() + 10
-        while not caplog.records and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert [(record.levelname, record.getMessage(), record.exc_info) for record in caplog.records] == [
-        ("WARNING", "499 Cancelled: the client left while it sent the request", None)
-    ]
-    assert not backend.requests
-
-
 def test_a_connection_that_breaks_while_sending_cancels_its_request() -> None:
     backend = FakeClient()
 

@@ -209,6 +209,15 @@ def test_a_tensor_of_the_wrong_length_is_named() -> None:
         assert refusal.value.param == name
 
 
+@pytest.mark.parametrize("turns", [b"{nope", b'[{"role": "user"}]', b'[{"role": "' + b"x" * 9000 + b'", "parts": []}]'])
+def test_messages_that_are_no_turns_are_shown(turns: bytes) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"^messages='.* is not allowed; allowed: a list of turns as JSON"
+    ) as refusal:
+        from_tensors({"messages": np.array([turns], dtype=np.object_)})
+    assert len(refusal.value.message) < 400
+
+
 def test_text_that_is_not_utf8_is_named() -> None:
     arrays = to_tensors(FULL)
     with pytest.raises(InvalidRequest, match=r"^negative_prompt=b'\\xff' is not allowed; allowed: UTF-8 text"):

@@ -40,8 +40,8 @@ def turns_of(request: GenerationRequest, pictures: int) -> tuple[Turn, ...]:
         raise InvalidRequest("exactly one of prompt and messages is required", "prompt")
     if request.messages is None:
         assert request.prompt is not None
-        shown = [PicturePart(index) for index in range(pictures)]
-        return (Turn("user", (TextPart(request.prompt), *shown)),)
+        parts = [PicturePart(index) for index in range(pictures)]
+        return (Turn("user", (TextPart(request.prompt), *parts)),)
     turns = request.messages
     if not turns or turns[-1].role != "user":
         last = turns[-1].role if turns else "no messages"
