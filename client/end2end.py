@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except (CommandError, OSError, TimeoutError, ValueError) as error:  # ValueError: a checkpoint or a configuration
-        say(str(error))
+        say(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
         return 1
 
 

@@ -5,10 +5,8 @@ Needs httpx and tqdm, nothing of the server's. Pictures are saved; text is print
 standard output as it comes, thinking and progress on standard error.
 
     python openai_chat_client.py --prompt "A cute cat" --output cat.png
-    python openai_chat_client.py -p "A futuristic city" --height 768 --width 768 --negative "blurry"
-    python openai_chat_client.py -m img2img -i cat.png -p "Make the cat stand up" --think
+    python openai_chat_client.py -m img2img -i cat.png -p "Make the cat stand up" --think --negative "blurry"
     python openai_chat_client.py -m img2text -i https://example.com/cat.png -p "What is this?"
-    python openai_chat_client.py -m text2text -p "What is the capital of France?"
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # which no proxy of the environment can reach
 SIDE = 512
 STEPS = 25
 
@@ -106,10 +104,10 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
 def chunks(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The chunks of the streamed reply; raises Refused when the server says no."""
     url = httpx.URL(f"{server.rstrip('/')}/v1/chat/completions")
-    # A proxy of the environment cannot reach this machine's own addresses.
     with (
         httpx.Client(timeout=TIMEOUT, trust_env=url.host not in LOOPBACK) as client,
-        client.stream("POST", url, json=body) as response,
+        # Written so, NaN and half a character too get to the server, which says what is wrong with them.
+        client.stream("POST", url, content=json.dumps(body), headers={"Content-Type": "application/json"}) as response,
     ):
         if response.status_code != 200:
             raise Refused(f"the server said no ({response.status_code}): {reason(response.read())}")
@@ -228,13 +226,14 @@ def save(output: Path, pictures: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
+        if not args.output.parent.is_dir():
+            raise Refused(f"cannot write {args.output}: {args.output.parent} is not a folder")
         pictures, last = receive(args)
         save(args.output, pictures)
-    except (Refused, httpx.InvalidURL) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except httpx.HTTPError as error:
-        print(f"no answer from {args.server}: {error}", file=sys.stderr)
+    except (Refused, httpx.InvalidURL, httpx.HTTPError) as error:
+        print(
+            f"no answer from {args.server}: {error}" if isinstance(error, httpx.HTTPError) else error, file=sys.stderr
+        )
         return 1
     out = sys.stdout if pictures else sys.stderr  # only the text goes where text is wanted
     print(f"seed     {'none, greedy' if last['seed'] is None else last['seed']}", file=out)

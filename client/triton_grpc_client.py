@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from picture_file import fail, save, unwritable
 from tqdm import tqdm
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
+from bagel_triton.errors import InvalidRequest
 from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 
@@ -99,10 +100,12 @@ def stream(server: str, model: str, request: GenerationRequest) -> Iterator[Infe
             client.stop_stream(cancel_requests=True)
 
 
-def receive(args: argparse.Namespace) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
+def receive(
+    args: argparse.Namespace, request: GenerationRequest
+) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
     """The answer or the thinking, and the picture [H, W, 3] with its seed."""
     with tqdm(desc=args.model, unit="step", leave=False) as bar:
-        for result in stream(args.server, args.model, generation_request(args)):
+        for result in stream(args.server, args.model, request):
             if args.model == ENSEMBLE:
                 yield result.as_numpy("generated_image"), int(result.as_numpy("used_seed")[0])
                 continue
@@ -118,16 +121,21 @@ def receive(args: argparse.Namespace) -> Iterator[AnswerEvent | tuple[NDArray[np
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if reason := unwritable(args.output):
+        return fail(reason)
     try:
-        results = list(receive(args))
+        request = generation_request(args)
+    except OSError as error:
+        return fail(f"--image {error.filename}: {error.strerror}")
+    try:
+        results = list(receive(args, request))
         if not results:
             raise InferenceServerException("the reply is empty")
     except InferenceServerException as error:
-        print(f"{args.model} at {args.server}: {error.message()}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"--image {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        return fail(f"{args.model} at {args.server}: {error.message()}")
+    except InvalidRequest as error:
+        return fail(error.message)
+    status = 0
     for result in results:
         if isinstance(result, AnswerEvent):
             if result.reasoning:
@@ -135,10 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.modality == "text":
                 print(result.content)
             continue
-        pixels, seed = result
-        Image.fromarray(pixels).save(args.output)
-        print(f"picture  {args.output}, {pixels.shape[1]}x{pixels.shape[0]} pixels, seed {seed}")
-    return 0
+        status = status or save(*result, args.output)
+    return status
 
 
 if __name__ == "__main__":

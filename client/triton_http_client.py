@@ -23,10 +23,12 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from picture_file import fail, save, unwritable
 from tqdm import tqdm
 
+from bagel_triton.errors import InvalidRequest
 from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
+from bagel_triton.request import GenerationRequest, to_tensors
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 
@@ -54,6 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments ask for; raises InvalidRequest for what Triton would wrap or garble."""
     fields = {
         "prompt": args.prompt,
         "modality": args.modality,
@@ -65,6 +68,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
         "think": args.think or None,
         "max_tokens": args.max_tokens,
     }
+    to_tensors(GenerationRequest(**fields))
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -78,16 +82,19 @@ def responses(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
             text = line.removeprefix("data: ")
             if not text:
                 continue
-            outputs = json.loads(text)
+            try:
+                outputs = json.loads(text)
+            except ValueError as error:
+                raise Refused(f"this is no Triton: it answered {text[:100]!r}") from error
             if "error" in outputs:
                 raise Refused(outputs["error"])
             yield outputs
 
 
-def receive(args: argparse.Namespace) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
+def receive(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
     """The answer or the thinking, and the picture [H, W, 3] with its seed."""
     with tqdm(desc="bagel", unit="step", leave=False) as bar:
-        for outputs in responses(args.server, request_body(args)):
+        for outputs in responses(args.server, body):
             event = decode_event(outputs["event"])
             if isinstance(event, ProgressEvent):
                 bar.total, bar.n = event.steps, event.step
@@ -101,13 +108,18 @@ def receive(args: argparse.Namespace) -> Iterator[AnswerEvent | tuple[NDArray[np
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if reason := unwritable(args.output):
+        return fail(reason)
     try:
-        results = list(receive(args))
+        body = request_body(args)
+        results = list(receive(args, body))
         if not results:
             raise Refused("the reply is empty")
+    except InvalidRequest as error:
+        return fail(error.message)
     except (Refused, httpx.HTTPError, httpx.InvalidURL) as error:
-        print(f"bagel at {args.server}: {error}", file=sys.stderr)
-        return 1
+        return fail(f"bagel at {args.server}: {error}")
+    status = 0
     for result in results:
         if isinstance(result, AnswerEvent):
             if result.reasoning:
@@ -115,10 +127,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.modality == "text":
                 print(result.content)
             continue
-        pixels, seed = result
-        Image.fromarray(pixels).save(args.output)
-        print(f"picture  {args.output}, {pixels.shape[1]}x{pixels.shape[0]} pixels, seed {seed}")
-    return 0
+        status = status or save(*result, args.output)
+    return status
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import msgspec
 
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import Decoding, FlowSettings, Schedule
-from bagel_triton.request import LATENT_STRIDE, GenerationRequest
+from bagel_triton.request import LATENT_STRIDE, GenerationRequest, TextPart, utf8
 
 T = TypeVar("T")
 Renorm = Literal["global", "channel", "text_channel"]
@@ -29,7 +29,11 @@ MAX_PICTURE_BYTES = 32 * 2**20  # encoded
 MAX_STOPS = 16
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 86400
+MAX_MESSAGES = 2048  # of a conversation, and parts of a message
+MAX_TEXT_BYTES = 2**20  # of all texts of a request, UTF-8: tokenising more takes seconds
 MAX_NEW_TOKENS = 32768
+LEAST_TEMPERATURE = 1e-5  # below it, float32 scores could overflow and sampling is greedy anyway
+LEAST_PENALTY, MAX_PENALTY = 0.01, 2
 
 
 class FlowDefaults(msgspec.Struct, frozen=True):
@@ -84,16 +88,35 @@ def modality(request: GenerationRequest) -> Modality:
     """
     wanted = _given(request.modality, "image")
     _check("modality", wanted, wanted in get_args(Modality), ", ".join(get_args(Modality)))
-    foreign: tuple[str, ...] = TEXT_FIELDS if wanted == "image" else PICTURE_FIELDS
-    if wanted == "image" and not request.think:
-        foreign += (*SAMPLING_FIELDS, "max_think_tokens")
-    if wanted == "text" and not request.think:
-        foreign += ("max_think_tokens",)
-    for name in foreign:
-        if getattr(request, name) is not None:
-            condition = " without think" if name in ("max_think_tokens", *SAMPLING_FIELDS) else ""
-            raise InvalidRequest(f"{name} has no meaning for {wanted} output{condition}", name)
+    fields, other = (TEXT_FIELDS, "text") if wanted == "image" else (PICTURE_FIELDS, "image")
+    foreign = dict.fromkeys(fields, f"only with {other} output")
+    if not request.think:
+        if wanted == "image":
+            foreign |= dict.fromkeys(SAMPLING_FIELDS, "only with text output or with think")
+        foreign["max_think_tokens"] = "only with think"
+    for name, allowed in foreign.items():
+        if (value := getattr(request, name)) is not None:
+            raise InvalidRequest.meaningless(name, value, f"for {wanted} output", allowed)
     return wanted  # type: ignore[return-value]
+
+
+def bounded(request: GenerationRequest) -> None:
+    """Refuse more messages and text than is worth tokenising to find that no context holds them.
+
+    Raises:
+        InvalidRequest: names the field that holds most of it.
+    """
+    turns = request.messages or ()
+    _check("messages", f"{len(turns)} messages", len(turns) <= MAX_MESSAGES, f"at most {MAX_MESSAGES}")
+    written = (part.text for turn in turns for part in turn.parts if isinstance(part, TextPart))
+    sizes = {
+        "prompt": len(utf8("prompt", request.prompt or "")),
+        "messages": sum(len(utf8("messages", text)) for text in written),
+        "negative_prompt": len(utf8("negative_prompt", request.negative_prompt or "")),
+        "stop": sum(len(utf8("stop", text)) for text in request.stop or ()),
+    }
+    total, most = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
+    _check(most, f"{total} bytes of text in all", total <= MAX_TEXT_BYTES, f"at most {MAX_TEXT_BYTES} in a request")
 
 
 def count(request: GenerationRequest) -> int:
@@ -183,8 +206,10 @@ def decoding(request: GenerationRequest, first_token: int, wanted: Modality) -> 
     nucleus = request.top_p is not None or top_k > 0
     temperature = _given(request.temperature, TEXT.temperature_with_nucleus if nucleus else 0.0)
     _check("temperature", temperature, 0 <= temperature <= 2, "a number from 0 (greedy) to 2")
+    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
     penalty = _given(request.repetition_penalty, 1.0)
-    _check("repetition_penalty", penalty, 0 < penalty <= 2, "a number above 0, at most 2")
+    allowed = f"a number from {LEAST_PENALTY} to {MAX_PENALTY}"
+    _check("repetition_penalty", penalty, LEAST_PENALTY <= penalty <= MAX_PENALTY, allowed)
     stop = _given(request.stop, ())
     _check("stop", list(stop), len(stop) <= MAX_STOPS and all(stop), f"at most {MAX_STOPS} texts, none empty")
     number = count(request)

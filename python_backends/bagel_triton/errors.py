@@ -8,7 +8,34 @@ Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import ClassVar
+
+MAX_SHOWN = 120  # characters of a user's own words in an error
+
+
+def shortened(text: str) -> str:
+    """``text``, cut where it is too long for an error."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` that looks at no more of a large value than is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxother = self.maxlong = 2 * MAX_SHOWN
+
+    def repr_str(self, value: str, level: int) -> str:
+        return repr(value[: MAX_SHOWN + 1])
+
+
+_repr = _Repr()
+
+
+def shown(value: object) -> str:
+    """``value`` as an error shows it."""
+    return shortened(_repr.repr(value[: MAX_SHOWN + 1] if isinstance(value, bytes) else value))
 
 
 class BagelError(Exception):
@@ -21,7 +48,7 @@ class BagelError(Exception):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = None if param is None else shortened(param)
 
     @property
     def kind(self) -> str:
@@ -42,10 +69,12 @@ class InvalidRequest(BagelError):
     @classmethod
     def value(cls, param: str, value: object, allowed: str) -> InvalidRequest:
         """An error that names the field, the value it had and what is allowed."""
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        return cls(f"{param}={shown} is not allowed; allowed: {allowed}", param)
+        return cls(f"{shortened(param)}={shown(value)} is not allowed; allowed: {allowed}", param)
+
+    @classmethod
+    def meaningless(cls, param: str, value: object, where: str, allowed: str) -> InvalidRequest:
+        """An error for a field that says nothing about what is asked for."""
+        return cls(f"{param}={shown(value)} has no meaning {where}; allowed: {allowed}", param)
 
 
 class ModelNotFound(InvalidRequest):
@@ -115,25 +144,40 @@ _KINDS: dict[str, type[BagelError]] = {
         Internal,
     )
 }
+# Triton's own words, and its client's, for what is not there, has died or is being stopped.
+_GONE = (
+    "is not healthy",
+    "is not ready",
+    "unknown model",
+    "Server not ready",
+    "Server is stopping",
+    "StatusCode.UNAVAILABLE",
+    "The stream is no longer in valid state",
+)
 _TEXT = re.compile(rf"\b({'|'.join(_KINDS)})\(([^()\n]*)\): (.*)", re.DOTALL)
 
 
 def from_text(text: str) -> BagelError:
     """The typed error in ``text``; text of any other origin becomes :class:`Internal`.
 
-    Triton's own word for a dead stub or an unloaded model becomes
-    :class:`StageUnavailable`.
+    Triton's own word for a dead stub, an unloaded model or a server that stops
+    becomes :class:`StageUnavailable`.
     """
     found = _TEXT.search(text)
     if found:
         return _KINDS[found[1]](found[3], found[2] or None)
-    if "is not healthy" in text or "is not ready" in text or "unknown model" in text:
+    if any(words in text for words in _GONE):
         return StageUnavailable(text)
     return Internal(text)
 
 
 def from_exception(error: BaseException) -> BagelError:
-    """``error`` itself if typed; :class:`Internal` naming its type otherwise."""
+    """``error`` itself if typed; :class:`Internal` naming its type otherwise.
+
+    What Triton's client raises carries Triton's text.
+    """
     if isinstance(error, BagelError):
         return error
+    if type(error).__name__ == "InferenceServerException":  # known by name: most of the package needs no client
+        return from_text(str(error))
     return Internal(f"{type(error).__name__}: {error}")

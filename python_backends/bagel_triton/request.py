@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.errors import InvalidRequest, shortened
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]  # tensors by name, as Triton carries them
@@ -131,7 +131,7 @@ def to_tensors(request: GenerationRequest) -> Arrays:
     """The given fields as named arrays; a field that is ``None`` is left out.
 
     Raises:
-        InvalidRequest: an integer does not fit its tensor type.
+        InvalidRequest: an integer does not fit its tensor type, or a text is not Unicode.
     """
     arrays: Arrays = {}
     for name, spec in REQUEST_TENSORS.items():
@@ -139,17 +139,29 @@ def to_tensors(request: GenerationRequest) -> Arrays:
         if value is None:
             continue
         if name == "messages":
-            value = msgspec.json.encode(value).decode()
+            value = msgspec.json.encode(value)
         items = list(value) if isinstance(value, tuple) else [value]
         if spec.datatype.startswith("INT"):
             info = np.iinfo(spec.numpy_type)  # type: ignore[type-var]
             if not info.min <= value <= info.max:
                 raise InvalidRequest.value(name, value, f"an integer that fits {spec.datatype}")
-        items = [item.encode() if isinstance(item, str) else item for item in items]
+        items = [utf8(name, item) if isinstance(item, str) else item for item in items]
         array = np.empty(len(items), dtype=spec.numpy_type)
         array[:] = items
         arrays[name] = array
     return arrays
+
+
+def utf8(name: str, text: str) -> bytes:
+    """The bytes of the field ``name``'s ``text``.
+
+    Raises:
+        InvalidRequest: it holds half a character, as arguments of a command line may.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest.value(name, text, "UTF-8 text") from error
 
 
 def from_tensors(arrays: Arrays) -> GenerationRequest:
@@ -169,7 +181,8 @@ def from_tensors(arrays: Arrays) -> GenerationRequest:
         try:
             fields["messages"] = _TURNS.decode(fields["messages"])
         except msgspec.DecodeError as error:
-            raise InvalidRequest(f"messages is not a list of turns: {error}", "messages") from error
+            shape = f"a list of turns as JSON ({shortened(str(error))})"
+            raise InvalidRequest.value("messages", fields["messages"], shape) from error
     return GenerationRequest(**fields)
 
 

@@ -156,7 +156,7 @@ def test_a_negative_prompt_stands_in_the_text_free_branch(local_stages: LocalSta
     tokenizer = Tokenizer(checkpoint_dir)
     bagel = Checkpoint(checkpoint_dir).load_bagel(torch.device("cpu"), torch.float32)
     naive = NaiveBagel(bagel, (tokenizer.vision_start, tokenizer.vision_end))
-    prompt = naive.prefill(tokenizer.segment("A cute cat", "prompt").token_ids)
+    prompt = naive.prefill(tokenizer.segment("A cute cat").token_ids)
     text_free = naive.prefill([tokenizer.start, *tokenizer.encode("A blurry picture"), tokenizer.end])
     contexts = {Branch.GEN: prompt, Branch.CFG_TEXT: text_free, Branch.CFG_IMG: prompt}
     assert plain.plan.flow is not None

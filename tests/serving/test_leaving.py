@@ -35,18 +35,17 @@ def until(server: Server, gauge: str, value: float) -> None:
         time.sleep(0.05)
 
 
-def post(server: Server, body: dict[str, object]) -> threading.Thread:
-    """Ask from a thread, and do not care for the answer."""
+class Asking(threading.Thread):
+    """Asks, and keeps the answer's status; 0 where none came."""
 
-    def ask() -> None:
-        try:
-            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
-        except httpx.HTTPError:
-            return
+    def __init__(self, server: Server, body: dict[str, object]) -> None:
+        super().__init__(daemon=True)
+        self._url, self._body, self.status = f"{server.url}/v1/chat/completions", body, 0
+        self.start()
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    return thread
+    def run(self) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            self.status = httpx.post(self._url, json=self._body, timeout=120, trust_env=False).status_code
 
 
 @contextlib.contextmanager
@@ -79,7 +78,7 @@ def own_server(checkpoint_dir: Path) -> Iterator[Server]:
 
 
 def test_sigterm_during_a_request_leaves_nothing(own_server: Server) -> None:
-    asking = post(own_server, LONG)
+    asking = Asking(own_server, LONG)
     until(own_server, "bagel_dit_active", 1)
     prefix = f"bagel_triton_{own_server.process.pid}_"
     assert list(Path("/dev/shm").glob(f"{prefix}*"))
@@ -92,6 +91,7 @@ def test_sigterm_during_a_request_leaves_nothing(own_server: Server) -> None:
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
     asking.join(10)
     assert not asking.is_alive(), "the client was left waiting"
+    assert asking.status == 503
 
 
 def _descendants(pid: int) -> list[int]:

@@ -41,6 +41,28 @@ def run(script: Path, *arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("client", ["triton_grpc_client.py", "triton_http_client.py"])
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--output", "/nowhere/cat.png"), "cannot write /nowhere/cat.png: /nowhere is not a folder"),
+        (("--output", "cat"), "cannot write cat: its name has no ending of a picture, such as .png"),
+        (("--height", "4294967360"), "height=4294967360 is not allowed; allowed: an integer that fits INT32"),
+        (("--seed", str(2**64 + 1)), f"seed={2**64 + 1} is not allowed; allowed: an integer that fits INT64"),
+        (("--negative", "\udcff"), r"negative_prompt='\udcff' is not allowed; allowed: UTF-8 text"),
+    ],
+)
+def test_what_cannot_be_sent_or_written_is_one_line(
+    server: Server, client: str, arguments: tuple[str, ...], line: str
+) -> None:
+    address = server.grpc if "grpc" in client else f"http://{server.http}"
+    command = [sys.executable, CLIENTS / client, "--server", address, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(line)
+
+
 def assert_same(output: Path, server: Server) -> None:
     with Image.open(output) as picture:
         assert np.array_equal(np.array(picture), server.pictures(PICTURE)[0])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
@@ -86,6 +87,31 @@ def test_a_prompt_longer_than_the_arena_is_refused(make: Make) -> None:
     with pytest.raises(InvalidRequest, match="too long"):
         generate(stages, GenerationRequest(prompt="A cute cat on a mountain " * 8, seed=1))
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-5, 2.0])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"top_p": 5e-324}, {"top_p": 1e-40, "top_k": 1}, {"repetition_penalty": 0.01}, {"repetition_penalty": 2.0}],
+    ids=str,
+)
+def test_whatever_sampling_is_allowed_is_an_answer(
+    local_stages: LocalStages, temperature: float, fields: dict[str, float]
+) -> None:
+    request = GenerationRequest("Where?", modality="text", max_tokens=4, seed=1, temperature=temperature, **fields)
+    (answer,) = result_of(local_stages.think(result_of(local_stages.expand(request)))).answers
+    assert answer.tokens > 0
+
+
+def test_next_to_no_temperature_is_greedy(local_stages: LocalStages) -> None:
+    request = GenerationRequest("Where?", modality="text", max_tokens=8, seed=1)
+    plans = [
+        result_of(local_stages.expand(msgspec.structs.replace(request, temperature=temperature)))
+        for temperature in (0.0, 1e-6)
+    ]
+    assert plans[0].decoding == plans[1].decoding
+    with pytest.raises(InvalidRequest, match="greedy answers are all the same"):
+        result_of(local_stages.expand(msgspec.structs.replace(request, temperature=1e-6, n=2)))
 
 
 def test_a_full_arena_is_waited_for(make: Make) -> None:

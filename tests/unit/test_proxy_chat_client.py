@@ -133,6 +133,20 @@ def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert last_line(done) == "the server said no (400): height has no meaning for text output"
 
 
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("-p", "\udcff"), "the server said no (400): the body is not JSON: "),
+        (("-m", "text2text", "--temperature", "nan"), "the server said no (400): temperature=nan is not allowed"),
+    ],
+)
+def test_what_json_cannot_carry_is_refused_by_the_server(tmp_path: Path, args: tuple[str, ...], text: str) -> None:
+    with live_proxy(FakeClient()) as url:
+        done = run_client("-s", url, *args, cwd=tmp_path)
+    assert done.returncode == 1
+    assert last_line(done).startswith(text)
+
+
 def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     with live_proxy(FakeClient(*PROGRESS, Overloaded("the arena is full"))) as url:
         done = run_client("-s", url, cwd=tmp_path)
@@ -144,6 +158,7 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
+        (("-o", "missing/cat.png"), 1, "cannot write missing/cat.png: missing is not a folder"),
         (("-s", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
         (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),

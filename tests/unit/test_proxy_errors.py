@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
+import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 from proxy_fake import (
@@ -17,8 +20,10 @@ from proxy_fake import (
     FakeClient,
     chat_body,
     http,
+    live_proxy,
     picture_part,
 )
+from tritonclient.utils import InferenceServerException
 
 from bagel_triton import errors
 from bagel_triton.proxy.errors import MAX_LOGGED
@@ -46,6 +51,22 @@ def test_an_error_before_the_first_event_has_its_status_and_openais_shape(
     expected = str(error) if isinstance(error, errors.BagelError) else f"ZeroDivisionError: {error}"
     param = "height" if status == 400 else None
     assert reply.json() == {"error": {"message": expected, "type": kind, "param": param, "code": code}}
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("The stream is no longer in valid state, the error detail is reported through provided callback.", 503),
+        ("[StatusCode.UNAVAILABLE] Socket closed", 503),
+        ("Server is stopping, scheduler for model has stopped accepting new inference requests", 503),
+        ("[StatusCode.INTERNAL] a defect", 500),
+    ],
+)
+def test_a_stage_that_meets_a_server_being_stopped_is_unavailable(text: str, status: int) -> None:
+    error = errors.from_text(errors.from_exception(InferenceServerException(text)).to_text())
+    reply = http(FakeClient(error)).post(CHAT, json=chat_body())
+    assert reply.status_code == status
+    assert text in reply.json()["error"]["message"]
 
 
 def test_an_error_after_some_progress_still_has_its_status_without_streaming() -> None:
@@ -121,6 +142,24 @@ def test_a_typed_error_is_one_line_of_the_log(
     http(FakeClient(error)).post(CHAT, json=chat_body())
     [record] = [record for record in caplog.records if record.name.startswith("bagel_triton")]
     assert f"{record.levelname} {logging.Formatter().format(record)}" == line
+
+
+def test_a_client_that_leaves_while_it_sends_its_request_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = FakeClient()
+    with live_proxy(backend) as url:
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 5000\r\n\r\n{")
+            time.sleep(0.2)
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [(record.levelname, record.getMessage(), record.exc_info) for record in caplog.records] == [
+        ("WARNING", "499 Cancelled: the client left while it sent the request", None)
+    ]
+    assert not backend.requests
 
 
 def test_a_defect_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:

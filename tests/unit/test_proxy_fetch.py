@@ -240,7 +240,7 @@ def test_a_remote_picture_that_cannot_be_had_is_never_left_out(host: Host) -> No
     assert status == 400
     assert reply["error"]["param"] == "messages[0].content[1].image_url"
     assert reply["error"]["message"] == (
-        "messages[0].content[1].image_url cannot be fetched: "
+        "messages[0].content[1].image_url='http://pictures.example/loopback' cannot be fetched: "
         "127.0.0.1 has the address 127.0.0.1; allowed: public addresses"
     )
     assert backend.requests == []

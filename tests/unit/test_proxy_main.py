@@ -59,5 +59,5 @@ def test_it_serves_without_triton_and_stops_on_sigterm() -> None:
     assert "this server fetches none" in refused.json()["error"]["message"]
     assert unavailable.status_code == 503
     first, second = errors.splitlines()  # a line each, no traceback
-    assert first.startswith("400 InvalidRequest: messages[0].content[0].image_url is a remote picture")
+    assert first.startswith("400 InvalidRequest: messages[0].content[0].image_url='http://127.0.0.1/' is a remote")
     assert second.startswith("503 StageUnavailable: Triton at 127.0.0.1:1 cannot be reached")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from proxy_fake import A_CAT, chat_body, generation
+from proxy_fake import A_CAT, chat_body, generation, picture_part
 
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.proxy.schema import parse
@@ -79,7 +79,8 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"cfg_text_scale": float("inf")}, "cfg_text_scale", "cfg_text_scale=inf is not allowed; allowed: a finite number"),
     ({"negative_prompt": 5}, "negative_prompt", "negative_prompt=5 is not allowed; allowed: a text"),
     ({"cfg_interval": 1}, "cfg_interval", "cfg_interval=1 is not allowed; allowed: a list"),
-    ({"cfg_interval": [1]}, "cfg_interval[1]", "cfg_interval[1] is required"),
+    ({"cfg_interval": [1]}, "cfg_interval", "cfg_interval=[1] is not allowed; allowed: at least 2 elements"),
+    ({"cfg_interval": []}, "cfg_interval", "cfg_interval=[] is not allowed; allowed: at least 1 elements"),
     ({"cfg_interval": [0, 1, 2]}, "cfg_interval", "allowed: at most 2 elements"),
     ({"cfg_interval": [0, None]}, "cfg_interval[1]", "cfg_interval[1]=None is not allowed; allowed: a number"),
     ({"stream": "yes"}, "stream", "stream='yes' is not allowed; allowed: true or false"),
@@ -137,6 +138,9 @@ def test_a_bad_body_is_refused_by_field_value_and_what_is_allowed(
         (b"[]", "body=[] is not allowed; allowed: a JSON object"),
         (b'"text"', "body='text' is not allowed; allowed: a JSON object"),
         (b"{}", "messages is required"),
+        (b'{"messages": ' + b"[" * 100_000, "the body is not JSON: recursion limit exceeded"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: "),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": NaN}', "n=nan is not allowed; allowed: "),
     ],
 )
 def test_what_is_not_a_json_object_is_refused(data: bytes, text: str) -> None:
@@ -145,7 +149,57 @@ def test_what_is_not_a_json_object_is_refused(data: bytes, text: str) -> None:
     assert text in caught.value.message
 
 
-def test_a_long_value_is_cut_in_the_message() -> None:
+USER = '"messages": [{"role": "user", "content": "x"}]'
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [
+        (f'{{{USER}, "seed": 1, "seed": 2}}', "seed"),
+        (f'{{{USER}, "seed": 1, {USER}}}', "messages"),
+        (f'{{{USER}, "extra_body": {{"n": 1, "n": 1}}}}', "n"),
+        ('{"messages": [{"role": "user", "role": "user", "content": "x"}]}', "role"),
+    ],
+)
+def test_a_field_that_is_there_twice_is_refused(data: str, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        generation(chat_body(height="9" * 5000))
-    assert len(caught.value.message) < 200
+        parse(data.encode())
+    assert caught.value.param == param
+    assert caught.value.message == f"{param} is given 2 times in one object; allowed: once"
+
+
+@pytest.mark.parametrize("stream", [None, False])
+def test_stream_options_are_for_streams(stream: bool | None) -> None:
+    options = {"stream_options": {"include_usage": True}}
+    with pytest.raises(
+        InvalidRequest, match=r"^stream_options=\{'include_usage': True\} has no meaning without stream"
+    ):
+        generation(chat_body(stream=stream, **options))
+    assert generation(chat_body(stream=True, **options)) == generation(chat_body())
+
+
+LONG = "9" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"height": LONG},
+        {"height": [LONG] * 9},
+        {"stop": [1] * 1_000_000},
+        {LONG: 1},
+        {"extra_body": {LONG: 1}},
+        {"modalities": [LONG]},
+        {"messages": [{"role": LONG, "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x", "reasoning_content": LONG}]},
+        {"messages": [{"role": "user", "content": [picture_part(LONG)]}]},
+        {"messages": [{"role": "user", "content": [picture_part(f"http://{LONG}")]}]},
+        {"messages": [{"role": "user", "content": [picture_part(f"data:;base64,{LONG}*")]}]},
+    ],
+    ids=lambda fields: str(fields)[:30],
+)
+def test_a_long_value_is_cut_in_the_message(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generation(chat_body(**fields))
+    assert len(caught.value.message) < 600  # the known fields' names are 300 of them
+    assert len(caught.value.param or "") <= 120

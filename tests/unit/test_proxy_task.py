@@ -111,6 +111,8 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"modalities": [1]}, "modalities[0]", "modalities[0]=1 is not allowed; allowed: a text"),
     # messages
     ({"messages": []}, "messages", "messages=[] is not allowed; allowed: at least 1 elements"),
+    ({"messages": [message()] * 3000}, "messages", "is not allowed; allowed: at most 2048 elements"),
+    ({"messages": [message(content=[{"type": "text", "text": "x"}] * 3000)]}, "messages[0].content", "at most 2048"),
     ({"messages": "A cat"}, "messages", "messages='A cat' is not allowed; allowed: a list"),
     ({"messages": ["A cat"]}, "messages[0]", "messages[0]='A cat' is not allowed; allowed: an object"),
     (
@@ -158,11 +160,12 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     (
         {"messages": [message(reasoning_content="Hm")]},
         "messages[0].reasoning_content",
-        "messages[0].reasoning_content has no meaning in a message of role 'user'",
+        "messages[0].reasoning_content='Hm' has no meaning in a message of role 'user'; "
+        "allowed: only in one of role 'assistant'",
     ),
     # pictures
     ({"messages": pictures(*[PNG_URL] * 11)}, "messages", "messages='11 pictures' is not allowed; allowed: at most 10"),
-    ({"messages": pictures(PNG_URL[:-1])}, IMAGE_URL, f"{IMAGE_URL} holds malformed base64: "),
+    ({"messages": pictures(PNG_URL[:-1])}, IMAGE_URL, f"{IMAGE_URL}={PNG_URL[:-1]!r} holds malformed base64: "),
     ({"messages": pictures("data:image/png;base64,a*b=")}, IMAGE_URL, "holds malformed base64: "),
     ({"messages": pictures("data:image/png;base64,")}, IMAGE_URL, "holds no data"),
     ({"messages": pictures("data:image/png;base64")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),

@@ -158,6 +158,8 @@ def test_a_stages_error_arrives_as_what_it_was() -> None:
         ([refusal("Request for unknown model: 'bagel' is not found")], StageUnavailable, "unknown model"),
         ([refusal("Stub process 'bagel_0_0' is not healthy.")], StageUnavailable, "not healthy"),
         ([refusal("something else")], Internal, "something else"),
+        ([refusal("Server not ready")], StageUnavailable, "Server not ready"),
+        ([refusal("Cancelled(): the client cancelled the request")], StageUnavailable, "bagel is being stopped"),
         ([grpc.StatusCode.UNAVAILABLE], StageUnavailable, "cannot be reached: gone"),
         ([grpc.StatusCode.CANCELLED], StageUnavailable, "cannot be reached: gone"),
         ([grpc.StatusCode.INTERNAL], Internal, "gone"),

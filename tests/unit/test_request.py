@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_triton.defaults import IMG2IMG, MAX_SEED, TEXT2IMG, flow_settings
+from bagel_triton.defaults import IMG2IMG, MAX_SEED, TEXT2IMG, bounded, flow_settings
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import FlowSettings
 from bagel_triton.model.flow import schedule
@@ -193,12 +193,29 @@ def test_an_integer_too_long_for_its_tensor_is_named(field: str, value: int) -> 
         to_tensors(GenerationRequest(prompt="A cat", **{field: value}))
 
 
+@pytest.mark.parametrize("fields", [{"prompt": "a\udcff"}, {"negative_prompt": "\udcff"}, {"stop": ("x", "\ud800")}])
+def test_half_a_character_is_named(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    for refuse in (to_tensors, bounded):
+        with pytest.raises(InvalidRequest, match=rf"^{name}='.*\\ud.*' is not allowed; allowed: UTF-8 text$"):
+            refuse(GenerationRequest(**fields))
+
+
 def test_a_tensor_of_the_wrong_length_is_named() -> None:
     arrays = to_tensors(FULL)
     for name, array in (("height", np.array([64, 64], np.int32)), ("cfg_interval", np.array([0.4]))):
         with pytest.raises(InvalidRequest, match=f"^{name}='{array.size} elements' is not allowed") as refusal:
             from_tensors(arrays | {name: array})
         assert refusal.value.param == name
+
+
+@pytest.mark.parametrize("turns", [b"{nope", b'[{"role": "user"}]', b'[{"role": "' + b"x" * 9000 + b'", "parts": []}]'])
+def test_messages_that_are_no_turns_are_shown(turns: bytes) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"^messages='.* is not allowed; allowed: a list of turns as JSON"
+    ) as refusal:
+        from_tensors({"messages": np.array([turns], dtype=np.object_)})
+    assert len(refusal.value.message) < 400
 
 
 def test_text_that_is_not_utf8_is_named() -> None:

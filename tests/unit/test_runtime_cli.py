@@ -62,6 +62,20 @@ def test_a_malformed_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "ae.safetensors" in error_of(capsys, "serve", str(checkpoint), "--port", "0")
 
 
+@pytest.mark.parametrize(
+    ("file", "contents", "named"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_', "cannot be loaded: "),
+        ("vocab.json", '{"!": 0, "', "cannot be loaded: "),
+        ("tokenizer_config.json", '{"tokenizer_class": "Qwen2Tokenizer"}', "the tokenizer has no special token <|im_"),
+    ],
+)
+def test_a_broken_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str, contents: str, named: str):
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    (checkpoint / file).write_text(contents)
+    assert named in error_of(capsys, "serve", str(checkpoint), "--port", "0")
+
+
 def test_a_busy_port(capsys: pytest.CaptureFixture[str]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.errors import InvalidRequest
 from bagel_triton.model.config import CheckpointError
 from bagel_triton.model.tokenizer import Tokenizer
 from tests.support.cases import Case
@@ -21,20 +20,20 @@ def tokenizer(checkpoint_dir: Path) -> Tokenizer:
 
 def test_prompts_become_the_recorded_ids(tokenizer: Tokenizer, cases: tuple[Case, ...]) -> None:
     for case in cases:
-        assert tokenizer.segment(case.prompt, "prompt").token_ids == case.prompt_ids
+        assert tokenizer.segment(case.prompt).token_ids == case.prompt_ids
 
 
 @pytest.mark.parametrize("prompt", ["A cute cat", " two  spaces\n", "naïve café, 山", "ends with <|im_end|> inside"])
 def test_a_bare_prompt_gets_the_two_markers_and_nothing_else(tokenizer: Tokenizer, prompt: str) -> None:
-    start, *inner, end = tokenizer.segment(prompt, "prompt").token_ids
+    start, *inner, end = tokenizer.segment(prompt).token_ids
     assert (start, end) == (tokenizer.start, tokenizer.end)
     assert inner == tokenizer.encode(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["A cute cat", " two  spaces\n", "naïve café, 山"])
 def test_a_wrapped_prompt_means_what_it_wraps(tokenizer: Tokenizer, prompt: str) -> None:
-    wrapped = tokenizer.segment(f"<|im_start|>{prompt}<|im_end|>", "prompt")
-    assert wrapped == tokenizer.segment(prompt, "prompt")
+    wrapped = tokenizer.segment(f"<|im_start|>{prompt}<|im_end|>")
+    assert wrapped == tokenizer.segment(prompt)
 
 
 @pytest.mark.parametrize(
@@ -48,18 +47,10 @@ def test_a_wrapped_prompt_means_what_it_wraps(tokenizer: Tokenizer, prompt: str)
     ],
 )
 def test_a_prompt_in_chat_form_stands_as_it_is(tokenizer: Tokenizer, prompt: str) -> None:
-    token_ids = list(tokenizer.segment(prompt, "prompt").token_ids)
+    token_ids = list(tokenizer.segment(prompt).token_ids)
     assert token_ids == tokenizer.encode(prompt)
     assert token_ids.count(tokenizer.start) == prompt.count("<|im_start|>")
     assert token_ids.count(tokenizer.end) == prompt.count("<|im_end|>")
-
-
-@pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "<|im_start|><|im_end|>", "<|im_start|>  <|im_end|>"])
-def test_an_empty_prompt_is_refused_by_name(tokenizer: Tokenizer, prompt: str) -> None:
-    with pytest.raises(InvalidRequest, match="is not allowed; allowed: a text that is not empty") as refusal:
-        tokenizer.segment(prompt, "negative_prompt")
-    assert refusal.value.param == "negative_prompt"
-    assert repr(prompt) in refusal.value.message
 
 
 def test_the_picture_markers_are_two_single_tokens(tokenizer: Tokenizer, checkpoint_dir: Path) -> None:

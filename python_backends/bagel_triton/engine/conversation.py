@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bagel_triton.defaults import Modality
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.errors import InvalidRequest, shown
 from bagel_triton.messages import Segment, TextSegment
 from bagel_triton.model.tokenizer import IMAGE_PAD, START, Tokenizer, unwrapped
 from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
@@ -40,15 +40,18 @@ def turns_of(request: GenerationRequest, pictures: int) -> tuple[Turn, ...]:
         raise InvalidRequest("exactly one of prompt and messages is required", "prompt")
     if request.messages is None:
         assert request.prompt is not None
-        shown = [PicturePart(index) for index in range(pictures)]
-        return (Turn("user", (TextPart(request.prompt), *shown)),)
+        parts = [PicturePart(index) for index in range(pictures)]
+        return (Turn("user", (TextPart(request.prompt), *parts)),)
     turns = request.messages
     if not turns or turns[-1].role != "user":
         last = turns[-1].role if turns else "no messages"
         raise InvalidRequest.value("messages", last, "a conversation whose last message is the user's")
     used = [part.index for turn in turns for part in turn.parts if isinstance(part, PicturePart)]
     if sorted(used) != list(range(pictures)):
-        raise InvalidRequest(f"messages refer to pictures {used}, and image holds {pictures}", "messages")
+        raise InvalidRequest(
+            f"messages refer to pictures {shown(used)}, and image holds {pictures}; allowed: each of them once",
+            "messages",
+        )
     return turns
 
 
@@ -59,64 +62,62 @@ def converse(
     wanted: Modality,
     params: Sequence[str],
 ) -> Conversation:
-    """The segments of ``turns``; within a turn pictures come first, whatever their order.
+    """The segments of ``turns``.
 
     Args:
         pictures: the segments of each of the request's pictures.
         params: how an error names each turn.
 
     Raises:
-        InvalidRequest: a turn without text or, at the end, without a prompt.
+        InvalidRequest: a turn with nothing in it, with marks for other than its pictures or, at
+            the end, without a prompt.
     """
-    before: list[Segment] = []
-    for turn, param in zip(turns[:-1], params, strict=False):
-        before.extend(_pictures(turn, pictures))
-        if text := _text(turn):
-            before.append(tokenizer.segment(text, param))
-        elif not _pictures(turn, pictures):
-            raise InvalidRequest.value(param, "", "a text that is not empty")
-    last, param = turns[-1], params[-1]
-    text = _text(last)
+    *before, prompt = (
+        segment
+        for number, (turn, param) in enumerate(zip(turns, params, strict=True), 1)
+        for segment in _laid_out(turn, pictures, tokenizer, param, is_last=number == len(turns))
+    )
+    assert isinstance(prompt, TextSegment), "the last turn ends with a text"
+    continues = wanted == "text" and START in unwrapped(_text(turns[-1]))
+    return Conversation(tuple(before), prompt, continues)
+
+
+def _laid_out(
+    turn: Turn, pictures: Sequence[Sequence[Segment]], tokenizer: Tokenizer, param: str, is_last: bool
+) -> list[Segment]:
+    """The pictures of ``turn``, then its text; or each picture where an image pad in the text marks it.
+
+    A chat template's output stands as it is. Of any other text, what is between the pictures
+    are segments of their own.
+    """
+    text = _text(turn)
+    groups = [pictures[part.index] for part in turn.parts if isinstance(part, PicturePart)]
     inner = unwrapped(text)
-    if START not in inner:
-        before.extend(_pictures(last, pictures))
-        return Conversation(tuple(before), tokenizer.segment(text, param), continues=False)
-    return _verbatim(inner, before, list(_grouped(last, pictures)), tokenizer, wanted, param)
-
-
-def _verbatim(
-    text: str,
-    before: list[Segment],
-    groups: list[Sequence[Segment]],
-    tokenizer: Tokenizer,
-    wanted: Modality,
-    param: str,
-) -> Conversation:
-    """A chat template's output, as it stands; a picture goes where an image pad marks it."""
-    pieces = text.split(IMAGE_PAD)
-    pads = len(pieces) - 1
-    if pads and pads != len(groups):
-        raise InvalidRequest(f"{param} marks {pads} pictures with {IMAGE_PAD}, and {len(groups)} are given", param)
-    if not pads:
-        for group in groups:
-            before.extend(group)
-    for number, piece in enumerate(pieces[:-1]):
-        if ids := tokenizer.encode(piece):
-            before.append(TextSegment(tuple(ids)))
-        before.extend(groups[number])
-    prompt = tokenizer.encode(pieces[-1])
-    if not prompt:
-        raise InvalidRequest(f"{param} ends with a picture: there is no text to go on from", param)
-    return Conversation(tuple(before), TextSegment(tuple(prompt)), continues=wanted == "text")
+    verbatim = START in inner
+    pieces = inner.split(IMAGE_PAD)
+    marks = len(pieces) - 1
+    if not marks:
+        if not inner.strip() and (is_last or text or not groups):
+            beside = " beside the pictures" if groups else ""
+            raise InvalidRequest.value(param, text, f"a text that is not empty{beside}")
+        pieces = [*[""] * len(groups), inner]
+    elif marks != len(groups):
+        raise InvalidRequest(
+            f"{param}={shown(text)} marks {marks} pictures with {IMAGE_PAD}, and {len(groups)} are given; "
+            "allowed: a mark for each picture of the message, or none",
+            param,
+        )
+    elif not verbatim:
+        pieces = [piece.strip() for piece in pieces]
+    if is_last and not pieces[-1]:
+        raise InvalidRequest.value(param, text, f"a text that goes on after the last {IMAGE_PAD}")
+    segments: list[Segment] = []
+    for piece, group in zip(pieces, [*groups, ()], strict=True):
+        if piece:
+            segments.append(TextSegment(tuple(tokenizer.encode(piece))) if verbatim else tokenizer.segment(piece))
+        segments.extend(group)
+    return segments
 
 
 def _text(turn: Turn) -> str:
     return " ".join(part.text for part in turn.parts if isinstance(part, TextPart))
-
-
-def _grouped(turn: Turn, pictures: Sequence[Sequence[Segment]]) -> list[Sequence[Segment]]:
-    return [pictures[part.index] for part in turn.parts if isinstance(part, PicturePart)]
-
-
-def _pictures(turn: Turn, pictures: Sequence[Sequence[Segment]]) -> list[Segment]:
-    return [segment for group in _grouped(turn, pictures) for segment in group]

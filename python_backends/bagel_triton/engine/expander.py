@@ -11,9 +11,10 @@ from bagel_triton import defaults
 from bagel_triton.engine.conversation import Conversation, converse, turns_of
 from bagel_triton.engine.picture_input import picture_segments
 from bagel_triton.engine.sequence import segment_tokens
+from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import Branch, BranchPlan, Decoding, Plan, Segment, TextSegment, Usage
 from bagel_triton.model.config import ModelConfig
-from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer
 from bagel_triton.request import GenerationRequest
 
 # The model was trained with these two texts, the space before each newline included.
@@ -53,6 +54,7 @@ class Expander:
         think = self._think if request.think is None else request.think
         request = msgspec.structs.replace(request, think=think, seed=defaults.seed(request))
         wanted = defaults.modality(request)
+        defaults.bounded(request)
         pictures, size = picture_segments(request.image or (), wanted, self._config.latent.max_side)
         turns = turns_of(request, len(pictures))
         plain = request.prompt is not None
@@ -63,7 +65,7 @@ class Expander:
         return msgspec.structs.replace(plan, schedule=defaults.schedule(request, self._timeout_s))
 
     def _opening(self, instruction: str, think: bool | None) -> tuple[Segment, ...]:
-        return (self._tokenizer.segment(instruction, "think"),) if think else ()
+        return (self._tokenizer.segment(instruction),) if think else ()
 
     def _picture(
         self, request: GenerationRequest, conversation: Conversation, size: tuple[int, int] | None, request_id: str
@@ -75,7 +77,9 @@ class Expander:
         gen = (*opening, *conversation.before, conversation.prompt)
         text_free = (*opening, *conversation.before)
         if request.negative_prompt:
-            text_free += (self._tokenizer.segment(request.negative_prompt, "negative_prompt"),)
+            if IMAGE_PAD in request.negative_prompt:
+                raise InvalidRequest.value("negative_prompt", request.negative_prompt, f"a text without {IMAGE_PAD}")
+            text_free += (self._tokenizer.segment(request.negative_prompt),)
         branches = [BranchPlan(Branch.GEN, gen), BranchPlan(Branch.CFG_TEXT, text_free)]
         if has_pictures or request.think:
             branches.append(BranchPlan(Branch.CFG_IMG, (*opening, *conversation.without_pictures())))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bagel_triton.defaults import MAX_INPUT_PICTURES, MAX_PICTURE_BYTES, Modality
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.errors import InvalidRequest, shortened, shown
 from bagel_triton.messages import Segment, VaeSegment, VitSegment
 from bagel_triton.model.picture import VAE_RULE, VIT_RULE, flattened, to_bytes
 
@@ -36,9 +36,11 @@ def open_picture(data: bytes, param: str) -> Image.Image:
             upright = ImageOps.exif_transpose(picture)
             return flattened(upright)
     except UnidentifiedImageError as error:
-        raise InvalidRequest(f"{param} is not a picture in one of the formats {', '.join(FORMATS)}", param) from error
+        raise InvalidRequest(
+            f"{param}={shown(data)} is not a picture; allowed: one in {', '.join(FORMATS)} format", param
+        ) from error
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"{param} is damaged: {error}", param) from error
+        raise InvalidRequest(f"{param} is damaged: {shortened(str(error))}", param) from error
 
 
 def picture_segments(

@@ -53,13 +53,27 @@ VIT_RULE = ResizeRule(stride=14, longest=980, shortest=224)
 
 
 def flattened(picture: Image.Image) -> Image.Image:
-    """``picture`` as RGB, transparency on white."""
+    """``picture`` as RGB, transparency on white; 16 bits a channel become 8."""
+    if picture.mode.startswith("I"):
+        picture = _eight_bits(picture)
+    key = picture.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # PIL cut the colours to their high bytes, but not the key
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = Image.new("RGB", rgba.size, (255, 255, 255))
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit, with alpha where one value is transparent: PIL's own conversion cuts at 255."""
+    grey = np.asarray(picture).astype(np.uint32)
+    small = Image.fromarray(((grey * 255 + 32895) >> 16).astype(np.uint8))  # the nearest to value / 257
+    if (key := picture.info.get("transparency")) is not None:
+        small.putalpha(Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8)))
+    return small
 
 
 def to_bytes(picture: Image.Image) -> bytes:

@@ -23,6 +23,7 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     if top_p < 1.0:
         ordered, order = probabilities.sort(descending=True, stable=True)
         outside = ordered.cumsum(0) - ordered >= top_p  # the token that crosses top_p is inside
+        outside[0] = False  # in float32 a tiny top_p is 0
         probabilities[order[outside]] = 0.0
         probabilities = probabilities / probabilities.sum()
     return probabilities

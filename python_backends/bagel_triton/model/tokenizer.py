@@ -7,7 +7,6 @@ from pathlib import Path
 from tokenizers.decoders import DecodeStream
 from transformers import Qwen2Tokenizer
 
-from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import TextSegment
 from bagel_triton.model.config import CheckpointError
 
@@ -35,7 +34,8 @@ class Tokenizer:
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # the tokenizers library raises the base class itself
-            raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
         self.backend = self._tokenizer.backend_tokenizer
         self.start, self.end = self._special(START), self._special(END)
         self.vision_start, self.vision_end = self._special(VISION_START), self._special(VISION_END)
@@ -50,16 +50,10 @@ class Tokenizer:
         """Token ids of ``text``, special tokens parsed, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
 
-    def segment(self, text: str, param: str) -> TextSegment:
-        """A prompt for a picture as a segment: bare or wrapped text between the two markers;
-        text that holds ``<|im_start|>`` in any other way stands as it is.
-
-        Raises:
-            InvalidRequest: there is no text; ``param`` names the field.
-        """
+    def segment(self, text: str) -> TextSegment:
+        """``text`` as a segment: bare or wrapped text between the two markers;
+        text that holds ``<|im_start|>`` in any other way stands as it is."""
         inner = unwrapped(text)
-        if not inner.strip():
-            raise InvalidRequest.value(param, text, "a text that is not empty")
         if START in inner:
             return TextSegment(tuple(self.encode(inner)))
         return TextSegment((self.start, *self.encode(inner), self.end))

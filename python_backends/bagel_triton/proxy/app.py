@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -106,10 +106,13 @@ class _Api:
     async def _read(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise BodyTooLarge(f"the body is too large; allowed: at most {limit} bytes")
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise BodyTooLarge(f"the body is too large; allowed: at most {limit} bytes")
+        except ClientDisconnect as error:
+            raise Cancelled("the client left while it sent the request") from error
         return bytes(body)
 
 

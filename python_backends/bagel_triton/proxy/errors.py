@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bagel_triton.errors import BagelError, InvalidRequest, Overloaded, from_exception
+from bagel_triton.errors import BagelError, InvalidRequest, Overloaded, from_exception, shortened
 
 log = logging.getLogger(__name__)
 MAX_LOGGED = 1000  # characters
@@ -69,7 +69,7 @@ def error_response(error: BagelError, retry_after_s: int) -> Response:
 async def http_exception(request: Request, error: Exception) -> Response:
     """What the router refuses (no such path, wrong method), in the same shape."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {shortened(request.url.path)}: {error.detail}"
     if allowed := (error.headers or {}).get("Allow"):
         message += f"; allowed: {allowed}"
     return _json(error_body(InvalidRequest(message)), error.status_code, error.headers)

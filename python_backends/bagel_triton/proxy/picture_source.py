@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.errors import InvalidRequest, shortened, shown
 from bagel_triton.proxy.fetch import SCHEMES, FetchError, RemotePictures
 
 _WHITESPACE = b" \t\r\n\f"
@@ -54,13 +54,16 @@ class PictureSource:
             raise InvalidRequest.value(picture.param, picture.url, allowed)
         if self._remote is None:
             raise InvalidRequest(
-                f"{picture.param} is a remote picture, and this server fetches none; allowed: a data: URL",
+                f"{picture.param}={shown(picture.url)} is a remote picture, and this server fetches none; "
+                "allowed: a data: URL",
                 picture.param,
             )
         try:
             return await self._remote.fetch(picture.url)
         except FetchError as error:
-            raise InvalidRequest(f"{picture.param} cannot be fetched: {error}", picture.param) from error
+            raise InvalidRequest(
+                f"{picture.param}={shown(picture.url)} cannot be fetched: {shortened(str(error))}", picture.param
+            ) from error
 
 
 def _decode(rest: str, param: str) -> bytes:
@@ -72,7 +75,7 @@ def _decode(rest: str, param: str) -> bytes:
         encoded = urllib.parse.unquote_to_bytes(data).translate(None, _WHITESPACE)
         decoded = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
-        raise InvalidRequest(f"{param} holds malformed base64: {error}", param) from error
+        raise InvalidRequest(f"{param}={shown(f'data:{rest}')} holds malformed base64: {error}", param) from error
     if not decoded:
-        raise InvalidRequest(f"{param} holds no data", param)
+        raise InvalidRequest(f"{param}={shown(f'data:{rest}')} holds no data", param)
     return decoded

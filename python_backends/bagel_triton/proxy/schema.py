@@ -7,6 +7,7 @@ checked here: ``cfg_expand`` owns them.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -21,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.defaults import MAX_MESSAGES
+from bagel_triton.errors import InvalidRequest, shortened
 from bagel_triton.proxy.violation import not_allowed, to_invalid_request, unknown_field
 from bagel_triton.request import GenerationRequest
 
@@ -82,7 +84,7 @@ class ChatMessage(StrictModel):
     """
 
     role: Literal["user", "system", "assistant", "developer"]
-    content: Annotated[list[Part], BeforeValidator(_to_parts)]
+    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES), BeforeValidator(_to_parts)]
     reasoning_content: str | None = None
 
 
@@ -133,7 +135,7 @@ else:
 class ChatBody(GenerationFields):
     """A request body; ``null`` means not given, as in OpenAI's API."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     modalities: list[str] | None = None
     stream: bool | None = None
@@ -166,9 +168,22 @@ def parse(data: bytes) -> ChatBody:
     """The body in JSON ``data``, every field's type checked.
 
     Raises:
-        InvalidRequest: not JSON, not an object, an unknown field, or a wrong type.
+        InvalidRequest: not JSON, not an object, an unknown field, one that is there twice, or a wrong type.
     """
     try:
-        return ChatBody.model_validate_json(data)
+        body = ChatBody.model_validate_json(data)
     except ValidationError as error:
         raise to_invalid_request(error) from error
+    json.loads(data.decode(), object_pairs_hook=_refuse_twins)  # pydantic takes the last one
+    if body.stream_options is not None and not body.stream:
+        given = body.stream_options.model_dump(exclude_unset=True)
+        raise InvalidRequest.meaningless("stream_options", given, "without stream", "only with stream=true")
+    return body
+
+
+def _refuse_twins(members: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in members]
+    if len(set(names)) == len(names):
+        return
+    twin = next(name for at, name in enumerate(names) if name in names[:at])
+    raise InvalidRequest(f"{shortened(twin)} is given {names.count(twin)} times in one object; allowed: once", twin)

@@ -98,7 +98,8 @@ def _turn(message: ChatMessage, param: str, pictures: list[PictureUrl]) -> Turn:
     role = "system" if message.role == "developer" else message.role
     if message.reasoning_content is not None and role != "assistant":
         name = f"{param}.reasoning_content"
-        raise InvalidRequest(f"{name} has no meaning in a message of role {message.role!r}", name)
+        where = f"in a message of role {message.role!r}"
+        raise InvalidRequest.meaningless(name, message.reasoning_content, where, "only in one of role 'assistant'")
     parts: list[TextPart | PicturePart] = []
     for index, part in enumerate(message.content):
         if not isinstance(part, ImagePart):

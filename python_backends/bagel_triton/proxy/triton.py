@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from bagel_triton import liveness
 from bagel_triton.deploy.topology import ORCHESTRATOR
-from bagel_triton.errors import BagelError, Internal, StageUnavailable, from_text
+from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.events import DoneEvent, Event, PictureEvent, decode_event
 from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
@@ -118,7 +118,10 @@ class TritonClient:
         finally:
             reading.cancel()
         if error is not None:
-            raise from_text(error.message())
+            typed = from_text(error.message())
+            if isinstance(typed, Cancelled):  # not by this client, which would not be listening
+                raise StageUnavailable(f"{ORCHESTRATOR} is being stopped")
+            raise typed
         return _decode(result)
 
     async def readiness(self) -> dict[str, bool]:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from bagel_triton.errors import InvalidRequest
+from bagel_triton.errors import InvalidRequest, shortened
 
 _Context = Mapping[str, Any]
 _UNKNOWN_FIELD = "unknown_field"
@@ -50,9 +50,12 @@ def to_invalid_request(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"the body is not JSON: {context['error']}")
     if kind == _UNKNOWN_FIELD:
         param = path((*location, context["name"]))
-        return InvalidRequest(f"{param} is not a known field; allowed: {', '.join(sorted(context['known']))}", param)
+        known = ", ".join(sorted(context["known"]))
+        return InvalidRequest(f"{shortened(param)} is not a known field; allowed: {known}", param)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         location = (*location, "type")
+    if kind == "missing" and isinstance(location[-1], int):  # an element, and the input is the list
+        return InvalidRequest.value(path(location[:-1]), finding["input"], f"at least {location[-1] + 1} elements")
     param = path(location)
     if kind in ("missing", "union_tag_not_found"):
         return InvalidRequest(f"{param} is required", param)

@@ -30,17 +30,21 @@ class PerfAnalyzer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments: all are the program's own."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="perf_analyzer's own")
+    parser.set_defaults(refuse=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run perf_analyzer; its exit status.
+    """Run perf_analyzer; its exit status, or that of a shell where a signal ended it.
 
     Raises:
         CommandError: it is not installed.
     """
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    if not arguments:  # it would crash
+        args.refuse("perf_analyzer needs arguments: -- -m MODEL ..., or -- --help for all of them")
     with prepare() as analyzer:
-        return subprocess.run([analyzer.program, *arguments], env=analyzer.environment, check=False).returncode
+        status = subprocess.run([analyzer.program, *arguments], env=analyzer.environment, check=False).returncode
+    return status if status >= 0 else 128 - status
 
 
 @contextlib.contextmanager

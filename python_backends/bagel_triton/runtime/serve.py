@@ -181,9 +181,11 @@ def _check(config: DeployConfig) -> Placement:
     """Where the checkpoint will run, once it is known to be one."""
     from bagel_triton.model.checkpoint import inspect
     from bagel_triton.model.placement import resolve
+    from bagel_triton.model.tokenizer import Tokenizer
 
     try:
         inspect(config.checkpoint)
+        Tokenizer(config.checkpoint)  # else every stage would find out for itself, minutes later
         return resolve(config.device, config.dtype)
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -1,0 +1,225 @@
+"""Texts and pictures of a request as segments: where each goes, and what has no place."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bagel_triton.defaults import MAX_MESSAGES, MAX_TEXT_BYTES
+from bagel_triton.engine.expander import Expander
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.messages import Branch, Plan, Segment, TextSegment, VitSegment
+from bagel_triton.model.checkpoint import inspect
+from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
+
+PAD = "<|image_pad|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint_dir: Path) -> Tokenizer:
+    return Tokenizer(checkpoint_dir)
+
+
+@pytest.fixture(scope="module")
+def expander(checkpoint_dir: Path, tokenizer: Tokenizer) -> Expander:
+    return Expander(inspect(checkpoint_dir), tokenizer)
+
+
+def encoded(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SMALL, LARGE = encoded(512), encoded(1024)
+
+
+def user(*parts: str | int) -> Turn:
+    return Turn("user", tuple(TextPart(part) if isinstance(part, str) else PicturePart(part) for part in parts))
+
+
+def branch(plan: Plan, name: Branch) -> tuple[Segment, ...]:
+    return next(branch.segments for branch in plan.branches if branch.branch is name)
+
+
+def told(expander: Expander, tokenizer: Tokenizer, request: GenerationRequest) -> list[str]:
+    """The ``gen`` context: texts, and ``SMALL`` and ``LARGE`` pictures by the sides they are resized to."""
+
+    def name(segment: Segment) -> str:
+        if isinstance(segment, TextSegment):
+            return tokenizer.decode(list(segment.token_ids))
+        assert isinstance(segment, VitSegment)
+        return {518: "SMALL", 980: "LARGE"}[segment.width]
+
+    plan = expander.expand(request)
+    segments = [name(segment) for segment in branch(plan, Branch.GEN)]
+    # A chat template's output is continued: its last token is fed by the decoding.
+    if plan.decoding is not None and plan.decoding.first_token != tokenizer.start:
+        segments[-1] += tokenizer.decode([plan.decoding.first_token])
+    return segments
+
+
+@pytest.mark.parametrize(
+    ("prompt", "segments"),
+    [
+        ("What?", ["SMALL", "LARGE", "<|im_start|>What?<|im_end|>"]),
+        (f"{PAD}\n{PAD}\nWhat?", ["SMALL", "LARGE", "<|im_start|>What?<|im_end|>"]),
+        (
+            f"Compare {PAD} and {PAD}, please",
+            [
+                "<|im_start|>Compare<|im_end|>",
+                "SMALL",
+                "<|im_start|>and<|im_end|>",
+                "LARGE",
+                "<|im_start|>, please<|im_end|>",
+            ],
+        ),
+        (
+            f"<|im_start|>See {PAD}{PAD} there<|im_end|>",
+            ["<|im_start|>See<|im_end|>", "SMALL", "LARGE", "<|im_start|>there<|im_end|>"],
+        ),
+        (
+            f"<|im_start|>user\n{PAD}\n{PAD}What?<|im_end|>\n<|im_start|>assistant\n",
+            ["<|im_start|>user\n", "SMALL", "\n", "LARGE", "What?<|im_end|>\n<|im_start|>assistant\n"],
+        ),
+    ],
+)
+def test_pictures_come_first_or_where_the_prompt_marks_them(
+    expander: Expander, tokenizer: Tokenizer, prompt: str, segments: list[str]
+) -> None:
+    request = GenerationRequest(prompt, (SMALL, LARGE), modality="text")
+    assert told(expander, tokenizer, request) == segments
+
+
+def test_pictures_of_earlier_messages_go_where_those_mark_them(expander: Expander, tokenizer: Tokenizer) -> None:
+    turns = (user(f"This {PAD} here", 1), Turn("assistant", (TextPart("A cat."),)), user(0), user("And?"))
+    request = GenerationRequest(messages=turns, image=(SMALL, LARGE), modality="text")
+    texts = ["<|im_start|>A cat.<|im_end|>", "SMALL", "<|im_start|>And?<|im_end|>"]
+    assert told(expander, tokenizer, request) == [
+        "<|im_start|>This<|im_end|>",
+        "LARGE",
+        "<|im_start|>here<|im_end|>",
+        *texts,
+    ]
+
+
+def refused(expander: Expander, **fields: object) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as refusal:
+        expander.expand(GenerationRequest(**fields))  # type: ignore[arg-type]
+    return refusal.value
+
+
+MARKS = (
+    "marks {} pictures with <|image_pad|>, and {} are given; allowed: a mark for each picture of the message, or none"
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": f"A {PAD} cat"}, "prompt", f"prompt='A {PAD} cat' {MARKS.format(1, 0)}"),
+        (
+            {"prompt": f"{PAD}{PAD}x", "image": (SMALL,)},
+            "prompt",
+            f"prompt='{PAD}{PAD}x' {MARKS.format(2, 1)}",
+        ),
+        (
+            {"messages": (user(f"{PAD} a", 0), user(f"{PAD} b")), "image": (SMALL,)},
+            "messages[1].content",
+            f"messages[1].content='{PAD} b' {MARKS.format(1, 0)}",
+        ),
+        (
+            {"prompt": f"What is this? {PAD}", "image": (SMALL,)},
+            "prompt",
+            f"prompt='What is this? {PAD}' is not allowed; allowed: a text that goes on after the last {PAD}",
+        ),
+        (
+            {"prompt": "x", "negative_prompt": f"no {PAD}"},
+            "negative_prompt",
+            f"negative_prompt='no {PAD}' is not allowed; allowed: a text without {PAD}",
+        ),
+        *(
+            (
+                {"prompt": prompt, "image": image},
+                "prompt",
+                f"prompt={prompt!r} is not allowed; allowed: a text that is not empty{beside}",
+            )
+            for prompt in ("", "   ", "\n\t", "<|im_start|><|im_end|>", "<|im_start|>  <|im_end|>")
+            for image, beside in ((None, ""), ((SMALL,), " beside the pictures"))
+        ),
+        (
+            {"messages": (user(" ", 0), user("x")), "image": (SMALL,)},
+            "messages[0].content",
+            "messages[0].content=' ' is not allowed; allowed: a text that is not empty beside the pictures",
+        ),
+        (
+            {"messages": (user("x", 0, 0, 7),), "image": (SMALL,)},
+            "messages",
+            "messages refer to pictures [0, 0, 7], and image holds 1; allowed: each of them once",
+        ),
+        (
+            {"prompt": "x", "height": 64, "modality": "text"},
+            "height",
+            "height=64 has no meaning for text output; allowed: only with image output",
+        ),
+        (
+            {"prompt": "x", "top_p": 0.5},
+            "top_p",
+            "top_p=0.5 has no meaning for image output; allowed: only with text output or with think",
+        ),
+        (
+            {"prompt": "x", "max_think_tokens": 5, "modality": "text"},
+            "max_think_tokens",
+            "max_think_tokens=5 has no meaning for text output; allowed: only with think",
+        ),
+        (
+            {"prompt": "x", "stop": ("x" * 1000,)},
+            "stop",
+            f"stop=({'x' * 1000!r}"[:122] + "... has no meaning for image output; allowed: only with text output",
+        ),
+    ],
+)
+def test_what_has_no_place_is_refused(expander: Expander, fields: dict[str, object], param: str, message: str) -> None:
+    refusal = refused(expander, **fields)
+    assert (refusal.message, refusal.param) == (message, param)
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "blurry"])
+def test_any_negative_prompt_is_a_text_but_the_empty_one_is_none(
+    expander: Expander, tokenizer: Tokenizer, text: str
+) -> None:
+    def context(negative: str) -> tuple[Segment, ...]:
+        return branch(expander.expand(GenerationRequest("A cat", negative_prompt=negative)), Branch.CFG_TEXT)
+
+    assert context(text) == (TextSegment((tokenizer.start, *tokenizer.encode(text), tokenizer.end)),)
+    assert context("") == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "word " * 2_400_000}, "prompt"),
+        ({"prompt": "山" * (MAX_TEXT_BYTES // 3), "negative_prompt": "xx"}, "prompt"),
+        ({"prompt": "x", "negative_prompt": "x" * MAX_TEXT_BYTES}, "negative_prompt"),
+        ({"messages": (user("x" * MAX_TEXT_BYTES), user("x"))}, "messages"),
+        ({"messages": (user("x"),) * (MAX_MESSAGES + 1)}, "messages"),
+    ],
+    ids=["prompt", "together", "negative", "messages", "many"],
+)
+def test_more_text_than_fits_is_refused_at_once(expander: Expander, fields: dict[str, object], param: str) -> None:
+    started = time.monotonic()
+    refusal = refused(expander, **fields)
+    assert time.monotonic() - started < 0.5
+    assert refusal.param == param
+    assert "is not allowed; allowed: at most " in refusal.message
+    assert len(refusal.message) < 200
+
+
+def test_a_megabyte_of_text_is_still_looked_at(expander: Expander) -> None:
+    plan = expander.expand(GenerationRequest("<|im_start|>" * (MAX_TEXT_BYTES // 12)))
+    assert plan.usage.prompt_tokens == MAX_TEXT_BYTES // 12
