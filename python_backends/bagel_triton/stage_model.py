@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from bagel_triton import triton_io
+from bagel_triton.departures import Departures
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
+from bagel_triton.engine.job import Job
 from bagel_triton.events import Event
 from bagel_triton.liveness import Announcement
+from bagel_triton.messages import Schedule
 from bagel_triton.request import Arrays
 from bagel_triton.triton_metrics import TritonMetrics
 
@@ -20,6 +23,9 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Drop what a request has here."""
+
+    def drop(self, job: Job[Any, Any]) -> None:
+        """Drop this job."""
 
     def close(self) -> None:
         """Stop."""
@@ -41,6 +47,7 @@ class StageModel:
         self.metrics = TritonMetrics()
         config = from_environment()
         self.engine = self.build(Parts.open(config))
+        self._departures = Departures(self.engine.drop)
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def build(self, parts: Parts) -> Engine:
@@ -50,6 +57,12 @@ class StageModel:
     def accept(self, inputs: Arrays, reply: triton_io.Reply) -> None:
         """Queue one request and arrange for its answer."""
         raise NotImplementedError
+
+    def work(self, task: Any, request_id: str, inputs: Arrays, reply: triton_io.Reply, schedule: Schedule) -> Any:
+        """The engine's job for ``task``, dropped when the client goes; its events go to a client that asked."""
+        job = self.engine.submit(task, request_id, self.listener(inputs, reply), schedule)
+        self._departures.watch(job, reply.cancelled)
+        return job
 
     def listener(self, inputs: Arrays, reply: triton_io.Reply) -> Callable[[Event], None]:
         """Where the engine's events go: to the client that set ``progress``, else nowhere.
@@ -75,6 +88,7 @@ class StageModel:
 
     def finalize(self) -> None:
         """Stop the engine, then send the last answers."""
+        self._departures.close()
         self.engine.close()
         self._outbox.close()
         self.metrics.close()

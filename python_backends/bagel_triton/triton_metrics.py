@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -23,7 +24,7 @@ class TritonMetrics:
 
     def __init__(self) -> None:
         self._families: dict[str, Any] = {}  # kept: Triton drops a metric whose family is collected
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, ...], Any] = {}
         self._updates: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -32,9 +33,10 @@ class TritonMetrics:
         """``bagel_name`` is ``value`` now."""
         self._updates.put(lambda: self._metric(name, pb_utils.MetricFamily.GAUGE).set(value))
 
-    def count(self, name: str, amount: float = 1) -> None:
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """``amount`` more of ``bagel_name_total``."""
-        self._updates.put(lambda: self._metric(f"{name}_total", pb_utils.MetricFamily.COUNTER).increment(amount))
+        kind = pb_utils.MetricFamily.COUNTER
+        self._updates.put(lambda: self._metric(f"{name}_total", kind, labels).increment(amount))
 
     def observe(self, name: str, seconds: float) -> None:
         """``bagel_name`` took ``seconds`` once."""
@@ -45,12 +47,14 @@ class TritonMetrics:
         self._updates.put(None)
         self._thread.join()
 
-    def _metric(self, name: str, kind: Any) -> Any:
-        if name not in self._metrics:
-            family = pb_utils.MetricFamily(f"bagel_{name}", name.replace("_", " "), kind)
+    def _metric(self, name: str, kind: Any, labels: Mapping[str, str] = MappingProxyType({})) -> Any:
+        key = (name, *labels.values())
+        if key not in self._metrics:
+            if name not in self._families:
+                self._families[name] = pb_utils.MetricFamily(f"bagel_{name}", name.replace("_", " "), kind)
             buckets = {"buckets": list(SECONDS)} if kind == pb_utils.MetricFamily.HISTOGRAM else {}
-            self._families[name], self._metrics[name] = family, family.Metric(labels={}, **buckets)
-        return self._metrics[name]
+            self._metrics[key] = self._families[name].Metric(labels=dict(labels), **buckets)
+        return self._metrics[key]
 
     def _run(self) -> None:
         while (update := self._updates.get()) is not None:

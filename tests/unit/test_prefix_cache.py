@@ -115,7 +115,7 @@ class Counts:
     def gauge(self, name: str, value: float) -> None:
         self.total[name] = value
 
-    def count(self, name: str, amount: float = 1) -> None:
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
         self.total[name] = self.total.get(name, 0) + amount
 
     def observe(self, name: str, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Triton's rim of the orchestrator: a request's tensors in, a stream of events out."""
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,11 @@ import numpy as np
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.errors import Overloaded
+from bagel_triton.errors import Overloaded, from_exception
 from bagel_triton.events import encode_event
 from bagel_triton.liveness import Announcement
 from bagel_triton.request import from_tensors
+from bagel_triton.triton_metrics import TritonMetrics
 from bagel_triton.triton_stages import TritonStages
 
 
@@ -24,13 +26,13 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing is loaded here, unless everything is."""
         triton_io.use_triton_log()
+        self._outbox, self._metrics = triton_io.Outbox(), TritonMetrics()
         config = from_environment()
         self._config, self._shm_prefix, self._local = config.bagel, config.shm_prefix, None
         if config.topology.one_process:
-            from bagel_triton.engine.build import LocalStages  # the BLS orchestrator needs no torch
+            from bagel_triton.engine.build import LocalStages  # otherwise this process needs no torch
 
-            self._local = LocalStages(config)
-        self._outbox = triton_io.Outbox()
+            self._local = LocalStages(config, self._metrics)
         self._closing = threading.Event()
         self._slots = threading.BoundedSemaphore(self._config.max_inflight)
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
@@ -42,9 +44,11 @@ class TritonPythonModel:
             if self._slots.acquire(blocking=False):
                 threading.Thread(target=self._follow, args=(request, reply), daemon=True).start()
             else:
+                self._metrics.count("requests", status="429")
                 reply.fail(Overloaded(f"{self._config.max_inflight} requests are in flight already"))
 
     def _follow(self, request: Any, reply: triton_io.Reply) -> None:
+        started = time.monotonic()
         try:
             triton_io.refuse_parameters(request)
             inputs: Any = triton_io.arrays_of(request)
@@ -54,9 +58,12 @@ class TritonPythonModel:
             for item in Pipeline(stages, self._config.stage_timeout_s).run(inputs, lambda: self._gone(reply)):
                 self._send(item, reply)
             reply.finish()
+            self._metrics.count("requests", status="200")
         except Exception as error:
             reply.fail(error)
+            self._metrics.count("requests", status=str(from_exception(error).http_status))
         finally:
+            self._metrics.observe("request_seconds", time.monotonic() - started)
             self._slots.release()
 
     def _gone(self, reply: triton_io.Reply) -> bool:
@@ -75,4 +82,5 @@ class TritonPythonModel:
         if self._local:
             self._local.close()
         self._outbox.close()
+        self._metrics.close()
         self._announcement.withdraw()

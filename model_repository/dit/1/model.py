@@ -47,5 +47,5 @@ class TritonPythonModel(StageModel):
             reply.answer(self.engine.read_pattern(handle), lambda _: {"selftest": name})
             return
         task = message_of(inputs, "contexts", DenoiseJob)
-        job = self.engine.submit(task, task.request_id, self.listener(inputs, reply), task.schedule)
+        job = self.work(task, task.request_id, inputs, reply, task.schedule)
         reply.settle(job.done, lambda pictures: outputs(pictures, task.flow.seed))

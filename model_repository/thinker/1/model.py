@@ -27,5 +27,5 @@ class TritonPythonModel(StageModel):
             reply.answer(self.engine.lend_pattern(), lambda handle: {"selftest": bytes_array(encode_handle(handle))})
             return
         plan = message_of(inputs, "plan", Plan)
-        job = self.engine.submit(plan, plan.request_id, self.listener(inputs, reply), plan.schedule)
+        job = self.work(plan, plan.request_id, inputs, reply, plan.schedule)
         reply.settle(job.done, outputs)

@@ -6,6 +6,7 @@ from bagel_triton.engine.build import Parts, build_decoder
 from bagel_triton.engine.decoder import DecoderEngine
 from bagel_triton.engine.flow_run import Latents
 from bagel_triton.errors import InvalidRequest
+from bagel_triton.messages import Schedule
 from bagel_triton.request import Arrays
 from bagel_triton.stage_model import StageModel
 from bagel_triton.triton_io import Reply
@@ -30,6 +31,6 @@ class TritonPythonModel(StageModel):
             allowed = f"[rows * columns, {self._channels}] of latent_grid, here [{rows}, {columns}]"
             raise InvalidRequest.value("latents", f"shape {shape}", allowed)
         latents = Latents(torch.from_numpy(inputs["latents"].copy()), rows, columns)
-        job = self.engine.submit(latents, reply.request_id, self.listener(inputs, reply))
+        job = self.work(latents, reply.request_id, inputs, reply, Schedule())
         passed = {"seed": inputs["seed"]} if "seed" in inputs else {}
         reply.settle(job.done, lambda picture: {"generated_image": picture.numpy(), **passed})

@@ -11,11 +11,19 @@ from typing import Any
 
 import msgspec
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
 from bagel_triton.deploy.topology import TOPOLOGIES, Topology
 
-_THINKER_FIELDS = ("max_num_batched_tokens", "max_model_len", "kv_tokens", "block_tokens", "lease_ttl_s")
+_BATCH_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "max_waiting")  # of each stage
+_THINKER_FIELDS = (
+    "max_model_len",
+    "kv_tokens",
+    "block_tokens",
+    "lease_ttl_s",
+    "enable_prefix_caching",
+    "encoder_cache_mb",
+)
 
 
 class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,10 +33,13 @@ class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: str | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_waiting: int | None = None
     max_model_len: int | None = None
     kv_tokens: int | None = None
     block_tokens: int | None = None
     lease_ttl_s: float | None = None
+    enable_prefix_caching: bool | None = None
+    encoder_cache_mb: int | None = None
     enforce_eager: bool = True
     tensor_parallel_size: int = 1
     input_connectors: dict[str, str] = {}
@@ -41,6 +52,7 @@ class DeployYaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pipeline: str = "bagel"
     dtype: str = "auto"
     device: str = "auto"
+    request_timeout_s: float | None = None
     stages: list[StageSection] = []
     connectors: dict[str, ConnectorSpec] = {}
 
@@ -69,6 +81,9 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
         thinker=_thinker(user, topology),
         dit=_dit(user, topology),
         vae_decode=VaeDecodeConfig(),
+        bagel=BagelConfig()
+        if user.request_timeout_s is None
+        else BagelConfig(request_timeout_s=user.request_timeout_s),
     )
 
 
@@ -123,14 +138,18 @@ def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
     length = fields.pop("max_model_len", None)
     if length is not None:
         fields["kv_tokens"] = max(length, fields.get("kv_tokens", 0))
-    if not topology.one_process:  # one process has one stage, whose max_num_seqs are pictures
-        fields |= _merged(user, 0, ("max_num_seqs",))
-    return ThinkerConfig(**fields)
+    batch = _merged(user, 0, _BATCH_FIELDS)
+    if topology.one_process:  # one process has one stage, whose max_num_seqs are pictures
+        batch.pop("max_num_seqs", None)
+    return ThinkerConfig(**fields, **batch)
 
 
 def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
     stage = next(stage.stage_id for stage in topology.stages if stage.execution == "diffusion")
-    return DitConfig(**_merged(user, stage, ("max_num_seqs",)))
+    batch = _merged(user, stage, _BATCH_FIELDS)
+    if topology.one_process:  # and whose token budget is that of prefill
+        batch.pop("max_num_batched_tokens", None)
+    return DitConfig(**batch)
 
 
 def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ class Metrics(Protocol):
     def gauge(self, name: str, value: float) -> None:
         """``name`` is ``value`` now."""
 
-    def count(self, name: str, amount: float = 1) -> None:
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """``amount`` more of ``name``."""
 
     def observe(self, name: str, seconds: float) -> None:
@@ -28,7 +28,7 @@ class NoMetrics:
     def gauge(self, name: str, value: float) -> None:
         """Do nothing."""
 
-    def count(self, name: str, amount: float = 1) -> None:
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Do nothing."""
 
     def observe(self, name: str, seconds: float) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
@@ -84,7 +84,11 @@ class Worker(ABC, Generic[Task, Result]):
 
     def cancel(self, request_id: str) -> None:
         """Drop what ``request_id`` has here, waiting or active; from any thread."""
-        self._inbox.put(lambda: self._cancel(request_id))
+        self._inbox.put(lambda: self._cancel(request_id, self._jobs))
+
+    def drop(self, job: Job[Task, Result]) -> None:
+        """Drop ``job`` and what its request has here; from any thread."""
+        self._inbox.put(lambda: self._cancel(job.request_id, [job]))
 
     def close(self) -> None:
         """Fail what is left with :class:`StageUnavailable` and end the thread."""
@@ -174,7 +178,7 @@ class Worker(ABC, Generic[Task, Result]):
 
     def _expire(self) -> None:
         """Fail every job whose time is up, waiting or active."""
-        for job in [job for job in (*self._waiting, *self._active()) if job.expired]:
+        for job in [job for job in self._jobs if job.expired]:
             self._remove(job)
             job.fail(DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout"))
             self._forget(job.request_id)
@@ -208,8 +212,12 @@ class Worker(ABC, Generic[Task, Result]):
                 job.fail(error)
             self._waiting.remove(job)
 
-    def _cancel(self, request_id: str) -> None:
-        for job in [job for job in (*self._waiting, *self._active()) if job.request_id == request_id]:
+    @property
+    def _jobs(self) -> list[Job[Task, Result]]:
+        return [*self._waiting, *self._active()]
+
+    def _cancel(self, request_id: str, among: Sequence[Job[Task, Result]]) -> None:
+        for job in [job for job in self._jobs if job in among and job.request_id == request_id]:
             self._remove(job)
             job.fail(Cancelled(f"request {request_id} was cancelled"))
             self.metrics.count(f"{self.stage}_cancelled")
