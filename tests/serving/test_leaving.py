@@ -8,14 +8,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
+from bagel_triton.request import GenerationRequest
 from tests.serving.test_together import EIGHT, picture_body, until_idle
-from tests.support.serving import STOP_S, Server
+from tests.support.serving import ANSWER_S, STOP_S, Server, generate, infer, reply_pictures
 
 LONG = picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
 THINKING = {  # ten random texts: it takes thousands of tokens until the last one ends by chance
@@ -69,6 +73,48 @@ def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, obj
     until(server, gauge, 0)
     until_idle(server)
     assert len(server.pictures(picture_body(EIGHT[1], seed=1))) == 1
+
+
+def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
+    request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
+    answer = generate(server.grpc, "cfg_expand", request)
+    answer = infer(server.grpc, "thinker", {"plan": answer.last("plan")}, {"plan": "BYTES"})
+    contexts = triton.InferInput("contexts", [1], "BYTES")
+    contexts.set_data_from_numpy(answer.last("contexts"))
+    with triton.InferenceServerClient(server.grpc) as client:
+        client.start_stream(lambda result, error: None)
+        client.async_stream_infer("dit", [contexts])
+        until(server, "bagel_dit_active", 1)
+        client.stop_stream(cancel_requests=True)
+        started = time.monotonic()
+        until(server, "bagel_dit_active", 0)
+        assert server.gauge("bagel_dit_cancelled_total") >= 1
+        assert time.monotonic() - started < 3, "the work ran to its end"
+    until_idle(server)
+
+
+def test_a_request_ends_at_its_timeout_and_its_work_with_it(server: Server) -> None:
+    reply = server.chat({**LONG, "timeout": 0.5})
+    assert reply.status_code == 504
+    assert (reply.json()["error"]["param"], reply.json()["error"]["code"]) == ("timeout", "deadline_exceeded")
+    until(server, "bagel_dit_active", 0)
+    until_idle(server)
+
+
+def test_of_a_burst_each_is_answered_or_clearly_refused(server: Server) -> None:
+    body = picture_body({"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 2}, seed=1)
+    wanted = server.pictures(body)[0]
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(timeout=ANSWER_S, trust_env=False, limits=limits) as client, ThreadPoolExecutor(300) as pool:
+        url = f"{server.url}/v1/chat/completions"
+        replies = list(pool.map(lambda _: client.post(url, json=body), range(300)))
+    answered = [reply for reply in replies if reply.status_code == 200]
+    refused = [reply for reply in replies if reply.status_code == 429]
+    assert len(answered) + len(refused) == 300
+    assert len(answered) >= 200
+    assert all(np.array_equal(reply_pictures(reply.json())[0], wanted) for reply in answered)
+    assert all(int(reply.headers["retry-after"]) > 0 for reply in refused)
+    until_idle(server)
 
 
 @pytest.fixture

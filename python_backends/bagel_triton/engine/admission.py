@@ -56,7 +56,6 @@ class Admission:
                 raise Overloaded(f"the thinker had no room for {waited:.0f} s: {run.blocks} KV blocks wanted")
             return False
         for sequence in run.sequences:
-            self._metrics.count("thinker_prefix_query_tokens", sequence.total_tokens - sequence.shared_tokens)
             room = self.reuse(run, sequence, room)
         running.append(run)
         self._next = None
@@ -67,6 +66,7 @@ class Admission:
         keys = [mark.key for mark in sequence.marks]
         reached, shared = self._prefixes.longest(keys), sequence.shared_tokens
         held = sequence.context.tokens or shared
+        self._metrics.count("thinker_prefix_query_tokens", sequence.total_tokens - held)
         unshared = shared // self._arena.geometry.block_tokens  # blocks that its parent would have lent it
         if reached and sequence.marks[reached - 1].tokens > held and unshared <= room:
             self._metrics.count("thinker_prefix_hit_tokens", sequence.marks[reached - 1].tokens - held)
