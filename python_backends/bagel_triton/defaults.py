@@ -63,19 +63,9 @@ class TextDefaults(msgspec.Struct, frozen=True):
 
 
 TEXT = TextDefaults()
-PICTURE_FIELDS = (
-    "negative_prompt",
-    "height",
-    "width",
-    "num_inference_steps",
-    "cfg_text_scale",
-    "cfg_img_scale",
-    "cfg_interval",
-    "cfg_renorm_type",
-    "cfg_renorm_min",
-    "timestep_shift",
-    "cache",
-)
+GUIDANCE_FIELDS = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min")
+FLOW_FIELDS = ("height", "width", "num_inference_steps", "timestep_shift", "cache")
+PICTURE_FIELDS = ("negative_prompt", *FLOW_FIELDS, *GUIDANCE_FIELDS)
 TEXT_FIELDS = ("max_tokens", "stop")
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
