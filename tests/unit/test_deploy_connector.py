@@ -26,14 +26,14 @@ def _load(tmp_path: Path, text: str) -> DeployConfig:
 @pytest.mark.parametrize(
     ("config", "device", "chosen"),
     [
-        (DeployConfig("c"), "cpu", "shm (auto: the stages are on one host's cpu)"),
+        (DeployConfig("c"), "cpu", "shm (auto: the stages run on a CPU)"),
         (DeployConfig("c"), "cuda:1", "cuda_ipc (auto: the stages share cuda:1)"),
-        (DeployConfig("c", connector="shm"), "cpu", "shm (configured, one host)"),
-        (DeployConfig("c", connector="cuda_ipc"), "cuda:0", "cuda_ipc (configured, one host)"),
+        (DeployConfig("c", connector="shm"), "cpu", "shm (configured: the stages share one host)"),
+        (DeployConfig("c", connector="cuda_ipc"), "cuda:0", "cuda_ipc (configured: the stages share one host)"),
         (
             DeployConfig("c", connector="mooncake", mooncake=MooncakeConfig(host="10.0.0.7")),
             "cpu",
-            "mooncake (configured, tcp at 10.0.0.7)",
+            "mooncake (configured: tcp, this host is 10.0.0.7)",
         ),
         (
             DeployConfig("c", pipeline="bagel_single_stage"),

@@ -92,15 +92,15 @@ def choose(config: DeployConfig, device: str) -> ConnectorChoice:
     if config.connector == "auto":
         if on_gpu:
             return ConnectorChoice("cuda_ipc", f"auto: the stages share {device}")
-        return ConnectorChoice("shm", f"auto: the stages are on one host's {device}")
+        return ConnectorChoice("shm", "auto: the stages run on a CPU")
     if on_gpu and config.connector != "cuda_ipc":
         raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; {device} needs cuda_ipc")
     if not on_gpu and config.connector == "cuda_ipc":
         raise ConfigError(f"connector='cuda_ipc' needs stages on CUDA; they are on {device}")
-    return ConnectorChoice(config.connector, f"configured, {_details(config)}")
+    return ConnectorChoice(config.connector, f"configured: {_details(config)}")
 
 
 def _details(config: DeployConfig) -> str:
     if config.connector != "mooncake":
-        return "one host"
-    return f"{config.mooncake.protocol} at {config.mooncake.host}"
+        return "the stages share one host"
+    return f"{config.mooncake.protocol}, this host is {config.mooncake.host}"
