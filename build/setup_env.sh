@@ -30,7 +30,7 @@ from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.transfer_engine import load
 
 try:
-    load()
+    load("mooncake.engine")
 except ConnectorUnavailable as error:
     print(error)
 EOF
