@@ -22,7 +22,7 @@ test: setup ## all tests this machine can run
 	$(BIN)/python -m pytest
 
 bench: setup ## what the hand-off and the weights cost here; also in bench/results.json
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bagel_triton.bench.suite
+	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench.suite
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff check
