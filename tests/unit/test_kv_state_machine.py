@@ -88,6 +88,13 @@ class ArenaMachine(RuleBasedStateMachine):
         self.owned.append(Owned(owned.context.fork(), list(owned.labels)))
 
     @precondition(lambda self: self.owned)
+    @rule(pick=PICK, cut=PICK)
+    def fork_within(self, pick: int, cut: int) -> None:
+        owned = self.owned[pick % len(self.owned)]
+        tokens = cut % (len(owned.labels) + 1)
+        self.owned.append(Owned(owned.context.fork_at(tokens, tokens), owned.labels[:tokens]))
+
+    @precondition(lambda self: self.owned)
     @rule(pick=PICK, tokens=st.integers(1, 6))
     def extend(self, pick: int, tokens: int) -> None:
         self._grow(self.owned[pick % len(self.owned)], tokens)
