@@ -43,7 +43,7 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
             from bagel_triton.kv.connectors.object_store import ObjectStore
 
             arena = blocks * geometry.block_tokens * token_bytes(geometry)
-            store = ObjectStore(config.mooncake_store, config.mooncake_store.segment or arena * 5 // 4)
+            store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(arena))
             return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store)
 
 
