@@ -109,7 +109,7 @@ class StoreLeases:
             ArenaFull: the store has no room; the caller still owns the context.
             LeaseError: the store's master does not answer; likewise.
         """
-        lease, tokens, next_position = 0, context.tokens, context.next_position
+        lease, tokens, next_position, blocks = 0, context.tokens, context.next_position, tuple(context.blocks)
         expires_at = self._clock() + ttl_s
         if tokens:
             self._last_lease = lease = self._last_lease + 1
@@ -120,7 +120,7 @@ class StoreLeases:
                 self._store.put(key, copy.data_ptr(), copy.nbytes)
             except StoreFull as error:
                 raise ArenaFull(str(error)) from error
-            self._leases.append(_Stored(request_id, key, len(context.blocks), ttl_s, expires_at))
+            self._leases.append(_Stored(request_id, key, len(blocks), ttl_s, expires_at))
             context.free()
         return ContextHandle(
             request_id=request_id,
@@ -130,7 +130,7 @@ class StoreLeases:
             generation=self._generation,
             slot=0,
             lease=lease,
-            blocks=(),
+            blocks=blocks,  # as a handle must have; whose they are by now is of no account
             tokens=tokens,
             next_position=next_position,
             geometry=self._arena.geometry,
