@@ -31,7 +31,7 @@ from bagel_triton.kv.connectors.transfer_engine import load
 
 try:
     load("mooncake.engine")
-except ConnectorUnavailable as error:
+except (ConnectorUnavailable, ImportError) as error:
     print(error)
 EOF
 }

@@ -106,7 +106,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
         StageMemory(
             "thinker",
             weights=module_bytes(transformer) + module_bytes(autoencoder),
-            kv=arena + _lent_to_the_store(config, arena),
+            kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, dtype),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width),
@@ -140,10 +140,6 @@ def _arena_is_shared(config: DeployConfig, placement: Placement) -> bool:
     """Whether the arena is in the host's shared memory; else it is the thinker's own, or on the GPU."""
     on_cpu = placement.torch_device.type == "cpu"
     return on_cpu and not config.topology.one_process and config.connector in ("auto", "shm")
-
-
-def _lent_to_the_store(config: DeployConfig, arena: int) -> int:
-    return config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0
 
 
 def module_bytes(module: nn.Module) -> int:
