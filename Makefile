@@ -3,7 +3,7 @@ TINY := .cache/tiny
 CHECKPOINT ?= $(TINY)
 SERVE_ARGS ?=
 
-.PHONY: setup demo serve test lint
+.PHONY: setup demo serve test bench lint
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -20,6 +20,9 @@ serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by 
 
 test: setup ## all tests this machine can run
 	$(BIN)/python -m pytest
+
+bench: setup ## what the hand-off and the weights cost here; also in bench/results.json
+	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench.suite
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff check

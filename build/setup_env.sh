@@ -24,6 +24,30 @@ find_python() {
     fail "Python 3.11 or 3.12 is needed, and found under none of: $candidates (set PYTHON=/path/to/python3.12)"
 }
 
+mooncake() { # what keeps the connector mooncake from working; nothing where it works
+    .venv/bin/python - <<'EOF'
+from bagel_triton.kv.connectors.base import ConnectorUnavailable
+from bagel_triton.kv.connectors.transfer_engine import load
+
+try:
+    load("mooncake.engine")
+except (ConnectorUnavailable, ImportError) as error:
+    print(error)
+EOF
+}
+
+unpack_libibverbs() ( # into folder $1, from the packages of Debian or Ubuntu; installs nothing
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    chmod 755 "$folder"
+    cd "$folder"
+    timeout 60 apt-get -qq download libibverbs1 libnl-3-200 libnl-route-3-200
+    for package in *.deb; do
+        dpkg --extract "$package" .
+    done
+    find . \( -name libibverbs.so.1 -o -name 'libnl-*.so.200' \) -exec cp --dereference {} "$1" \;
+) >/dev/null 2>&1
+
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || fail "Linux on x86_64 is needed; this is $(uname -s) on $(uname -m)"
 python=$(find_python)
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -45,5 +69,16 @@ install=(.venv/bin/python -m pip install --disable-pip-version-check --constrain
 "${install[@]}" --no-build-isolation --editable '.[test,lint]'
 # Only the server binaries of this wheel are used, so what its Python API needs is left out.
 "${install[@]}" --no-deps nvidia-pytriton
+# The connector mooncake is an extra: without it everything else works, and its tests are skipped.
+if "${install[@]}" --no-build-isolation --editable '.[mooncake]'; then
+    if [[ $(mooncake) = *libibverbs* ]]; then
+        # The wheel leaves this library to the system, but looks for it beside its own files first.
+        unpack_libibverbs "$(.venv/bin/python -c 'import mooncake; print(mooncake.__path__[0])')" || true
+    fi
+    missing=$(mooncake)
+    [ -z "$missing" ] || echo "setup: $missing; until then its tests are skipped"
+else
+    echo "setup: the connector mooncake could not be installed; its tests are skipped"
+fi
 echo "$wanted" >"$stamp"
 echo "setup: .venv is ready"

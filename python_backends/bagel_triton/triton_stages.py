@@ -1,4 +1,4 @@
-"""The stages as ``bagel`` reaches them: other models of the same Triton, called by BLS."""
+"""The stages as ``bagel`` reaches them: other models of the same Triton, called over its gRPC port."""
 
 from __future__ import annotations
 

@@ -131,6 +131,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
 def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server], signal_: signal.Signals):
     server = serve("time.sleep(1)")
+    assert server.line("KV connector") == "local (pipeline bagel_single_stage is one process)"
     url = server.line("OpenAI API")
     assert _eventually(lambda: bool(server.family()), START_S)
     assert httpx.get(f"{url}/health", timeout=30).status_code == 503

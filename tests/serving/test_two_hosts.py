@@ -1,8 +1,9 @@
-"""The thinker and the DiT in two tritonservers at two addresses: contexts travel by mooncake."""
+"""The thinker and the DiT in two tritonservers at two addresses: contexts travel by Mooncake."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,38 +12,72 @@ import httpx
 import numpy as np
 import pytest
 
-from bagel_triton.deploy.config import DeployConfig, MooncakeConfig
+from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig
 from bagel_triton.messages import MooncakeAddress, Thoughts, decode, decode_handle, encode
 from bagel_triton.request import REQUEST_TENSORS, to_tensors
 from tests.support.cases import Case, load_cases
-from tests.support.connectors import require_mooncake
+from tests.support.connectors import mooncake_master, require_mooncake
 from tests.support.serving import infer
 from tests.support.triton_host import TritonHost, triton_host
 
 CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
 HOSTS = ("127.0.0.1", "127.0.0.2")
+# What the store carries is no other case by case; BAGEL_TRITON_ALL_CASES=1 tries them all the same.
+SOME = [case for case in CASES if case.name in ("t2i_think", "edit_alpha_two_pictures")]
+OF_THE_STORE = CASES if os.environ.get("BAGEL_TRITON_ALL_CASES") else SOME
 Hosts = tuple[TritonHost, TritonHost]
 
 
 @pytest.fixture(scope="module")
 def hosts(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     require_mooncake()
-    directory = tmp_path_factory.mktemp("hosts")
+    with _servers("mooncake", checkpoint_dir, tmp_path_factory.mktemp("hosts")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def hosts_of_a_store(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    directory = tmp_path_factory.mktemp("store")
+    with (
+        mooncake_master(directory / "master.log") as master,
+        _servers("mooncake_store", checkpoint_dir, directory, master) as servers,
+    ):
+        yield servers
+
+
+@contextlib.contextmanager
+def _servers(connector: str, checkpoint: Path, directory: Path, master: str = "") -> Iterator[Hosts]:
     with contextlib.ExitStack() as running:
         yield tuple(  # type: ignore[misc]
-            running.enter_context(triton_host(_config(checkpoint_dir, host), models, directory / host, host))
+            running.enter_context(
+                triton_host(_config(checkpoint, connector, host, master), models, directory / host, host)
+            )
             for host, models in zip(HOSTS, (("cfg_expand", "thinker"), ("dit", "vae_decode")), strict=True)
         )
 
 
-def _config(checkpoint: Path, host: str) -> DeployConfig:
+def _config(checkpoint: Path, connector: str, host: str, master: str) -> DeployConfig:
     return DeployConfig(
-        str(checkpoint), device="cpu", dtype="float32", connector="mooncake", mooncake=MooncakeConfig(host)
+        str(checkpoint),
+        device="cpu",
+        dtype="float32",
+        connector=connector,  # type: ignore[arg-type]
+        mooncake=MooncakeConfig(host),
+        mooncake_store=MooncakeStoreConfig(host, master=master),
     )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_recorded_case_agrees(hosts: Hosts, case: Case) -> None:
+    _check(case, hosts, "mooncake")
+
+
+@pytest.mark.parametrize("case", OF_THE_STORE, ids=lambda case: case.name)
+def test_recorded_cases_agree_by_way_of_a_store(hosts_of_a_store: Hosts, case: Case) -> None:
+    _check(case, hosts_of_a_store, "mooncake_store")
+
+
+def _check(case: Case, hosts: Hosts, connector: str) -> None:
     thinker, dit = (host.grpc for host in hosts)
     types = {name: spec.datatype for name, spec in REQUEST_TENSORS.items()}
     plan = infer(thinker, "cfg_expand", to_tensors(case.request), types).last("plan")
@@ -52,8 +87,7 @@ def test_every_recorded_case_agrees(hosts: Hosts, case: Case) -> None:
     if not case.height:
         return
     assert thoughts.job is not None
-    addresses = [handle.address for handle in thoughts.job.handles if handle.lease]
-    assert all(isinstance(address, MooncakeAddress) for address in addresses)
+    assert {handle.connector for handle in thoughts.job.handles} == {connector}
     contexts = np.array([encode(thoughts.job)], dtype=np.object_)
     flow = infer(dit, "dit", {"contexts": contexts}, {"contexts": "BYTES"})
     latents = {"latents": flow.last("latents"), "latent_grid": flow.last("latent_grid")}

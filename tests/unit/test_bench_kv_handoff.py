@@ -26,7 +26,7 @@ def test_a_row_of_each_kind_of_blocks(connector: str, capsys: pytest.CaptureFixt
 def test_missing_the_goal_shows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handoff_ms: float, status: int, shown: str
 ) -> None:
-    def measured(connector: kv_handoff.Connector, megabytes: int, blocks: kv_handoff.Blocks, trials: int) -> object:
+    def measured(connector: kv_handoff.Connector, megabytes: int, blocks: kv_handoff.Blocks, *rest: object) -> object:
         return kv_handoff.Handoff(connector, blocks, megabytes, handoff_ms, 10.0, 20.0)
 
     monkeypatch.setattr(kv_handoff, "measure", measured)

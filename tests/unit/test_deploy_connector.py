@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, ThinkerConfig
+from bagel_triton.deploy.config import (
+    ConfigError,
+    DeployConfig,
+    MooncakeConfig,
+    MooncakeStoreConfig,
+    ThinkerConfig,
+    read,
+)
 from bagel_triton.deploy.connector import choose
 from bagel_triton.deploy.deploy_yaml import load
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
@@ -26,14 +33,19 @@ def _load(tmp_path: Path, text: str) -> DeployConfig:
 @pytest.mark.parametrize(
     ("config", "device", "chosen"),
     [
-        (DeployConfig("c"), "cpu", "shm (auto: the stages are on one host's cpu)"),
+        (DeployConfig("c"), "cpu", "shm (auto: the stages run on a CPU)"),
         (DeployConfig("c"), "cuda:1", "cuda_ipc (auto: the stages share cuda:1)"),
-        (DeployConfig("c", connector="shm"), "cpu", "shm (configured, one host)"),
-        (DeployConfig("c", connector="cuda_ipc"), "cuda:0", "cuda_ipc (configured, one host)"),
+        (DeployConfig("c", connector="shm"), "cpu", "shm (configured: the stages share one host)"),
+        (DeployConfig("c", connector="cuda_ipc"), "cuda:0", "cuda_ipc (configured: the stages share one host)"),
         (
             DeployConfig("c", connector="mooncake", mooncake=MooncakeConfig(host="10.0.0.7")),
             "cpu",
-            "mooncake (configured, tcp at 10.0.0.7)",
+            "mooncake (configured: tcp, this host is 10.0.0.7)",
+        ),
+        (
+            DeployConfig("c", connector="mooncake_store", mooncake_store=MooncakeStoreConfig(master="10.0.0.1:50051")),
+            "cpu",
+            "mooncake_store (configured: tcp, this host is 127.0.0.1, the store's master 10.0.0.1:50051)",
         ),
         (
             DeployConfig("c", pipeline="bagel_single_stage"),
@@ -52,6 +64,7 @@ def test_the_choice_and_its_reason(config: DeployConfig, device: str, chosen: st
         (DeployConfig("c", connector="shm"), "cuda:0", "connector='shm' is for stages on a CPU; cuda:0 needs cuda_ipc"),
         (DeployConfig("c", connector="mooncake"), "cuda:0", "connector='mooncake' is for stages on a CPU"),
         (DeployConfig("c", connector="cuda_ipc"), "cpu", "connector='cuda_ipc' needs stages on CUDA; they are on cpu"),
+        (DeployConfig("c", connector="mooncake_store"), "cpu", "'mooncake_store' needs extra.master, the HOST:PORT"),
         (DeployConfig("c", "bagel_single_stage", connector="shm"), "cpu", "is one process; use auto"),
     ],
 )
@@ -67,8 +80,8 @@ def test_a_connector_that_cannot_carry_contexts_there_is_refused(
     [
         ("SharedMemoryConnector", "shm"),
         ("CudaIpcConnector", "cuda_ipc"),
-        ("MooncakeConnector", "mooncake"),
-        ("MooncakeStoreConnector", "mooncake"),
+        ("MooncakeConnector", "mooncake_store"),
+        ("MooncakeStoreConnector", "mooncake_store"),
         ("MooncakeTransferEngineConnector", "mooncake"),
         ("auto", "auto"),
     ],
@@ -101,9 +114,14 @@ def test_options_are_typed(tmp_path: Path) -> None:
     assert config.mooncake == MooncakeConfig("10.0.0.7", "rdma", "mlx5_0", 3)
 
 
-def test_the_stores_word_for_the_protocol_is_understood(tmp_path: Path) -> None:
-    text = "connectors: {net: {name: MooncakeStoreConnector, extra: {host: 10.0.0.7, proto: tcp}}}"
-    assert _load(tmp_path, text).mooncake == MooncakeConfig("10.0.0.7")
+def test_the_stores_options_are_understood(tmp_path: Path) -> None:
+    options = "host: 10.0.0.7, master: '10.0.0.1:50051', segment: 1024, localbuf: 64, proto: rdma"
+    config = _load(tmp_path, f"connectors: {{net: {{name: MooncakeStoreConnector, extra: {{{options}}}}}}}")
+    expected = MooncakeStoreConfig("10.0.0.7", "rdma", master="10.0.0.1:50051", segment=1024, localbuf=64)
+    assert config.mooncake_store == expected
+    written = tmp_path / "written.yaml"
+    config.write(written)
+    assert read(written).mooncake_store == expected
 
 
 @pytest.mark.parametrize(
@@ -115,9 +133,18 @@ def test_the_stores_word_for_the_protocol_is_understood(tmp_path: Path) -> None:
             r"connectors.net.extra.shm_threshold_bytes=65536 has no meaning here: contexts always stay in shared",
         ),
         (
-            "{name: MooncakeStoreConnector, extra: {host: 10.0.0.7, master: '10.0.0.1:50051'}}",
+            "{name: MooncakeTransferEngineConnector, extra: {host: 10.0.0.7, master: '10.0.0.1:50051'}}",
             r"connectors.net.extra.master='10.0.0.1:50051' has no meaning here: the DiT reads the thinker's memory",
         ),
+        (
+            "{name: MooncakeStoreConnector, extra: {role: sender}}",
+            r"extra.role='sender' has no meaning here: the think",
+        ),
+        (
+            "{name: mooncake_store, extra: {master: here}}",
+            r"mooncake_store.master='here' is not allowed; allowed: HOST",
+        ),
+        ("{name: mooncake_store, extra: {localbuf: 0}}", r"mooncake_store.localbuf=0 is not allowed"),
         (
             "{name: MooncakeTransferEngineConnector, extra: {zmq_port: 50051}}",
             r"extra.zmq_port=50051 has no meaning here: a lease travels with its request",

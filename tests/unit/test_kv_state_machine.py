@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context
@@ -17,8 +25,9 @@ from bagel_triton.kv.store import slots_of
 from bagel_triton.messages import Branch, ContextHandle
 from tests.support.kv import GEOMETRY, Lender, append, claim, contents_of, read
 
-BLOCKS = 12
+OPERATIONS = 10_000
 PICK = st.integers(0, 1000)
+REQUESTS = st.integers(0, 3)  # few, so that a request has several leases
 
 
 @dataclass
@@ -35,23 +44,36 @@ class Lent:
 
 
 class ArenaMachine(RuleBasedStateMachine):
+    operations: ClassVar[int] = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.lender = Lender(BLOCKS)
+        self.lender = Lender(1)
         self.labels = itertools.count(1)
-        self.requests = itertools.count()
         self.owned: list[Owned] = []
         self.lent: list[Lent] = []
         self.ended: list[ContextHandle] = []
 
+    @initialize(blocks=st.integers(3, 14))
+    def start(self, blocks: int) -> None:
+        self.lender = Lender(blocks)
+
     def _grow(self, owned: Owned, tokens: int) -> None:
+        """It succeeds where, and only where, as many blocks are free as it takes, wherever they lie."""
         labels = [next(self.labels) for _ in range(tokens)]
         before = (list(owned.context.blocks), owned.context.tokens, self.lender.arena.blocks.free)
-        try:
+        if self._blocks_needed(owned, tokens) <= self.lender.arena.blocks.free:
             append(self.lender.arena, owned.context, labels)
             owned.labels += labels
-        except ArenaFull:
+        else:
+            with pytest.raises(ArenaFull):
+                append(self.lender.arena, owned.context, labels)
             assert (owned.context.blocks, owned.context.tokens, self.lender.arena.blocks.free) == before
+
+    def _blocks_needed(self, owned: Owned, tokens: int) -> int:
+        size, blocks = GEOMETRY.block_tokens, owned.context.blocks
+        tail_is_shared = len(owned.labels) % size and sum(blocks[-1] in held for held, _ in self._holdings()) > 1
+        return -(-(len(owned.labels) + tokens) // size) - len(blocks) + bool(tail_is_shared)
 
     @rule(tokens=st.integers(0, 9))
     def begin(self, tokens: int) -> None:
@@ -66,6 +88,13 @@ class ArenaMachine(RuleBasedStateMachine):
         self.owned.append(Owned(owned.context.fork(), list(owned.labels)))
 
     @precondition(lambda self: self.owned)
+    @rule(pick=PICK, cut=PICK)
+    def fork_within(self, pick: int, cut: int) -> None:
+        owned = self.owned[pick % len(self.owned)]
+        tokens = cut % (len(owned.labels) + 1)
+        self.owned.append(Owned(owned.context.fork_at(tokens, tokens), owned.labels[:tokens]))
+
+    @precondition(lambda self: self.owned)
     @rule(pick=PICK, tokens=st.integers(1, 6))
     def extend(self, pick: int, tokens: int) -> None:
         self._grow(self.owned[pick % len(self.owned)], tokens)
@@ -76,10 +105,10 @@ class ArenaMachine(RuleBasedStateMachine):
         self.owned.pop(pick % len(self.owned)).context.free()
 
     @precondition(lambda self: self.owned)
-    @rule(pick=PICK, ttl=st.integers(1, 20))
-    def publish(self, pick: int, ttl: int) -> None:
+    @rule(pick=PICK, ttl=st.integers(1, 20), request=REQUESTS)
+    def publish(self, pick: int, ttl: int, request: int) -> None:
         owned = self.owned.pop(pick % len(self.owned))
-        handle = self.lender.book.publish(f"r{next(self.requests)}", Branch.GEN, owned.context, ttl)
+        handle = self.lender.book.publish(f"r{request}", Branch.GEN, owned.context, ttl)
         if handle.lease:
             self.lent.append(Lent(handle, owned.labels))
 
@@ -117,15 +146,19 @@ class ArenaMachine(RuleBasedStateMachine):
         self._end(over)
 
     @precondition(lambda self: self.lent)
-    @rule(pick=PICK)
-    def withdraw(self, pick: int) -> None:
-        lent = self.lent[pick % len(self.lent)]
-        assert self.lender.book.withdraw(lent.handle.request_id) == 1
-        self._end([lent])
+    @rule(request=REQUESTS)
+    def withdraw(self, request: int) -> None:
+        over = [lent for lent in self.lent if lent.handle.request_id == f"r{request}"]
+        assert self.lender.book.withdraw(f"r{request}") == len(over)
+        self._end(over)
 
     def _end(self, over: list[Lent]) -> None:
         self.lent = [lent for lent in self.lent if lent not in over]
         self.ended += [lent.handle for lent in over]
+
+    @invariant()
+    def one_more(self) -> None:
+        type(self).operations += 1
 
     @invariant()
     def contents_are_intact(self) -> None:
@@ -160,15 +193,21 @@ class ArenaMachine(RuleBasedStateMachine):
         for owned in self.owned:
             owned.context.free()
         self.lender.close()
-        assert self.lender.arena.blocks.allocate(BLOCKS) == list(range(BLOCKS))
+        count = self.lender.arena.blocks.count
+        assert self.lender.arena.blocks.allocate(count) == list(range(count))
 
 
-TestArena = ArenaMachine.TestCase
-TestArena.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    report_multiple_bugs=False,
-)
+def test_ten_thousand_operations_in_any_order() -> None:
+    ArenaMachine.operations = 0
+    run_state_machine_as_test(
+        ArenaMachine,
+        settings=settings(
+            max_examples=300,
+            stateful_step_count=50,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            report_multiple_bugs=False,
+        ),
+    )
+    assert ArenaMachine.operations >= OPERATIONS

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from bagel_triton.deploy import memory
-from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.deploy.memory import Available, NotEnoughMemory
 from bagel_triton.engine.build import LocalStages, Parts, build_expander
 from bagel_triton.engine.sequence import segment_tokens
@@ -115,6 +115,21 @@ def test_the_arena_is_the_one_that_is_made():
     stages.close()
     assert need.shared == 0
     assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2
+
+
+def test_shared_memory_holds_the_arena_of_shm_alone():
+    shared = plan_of(placement=BFLOAT16)
+    assert shared.shared == shared.stages[0].kv
+    for options in ({"connector": "mooncake"}, {"placement": Placement(CUDA, torch.bfloat16)}):
+        need = plan_of(**{"placement": BFLOAT16, **options})
+        assert (need.shared, need.stages[0].kv) == (0, shared.stages[0].kv)
+
+
+def test_what_the_thinker_lends_a_store_is_counted():
+    arena = plan_of(connector="mooncake").stages[0].kv
+    assert plan_of(connector="mooncake_store").stages[0].kv == arena + arena * 5 // 4
+    store = MooncakeStoreConfig(segment=12345)
+    assert plan_of(connector="mooncake_store", mooncake_store=store).stages[0].kv == arena + 12345
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 512), (64, 128)])
@@ -233,14 +248,11 @@ def test_too_little_memory_for_the_weights():
 def test_a_devices_memory_is_what_counts_there():
     placement = Placement(torch.device("cuda:1"), torch.bfloat16)
     need = plan_of(placement=placement)
-    on_device = need.total - need.shared
     config = config_of(CHECKPOINT)
-    memory.check(need, config, placement, Available(host=need.shared, shared=GIB, device=on_device))
-    message = refusal(need, Available(host=GIB, shared=GIB, device=on_device - 1), placement)
+    memory.check(need, config, placement, Available(host=1, shared=0, device=need.total))
+    message = refusal(need, Available(host=GIB, shared=GIB, device=need.total - 1), placement)
     assert "of memory on cuda:1 and" in message
-    assert message.endswith("): lower dit.max_num_seqs=8")
-    message = refusal(need, Available(host=need.shared - 1, shared=GIB, device=on_device), placement)
-    assert "of the host's memory" in message
+    assert message.endswith("): lower dit.max_num_seqs=8, or lower thinker.kv_tokens=32768")
 
 
 @pytest.mark.parametrize(

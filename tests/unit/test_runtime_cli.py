@@ -56,6 +56,22 @@ def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert str(tmp_path / "absent") in error_of(capsys, "serve", str(tmp_path / "absent"), "--port", "0")
 
 
+@pytest.mark.parametrize(
+    ("connector", "reason"),
+    [
+        ("{name: cuda_ipc}", "connector='cuda_ipc' needs stages on CUDA; they are on cpu"),
+        ("{name: mooncake_store}", "connector='mooncake_store' needs extra.master, the HOST:PORT of a mooncake_master"),
+    ],
+)
+def test_a_connector_that_cannot_be_used_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, connector: str, reason: str
+):
+    deploy = tmp_path / "deploy.yaml"
+    deploy.write_text(f"connectors: {{one: {connector}}}")
+    options = ("--port", "0", "--device", "cpu", "--deploy-config", str(deploy))
+    assert reason in error_of(capsys, "serve", str(CHECKPOINT), *options)
+
+
 def test_a_malformed_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
     (checkpoint / "ae.safetensors").write_bytes(b"not tensors")

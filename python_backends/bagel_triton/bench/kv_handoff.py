@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import msgspec
 import torch
 
-from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
+from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.kv.arena import Context
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Producer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
@@ -36,8 +36,9 @@ MEGABYTE = 1 << 20
 SIZES = (1, 16, 64, 256)
 TRIALS = 11
 TTL_S = 600.0
+SETTLE_S = 0.02
 GOAL_RATIO, GOAL_MS = 1.2, 1.0
-Connector = Literal["local", "shm", "cuda_ipc", "mooncake"]
+Connector = Literal["local", "shm", "cuda_ipc", "mooncake", "mooncake_store"]
 Blocks = Literal["consecutive", "scattered"]
 
 
@@ -53,19 +54,48 @@ class Handoff:
     first_ms: float
 
     @property
-    def allowed_ms(self) -> float:
-        """What the goal for ``shm`` allows."""
-        return GOAL_RATIO * self.copy_ms + GOAL_MS
+    def missed(self) -> bool:
+        """Whether ``shm`` took longer than its goal allows; the others have none."""
+        return self.connector == "shm" and self.handoff_ms > GOAL_RATIO * self.copy_ms + GOAL_MS
 
 
-def measure(connector: Connector, megabytes: int, blocks: Blocks, trials: int = TRIALS) -> Handoff:
+@dataclass(frozen=True)
+class Unavailable:
+    """A connector that could not be measured, and why."""
+
+    connector: Connector
+    reason: str
+
+
+def run(
+    connectors: Sequence[Connector] | None = None,
+    megabytes: Sequence[int] = SIZES,
+    trials: int = TRIALS,
+    master: str = "",
+) -> Iterator[Handoff | Unavailable]:
+    """A row for each connector, size and kind of blocks, as soon as it is measured.
+
+    Args:
+        connectors: None for those worth trying here.
+        master: of ``mooncake_store``, HOST:PORT.
+    """
+    for connector in available(master) if connectors is None else connectors:
+        try:
+            for size in megabytes:
+                for blocks in get_args(Blocks):
+                    yield measure(connector, size, blocks, trials, master)
+        except (ConnectorUnavailable, ConfigError) as error:
+            yield Unavailable(connector, str(error))
+
+
+def measure(connector: Connector, megabytes: int, blocks: Blocks, trials: int = TRIALS, master: str = "") -> Handoff:
     """Hand a context of ``megabytes`` over, ``trials`` times.
 
     Raises:
         ConnectorUnavailable: the connector cannot be used here.
     """
     tokens = -(-megabytes * MEGABYTE // token_bytes(GEOMETRY))
-    config = _config(connector, tokens)
+    config = _config(connector, tokens, master)
     device = torch.device("cuda:0" if connector == "cuda_ipc" else "cpu")
     producer = open_producer(config, GEOMETRY, device)
     try:
@@ -82,11 +112,12 @@ def measure(connector: Connector, megabytes: int, blocks: Blocks, trials: int = 
     )
 
 
-def _config(connector: Connector, tokens: int) -> DeployConfig:
+def _config(connector: Connector, tokens: int, master: str) -> DeployConfig:
     return DeployConfig(
         checkpoint="",
         pipeline="bagel_single_stage" if connector == "local" else "bagel",
         connector="auto" if connector == "local" else connector,
+        mooncake_store=MooncakeStoreConfig(master=master),
         shm_prefix=f"bagel_triton_bench_{os.getpid()}_{secrets.token_hex(4)}",
         thinker=ThinkerConfig(kv_tokens=2 * tokens + 2 * GEOMETRY.block_tokens, block_tokens=GEOMETRY.block_tokens),
     )
@@ -106,6 +137,7 @@ def _trial(producer: Producer, pipe: Connection, tokens: int, blocks: Blocks) ->
     arena.store[:, :, arena.read_slots(context)] = 1.0
     if arena.store.is_cuda:
         torch.cuda.synchronize(arena.store.device)
+    time.sleep(SETTLE_S)  # threads that have just computed spin a while, and would keep a core from the consumer
     started = time.monotonic()
     handle = producer.leases.publish("bench", Branch.GEN, context, TTL_S)
     pipe.send_bytes(encode(handle))
@@ -157,38 +189,39 @@ def _consume(pipe: Connection, config: DeployConfig, device: torch.device, token
     consumer.close()
 
 
-def available() -> tuple[Connector, ...]:
-    """The connectors worth trying on this machine: CUDA's only where there is a GPU."""
-    return tuple(name for name in get_args(Connector) if name != "cuda_ipc" or torch.cuda.is_available())
+def available(master: str = "") -> tuple[Connector, ...]:
+    """The connectors worth trying on this machine: CUDA's where there is a GPU, the store's where a master is named."""
+    useless = {"cuda_ipc": not torch.cuda.is_available(), "mooncake_store": not master}
+    return tuple(name for name in get_args(Connector) if not useless.get(name))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; the exit status is 1 where ``shm`` misses its goal."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--connectors", nargs="+", choices=get_args(Connector), default=available())
+    parser.add_argument("--connectors", nargs="+", choices=get_args(Connector), help="default: those here")
     parser.add_argument("--megabytes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--mooncake-master", default="", metavar="HOST:PORT", help="for mooncake_store")
     parser.add_argument("--json", action="store_true", help="one line of JSON a row")
     args = parser.parse_args(arguments)
-    rows = []
+    missed = False
     if not args.json:
-        print(f"{'connector':<10}{'blocks':<13}{'MB':>5}{'handoff ms':>12}{'copy ms':>10}{'ratio':>7}{'first ms':>10}")
-    for connector in args.connectors:
-        try:
-            for megabytes in args.megabytes:
-                for blocks in get_args(Blocks):
-                    row = measure(connector, megabytes, blocks, args.trials)
-                    rows.append(row)
-                    print(msgspec.json.encode(row).decode() if args.json else _line(row), flush=True)
-        except ConnectorUnavailable as error:
-            print(f"{connector}: not measured: {error}", flush=True)
-    return int(any(row.connector == "shm" and row.handoff_ms > row.allowed_ms for row in rows))
+        print(HEADER)
+    for row in run(args.connectors, args.megabytes, args.trials, args.mooncake_master):
+        missed |= isinstance(row, Handoff) and row.missed
+        print(msgspec.json.encode(row).decode() if args.json else line(row), flush=True)
+    return int(missed)
 
 
-def _line(row: Handoff) -> str:
+HEADER = f"{'connector':<15}{'blocks':<13}{'MB':>5}{'handoff ms':>12}{'copy ms':>10}{'ratio':>7}{'first ms':>10}"
+
+
+def line(row: Handoff | Unavailable) -> str:
+    """A row for a person, under ``HEADER``."""
+    if isinstance(row, Unavailable):
+        return f"{row.connector}: not measured: {row.reason}"
     times = f"{row.handoff_ms:>12.2f}{row.copy_ms:>10.2f}{row.handoff_ms / row.copy_ms:>7.2f}{row.first_ms:>10.2f}"
-    missed = "  over the goal" if row.connector == "shm" and row.handoff_ms > row.allowed_ms else ""
-    return f"{row.connector:<10}{row.blocks:<13}{row.megabytes:>5}{times}{missed}"
+    return f"{row.connector:<15}{row.blocks:<13}{row.megabytes:>5}{times}{'  over the goal' if row.missed else ''}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import gc
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -40,6 +40,8 @@ BUILDERS: dict[str, Callable[[Parts], ThinkerEngine | DitEngine | DecoderEngine]
     "vae_decode": build_decoder,
 }
 MIB = 1 << 20
+# Random weights of 430 MB in float32.
+LARGE = TinyConfig(hidden_size=1024, layers=4, heads=8, kv_heads=2, intermediate_size=2816, vocab_size=2048)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ class Sharing:
         """How often the weights are in memory."""
         extra = sum(cost.memory.pss for cost in self.stages) - sum(cost.memory.pss for cost in self.tiny)
         return extra / self.weight_bytes
+
+
+def run() -> Iterator[tuple[str, Sharing]]:
+    """Measure a checkpoint of random weights in the dtype that has to be converted, and in its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "large"
+        tiny_checkpoint.write(checkpoint, LARGE)
+        for dtype in DTYPES:
+            yield dtype, measure(checkpoint, dtype)
 
 
 def measure(checkpoint: Path, dtype: str = "float32") -> Sharing:

@@ -130,6 +130,32 @@ class MooncakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _require("mooncake.timeout_s", self.timeout_s, self.timeout_s >= 1, "whole seconds >= 1")
 
 
+class MooncakeStoreConfig(MooncakeConfig, frozen=True, forbid_unknown_fields=True):
+    """What the ``mooncake_store`` connector needs: a ``mooncake_master`` at ``master``, HOST:PORT.
+
+    The thinker lends the store ``segment`` bytes of its memory (0: a quarter more than its
+    arena has), and each process keeps ``localbuf`` bytes for small objects. ``metadata_server``
+    is that of Mooncake, or none where the processes shake hands with each other.
+    """
+
+    master: str = ""
+    metadata_server: str = "P2PHANDSHAKE"
+    segment: int = 0
+    localbuf: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("mooncake_store.segment", self.segment, self.segment >= 0, "bytes >= 0")
+        _require("mooncake_store.localbuf", self.localbuf, self.localbuf > 0, "bytes > 0")
+        host, _, port = self.master.rpartition(":")
+        valid = not self.master or bool(host and port.isdigit())
+        _require("mooncake_store.master", self.master, valid, "HOST:PORT of a mooncake_master")
+
+    def segment_of(self, arena: int) -> int:
+        """Bytes that the thinker lends the store, beside an arena of ``arena`` bytes."""
+        return self.segment or arena * 5 // 4
+
+
 class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the stages of one server agree on.
 
@@ -142,8 +168,9 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shm_prefix: str = "bagel_triton"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    connector: Literal["auto", "shm", "cuda_ipc", "mooncake"] = "auto"
+    connector: Literal["auto", "shm", "cuda_ipc", "mooncake", "mooncake_store"] = "auto"
     mooncake: MooncakeConfig = MooncakeConfig()
+    mooncake_store: MooncakeStoreConfig = MooncakeStoreConfig()
     thinker: ThinkerConfig = ThinkerConfig()
     dit: DitConfig = DitConfig()
     vae_decode: VaeDecodeConfig = VaeDecodeConfig()

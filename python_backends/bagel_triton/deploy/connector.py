@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig
+from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, MooncakeStoreConfig
 
-Connector = Literal["local", "shm", "cuda_ipc", "mooncake"]
+Connector = Literal["local", "shm", "cuda_ipc", "mooncake", "mooncake_store"]
 # The names that deploy files carry, and ours.
 NAMES: dict[str, str] = {
     "auto": "auto",
@@ -18,21 +18,28 @@ NAMES: dict[str, str] = {
     "cuda_ipc": "cuda_ipc",
     "CudaIpcConnector": "cuda_ipc",
     "mooncake": "mooncake",
-    "MooncakeConnector": "mooncake",
-    "MooncakeStoreConnector": "mooncake",
     "MooncakeTransferEngineConnector": "mooncake",
+    "mooncake_store": "mooncake_store",
+    "MooncakeConnector": "mooncake_store",
+    "MooncakeStoreConnector": "mooncake_store",
 }
 _RENAMED = {"proto": "protocol"}
 _POINTLESS = {
     "shm_threshold_bytes": "contexts always stay in shared memory, whatever their size",
-    "metadata_server": "the stages shake hands with each other, and no metadata server is asked",
-    "master": "the DiT reads the thinker's memory itself, and no store's master is asked",
-    "segment": "the arena's size is stages[].kv_tokens",
-    "localbuf": "the reader's buffer grows as it has to",
     "memory_pool_size": "the arena's size is stages[].kv_tokens",
     "memory_pool_device": "the arena is the host's memory",
     "zmq_port": "a lease travels with its request, not by a port of its own",
     "role": "the thinker lends and the DiT reads",
+}
+_OF_THE_STORE = {
+    "metadata_server": "the stages shake hands with each other, and no metadata server is asked",
+    "master": "the DiT reads the thinker's memory itself, and no store's master is asked",
+    "segment": "the arena's size is stages[].kv_tokens",
+    "localbuf": "the reader's buffer grows as it has to",
+}
+_MOONCAKE: dict[str, tuple[type[MooncakeConfig], dict[str, str]]] = {
+    "mooncake": (MooncakeConfig, _POINTLESS | _OF_THE_STORE),
+    "mooncake_store": (MooncakeStoreConfig, _POINTLESS),
 }
 
 
@@ -64,13 +71,14 @@ def connector_fields(where: str, spec: ConnectorSpec) -> dict[str, Any]:
     if spec.name not in NAMES:
         raise ConfigError(f"{where}.name={spec.name!r} is not allowed; allowed: {', '.join(NAMES)}")
     kind = NAMES[spec.name]
+    config, pointless = _MOONCAKE.get(kind, (None, _POINTLESS))
     for option, value in spec.extra.items():
-        if option in _POINTLESS:
-            raise ConfigError(f"{where}.extra.{option}={value!r} has no meaning here: {_POINTLESS[option]}; remove it")
-    if kind == "mooncake":
+        if option in pointless:
+            raise ConfigError(f"{where}.extra.{option}={value!r} has no meaning here: {pointless[option]}; remove it")
+    if config is not None:
         options = {_RENAMED.get(option, option): value for option, value in spec.extra.items()}
         try:
-            return {"connector": kind, "mooncake": msgspec.convert(options, MooncakeConfig)}
+            return {"connector": kind, kind: msgspec.convert(options, config)}
         except msgspec.ValidationError as error:
             raise ConfigError(f"{where}.extra: {error}") from error
     if spec.extra:
@@ -92,15 +100,20 @@ def choose(config: DeployConfig, device: str) -> ConnectorChoice:
     if config.connector == "auto":
         if on_gpu:
             return ConnectorChoice("cuda_ipc", f"auto: the stages share {device}")
-        return ConnectorChoice("shm", f"auto: the stages are on one host's {device}")
+        return ConnectorChoice("shm", "auto: the stages run on a CPU")
     if on_gpu and config.connector != "cuda_ipc":
         raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; {device} needs cuda_ipc")
     if not on_gpu and config.connector == "cuda_ipc":
         raise ConfigError(f"connector='cuda_ipc' needs stages on CUDA; they are on {device}")
-    return ConnectorChoice(config.connector, f"configured, {_details(config)}")
+    if config.connector == "mooncake_store" and not config.mooncake_store.master:
+        raise ConfigError("connector='mooncake_store' needs extra.master, the HOST:PORT of a mooncake_master")
+    return ConnectorChoice(config.connector, f"configured: {_details(config)}")
 
 
 def _details(config: DeployConfig) -> str:
-    if config.connector != "mooncake":
-        return "one host"
-    return f"{config.mooncake.protocol} at {config.mooncake.host}"
+    if config.connector == "mooncake":
+        return f"{config.mooncake.protocol}, this host is {config.mooncake.host}"
+    if config.connector == "mooncake_store":
+        store = config.mooncake_store
+        return f"{store.protocol}, this host is {store.host}, the store's master {store.master}"
+    return "the stages share one host"

@@ -55,7 +55,7 @@ class MemoryPlan:
     """The stages of one server in bytes.
 
     ``weights`` are those of all stages, each counted as often as it is in memory.
-    ``shared`` is what lies in the host's shared memory: the KV arena, and a CPU's converted weights.
+    ``shared`` is what lies in the host's shared memory: the connector ``shm``'s arena, and a CPU's converted weights.
     """
 
     stages: tuple[StageMemory, ...]
@@ -106,7 +106,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
         StageMemory(
             "thinker",
             weights=module_bytes(transformer) + module_bytes(autoencoder),
-            kv=arena,
+            kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, dtype),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width),
@@ -125,7 +125,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
         ),
     )
     share = placement.torch_device.type == "cpu" and not one_process
-    weights, shared = 0, 0 if one_process else arena
+    weights, shared = 0, arena if _arena_is_shared(config, placement) else 0
     for module, name, loaded_as in (  # two stages have each of them
         (transformer, "vae2llm.weight", dtype),
         (autoencoder, "decoder.conv_in.weight", torch.float32),
@@ -134,6 +134,12 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
         if share and not _is_stored_as(checkpoint, name, loaded_as):
             shared += module_bytes(module)
     return MemoryPlan(stages, token, weights, shared)
+
+
+def _arena_is_shared(config: DeployConfig, placement: Placement) -> bool:
+    """Whether the arena is in the host's shared memory; else it is the thinker's own, or on the GPU."""
+    on_cpu = placement.torch_device.type == "cpu"
+    return on_cpu and not config.topology.one_process and config.connector in ("auto", "shm")
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -222,12 +228,7 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
     if available.device is None:
         needed, free, where = need.total, available.host, "memory"
     else:
-        needed, free, where = need.total - need.shared, available.device, f"memory on {placement.device}"
-        if need.shared > available.host:
-            raise NotEnoughMemory(
-                f"the KV arena needs {readable(need.shared)} of the host's memory and {readable(available.host)} are "
-                f"free: lower thinker.kv_tokens={config.thinker.kv_tokens}"
-            )
+        needed, free, where = need.total, available.device, f"memory on {placement.device}"
     if needed <= free:
         return
     remedies = [] if placement.torch_dtype == torch.bfloat16 else ["use dtype bfloat16"]
@@ -236,8 +237,7 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
         remedies.append("serve bagel_single_stage" if duplicated else "use a larger machine")
     else:
         remedies.append(f"lower dit.max_num_seqs={config.dit.max_num_seqs}")
-        if available.device is None or not need.shared:
-            remedies.append(f"lower thinker.kv_tokens={config.thinker.kv_tokens}")
+        remedies.append(f"lower thinker.kv_tokens={config.thinker.kv_tokens}")
     raise NotEnoughMemory(
         f"the stages need {readable(needed)} of {where} and {readable(free)} are free (weights "
         f"{readable(need.weights)}, keys and values {readable(need.kv)}, activations {readable(need.activations)}): "

@@ -18,6 +18,7 @@ import msgspec
 import bagel_triton
 from bagel_triton.deploy import deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.proxy.settings import ProxySettings, add_fetch_remote
 from bagel_triton.runtime import memory, ports, shared_memory, source_tree, tritonserver
 from bagel_triton.runtime.command_error import CommandError
@@ -101,6 +102,7 @@ async def _serve(options: ServeOptions) -> None:
         ).values()
         config = _configuration(options)
         placement = _check(config)
+        connector = _connector(config, placement)
         repository = _model_repository(options)
 
         from bagel_triton.proxy.app import create_app
@@ -122,7 +124,7 @@ async def _serve(options: ServeOptions) -> None:
                 "device": placement.device,
                 "dtype": placement.dtype_name,
                 "attention": placement.attention,
-                "KV connector": "local (one process)" if deploy.topology.one_process else deploy.connector,
+                "KV connector": connector,
                 "OpenAI API": ports.base_url(listener),
                 "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
                 "Triton gRPC": f"{ports.LOOPBACK}:{grpc_port}",
@@ -188,6 +190,14 @@ def _check(config: DeployConfig) -> Placement:
         Tokenizer(config.checkpoint)  # else every stage would find out for itself, minutes later
         return resolve(config.device, config.dtype)
     except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _connector(config: DeployConfig, placement: Placement) -> ConnectorChoice:
+    """What will carry contexts there, before a stage that cannot use it has loaded anything."""
+    try:
+        return choose(config, placement.device)
+    except ConfigError as error:
         raise CommandError(str(error)) from error
 
 

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import KVArena
-from bagel_triton.kv.lease import LeaseBook, LeaseTable
+from bagel_triton.kv.arena import Context, KVArena
+from bagel_triton.kv.lease import LeaseTable
 from bagel_triton.kv.store import gather, slots_of, store_shape
-from bagel_triton.messages import ContextHandle
+from bagel_triton.messages import Branch, ContextHandle
 
 
 class ConnectorUnavailable(RuntimeError):
     """A connector cannot be used on this machine; the message says what it needs."""
+
+
+class Leases(Protocol):
+    """What a producer has lent; :class:`~bagel_triton.kv.lease.LeaseBook` says what each call does."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    def publish(self, request_id: str, branch: Branch, context: Context, ttl_s: float) -> ContextHandle: ...
+
+    def reclaim(self) -> int: ...
+
+    def withdraw(self, request_id: str) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class LeaseView(Protocol):
+    """What a consumer sees of a lease; :class:`~bagel_triton.kv.lease.LeaseTable` says what each call does."""
+
+    def carries(self, handle: ContextHandle) -> bool: ...
+
+    def check(self, handle: ContextHandle) -> None: ...
+
+    def release(self, slot: int, lease: int) -> None: ...
+
+    def renew(self, slot: int) -> None: ...
 
 
 class Producer(ABC):
@@ -28,7 +58,7 @@ class Producer(ABC):
     """
 
     arena: KVArena
-    leases: LeaseBook
+    leases: Leases
 
     @abstractmethod
     def close(self) -> None:
@@ -45,7 +75,7 @@ class Consumer(ABC):
     """
 
     @abstractmethod
-    def lease_table(self, handle: ContextHandle) -> LeaseTable:
+    def lease_table(self, handle: ContextHandle) -> LeaseView:
         """The lease words of the arena that ``handle`` points into.
 
         Raises:
@@ -101,7 +131,7 @@ class Consumer(ABC):
         if handle.lease and (table := self._carrying(handle)):
             table.release(handle.slot, handle.lease)
 
-    def _carrying(self, handle: ContextHandle) -> LeaseTable | None:
+    def _carrying(self, handle: ContextHandle) -> LeaseView | None:
         """The table that still carries the lease of ``handle``; None once that has ended."""
         try:
             table = self.lease_table(handle)

@@ -9,6 +9,7 @@ from bagel_triton.deploy.connector import choose
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
+from bagel_triton.kv.store import token_bytes
 from bagel_triton.messages import KVGeometry
 
 # A connector's library is imported only where that connector is chosen.
@@ -37,6 +38,13 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
             from bagel_triton.kv.connectors.transfer_engine import TransferEngine
 
             return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake))
+        case "mooncake_store":
+            from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreProducer
+            from bagel_triton.kv.connectors.object_store import ObjectStore
+
+            arena = blocks * geometry.block_tokens * token_bytes(geometry)
+            store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(arena))
+            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store)
 
 
 def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:
@@ -55,3 +63,8 @@ def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:
             from bagel_triton.kv.connectors.transfer_engine import TransferEngine
 
             return MooncakeConsumer(TransferEngine(config.mooncake))
+        case "mooncake_store":
+            from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreConsumer
+            from bagel_triton.kv.connectors.object_store import ObjectStore
+
+            return MooncakeStoreConsumer(ObjectStore(config.mooncake_store))

@@ -38,14 +38,8 @@ class TransferEngine:
     """
 
     def __init__(self, config: MooncakeConfig) -> None:
-        library = load()
-        _check_device(config)
-        # The library takes these from the environment only, when an engine starts. Without the
-        # first it chooses RDMA by itself; the others end a transfer to a peer that fell silent.
-        if config.protocol == "tcp":
-            os.environ["MC_FORCE_TCP"] = "1"
-        for variable in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
-            os.environ[variable] = str(config.timeout_s)
+        library = load("mooncake.engine")
+        prepare(config)
         self._config = config
         self._engine = library.TransferEngine()
         if self._engine.initialize(config.host, "P2PHANDSHAKE", config.protocol, config.device_name):
@@ -91,10 +85,10 @@ class TransferEngine:
         self._failed_at.pop(peer, None)
 
 
-def load() -> Any:
-    """The library; raises :class:`ConnectorUnavailable` naming what to install."""
+def load(module: str) -> Any:
+    """A module of the library; raises :class:`ConnectorUnavailable` naming what to install."""
     try:
-        return importlib.import_module("mooncake.engine")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ConnectorUnavailable(
             f"connector=mooncake needs the Python package {PACKAGE}: install the extra bagel-triton[mooncake]"
@@ -108,6 +102,20 @@ def load() -> Any:
             f"connector=mooncake needs the system library {library}: install the package "
             f"{SYSTEM_PACKAGES.get(library, f'that brings {library}')} (its name on Debian and Ubuntu)"
         ) from error
+
+
+def prepare(config: MooncakeConfig) -> None:
+    """Set what the library takes from the environment alone, when an engine starts.
+
+    Raises:
+        ConnectorUnavailable: the RDMA device is missing.
+    """
+    _check_device(config)
+    if config.protocol == "tcp":  # without this it chooses RDMA by itself
+        os.environ["MC_FORCE_TCP"] = "1"
+    # These end a transfer to a peer that fell silent.
+    for variable in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+        os.environ[variable] = str(config.timeout_s)
 
 
 def _check_device(config: MooncakeConfig) -> None:
