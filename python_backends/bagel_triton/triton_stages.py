@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bagel_triton import liveness, triton_io
+from bagel_triton.contexts import DenoiseJob, Thoughts
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, Internal
 from bagel_triton.events import Stage, decode_event, decode_stats
-from bagel_triton.messages import DenoiseJob, Plan, Thoughts, decode
+from bagel_triton.messages import Plan, decode
 from bagel_triton.request import Array, Arrays
 
 Result = TypeVar("Result")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import DenoiseJob
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.kv.connectors.local import LocalConsumer
-from bagel_triton.messages import Branch, DenoiseJob, Plan
+from bagel_triton.messages import Branch, Plan
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.flow import initial_noise
 from bagel_triton.model.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_triton.messages import Plan, Thoughts, decode
+from bagel_triton.contexts import Thoughts
+from bagel_triton.messages import Plan, decode
 from bagel_triton.request import REQUEST_TENSORS, to_tensors
 from tests.support.cases import Case, load_cases
 from tests.support.serving import Server, chat_body, generate, infer, reply_pictures

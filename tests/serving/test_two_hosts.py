@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
+from bagel_triton.contexts import MooncakeAddress, Thoughts, decode_handle
 from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig
-from bagel_triton.messages import MooncakeAddress, Thoughts, decode, decode_handle, encode
+from bagel_triton.messages import decode, encode
 from bagel_triton.request import REQUEST_TENSORS, to_tensors
 from tests.support.cases import Case, load_cases
 from tests.support.connectors import mooncake_master, require_mooncake

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bagel_triton.contexts import KVGeometry
 from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
-from bagel_triton.messages import KVGeometry
 from bagel_triton.runtime import ports
 from tests.support.kv import GEOMETRY
 

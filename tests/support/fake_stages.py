@@ -6,10 +6,11 @@ import itertools
 import threading
 from dataclasses import dataclass, field
 
+from bagel_triton.contexts import Answer, Thoughts
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import StageUnavailable
 from bagel_triton.events import ProgressEvent, Stage, StageStats
-from bagel_triton.messages import Answer, Branch, BranchPlan, FlowSettings, Plan, Thoughts, Usage
+from bagel_triton.messages import Branch, BranchPlan, FlowSettings, Plan, Usage
 
 FLOW = FlowSettings(
     height=64,

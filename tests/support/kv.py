@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, KVGeometry
 from bagel_triton.kv.arena import Context, KVArena
 from bagel_triton.kv.connectors.base import Consumer, MappedConsumer
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
 from bagel_triton.kv.store import gather, store_shape
-from bagel_triton.messages import Branch, ContextHandle, KVGeometry
+from bagel_triton.messages import Branch
 
 GEOMETRY = KVGeometry(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype="float32")
 

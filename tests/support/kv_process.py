@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, CudaAddress
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.selftest import lend_pattern
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch, ContextHandle, CudaAddress, decode, encode
+from bagel_triton.messages import Branch, decode, encode
 from tests.support.kv import append, claim
 
 WAIT_S = 60.0

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bagel_triton.contexts import DenoiseJob
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.flow_run import Latents
 from bagel_triton.engine.visit import Result, Visit
-from bagel_triton.messages import DenoiseJob, Plan
+from bagel_triton.messages import Plan
 from bagel_triton.request import GenerationRequest
 
 WAIT_S = 60.0

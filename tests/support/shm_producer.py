@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from multiprocessing.connection import Connection
 
+from bagel_triton.contexts import KVGeometry
 from bagel_triton.kv.arena import Context
 from bagel_triton.kv.connectors.shm import ShmProducer
-from bagel_triton.messages import Branch, KVGeometry, encode
+from bagel_triton.messages import Branch, encode
 from tests.support.kv import append
 
 

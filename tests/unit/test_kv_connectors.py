@@ -15,13 +15,14 @@ import msgspec
 import pytest
 import torch
 
+from bagel_triton.contexts import ContextHandle, KVGeometry
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import Context
 from bagel_triton.kv.connectors import shm
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
-from bagel_triton.messages import Branch, ContextHandle, KVGeometry, decode
+from bagel_triton.messages import Branch, decode
 from tests.support.kv import GEOMETRY, append, claim, contents_of
 from tests.support.shm_producer import produce
 

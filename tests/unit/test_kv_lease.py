@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bagel_triton.contexts import ContextHandle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv import lease as lease_module
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors import base
 from bagel_triton.kv.lease import LeaseBook
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch, ContextHandle
+from bagel_triton.messages import Branch
 from tests.support.kv import GEOMETRY, Lender, claim, contents_of, read
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bagel_triton.contexts import ContextHandle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors.base import Consumer
-from bagel_triton.messages import ContextHandle, decode, encode
+from bagel_triton.messages import decode, encode
 from tests.support.connectors import Ends, mooncake_master, require_mooncake
 from tests.support.kv import claim, contents_of
 from tests.support.kv_process import Peer, peer

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 
+from bagel_triton.contexts import ContextHandle
 from bagel_triton.deploy.config import MooncakeConfig
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import Context
@@ -20,7 +21,7 @@ from bagel_triton.kv.connectors import transfer_engine
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.mooncake import MooncakeConsumer, MooncakeProducer
 from bagel_triton.kv.connectors.transfer_engine import Piece, TransferEngine
-from bagel_triton.messages import Branch, ContextHandle
+from bagel_triton.messages import Branch
 from tests.support.kv import GEOMETRY, append, claim, contents_of
 
 BFLOAT16 = msgspec.structs.replace(GEOMETRY, dtype="bfloat16", kv_heads=2)

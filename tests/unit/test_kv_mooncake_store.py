@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 
+from bagel_triton.contexts import ContextHandle
 from bagel_triton.deploy.config import MooncakeStoreConfig
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context
@@ -20,7 +21,7 @@ from bagel_triton.kv.connectors import object_store
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreConsumer, MooncakeStoreProducer, StoreLeases
 from bagel_triton.kv.connectors.object_store import ObjectStore
-from bagel_triton.messages import Branch, ContextHandle
+from bagel_triton.messages import Branch
 from tests.support.kv import GEOMETRY, Clock, append, claim, contents_of, new_arena
 
 BFLOAT16 = msgspec.structs.replace(GEOMETRY, dtype="bfloat16", kv_heads=2)

@@ -11,11 +11,12 @@ import msgspec
 import pytest
 import torch
 
+from bagel_triton.contexts import ContextHandle, decode_handle, encode_handle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv import selftest
 from bagel_triton.kv.arena import ArenaFull
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
-from bagel_triton.messages import ContextHandle, decode, decode_handle, encode_handle
+from bagel_triton.messages import decode
 from tests.support.connectors import Ends, require_mooncake
 from tests.support.kv import GEOMETRY
 from tests.support.kv_process import peer

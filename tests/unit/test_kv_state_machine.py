@@ -19,10 +19,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bagel_triton.contexts import ContextHandle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.store import slots_of
-from bagel_triton.messages import Branch, ContextHandle
+from bagel_triton.messages import Branch
 from tests.support.kv import GEOMETRY, Lender, append, claim, contents_of, read
 
 OPERATIONS = 10_000

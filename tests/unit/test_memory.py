@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
+from bagel_triton.contexts import KVGeometry
 from bagel_triton.deploy import memory
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.deploy.memory import Available, NotEnoughMemory
 from bagel_triton.engine.build import LocalStages, Parts, build_expander
 from bagel_triton.engine.sequence import segment_tokens
 from bagel_triton.kv.store import WorkspaceStep, store_shape
-from bagel_triton.messages import KVGeometry
 from bagel_triton.model.attention import Span
 from bagel_triton.model.autoencoder import Autoencoder, decode, encode
 from bagel_triton.model.bagel import Bagel

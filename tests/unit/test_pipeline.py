@@ -9,11 +9,11 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from bagel_triton.contexts import Answer
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
 from bagel_triton.events import AnswerEvent, DoneEvent, ProgressEvent, StageStats
-from bagel_triton.messages import Answer
 from tests.support.fake_stages import FLOW, FakeStages
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from bagel_triton.contexts import ContextHandle, DenoiseJob, decode_handle
 from bagel_triton.engine.build import Parts, build_dit
 from bagel_triton.engine.dit import DitEngine
 from bagel_triton.engine.flow_run import Latents
 from bagel_triton.errors import InvalidRequest
-from bagel_triton.messages import ContextHandle, DenoiseJob, decode_handle
 from bagel_triton.request import Arrays
 from bagel_triton.stage_model import StageModel
 from bagel_triton.triton_io import Reply, bytes_array, message_of, text_of

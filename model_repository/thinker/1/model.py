@@ -1,8 +1,9 @@
 """Triton's rim of the autoregressive stage: a plan in, texts and leases on contexts out."""
 
+from bagel_triton.contexts import Thoughts, encode_handle
 from bagel_triton.engine.build import Parts, build_thinker
 from bagel_triton.engine.thinker import ThinkerEngine
-from bagel_triton.messages import Plan, Thoughts, encode_handle
+from bagel_triton.messages import Plan
 from bagel_triton.request import Arrays
 from bagel_triton.stage_model import StageModel
 from bagel_triton.triton_io import Reply, bytes_array, message_array, message_of

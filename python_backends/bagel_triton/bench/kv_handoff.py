@@ -24,12 +24,13 @@ from typing import Literal, get_args
 import msgspec
 import torch
 
+from bagel_triton.contexts import ContextHandle, KVGeometry
 from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.kv.arena import Context
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Producer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from bagel_triton.kv.store import store_shape, token_bytes
-from bagel_triton.messages import Branch, ContextHandle, KVGeometry, decode, encode
+from bagel_triton.messages import Branch, decode, encode
 
 GEOMETRY = KVGeometry(layers=28, kv_heads=4, head_dim=128, block_tokens=16, dtype="bfloat16")
 MEGABYTE = 1 << 20

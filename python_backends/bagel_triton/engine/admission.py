@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
+from bagel_triton.contexts import Thoughts
 from bagel_triton.deploy.config import ThinkerConfig
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.metrics import Metrics
@@ -16,7 +17,7 @@ from bagel_triton.engine.thinker_run import ThinkerRun
 from bagel_triton.errors import InvalidRequest, Overloaded
 from bagel_triton.kv.connectors.base import Producer
 from bagel_triton.kv.prefix_cache import PrefixCache
-from bagel_triton.messages import Decoding, Plan, TextSegment, Thoughts, VaeSegment
+from bagel_triton.messages import Decoding, Plan, TextSegment, VaeSegment
 from bagel_triton.model.config import ModelConfig
 
 

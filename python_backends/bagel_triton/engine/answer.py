@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from bagel_triton.contexts import Answer
 from bagel_triton.events import TextEvent
-from bagel_triton.messages import Answer, Decoding
+from bagel_triton.messages import Decoding
 from bagel_triton.model.tokenizer import Tokenizer
 
 THINK_START, THINK_END = "<think>", "</think>"

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import DenoiseJob, Thoughts
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.decoder import DecoderEngine
 from bagel_triton.engine.dit import DitEngine
@@ -25,7 +26,7 @@ from bagel_triton.engine.visit import Visit
 from bagel_triton.events import StageStats
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
-from bagel_triton.messages import DenoiseJob, Plan, Thoughts
+from bagel_triton.messages import Plan
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint

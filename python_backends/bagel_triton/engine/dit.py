@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, DenoiseJob, KVGeometry
 from bagel_triton.deploy.config import DitConfig
 from bagel_triton.engine.flow_run import FlowRun, Latents
 from bagel_triton.engine.job import Job
@@ -20,7 +21,7 @@ from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import selftest
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
-from bagel_triton.messages import ContextHandle, DenoiseJob, FlowSettings, KVGeometry
+from bagel_triton.messages import FlowSettings
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.flow import initial_noise, schedule

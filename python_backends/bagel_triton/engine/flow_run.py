@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from bagel_triton.contexts import DenoiseJob
 from bagel_triton.engine.job import Job
-from bagel_triton.messages import Branch, DenoiseJob, FlowSettings
+from bagel_triton.messages import Branch, FlowSettings
 from bagel_triton.model.flow import combine, guidance_branches
 from bagel_triton.model.taylorseer import TaylorSeer
 

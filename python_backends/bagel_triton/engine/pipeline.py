@@ -9,9 +9,10 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from bagel_triton.contexts import Answer, DenoiseJob, Thoughts
 from bagel_triton.engine.visit import Visit
 from bagel_triton.events import AnswerEvent, DoneEvent, Event, PictureEvent, StageStats
-from bagel_triton.messages import Answer, DenoiseJob, FlowSettings, Plan, Thoughts, Usage
+from bagel_triton.messages import FlowSettings, Plan, Usage
 
 RequestT = TypeVar("RequestT", contravariant=True)
 LatentsT = TypeVar("LatentsT")

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import BranchContext, ContextHandle, DenoiseJob, KVGeometry, Thoughts
 from bagel_triton.deploy.config import ThinkerConfig
 from bagel_triton.engine.admission import Admission
 from bagel_triton.engine.answer import GrowingAnswer
@@ -25,18 +26,7 @@ from bagel_triton.kv import selftest
 from bagel_triton.kv.arena import ArenaFull, Context
 from bagel_triton.kv.connectors.base import Producer
 from bagel_triton.kv.prefix_cache import PrefixCache
-from bagel_triton.messages import (
-    Branch,
-    BranchContext,
-    ContextHandle,
-    Decoding,
-    DenoiseJob,
-    FlowSettings,
-    KVGeometry,
-    Plan,
-    TextSegment,
-    Thoughts,
-)
+from bagel_triton.messages import Branch, Decoding, FlowSettings, Plan, TextSegment
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig

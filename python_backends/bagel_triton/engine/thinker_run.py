@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import Thoughts
 from bagel_triton.engine.answer import GrowingAnswer
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.metrics import Metrics
 from bagel_triton.engine.sequence import Sequence, TextChunk
 from bagel_triton.events import TextEvent
 from bagel_triton.kv.arena import Context
-from bagel_triton.messages import Decoding, Plan, Thoughts
+from bagel_triton.messages import Decoding, Plan
 from bagel_triton.model.sampling import next_token, penalised
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import KVGeometry
 from bagel_triton.kv.store import slots_of
-from bagel_triton.messages import KVGeometry
 
 
 class ArenaFull(Exception):

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from bagel_triton.contexts import Address, ContextHandle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context, KVArena
-from bagel_triton.messages import Address, Branch, ContextHandle
+from bagel_triton.messages import Branch
 
 SLOTS = 4096
 _WORDS = 4  # a slot's words; one is spare

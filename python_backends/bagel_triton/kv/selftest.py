@@ -12,11 +12,12 @@ import zlib
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, KVGeometry
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import Context
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch, ContextHandle, KVGeometry
+from bagel_triton.messages import Branch
 
 BLOCKS = 4
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bagel_triton.messages import KVGeometry
+from bagel_triton.contexts import KVGeometry
 
 
 def store_shape(geometry: KVGeometry, slots: int) -> tuple[int, int, int, int, int]:

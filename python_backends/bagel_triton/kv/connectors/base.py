@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import Context, KVArena
 from bagel_triton.kv.lease import LeaseTable
 from bagel_triton.kv.store import gather, slots_of, store_shape
-from bagel_triton.messages import Branch, ContextHandle
+from bagel_triton.messages import Branch
 
 
 class ConnectorUnavailable(RuntimeError):

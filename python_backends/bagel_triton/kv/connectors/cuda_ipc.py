@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, CudaAddress, KVGeometry
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import KVArena
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, MappedConsumer, Producer
@@ -21,7 +22,6 @@ from bagel_triton.kv.connectors.shm import SharedWords, new_name
 from bagel_triton.kv.cuda_pool import CudaPool, device_of, device_uuid, refuse_expandable_segments
 from bagel_triton.kv.lease import LeaseBook, LeaseTable
 from bagel_triton.kv.store import store_shape, token_bytes
-from bagel_triton.messages import ContextHandle, CudaAddress, KVGeometry
 
 
 class CudaIpcProducer(Producer):

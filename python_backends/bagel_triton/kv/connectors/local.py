@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, KVGeometry
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import KVArena
 from bagel_triton.kv.connectors.base import MappedConsumer, Producer
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import ContextHandle, KVGeometry
 
 _generations = itertools.count(1)
 _producers: weakref.WeakValueDictionary[str, LocalProducer] = weakref.WeakValueDictionary()

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, KVGeometry, MooncakeAddress
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import KVArena
 from bagel_triton.kv.connectors.base import Consumer, Producer, check_blocks
 from bagel_triton.kv.connectors.transfer_engine import Piece, TransferEngine
 from bagel_triton.kv.lease import LeaseBook, LeaseTable, consumer_words, row_bytes, table_words
 from bagel_triton.kv.store import runs_of, store_shape
-from bagel_triton.messages import ContextHandle, KVGeometry, MooncakeAddress
 
 log = logging.getLogger(__name__)
 

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bagel_triton.contexts import ContextHandle, KVGeometry
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context, KVArena
 from bagel_triton.kv.connectors.base import Consumer, LeaseView, Producer
 from bagel_triton.kv.connectors.object_store import ObjectStore, StoreFull
 from bagel_triton.kv.store import gather, store_shape
-from bagel_triton.messages import Branch, ContextHandle, KVGeometry
+from bagel_triton.messages import Branch
 
 log = logging.getLogger(__name__)
 
