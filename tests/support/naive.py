@@ -33,7 +33,7 @@ class NaiveKV:
         self.new: dict[int, KeysValues] = {}
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.new[layer] = key, value
+        self.new[layer] = key.clone(), value.clone()  # the next layer's come to the same place
 
     def read(self, layer: int, sequence: int) -> KeysValues:
         rows, past = self._rows[sequence], self._contexts[sequence].layers.get(layer)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bagel_triton.model.linear import expert_linear, linear
+from bagel_triton.model.linear import linear, silu_product
 
 ROWS = 600
 # 100 and 385 are no multiples of a vector; 1408 and 3584 are inner sizes of published models.
@@ -51,16 +51,20 @@ def test_no_rows_are_no_rows() -> None:
     assert linear(torch.empty(0, 96), weight, bias).shape == (0, 32)
 
 
-@pytest.mark.parametrize("gen_rows", [0, 1, 20, 39, 40])
-def test_each_row_goes_through_its_own_expert(gen_rows: int) -> None:
-    experts = [nn.Linear(96, 32) for _ in range(2)]
-    for seed, expert in enumerate(experts):
-        weight, bias = _layer(96, 32, seed)
-        expert.load_state_dict({"weight": weight, "bias": bias})
-    und, gen = experts
-    x = _rows(96)[:40]
-    with torch.inference_mode():
-        out = expert_linear(und, gen, x, gen_rows)
-        for row in range(40):
-            expert = gen if row < gen_rows else und
-            assert torch.equal(out[row : row + 1], linear(x[row : row + 1], expert.weight, expert.bias))
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
+def test_into_a_place_it_is_the_same(rows: int, biased: bool) -> None:
+    x, (weight, bias) = _rows(1408)[:rows], _layer(1408, 64)
+    room = torch.full((50, 64), 7.0)
+    place = room[3 : 3 + rows]
+    out = linear(x, weight, bias if biased else None, place)
+    assert out.data_ptr() == place.data_ptr()
+    assert torch.equal(place, linear(x, weight, bias if biased else None))
+    assert bool((room[:3] == 7.0).all() and (room[3 + rows :] == 7.0).all())
+
+
+def test_silu_product_is_the_formula() -> None:
+    gate, up = _rows(96)[:40], _rows(96)[40:80]
+    expected = F.silu(gate.double()) * up.double()
+    out = silu_product(gate.clone(), up, torch.empty_like(gate))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagel_triton.model import mot
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.mot import Pack, rotary_tables
+from bagel_triton.model.mot import GEN, UND, Pack, RMSNorm, rotary_tables, rotate
 from tests.support.naive import NaiveContext, NaiveKV
 
 
@@ -73,3 +74,62 @@ def test_a_sequence_does_not_depend_on_its_pack(bagel: Bagel, sizes: tuple[int, 
         (alone,) = _hidden(bagel, [sequence])
         assert torch.equal(together[number], alone), number
         assert torch.equal(backwards[number], alone), number
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 64])
+def test_the_size_of_a_block_changes_nothing(bagel: Bagel, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((25, 48, 9))]
+    usual = _hidden(bagel, sequences)
+    monkeypatch.setattr(mot, "BLOCK_ROWS", block_rows)
+    for cut, whole in zip(_hidden(bagel, sequences), usual, strict=True):
+        assert torch.equal(cut, whole)
+
+
+@pytest.mark.parametrize("gen_rows", [0, 1, 7, 20])
+def test_every_row_is_in_one_block_of_its_expert(monkeypatch: pytest.MonkeyPatch, gen_rows: int) -> None:
+    monkeypatch.setattr(mot, "BLOCK_ROWS", 7)
+    tables = torch.empty(20, 1, 4)
+    experts = [""] * 20
+    seen = [0] * 20
+    for expert, rows in Pack(gen_rows, tables, tables, [], NaiveKV([], [])).blocks:
+        assert rows.stop - rows.start <= 7
+        for row in range(rows.start, rows.stop):
+            seen[row] += 1
+            experts[row] = expert
+    assert seen == [1] * 20
+    assert experts == [GEN] * gen_rows + [UND] * (20 - gen_rows)
+
+
+def test_the_embeddings_given_stay_as_they_are(bagel: Bagel) -> None:
+    config = bagel.config.language
+    embeddings = torch.ones(9, config.hidden_size)
+    tables = rotary_tables(torch.arange(9), config, torch.float32)
+    kv = NaiveKV([torch.arange(9)], [NaiveContext()])
+    with torch.inference_mode():
+        bagel.language_model.model(embeddings, Pack(0, *tables, [Span(0, 9, 0, causal=True)], kv))
+    assert torch.equal(embeddings, torch.ones(9, config.hidden_size))
+
+
+def test_the_norm_is_the_formula() -> None:
+    norm = RMSNorm(96, 1e-6).requires_grad_(False)
+    x = torch.randn(5, 3, 96, generator=torch.Generator().manual_seed(0))
+    norm.weight.copy_(torch.randn(96, generator=torch.Generator().manual_seed(1)))
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x).double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norm(torch.zeros(2, 96)), torch.zeros(2, 96))
+    half = RMSNorm(96, 1e-6).requires_grad_(False).bfloat16()
+    half.weight.copy_(norm.weight)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(half(x.bfloat16()).double(), exact, rtol=0.03, atol=0.03)
+
+
+def test_a_rotation_turns_each_pair_by_its_angle(bagel: Bagel) -> None:
+    config = bagel.config.language
+    x = torch.randn(4, 2, config.head_dim, generator=torch.Generator().manual_seed(0))
+    positions, out = torch.tensor([0, 1, 5, 40]), torch.empty(4, 2, config.head_dim)
+    rotate(x, *rotary_tables(positions, config, torch.float32), out)
+    half = config.head_dim // 2
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    angles = positions[:, None, None] * config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(out.double(), torch.cat((turned.real, turned.imag), -1), rtol=1e-4, atol=1e-4)

@@ -23,6 +23,7 @@ from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import AUTOENCODER_FILE, Checkpoint, TensorFiles
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
+from bagel_triton.model.mot import BLOCK_ROWS
 from bagel_triton.model.picture import VAE_RULE, VIT_RULE
 from bagel_triton.model.placement import Placement
 
@@ -108,7 +109,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             weights=module_bytes(transformer) + module_bytes(autoencoder),
             kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
             activations=max(
-                forward_bytes(model.language, packed, dtype),
+                forward_bytes(model.language, packed, placement),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width),
             ),
         ),
@@ -116,7 +117,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             "dit",
             weights=module_bytes(transformer),
             kv=pictures * (past + BRANCHES * latents) * token,
-            activations=forward_bytes(model.language, pictures * BRANCHES * latents, dtype),
+            activations=forward_bytes(model.language, pictures * BRANCHES * latents, placement),
         ),
         StageMemory(
             "vae_decode",
@@ -166,14 +167,18 @@ def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, i
     return picture + PROMPT_TOKENS, picture, PROMPT_TOKENS
 
 
-def forward_bytes(config: LanguageConfig, tokens: int, dtype: torch.dtype) -> int:
+def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement) -> int:
     """Activations of one packed forward at their peak, inside a feed-forward.
 
-    A token has four hidden vectors then (embedding, the residual before and after attention,
-    its norm), three of the inner width, and its rotary tables.
+    A token has its embedding, residual, query, what that attended to, key, value and rotary
+    tables. The rows of a block, which is all of them where there is a GPU, have three vectors
+    of the inner width and two hidden ones, in float32 while they are normed, besides.
     """
-    elements = 4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.head_dim
-    return tokens * elements * dtype.itemsize
+    itemsize = placement.torch_dtype.itemsize
+    heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
+    block = min(tokens, BLOCK_ROWS) if placement.torch_device.type == "cpu" else tokens
+    inner = block * (3 * config.intermediate_size * itemsize + 2 * config.hidden_size * torch.float32.itemsize)
+    return tokens * (2 * config.hidden_size + heads) * itemsize + inner
 
 
 def decode_bytes(decoder: Decoder, height: int, width: int) -> int:

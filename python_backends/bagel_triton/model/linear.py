@@ -11,45 +11,48 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 MIN_ROWS = 16
-MAX_INNER = 384
+MAX_INNER = 512
+VECTOR = 16  # float32 of the widest registers
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``; x [rows, in], weight [out, in] -> [rows, out]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, into ``out`` where one is given; x [rows, in], weight [out, in] -> [rows, out]."""
     if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
+        return _product(x, weight, bias, out)
     rows, inner = x.shape
     if rows < MIN_ROWS:
-        return linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
-    out = F.linear(x[:, :MAX_INNER], weight[:, :MAX_INNER], bias)
-    for start in range(MAX_INNER, inner, MAX_INNER):
-        stop = start + MAX_INNER
+        padded = linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
+        return padded if out is None else out.copy_(padded)
+    step = _piece(inner)
+    out = _product(x[:, :step], weight[:, :step], bias, out)
+    for start in range(step, inner, step):
+        stop = start + step
         out.addmm_(x[:, start:stop], weight[:, start:stop].t())
     return out
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _piece(inner: int) -> int:
+    """How much of the inner dimension is summed at once: pieces of about one size, whole vectors each."""
+    pieces = -(-inner // MAX_INNER)
+    return -(-inner // (pieces * VECTOR)) * VECTOR
+
+
+def silu_product(gate: Tensor, up: Tensor, spare: Tensor) -> Tensor:
     """``silu(gate) * up``, elementwise, in place of ``gate``; each element's bits are its own.
 
     torch's own SiLU rounds the last elements of every thread's share differently on a CPU,
     so a row's bits would depend on its place in the batch; ``exp`` and division do not.
+    ``spare`` is overwritten.
     """
     if gate.device.type != "cpu":
         return F.silu(gate, inplace=True).mul_(up)
-    return gate.div_(gate.neg().exp_().add_(1.0)).mul_(up)
-
-
-def expert_linear(und: nn.Linear, gen: nn.Linear, x: Tensor, gen_rows: int) -> Tensor:
-    """Each row through its expert: the first ``gen_rows`` through ``gen``, the rest through ``und``.
-
-    x [tokens, in] -> [tokens, out].
-    """
-    rows = x.shape[0]
-    if gen_rows == 0:
-        return linear(x, und.weight, und.bias)
-    if gen_rows == rows:
-        return linear(x, gen.weight, gen.bias)
-    return torch.cat((linear(x[:gen_rows], gen.weight, gen.bias), linear(x[gen_rows:], und.weight, und.bias)))
+    return gate.div_(torch.neg(gate, out=spare).exp_().add_(1.0)).mul_(up)

@@ -3,12 +3,17 @@
 A pack holds tokens of many sequences, sorted by expert: the first ``gen_rows`` rows
 use the generation experts (``*_moe_gen``), the rest the understanding experts.
 Sorting makes every expert's rows one slice, so no layer gathers or scatters.
+
+Everything but the attention is a row's own affair and is done a block of rows at a time:
+what is made on the way from one matrix product to the next stays in the processor's cache,
+and needs no memory that grows with the pack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +21,10 @@ from torch import Tensor, nn
 
 from bagel_triton.model.attention import Span, StepKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.linear import expert_linear, silu_product
+from bagel_triton.model.linear import linear, silu_product
+
+UND, GEN = "", "_moe_gen"  # suffixes of the experts' names
+BLOCK_ROWS = 512  # of a block on a CPU: an MLP's inner rows are a few MB then
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,16 @@ class Pack:
     spans: Sequence[Span]
     kv: StepKV
 
+    @cached_property
+    def blocks(self) -> tuple[tuple[str, slice], ...]:
+        """Every row once, in slices of one expert each, with the suffix of the expert's names."""
+        return tuple(self._cut(GEN, 0, self.gen_rows)) + tuple(self._cut(UND, self.gen_rows, len(self.cos)))
+
+    def _cut(self, expert: str, start: int, stop: int) -> Iterator[tuple[str, slice]]:
+        step = BLOCK_ROWS if self.cos.device.type == "cpu" else max(stop - start, 1)
+        for first in range(start, stop, step):
+            yield expert, slice(first, min(first + step, stop))
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension."""
@@ -43,30 +61,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., size]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def expert_norm(und: RMSNorm, gen: RMSNorm, x: Tensor, gen_rows: int) -> Tensor:
-    """Each row of ``x`` through its expert's norm."""
-    if gen_rows == 0:
-        return und(x)  # type: ignore[no-any-return]
-    if gen_rows == x.shape[0]:
-        return gen(x)  # type: ignore[no-any-return]
-    return torch.cat((gen(x[:gen_rows]), und(x[gen_rows:])))
+        if x.device.type != "cpu":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch composes it of six passes on a CPU; this is three.
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square_() / x.shape[-1]).add_(self.eps).rsqrt_()
+        normed: Tensor = (x * scale).to(x.dtype) * self.weight
+        return normed
 
 
 def rotary_tables(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for int64 ``positions`` [tokens]: [tokens, 1, head_dim] each."""
+    """Cosines and sines for int64 ``positions`` [tokens]: [tokens, 1, head_dim] each.
+
+    The first half of the sines is negated, as :func:`rotate` needs it.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)  # [tokens, head_dim / 2]
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = (positions.float()[:, None] * (1.0 / config.rope_theta**exponents)).unsqueeze(1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [tokens, 1, head_dim / 2]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split form, of ``x`` [tokens, heads, head_dim]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotary embedding, half-split form, of ``x`` into ``out``, both [tokens, heads, head_dim]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    torch.mul(x, cos, out=out).add_(torch.cat((second, first), dim=-1).mul_(sin))
 
 
 class Attention(nn.Module):
@@ -76,32 +94,28 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        for suffix in ("", "_moe_gen"):
-            self.add_module(f"q_proj{suffix}", nn.Linear(config.hidden_size, query_size))
-            self.add_module(f"k_proj{suffix}", nn.Linear(config.hidden_size, kv_size))
-            self.add_module(f"v_proj{suffix}", nn.Linear(config.hidden_size, kv_size))
-            self.add_module(f"o_proj{suffix}", nn.Linear(query_size, config.hidden_size, bias=False))
-            self.add_module(f"q_norm{suffix}", RMSNorm(config.head_dim, config.rms_norm_eps))
-            self.add_module(f"k_norm{suffix}", RMSNorm(config.head_dim, config.rms_norm_eps))
+        for expert in (UND, GEN):
+            self.add_module(f"q_proj{expert}", nn.Linear(config.hidden_size, query_size))
+            self.add_module(f"k_proj{expert}", nn.Linear(config.hidden_size, kv_size))
+            self.add_module(f"v_proj{expert}", nn.Linear(config.hidden_size, kv_size))
+            self.add_module(f"o_proj{expert}", nn.Linear(query_size, config.hidden_size, bias=False))
+            self.add_module(f"q_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
+            self.add_module(f"k_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
 
-    def _project(self, name: str, x: Tensor, gen_rows: int) -> Tensor:
-        return expert_linear(getattr(self, name), getattr(self, f"{name}_moe_gen"), x, gen_rows)
+    def project(self, expert: str, x: Tensor, tables: tuple[Tensor, Tensor], out: tuple[Tensor, ...]) -> None:
+        """Queries and keys, normed and rotated, and values of one expert's rows, into their place in ``out``.
 
-    def _heads(self, name: str, x: Tensor, gen_rows: int) -> Tensor:
-        rows = self._project(f"{name}_proj", x, gen_rows)
-        return rows.view(len(rows), -1, self.head_dim)
+        x [rows, hidden]; out [rows, (kv_)heads, head_dim] each.
+        """
+        for name, place in zip("qkv", out, strict=True):
+            projection, flat = getattr(self, f"{name}_proj{expert}"), place.flatten(1)
+            heads = _apply(projection, x, flat if name == "v" else None).view_as(place)
+            if name != "v":
+                rotate(getattr(self, f"{name}_norm{expert}")(heads), *tables, out=place)
 
-    def _normed(self, name: str, x: Tensor, pack: Pack) -> Tensor:
-        heads = self._heads(name, x, pack.gen_rows)
-        norms = getattr(self, f"{name}_norm"), getattr(self, f"{name}_norm_moe_gen")
-        return rotate(expert_norm(*norms, heads, pack.gen_rows), pack.cos, pack.sin)
-
-    def forward(self, x: Tensor, layer: int, pack: Pack) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]; writes the pack's keys and values."""
-        query = self._normed("q", x, pack)  # [tokens, heads, head_dim]
-        key = self._normed("k", x, pack)  # [tokens, kv_heads, head_dim]
-        pack.kv.write(layer, key, self._heads("v", x, pack.gen_rows))
-        return self._project("o_proj", attend(query, layer, pack.spans, pack.kv), pack.gen_rows)
+    def merge(self, expert: str, attended: Tensor) -> Tensor:
+        """What all heads found, [rows, heads * head_dim] -> [rows, hidden]."""
+        return _apply(getattr(self, f"o_proj{expert}"), attended)
 
 
 class MLP(nn.Module):
@@ -113,6 +127,26 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def forward(self, x: Tensor, room: tuple[Tensor, ...]) -> Tensor:
+        """x [rows, hidden] -> [rows, hidden]; ``room`` is three times [rows or more, intermediate]."""
+        gate, up, spare = (whole[: len(x)] for whole in room)
+        gate, up = _apply(self.gate_proj, x, gate), _apply(self.up_proj, x, up)
+        return _apply(self.down_proj, silu_product(gate, up, spare))
+
+
+def _apply(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
+    return linear(x, layer.weight, layer.bias, out)
+
+
+class Room:
+    """Memory that the layers of one forward use one after the other, so that none has to ask for its own."""
+
+    def __init__(self, config: LanguageConfig, x: Tensor, pack: Pack) -> None:
+        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
+        rows = max((block.stop - block.start for _, block in pack.blocks), default=0)
+        self.inner = tuple(x.new_empty(rows, config.intermediate_size) for _ in range(3))
+
 
 class Layer(nn.Module):
     """One decoder layer; both experts share nothing but the attention itself."""
@@ -120,25 +154,28 @@ class Layer(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        for suffix in ("", "_moe_gen"):
-            self.add_module(f"mlp{suffix}", MLP(config))
-            self.add_module(f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
-            self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+        for expert in (UND, GEN):
+            self.add_module(f"mlp{expert}", MLP(config))
+            self.add_module(f"input_layernorm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.add_module(f"post_attention_layernorm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def _norm(self, name: str, x: Tensor, gen_rows: int) -> Tensor:
-        return expert_norm(getattr(self, name), getattr(self, f"{name}_moe_gen"), x, gen_rows)
+    def _norm(self, name: str, expert: str, x: Tensor) -> Tensor:
+        return getattr(self, f"{name}{expert}")(x)  # type: ignore[no-any-return]
 
-    def _mlp(self, x: Tensor, gen_rows: int) -> Tensor:
-        und: MLP = self.mlp  # type: ignore[assignment]
-        gen: MLP = self.mlp_moe_gen  # type: ignore[assignment]
-        gate = expert_linear(und.gate_proj, gen.gate_proj, x, gen_rows)
-        up = expert_linear(und.up_proj, gen.up_proj, x, gen_rows)
-        return expert_linear(und.down_proj, gen.down_proj, silu_product(gate, up), gen_rows)
-
-    def forward(self, x: Tensor, layer: int, pack: Pack) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]."""
-        x = x + self.self_attn(self._norm("input_layernorm", x, pack.gen_rows), layer, pack)
-        return x + self._mlp(self._norm("post_attention_layernorm", x, pack.gen_rows), pack.gen_rows)
+    def forward(self, x: Tensor, layer: int, pack: Pack, room: Room) -> None:
+        """Replace ``x`` [tokens, hidden] by the layer's output; writes the pack's keys and values."""
+        for expert, rows in pack.blocks:
+            normed = self._norm("input_layernorm", expert, x[rows])
+            places = tuple(part[rows] for part in room.projected)
+            self.self_attn.project(expert, normed, (pack.cos[rows], pack.sin[rows]), places)
+        query, key, value = room.projected
+        pack.kv.write(layer, key, value)
+        attended = attend(query, layer, pack.spans, pack.kv)
+        for expert, rows in pack.blocks:
+            block = x[rows]
+            block += self.self_attn.merge(expert, attended[rows])
+            normed = self._norm("post_attention_layernorm", expert, block)
+            block += getattr(self, f"mlp{expert}")(normed, room.inner)
 
 
 class Transformer(nn.Module):
@@ -146,6 +183,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
+        self._config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -153,6 +191,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, pack: Pack) -> Tensor:
         """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
+        x, room = x.clone(), Room(self._config, x, pack)  # the layers work in place
         for index, layer in enumerate(self.layers):
-            x = layer(x, index, pack)
+            layer(x, index, pack, room)
         return x
