@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bagel_triton.contexts import DenoiseJob, Thoughts
 from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.cores import release_team
 from bagel_triton.engine.decoder import DecoderEngine
 from bagel_triton.engine.dit import DitEngine
 from bagel_triton.engine.expander import Expander
@@ -55,7 +56,9 @@ class Parts:
 
     def load_bagel(self) -> Bagel:
         """The transformer, its weights shared with the server's other processes."""
-        return self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self._store)
+        model = self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self._store)
+        release_team()  # whoever loads leaves the computing to an engine
+        return model
 
     def load_autoencoder(self) -> Autoencoder:
         """The autoencoder, likewise; it always computes in float32."""
@@ -106,6 +109,7 @@ class LocalStages:
         parts = Parts.open(config)
         place, tokenizer, model_config = parts.placement, parts.tokenizer(), parts.checkpoint.config
         model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+        release_team()
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)

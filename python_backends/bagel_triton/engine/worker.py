@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+from bagel_triton.engine.cores import release_team
 from bagel_triton.engine.job import Job, Result, Task
 from bagel_triton.engine.metrics import Metrics, NoMetrics
 from bagel_triton.errors import BagelError, Cancelled, DeadlineExceeded, Overloaded, StageUnavailable
@@ -149,6 +150,7 @@ class Worker(ABC, Generic[Task, Result]):
             self._step()
             self.metrics.observe(f"{self.stage}_step_seconds", time.monotonic() - started)
         else:
+            release_team()
             self._drain(self.poll_s if polling or self._waiting else None)
 
     def _tell_waiting(self) -> None:
