@@ -20,6 +20,7 @@ from bagel_triton.deploy.memory import Available, NotEnoughMemory
 from bagel_triton.engine.build import LocalStages, Parts, build_expander
 from bagel_triton.engine.sequence import segment_tokens
 from bagel_triton.kv.store import WorkspaceStep, store_shape
+from bagel_triton.model import strips
 from bagel_triton.model.attention import Span
 from bagel_triton.model.autoencoder import Autoencoder, decode, encode
 from bagel_triton.model.bagel import Bagel
@@ -208,6 +209,16 @@ def test_on_a_gpu_a_forward_has_no_blocks():
     language = PUBLISHED.language
     host, device = (memory.forward_bytes(language, 6000, Placement(where, torch.bfloat16)) for where in (CPU, CUDA))
     assert device - host == (6000 - 512) * (3 * 18944 * 2 + 2 * 3584 * 4)
+
+
+@pytest.mark.parametrize("widths", [[32, 64, 128, 128], [32, 32, 64, 64]])
+def test_strips_take_what_was_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: list[int]):
+    monkeypatch.setattr(strips, "ROWS", 8)
+    monkeypatch.setattr(strips, "WORTH_IT", 0)
+    decoder, latent = autoencoder_of(widths, 2, 3).decoder, torch.ones(1, 16, 32, 16)
+    peak = peak_bytes(lambda: strips.decode_in_strips(decoder, latent), tmp_path)
+    assert peak == pytest.approx(memory.decode_bytes(decoder, 256, 128, tiled=True), rel=0.1)
+    assert peak < 0.5 * memory.decode_bytes(decoder, 256, 128)
 
 
 # --- refusals ---

@@ -82,11 +82,13 @@ class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The decoder stage.
 
     ``max_batch_size`` bounds pictures of one size decoded together, ``max_waiting`` the
-    pictures in line.
+    pictures in line. With ``use_tiling`` a picture above 512x512 pixels is decoded strip by
+    strip, in a fraction of the memory.
     """
 
     max_batch_size: int = 4
     max_waiting: int = 1024
+    use_tiling: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_waiting"):

@@ -40,6 +40,7 @@ class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_ttl_s: float | None = None
     enable_prefix_caching: bool | None = None
     encoder_cache_mb: int | None = None
+    vae_use_tiling: bool | None = None
     enforce_eager: bool = True
     tensor_parallel_size: int = 1
     input_connectors: dict[str, str] = {}
@@ -80,7 +81,7 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
         **_connector(user),
         thinker=_thinker(user, topology),
         dit=_dit(user, topology),
-        vae_decode=VaeDecodeConfig(),
+        vae_decode=_vae_decode(user, topology),
         bagel=BagelConfig()
         if user.request_timeout_s is None
         else BagelConfig(request_timeout_s=user.request_timeout_s),
@@ -95,7 +96,10 @@ def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
         raise ConfigError(f"{name}.tensor_parallel_size={section.tensor_parallel_size}: only 1 is supported")
     if not section.enforce_eager:
         raise ConfigError(f"{name}.enforce_eager=false: graphs are not captured here; only true is supported")
-    if topology.stages[section.stage_id].execution == "autoregressive" or topology.one_process:
+    execution = topology.stages[section.stage_id].execution
+    if section.vae_use_tiling is not None and execution != "diffusion":
+        raise ConfigError(f"{name}.vae_use_tiling belongs to the stage that makes pictures")
+    if execution == "autoregressive" or topology.one_process:
         return
     for field in _THINKER_FIELDS:
         if getattr(section, field) is not None:
@@ -145,11 +149,20 @@ def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
 
 
 def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
-    stage = next(stage.stage_id for stage in topology.stages if stage.execution == "diffusion")
-    batch = _merged(user, stage, _BATCH_FIELDS)
+    batch = _merged(user, _diffusion(topology), _BATCH_FIELDS)
     if topology.one_process:  # and whose token budget is that of prefill
         batch.pop("max_num_batched_tokens", None)
     return DitConfig(**batch)
+
+
+def _vae_decode(user: DeployYaml, topology: Topology) -> VaeDecodeConfig:
+    fields = _merged(user, _diffusion(topology), ("vae_use_tiling",))
+    return VaeDecodeConfig(**{name.removeprefix("vae_"): value for name, value in fields.items()})
+
+
+def _diffusion(topology: Topology) -> int:
+    """The stage that makes pictures, latents and pixels both."""
+    return next(stage.stage_id for stage in topology.stages if stage.execution == "diffusion")
 
 
 def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ from bagel_triton.engine.thinker import kv_geometry
 from bagel_triton.events import Stage
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.messages import VaeSegment, VitSegment
+from bagel_triton.model import strips
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import AUTOENCODER_FILE, Checkpoint, TensorFiles
@@ -122,7 +123,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
         StageMemory(
             "vae_decode",
             weights=module_bytes(autoencoder),
-            activations=decoded * decode_bytes(autoencoder.decoder, height, width),
+            activations=decoded * decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
         ),
     )
     share = placement.torch_device.type == "cpu" and not one_process
@@ -181,9 +182,19 @@ def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement) -> 
     return tokens * (2 * config.hidden_size + heads) * itemsize + inner
 
 
-def decode_bytes(decoder: Decoder, height: int, width: int) -> int:
-    """Activations of decoding one picture at their peak, in a convolution of the last level."""
-    return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
+def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False) -> int:
+    """Activations of decoding one picture at their peak, in a convolution of the last level.
+
+    In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
+    what one strip needs.
+    """
+    if not tiled or height * width <= strips.WORTH_IT:
+        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
+    first: nn.Conv2d = decoder.up[0].block[0].conv1  # type: ignore[index, union-attr]
+    channels_in, channels_out = first.in_channels, first.out_channels
+    whole = max(channels_in, 2 * channels_out) * height
+    strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
+    return (whole + strip) * width * torch.float32.itemsize
 
 
 def encode_bytes(encoder: Encoder, height: int, width: int) -> int:

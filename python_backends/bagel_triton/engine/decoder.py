@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from bagel_triton.engine.flow_run import Latents
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.metrics import Metrics
 from bagel_triton.engine.worker import Worker
+from bagel_triton.model import strips
 from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
 from bagel_triton.model.config import LatentConfig
 
@@ -25,7 +29,7 @@ class DecoderEngine(Worker[Latents, Tensor]):
         self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig, metrics: Metrics | None = None
     ) -> None:
         super().__init__(metrics, config.max_waiting)
-        self._autoencoder, self._latent = autoencoder, latent
+        self._autoencoder, self._latent, self._config = autoencoder, latent, config
         # On a CPU a convolution's rounding depends on the batch, and batching gains nothing.
         on_cpu = next(autoencoder.parameters()).device.type == "cpu"
         self._limit = 1 if on_cpu else config.max_batch_size
@@ -52,10 +56,16 @@ class DecoderEngine(Worker[Latents, Tensor]):
                 for job in self._batch
             ]
         )
-        pictures = decode(self._autoencoder, latents).cpu()
+        pictures = decode(self._autoencoder, latents, self._decoder(latents)).cpu()
         batch, self._batch = self._batch, []
         for job, picture in zip(batch, pictures, strict=True):
             job.finish(picture, self.stage)
+
+    def _decoder(self, latents: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """How latents [batch, channels, height, width] are decoded: what a picture gets depends on its size alone."""
+        pixels = latents.shape[2] * latents.shape[3] * self._latent.downsample**2
+        whole = not self._config.use_tiling or pixels <= strips.WORTH_IT
+        return None if whole else partial(strips.decode_in_strips, self._autoencoder.decoder)
 
     def _drop(self, job: DecodeJob) -> None:
         self._batch.remove(job)

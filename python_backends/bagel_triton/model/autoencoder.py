@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, height, width], same shape out."""
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        # Contiguous channels: without them torch falls back to an attention that holds all pixels' scores at once.
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous().unsqueeze(1) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # [batch, 1, pixels, channels]
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))  # type: ignore[no-any-return]
 
@@ -216,10 +217,13 @@ def sample(moments: Tensor, noise: Tensor) -> Tensor:
     return SCALE * (drawn - SHIFT)
 
 
-def decode(autoencoder: Autoencoder, latent: Tensor) -> Tensor:
-    """Pixels of latent images: [batch, channels, h, w] -> uint8 [batch, 8h, 8w, 3]."""
+def decode(autoencoder: Autoencoder, latent: Tensor, decoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Pixels of latent images: [batch, channels, h, w] -> uint8 [batch, 8h, 8w, 3].
+
+    ``decoder`` is a way to run the autoencoder's, if not the plain one.
+    """
     weight = autoencoder.decoder.conv_in.weight
     z = (latent / SCALE + SHIFT).to(device=weight.device, dtype=weight.dtype)
-    pixels: Tensor = autoencoder.decoder(z).float()
+    pixels: Tensor = (decoder or autoencoder.decoder)(z).float()
     scaled = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
