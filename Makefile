@@ -3,6 +3,8 @@ TINY := .cache/tiny
 CHECKPOINT ?= $(TINY)
 SERVE_ARGS ?=
 
+BENCH_ARGS ?=
+
 .PHONY: setup demo serve test bench lint
 
 setup: ## make .venv (does nothing when it is up to date)
@@ -21,8 +23,8 @@ serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by 
 test: setup ## all tests this machine can run
 	$(BIN)/python -m pytest
 
-bench: setup ## what the hand-off and the weights cost here; also in bench/results.json
-	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench.suite
+bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
+	GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench $(BENCH_ARGS)
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff check

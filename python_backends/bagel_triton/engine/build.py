@@ -31,6 +31,7 @@ from bagel_triton.messages import Plan
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.placement import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.model.weight_store import WeightStore
@@ -102,19 +103,40 @@ def build_decoder(parts: Parts, metrics: Metrics | None = None) -> DecoderEngine
     return DecoderEngine(parts.load_autoencoder(), parts.checkpoint.config.latent, parts.config.vae_decode, metrics)
 
 
-class LocalStages:
-    """All stages in this process over one copy of the weights; KV by the ``local`` connector."""
+@dataclass(frozen=True)
+class Models:
+    """A checkpoint's networks, loaded."""
 
-    def __init__(self, config: DeployConfig, metrics: Metrics | None = None) -> None:
-        parts = Parts.open(config)
-        place, tokenizer, model_config = parts.placement, parts.tokenizer(), parts.checkpoint.config
-        model = parts.checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+    config: ModelConfig
+    bagel: Bagel
+    autoencoder: Autoencoder
+
+    @classmethod
+    def load(cls, parts: Parts) -> Models:
+        """For this process alone."""
+        place, checkpoint = parts.placement, parts.checkpoint
+        bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+        models = cls(checkpoint.config, bagel, checkpoint.load_autoencoder(place.torch_device, torch.float32))
         release_team()
+        return models
+
+
+class LocalStages:
+    """All stages in this process over one copy of the weights; KV by the ``local`` connector.
+
+    ``models`` are run instead of the checkpoint's, whose tokenizer is still used.
+    """
+
+    def __init__(self, config: DeployConfig, metrics: Metrics | None = None, models: Models | None = None) -> None:
+        parts = Parts.open(config)
+        place, tokenizer = parts.placement, parts.tokenizer()
+        models = Models.load(parts) if models is None else models
+        model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
-        self.expander = build_expander(parts)
-        autoencoder = parts.checkpoint.load_autoencoder(place.torch_device, torch.float32)
+        defaults = config.topology.think_by_default, config.bagel.request_timeout_s
+        self.expander = Expander(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, metrics)

@@ -55,6 +55,11 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
         self.start()
 
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the transformer computes, and in what."""
+        return self._model.device, self._model.dtype
+
     def read_pattern(self, handle: ContextHandle) -> Future[None]:
         """Read what the thinker lent for the connector's self-test; from any thread."""
         return self.call(lambda: selftest.read_pattern(self._consumer, handle, self._model.device))

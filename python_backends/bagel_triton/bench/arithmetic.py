@@ -1,0 +1,64 @@
+"""How much arithmetic a step is, and how fast this machine can do such arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from bagel_triton.model.config import LanguageConfig, ModelConfig
+
+RATE_TRIALS = 5
+
+
+def products(config: LanguageConfig) -> list[tuple[int, int]]:
+    """(inner, outer) of the matrix products that one layer does for every token."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden)]
+    return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
+
+
+def step_flops(config: ModelConfig, branches: Sequence[tuple[int, int]]) -> int:
+    """Floating-point operations of one step of the flow: linear layers and attention.
+
+    ``branches`` are (new tokens, tokens of the past) each; nothing but matrix products is counted.
+    """
+    language = config.language
+    tokens = sum(new for new, _ in branches)
+    linear = tokens * sum(inner * outer for inner, outer in products(language))
+    scores = sum(new * (new + past) for new, past in branches) * language.num_heads * language.head_dim
+    ends = 2 * tokens * language.hidden_size * config.latent.token_channels
+    return 2 * (language.num_layers * (linear + 2 * scores) + ends)
+
+
+def matmul_rate(shapes: Sequence[tuple[int, int]], rows: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of plain matrix products of ``rows`` rows, of all ``shapes`` (inner, outer) together.
+
+    Into memory that is there already, so this is the products alone.
+    """
+    operands = [
+        (
+            torch.randn(rows, inner, device=device).to(dtype),
+            torch.randn(outer, inner, device=device).to(dtype).t(),
+            torch.empty(rows, outer, device=device, dtype=dtype),
+        )
+        for inner, outer in shapes
+    ]
+    times = []
+    for _ in range(1 + RATE_TRIALS):
+        synchronize(device)
+        started = time.perf_counter()
+        for x, weight, out in operands:
+            torch.mm(x, weight, out=out)
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * rows * sum(inner * outer for inner, outer in shapes) / statistics.median(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,60 @@
+"""``dit_step_over_floor``: one guided step at 512x512 over the time its matrix arithmetic needs at least.
+
+The floor is the arithmetic of two branches (linear layers and attention) at the rate of plain
+matrix products of the model's own shapes, measured on the engine's thread before and after
+every trial.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+
+from bagel_triton.bench.arithmetic import matmul_rate, products, step_flops
+from bagel_triton.bench.figure import Figure, median
+from bagel_triton.bench.setting import Setting, denoise_job, picture_request
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.sequence import MARKERS
+from bagel_triton.messages import DenoiseJob
+from bagel_triton.model.checkpoint import Checkpoint
+
+NAME = "dit_step_over_floor"
+SIDE, STEPS = 512, 8
+GOAL = 1.3
+
+
+def run(setting: Setting, side: int = SIDE) -> list[Figure]:
+    """Seconds of a step, of its floor, and their ratio."""
+    config = Checkpoint(setting.checkpoint).config
+    latents = (side // config.latent.stride) ** 2
+    steps, floors, ratios = [], [], []
+    with setting.stages() as stages:
+        device, dtype = stages.dit.placement
+        for trial in range(1 + setting.trials):
+            job = denoise_job(stages, picture_request(side, side, STEPS, seed=trial))
+            flops = step_flops(config, [(latents + MARKERS, handle.tokens) for handle in job.handles])
+
+            def rate(rows: int = len(job.handles) * latents) -> float:
+                return matmul_rate(products(config.language), rows, device, dtype)
+
+            before = stages.dit.call(rate).result()
+            step = step_seconds(stages, job)
+            after = stages.dit.call(rate).result()
+            if trial:  # the first warms up
+                steps.append(step)
+                floors.append(flops / ((before + after) / 2))
+                ratios.append(step / floors[-1])
+    return [
+        median(NAME, f"step at {side}x{side}", steps, "s"),
+        median(NAME, "its arithmetic at the matmul rate", floors, "s"),
+        Figure(NAME, "matmul rate", flops / statistics.median(floors) / 1e9, "GFLOP/s"),
+        median(NAME, "step over floor", ratios, "", GOAL, "lower"),
+    ]
+
+
+def step_seconds(stages: LocalStages, job: DenoiseJob) -> float:
+    """The median step of a request that is alone."""
+    told: list[float] = []
+    stages.dit.submit(job, job.request_id, lambda event: told.append(time.perf_counter())).done.result()
+    return statistics.median(after - before for before, after in pairwise(told))
