@@ -66,8 +66,8 @@ class RMSNorm(nn.Module):
         # torch composes it of six passes on a CPU; this is three.
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square_() / x.shape[-1]).add_(self.eps).rsqrt_()
-        normed: Tensor = (x * scale).to(x.dtype) * self.weight
-        return normed
+        normed: Tensor = (x * scale).to(x.dtype)
+        return normed.mul_(self.weight)
 
 
 def rotary_tables(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
