@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from bagel_triton.bench.figure import Figure, median
 from bagel_triton.bench.setting import Setting, answer, plan_of
+from bagel_triton.contexts import Thoughts
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.messages import Thoughts
 from bagel_triton.request import GenerationRequest
 
 NAME = "decode_tokens_per_s"

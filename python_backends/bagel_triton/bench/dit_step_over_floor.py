@@ -14,9 +14,9 @@ from itertools import pairwise
 from bagel_triton.bench.arithmetic import matmul_rate, products, step_flops
 from bagel_triton.bench.figure import Figure, median
 from bagel_triton.bench.setting import Setting, denoise_job, picture_request
+from bagel_triton.contexts import DenoiseJob
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.sequence import MARKERS
-from bagel_triton.messages import DenoiseJob
 from bagel_triton.model.checkpoint import Checkpoint
 
 NAME = "dit_step_over_floor"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from bagel_triton.contexts import DenoiseJob
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.visit import Visit
 from bagel_triton.events import Event, StageStats
-from bagel_triton.messages import DenoiseJob, Plan
+from bagel_triton.messages import Plan
 from bagel_triton.request import GenerationRequest
 from bagel_triton.runtime import tiny_checkpoint
 from bagel_triton.runtime.tiny_config import TinyConfig
