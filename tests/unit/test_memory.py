@@ -14,7 +14,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from bagel_triton.contexts import KVGeometry
-from bagel_triton.deploy import memory
+from bagel_triton.deploy import activations, memory
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.deploy.memory import Available, NotEnoughMemory
 from bagel_triton.engine.build import LocalStages, Parts, build_expander
@@ -174,7 +174,7 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype):
         return transformer(torch.ones(tokens, 112, dtype=dtype), Pack(gen_rows, cos, sin, spans, kv))
 
     assert peak_bytes(forward, tmp_path) == pytest.approx(
-        memory.forward_bytes(language, tokens, Placement(CPU, dtype)), rel=0.05
+        activations.forward_bytes(language, tokens, Placement(CPU, dtype)), rel=0.05
     )
 
 
@@ -200,14 +200,16 @@ def test_the_autoencoder_takes_what_was_estimated(
     autoencoder, (height, width) = autoencoder_of(widths, *blocks), size
     latent, pixels = torch.ones(1, 16, height // 8, width // 8), torch.ones(height, width, 3)
     decoding = peak_bytes(lambda: decode(autoencoder, latent), tmp_path)
-    assert decoding == pytest.approx(memory.decode_bytes(autoencoder.decoder, height, width), rel=0.1)
+    assert decoding == pytest.approx(activations.decode_bytes(autoencoder.decoder, height, width), rel=0.1)
     encoding = peak_bytes(lambda: encode(autoencoder, pixels), tmp_path)
-    assert encoding == pytest.approx(memory.encode_bytes(autoencoder.encoder, height, width), rel=0.1)
+    assert encoding == pytest.approx(activations.encode_bytes(autoencoder.encoder, height, width), rel=0.1)
 
 
 def test_on_a_gpu_a_forward_has_no_blocks():
     language = PUBLISHED.language
-    host, device = (memory.forward_bytes(language, 6000, Placement(where, torch.bfloat16)) for where in (CPU, CUDA))
+    host, device = (
+        activations.forward_bytes(language, 6000, Placement(where, torch.bfloat16)) for where in (CPU, CUDA)
+    )
     assert device - host == (6000 - 512) * (3 * 18944 * 2 + 2 * 3584 * 4)
 
 
@@ -217,8 +219,8 @@ def test_strips_take_what_was_estimated(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(strips, "WORTH_IT", 0)
     decoder, latent = autoencoder_of(widths, 2, 3).decoder, torch.ones(1, 16, 32, 16)
     peak = peak_bytes(lambda: strips.decode_in_strips(decoder, latent), tmp_path)
-    assert peak == pytest.approx(memory.decode_bytes(decoder, 256, 128, tiled=True), rel=0.1)
-    assert peak < 0.5 * memory.decode_bytes(decoder, 256, 128)
+    assert peak == pytest.approx(activations.decode_bytes(decoder, 256, 128, tiled=True), rel=0.1)
+    assert peak < 0.5 * activations.decode_bytes(decoder, 256, 128)
 
 
 # --- refusals ---

@@ -13,18 +13,17 @@ import safetensors
 import torch
 from torch import nn
 
+from bagel_triton.deploy import activations
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.sequence import segment_tokens
 from bagel_triton.engine.thinker import kv_geometry
 from bagel_triton.events import Stage
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.messages import VaeSegment, VitSegment
-from bagel_triton.model import strips
-from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
+from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import AUTOENCODER_FILE, Checkpoint, TensorFiles
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
-from bagel_triton.model.mot import BLOCK_ROWS
 from bagel_triton.model.picture import VAE_RULE, VIT_RULE
 from bagel_triton.model.placement import Placement
 
@@ -110,20 +109,21 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             weights=module_bytes(transformer) + module_bytes(autoencoder),
             kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
             activations=max(
-                forward_bytes(model.language, packed, placement),
-                encode_bytes(autoencoder.encoder, condition_height, condition_width),
+                activations.forward_bytes(model.language, packed, placement),
+                activations.encode_bytes(autoencoder.encoder, condition_height, condition_width),
             ),
         ),
         StageMemory(
             "dit",
             weights=module_bytes(transformer),
             kv=pictures * (past + BRANCHES * latents) * token,
-            activations=forward_bytes(model.language, pictures * BRANCHES * latents, placement),
+            activations=activations.forward_bytes(model.language, pictures * BRANCHES * latents, placement),
         ),
         StageMemory(
             "vae_decode",
             weights=module_bytes(autoencoder),
-            activations=decoded * decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
+            activations=decoded
+            * activations.decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
         ),
     )
     share = placement.torch_device.type == "cpu" and not one_process
@@ -166,49 +166,6 @@ def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, i
     picture = latent_tokens(config, resized_height, resized_width)
     picture += segment_tokens(VitSegment(seen_height, seen_width, bytes(seen_height * seen_width * 3)), config)
     return picture + PROMPT_TOKENS, picture, PROMPT_TOKENS
-
-
-def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement) -> int:
-    """Activations of one packed forward at their peak, inside a feed-forward.
-
-    A token has its embedding, residual, query, what that attended to, key, value and rotary
-    tables. The rows of a block, which is all of them where there is a GPU, have three vectors
-    of the inner width and two hidden ones, in float32 while they are normed, besides.
-    """
-    itemsize = placement.torch_dtype.itemsize
-    heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
-    block = min(tokens, BLOCK_ROWS) if placement.torch_device.type == "cpu" else tokens
-    inner = block * (3 * config.intermediate_size * itemsize + 2 * config.hidden_size * torch.float32.itemsize)
-    return tokens * (2 * config.hidden_size + heads) * itemsize + inner
-
-
-def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False) -> int:
-    """Activations of decoding one picture at their peak, in a convolution of the last level.
-
-    In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
-    what one strip needs.
-    """
-    if not tiled or height * width <= strips.WORTH_IT:
-        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
-    first: nn.Conv2d = decoder.up[0].block[0].conv1  # type: ignore[index, union-attr]
-    channels_in, channels_out = first.in_channels, first.out_channels
-    whole = max(channels_in, 2 * channels_out) * height
-    strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
-    return (whole + strip) * width * torch.float32.itemsize
-
-
-def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
-    """Activations of encoding one picture at their peak, in a convolution of the first level."""
-    return _level_channels(encoder.down[0]) * height * width * torch.float32.itemsize
-
-
-def _level_channels(level: nn.Module) -> int:
-    """Full-resolution channels that are held at most: what the blocks so far made, and a convolution's copies."""
-    blocks: nn.ModuleList = level.block  # type: ignore[assignment]
-    first: nn.Conv2d = blocks[0].conv1  # type: ignore[assignment]
-    channels_in, channels_out = first.in_channels, first.out_channels
-    earlier = channels_in if len(blocks) > 1 else 0
-    return max(2 * channels_in + channels_out + max(channels_in, channels_out), earlier + 5 * channels_out)
 
 
 def _is_stored_as(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
