@@ -140,18 +140,20 @@ class Reply:
         self._sender = request.get_response_sender()
         self._outbox = outbox
         self._cancelled, self._asked_at = False, time.monotonic()
+        self._ended, self._ending = False, threading.Lock()
 
     def cancelled(self) -> bool:
         """Whether the client has cancelled the request, as of at most ``CANCEL_POLL_S`` ago.
 
         Triton answers this from another process, over the queue that carries responses: it is
-        asked seldom, and by one thread at a time.
+        asked seldom, by one thread at a time, and not after the last response, with which it
+        forgets the request.
         """
         now = time.monotonic()
         if not self._cancelled and now - self._asked_at > CANCEL_POLL_S:
             self._asked_at = now
-            with _ASKING:
-                self._cancelled = bool(self._sender.is_cancelled())
+            with self._ending, _ASKING:
+                self._cancelled = not self._ended and bool(self._sender.is_cancelled())
         return self._cancelled
 
     def send(self, arrays: Arrays) -> None:
@@ -164,18 +166,21 @@ class Reply:
 
     def finish(self, arrays: Arrays | None = None) -> None:
         """The last response, with or without outputs."""
-        last = {"flags": pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL}
-        if arrays is None:
-            self._outbox.put(lambda: self._sender.send(**last))
-        else:
-            self._outbox.put(lambda: self._sender.send(response(arrays), **last))
+        self._end(lambda: () if arrays is None else (response(arrays),))
 
     def fail(self, error: BaseException) -> None:
         """An error as the last response."""
         if not isinstance(error, BagelError):
             log.error("a request failed", exc_info=error)
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        self._outbox.put(lambda: self._sender.send(error_response(error), flags=flags))
+        self._end(lambda: (error_response(error),))
+
+    def _end(self, last: Callable[[], tuple[Any, ...]]) -> None:
+        def send() -> None:
+            with self._ending:
+                self._ended = True
+                self._sender.send(*last(), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+        self._outbox.put(send)
 
     def settle(self, done: Future[tuple[Result, StageStats]], outputs: Callable[[Result], Arrays]) -> None:
         """Answer with what becomes of an engine's job."""
