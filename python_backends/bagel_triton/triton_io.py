@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-import tritonclient.grpc as triton
-from tritonclient.utils import np_to_triton_dtype
 
-from bagel_triton.errors import BagelError, InvalidRequest, from_exception, from_text
+from bagel_triton.errors import BagelError, InvalidRequest, from_exception
 from bagel_triton.events import Event, StageStats, encode_event, encode_stats
 from bagel_triton.messages import Message, decode, encode
 from bagel_triton.request import REQUEST_TENSORS, Array, Arrays
@@ -26,7 +23,6 @@ M = TypeVar("M", bound=Message)
 # Parameters that the protocol itself knows; every other one was meant as an input.
 TRITON_PARAMETERS = ("id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 Result = TypeVar("Result")
-GRPC_VARIABLE, DEFAULT_GRPC = "BAGEL_TRITON_GRPC", "127.0.0.1:8001"
 CANCEL_POLL_S = 0.25
 _ASKING = threading.Lock()
 log = logging.getLogger(__name__)
@@ -201,40 +197,3 @@ class Reply:
                 self.fail(error)
 
         done.add_done_callback(finish)
-
-
-def call(model: str, arrays: Arrays, outputs: list[str], request_id: str) -> Iterator[Arrays]:
-    """Responses of another model of this server, as arrays by name.
-
-    Over a gRPC stream to the server itself, not by BLS: decoupled BLS from several threads of
-    one stub deadlocks and corrupts memory in tritonserver 24.10, and loses errors that follow
-    a first response.
-
-    Raises:
-        BagelError: what the model answered instead.
-    """
-    responses: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-    inputs = []
-    for name, array in arrays.items():
-        tensor = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
-    wanted = [triton.InferRequestedOutput(name) for name in outputs] or None
-    client = triton.InferenceServerClient(os.environ.get(GRPC_VARIABLE, DEFAULT_GRPC))
-    try:
-        client.start_stream(lambda result, error: responses.put((result, error)))
-        client.async_stream_infer(
-            model, inputs, outputs=wanted, request_id=request_id, enable_empty_final_response=True
-        )
-        while True:
-            result, error = responses.get()
-            if error is not None:
-                raise from_text(str(error))
-            answer = result.get_response()
-            if answer.outputs:
-                yield {output.name: result.as_numpy(output.name) for output in answer.outputs}
-            if answer.parameters["triton_final_response"].bool_param:
-                return
-    finally:
-        client.stop_stream(cancel_requests=True)
-        client.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from bagel_triton.errors import BagelError, Internal
 from bagel_triton.events import Stage, decode_event, decode_stats
 from bagel_triton.messages import Plan, decode
 from bagel_triton.request import Array, Arrays
+from bagel_triton.triton_call import call
 
 Result = TypeVar("Result")
+GRPC_VARIABLE, DEFAULT_GRPC = "BAGEL_TRITON_GRPC", "127.0.0.1:8001"  # this server's own
 ABANDON_S = 2.0  # a cancellation takes milliseconds, unless its stage dies meanwhile
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ class TritonStages:
 
     def __init__(self, parent: Any, shm_prefix: str) -> None:
         self._shm_prefix = shm_prefix
+        self._address = os.environ.get(GRPC_VARIABLE, DEFAULT_GRPC)
         self._request_id: str = parent.request_id()  # the plan's, once there is a plan
 
     def expand(self, request: Arrays) -> Visit[Plan]:
@@ -67,7 +71,7 @@ class TritonStages:
     def _cancel(self, stage: str, request_id: str) -> None:
         inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
         try:
-            for _ in triton_io.call(stage, inputs, [], request_id):
+            for _ in call(self._address, stage, inputs, [], request_id):
                 pass
         except BagelError as error:
             log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message)
@@ -85,7 +89,7 @@ class TritonStages:
             answered = False
             try:
                 names = [*outputs, "stats"]
-                for arrays in triton_io.call(stage, inputs, names, self._request_id):
+                for arrays in call(self._address, stage, inputs, names, self._request_id):
                     if "stats" in arrays:
                         stats = decode_stats(_bytes(arrays.pop("stats")))
                         visit.finish(result(arrays), stats)
