@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
-from bagel_triton.messages import Branch, Count, FlowSettings, Index, Message, Schedule
+from bagel_triton.messages import Branch, Count, FlowSettings, Index, Message, Schedule, Seed
+
+LEASE_SLOTS = 4096  # contexts that are lent at a time
 
 
 class KVGeometry(Message, frozen=True):
@@ -57,8 +60,8 @@ class ContextHandle(Message, frozen=True):
     connector: str
     arena: str
     generation: int
-    slot: Index
-    lease: Index
+    slot: Annotated[int, Meta(ge=0, lt=LEASE_SLOTS)]
+    lease: Seed
     blocks: tuple[Index, ...]
     tokens: Index
     next_position: Index
@@ -67,6 +70,10 @@ class ContextHandle(Message, frozen=True):
     address: Address | None = None
 
     def __post_init__(self) -> None:
+        if bool(self.lease) != bool(self.tokens):
+            raise ValueError(f"lease {self.lease} is of {self.tokens} tokens: an empty context alone has none")
+        if "\0" in self.arena or "\0" in self.request_id:
+            raise ValueError("a name holds a NUL")
         if len(self.blocks) != -(-self.tokens // self.geometry.block_tokens):
             raise ValueError(f"{len(self.blocks)} blocks do not hold {self.tokens} tokens")
 

@@ -12,18 +12,25 @@ from typing import Literal, TypeVar, get_args
 import msgspec
 
 from bagel_triton.errors import InvalidRequest
-from bagel_triton.messages import Decoding, FlowSettings, Schedule
+from bagel_triton.messages import (
+    MAX_NEW_TOKENS,
+    MAX_RESULTS,
+    MAX_SCALE,
+    MAX_SHIFT,
+    MAX_STEPS,
+    MIN_SHIFT,
+    MIN_STEPS,
+    Decoding,
+    FlowSettings,
+    Schedule,
+)
 from bagel_triton.request import LATENT_STRIDE, GenerationRequest, TextPart, utf8
 
 T = TypeVar("T")
 Renorm = Literal["global", "channel", "text_channel"]
 Cache = Literal["none", "taylorseer"]
 Modality = Literal["image", "text"]
-MIN_STEPS, MAX_STEPS = 2, 1000
 MAX_SEED = 2**63 - 1 - 16  # room for the seeds of further pictures
-MAX_SCALE = 1000
-MIN_SHIFT, MAX_SHIFT = 0.001, 1000
-MAX_PICTURES = 10
 MAX_INPUT_PICTURES = 10
 MAX_PICTURE_BYTES = 32 * 2**20  # encoded
 MAX_STOPS = 16
@@ -31,7 +38,6 @@ MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 86400
 MAX_MESSAGES = 2048  # of a conversation, and parts of a message
 MAX_TEXT_BYTES = 2**20  # of all texts of a request, UTF-8: tokenising more takes seconds
-MAX_NEW_TOKENS = 32768
 LEAST_TEMPERATURE = 1e-5  # below it, float32 scores could overflow and sampling is greedy anyway
 LEAST_PENALTY, MAX_PENALTY = 0.01, 2
 
@@ -112,7 +118,7 @@ def bounded(request: GenerationRequest) -> None:
 def count(request: GenerationRequest) -> int:
     """Pictures or answers wanted."""
     number = _given(request.n, 1)
-    _check("n", number, 1 <= number <= MAX_PICTURES, f"an integer from 1 to {MAX_PICTURES}")
+    _check("n", number, 1 <= number <= MAX_RESULTS, f"an integer from 1 to {MAX_RESULTS}")
     return number
 
 

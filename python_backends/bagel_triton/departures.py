@@ -14,9 +14,9 @@ POLL_S = 0.25
 class Departures:
     """Has jobs dropped whose client has gone.
 
-    A stage is also called by an ensemble and by Triton's own clients, who have nobody to
-    send a cancellation on their behalf. One thread asks for all of them: the question goes
-    to another process.
+    Triton's own clients may call a stage, with nobody to send a cancellation on their behalf.
+    One thread asks for all of them: the question goes to another process. (Of a client of an
+    ensemble Triton tells the stages nothing.)
     """
 
     def __init__(self, drop: Callable[[Job[Any, Any]], None]) -> None:
@@ -49,4 +49,6 @@ class Departures:
             for job, gone in watched:
                 if not job.done.done() and gone():
                     self._drop(job)
+                    with self._lock:
+                        self._watched.pop(job, None)
             self._closing.wait(POLL_S)

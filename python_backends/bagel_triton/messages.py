@@ -2,8 +2,9 @@
 
 Messages are ``msgspec.Struct``s: frozen dataclasses with a strict codec (unknown
 fields, wrong types and impossible values are refused) and tagged unions. Stages exchange
-them as MessagePack in one tensor. What a user may ask for is narrower, and checked in
-``defaults.py``: the bounds here are those beyond which a stage could not work.
+them as MessagePack in one tensor. A value that no stage could work with is refused when a
+message is decoded, whoever sent it; what a user may ask for, with a checkpoint's own limits,
+is checked in ``defaults.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-Count = Annotated[int, Meta(ge=1)]
-Index = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+MIN_STEPS, MAX_STEPS = 2, 1000
+MAX_SCALE = 1000
+MIN_SHIFT, MAX_SHIFT = 0.001, 1000
+MAX_RESULTS = 10  # pictures or texts of a request
+MAX_NEW_TOKENS = 32768
+Share = Annotated[float, Meta(ge=0, le=1)]
+Scale = Annotated[float, Meta(ge=0, le=MAX_SCALE)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,15 +111,15 @@ class FlowSettings(Message, frozen=True):
 
     height: Count
     width: Count
-    num_inference_steps: Annotated[int, Meta(ge=2)]
-    seed: Index
-    timestep_shift: Annotated[float, Meta(gt=0)]
-    cfg_text_scale: float
-    cfg_img_scale: float
-    cfg_interval: tuple[float, float]
+    num_inference_steps: Annotated[int, Meta(ge=MIN_STEPS, le=MAX_STEPS)]
+    seed: Seed
+    timestep_shift: Annotated[float, Meta(ge=MIN_SHIFT, le=MAX_SHIFT)]
+    cfg_text_scale: Scale
+    cfg_img_scale: Scale
+    cfg_interval: tuple[Share, Share]
     cfg_renorm_type: Literal["global", "channel", "text_channel"]
-    cfg_renorm_min: float
-    num_pictures: Count = 1
+    cfg_renorm_min: Share
+    num_pictures: Annotated[int, Meta(ge=1, le=MAX_RESULTS)] = 1
     cache: Literal["none", "taylorseer"] = "none"
 
     def __post_init__(self) -> None:
@@ -136,13 +145,13 @@ class Decoding(Message, frozen=True):
 
     purpose: Literal["answer", "think"]
     first_token: Index
-    max_new_tokens: Count
+    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_NEW_TOKENS)]
     temperature: Annotated[float, Meta(ge=0)] = 0.0
     top_p: Annotated[float, Meta(gt=0)] = 1.0
     top_k: Index = 0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     stop: tuple[str, ...] = ()
-    seeds: Annotated[tuple[Index, ...], Meta(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_RESULTS)] = (0,)
     split_thinking: bool = False
     max_think_tokens: Count | None = None
 
@@ -153,10 +162,10 @@ class Usage(Message, frozen=True):
     ``reasoning_tokens`` are those of ``text_tokens`` that were thinking.
     """
 
-    prompt_tokens: int = 0
-    text_tokens: int = 0
-    image_tokens: int = 0
-    reasoning_tokens: int = 0
+    prompt_tokens: Index = 0
+    text_tokens: Index = 0
+    image_tokens: Index = 0
+    reasoning_tokens: Index = 0
 
 
 class Plan(Message, frozen=True):

@@ -17,7 +17,8 @@ class TritonPythonModel(StageModel):
 
     def build(self, parts: Parts) -> DecoderEngine:
         """The engine."""
-        self._channels = parts.checkpoint.config.latent.token_channels
+        latent = parts.checkpoint.config.latent
+        self._channels, self._longest = latent.token_channels, latent.max_side // latent.stride
         return build_decoder(parts, self.metrics)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
@@ -27,7 +28,10 @@ class TritonPythonModel(StageModel):
                 raise InvalidRequest(f"input {name} is required", name)
         rows, columns = (int(side) for side in inputs["latent_grid"])
         shape = list(inputs["latents"].shape)
-        if rows < 1 or columns < 1 or shape != [rows * columns, self._channels]:
+        if not (1 <= rows <= self._longest and 1 <= columns <= self._longest):
+            allowed = f"rows and columns from 1 to {self._longest}"
+            raise InvalidRequest.value("latent_grid", [rows, columns], allowed)
+        if shape != [rows * columns, self._channels]:
             allowed = f"[rows * columns, {self._channels}] of latent_grid, here [{rows}, {columns}]"
             raise InvalidRequest.value("latents", f"shape {shape}", allowed)
         latents = Latents(torch.from_numpy(inputs["latents"].copy()), rows, columns)

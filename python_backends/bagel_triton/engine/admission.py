@@ -11,13 +11,14 @@ from bagel_triton.contexts import Thoughts
 from bagel_triton.deploy.config import ThinkerConfig
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.metrics import Metrics
+from bagel_triton.engine.plan_check import check_plan
 from bagel_triton.engine.prefill import posterior_noise
 from bagel_triton.engine.sequence import Sequence, build_sequences
 from bagel_triton.engine.thinker_run import ThinkerRun
 from bagel_triton.errors import InvalidRequest, Overloaded
 from bagel_triton.kv.connectors.base import Producer
 from bagel_triton.kv.prefix_cache import PrefixCache
-from bagel_triton.messages import Decoding, Plan, TextSegment, VaeSegment
+from bagel_triton.messages import Decoding, Plan, VaeSegment
 from bagel_triton.model.config import ModelConfig
 
 
@@ -45,8 +46,7 @@ class Admission:
         if self._next is None or self._next.job is not job:
             self._next = self._prepare(job)
         run = self._next
-        promised = sum(active.blocks for active in running) + self._producer.leases.blocks
-        room = self._arena.blocks.count - promised - run.blocks
+        room = self.room(running) - run.blocks
         if room < 0 and not run.waits:
             run.waits = True
             self._metrics.count("thinker_kv_waits")
@@ -61,6 +61,11 @@ class Admission:
         running.append(run)
         self._next = None
         return True
+
+    def room(self, running: list[ThinkerRun]) -> int:
+        """Blocks that are promised to nobody."""
+        promised = sum(active.blocks for active in running) + self._producer.leases.blocks
+        return self._arena.blocks.count - promised
 
     def reuse(self, run: ThinkerRun, sequence: Sequence, room: int) -> int:
         """Let ``sequence`` go on from the longest context that is kept; the ``room`` left then, in blocks."""
@@ -79,7 +84,7 @@ class Admission:
     def _prepare(self, job: Job[Plan, Thoughts]) -> ThinkerRun:
         """The run of ``job``, which holds nothing yet."""
         plan, arena = job.task, self._arena
-        self._check_tokens(plan)
+        check_plan(plan, self._model)
         sequences = build_sequences(plan.branches, arena, self._model, self._draws(plan))
         needed = self._worst_case(sequences, plan.decoding)
         if needed > arena.blocks.count:
@@ -90,15 +95,6 @@ class Admission:
                 "messages",
             )
         return ThinkerRun(job, sequences, needed)
-
-    def _check_tokens(self, plan: Plan) -> None:
-        """Refuse token ids beyond the vocabulary: they would break the step for everyone in it."""
-        size = self._model.language.vocab_size
-        segments = [segment for branch in plan.branches for segment in branch.segments]
-        used = [max(segment.token_ids) for segment in segments if isinstance(segment, TextSegment)]
-        highest = max(used + ([plan.decoding.first_token] if plan.decoding else []), default=0)
-        if highest >= size:
-            raise InvalidRequest.value("plan", highest, f"token ids below {size}")
 
     def _draws(self, plan: Plan) -> list[Tensor]:
         """The posterior draws of the request's pictures for generation."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import DenoiseJob, Thoughts
+from bagel_triton.contexts import DenoiseJob, KVGeometry, Thoughts
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.cores import release_team
 from bagel_triton.engine.decoder import DecoderEngine
@@ -66,6 +66,12 @@ class Parts:
         return self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self._store)
 
     @property
+    def kv_geometry(self) -> KVGeometry:
+        """The layout of the thinker's arena."""
+        block_tokens = self.config.thinker.block_tokens
+        return kv_geometry(self.checkpoint.config.language, block_tokens, self.placement.dtype_name)
+
+    @property
     def _store(self) -> WeightStore:
         return WeightStore(self.config.shm_prefix)
 
@@ -84,8 +90,7 @@ def build_expander(parts: Parts) -> Expander:
 def build_thinker(parts: Parts, metrics: Metrics | None = None) -> ThinkerEngine:
     """The thinker with an arena that the DiT can read."""
     config, place = parts.config, parts.placement
-    geometry = kv_geometry(parts.checkpoint.config.language, config.thinker.block_tokens, place.dtype_name)
-    producer = open_producer(config, geometry, place.torch_device)
+    producer = open_producer(config, parts.kv_geometry, place.torch_device)
     model, autoencoder = parts.load_bagel(), parts.load_autoencoder()
     return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, metrics)
 
@@ -95,7 +100,8 @@ def build_dit(parts: Parts, metrics: Metrics | None = None) -> DitEngine:
     tokenizer = parts.tokenizer()
     consumer = open_consumer(parts.config, parts.placement.torch_device)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, metrics)
+    arena = parts.kv_geometry, parts.config.thinker.kv_tokens
+    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, *arena, metrics)
 
 
 def build_decoder(parts: Parts, metrics: Metrics | None = None) -> DecoderEngine:
@@ -139,7 +145,8 @@ class LocalStages:
         self.expander = Expander(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
-        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, metrics)
+        arena = geometry, config.thinker.kv_tokens
+        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *arena, metrics)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode, metrics)
 
     def expand(self, request: GenerationRequest) -> Visit[Plan]:

@@ -34,7 +34,8 @@ Block = tuple[FlowRun, int, int]  # a picture in one context: the run, the pictu
 class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
     """Owns the transformer's generation side, from one thread.
 
-    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``.
+    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
+    and ``arena_tokens`` are those of the thinker's arena.
     """
 
     stage = "dit"
@@ -45,10 +46,13 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         consumer: Consumer,
         config: DitConfig,
         vision_markers: tuple[int, int],
+        geometry: KVGeometry,
+        arena_tokens: int,
         metrics: Metrics | None = None,
     ) -> None:
         super().__init__(metrics, config.max_waiting)
         self._model, self._consumer, self._config = model, consumer, config
+        self._geometry, self._arena_tokens = geometry, arena_tokens
         self._runs: list[FlowRun] = []
         self._packed: tuple[list[Block], Pack] | None = None
         with torch.inference_mode():
@@ -62,10 +66,23 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
 
     def read_pattern(self, handle: ContextHandle) -> Future[None]:
         """Read what the thinker lent for the connector's self-test; from any thread."""
+        self._check_handle(handle)
         return self.call(lambda: selftest.read_pattern(self._consumer, handle, self._model.device))
 
     def _active(self) -> list[DitJob]:
         return [run.job for run in self._runs]
+
+    def _check(self, task: DenoiseJob) -> None:
+        self._grid(task.flow)
+        for handle in task.handles:
+            self._check_handle(handle)
+
+    def _check_handle(self, handle: ContextHandle) -> None:
+        """Refuse what is not the thinker's: an arena is mapped as its first handle says it is."""
+        if handle.geometry != self._geometry:
+            raise LeaseError(f"the context's geometry {handle.geometry} is not the thinker's {self._geometry}")
+        if handle.tokens > self._arena_tokens + self._geometry.block_tokens:
+            raise LeaseError(f"the context's {handle.tokens} tokens are more than the arena's {self._arena_tokens}")
 
     def _admit(self, job: DitJob) -> bool:
         flow = job.task.flow
@@ -113,7 +130,6 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         stores, started = [], time.monotonic()
         for index, handle in enumerate(handles):
             try:
-                self._check_geometry(handle.geometry)
                 shape = store_shape(handle.geometry, handle.tokens + new_tokens)
                 store = torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
                 self._consumer.claim(handle, store[:, :, : handle.tokens])
@@ -124,12 +140,6 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
             stores.append(store)
         self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
         return stores
-
-    def _check_geometry(self, geometry: KVGeometry) -> None:
-        language = self._model.config.language
-        expected = (language.num_layers, language.num_kv_heads, language.head_dim)
-        if (geometry.layers, geometry.kv_heads, geometry.head_dim) != expected:
-            raise LeaseError(f"the context's geometry {geometry} is not this model's {expected}")
 
     @torch.inference_mode()
     def _step(self) -> None:

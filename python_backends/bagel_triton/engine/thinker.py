@@ -69,7 +69,12 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
 
     def lend_pattern(self) -> Future[ContextHandle]:
         """A lease for the connector's self-test; from any thread."""
-        return self.call(lambda: selftest.lend_pattern(self._producer, self._config.lease_ttl_s))
+        return self.call(self._lend_pattern)
+
+    def _lend_pattern(self) -> ContextHandle:
+        if self._admission.room(self._running) < 2 * selftest.BLOCKS:  # every other block is a gap, for a moment
+            raise Overloaded("the arena has no room for a self-test beside what is promised")
+        return selftest.lend_pattern(self._producer, min(selftest.TTL_S, self._config.lease_ttl_s))
 
     @property
     def blocks_used(self) -> int:

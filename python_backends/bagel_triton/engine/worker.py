@@ -41,6 +41,7 @@ class Worker(ABC, Generic[Task, Result]):
         self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: list[Job[Task, Result]] = []
+        self._queued = 0  # those waiting, and those on their way to the line
         self._closing = threading.Event()
         self._closed, self._closing_lock = False, threading.Lock()
         self._told_at = self._kept_at = time.monotonic()
@@ -55,14 +56,20 @@ class Worker(ABC, Generic[Task, Result]):
     ) -> Job[Task, Result]:
         """Queue ``task``; from any thread."""
         job: Job[Task, Result] = Job(request_id, task, progress, schedule or Schedule())
+        try:
+            self._check(task)
+        except BagelError as error:
+            job.fail(error)
+            return job
         with self._closing_lock:
-            waiting = len(self._waiting) + self._inbox.qsize()
             if self._closed:
                 job.fail(StageUnavailable(f"{self.stage} is shutting down"))
-            elif waiting >= self._max_waiting:
+            elif self._queued >= self._max_waiting:
                 self.metrics.count(f"{self.stage}_refused")
-                job.fail(Overloaded(f"{waiting} requests wait for {self.stage} already; try again later"))
+                job.fail(Overloaded(f"{self._queued} requests wait for {self.stage} already; try again later"))
+                self._inbox.put(lambda: self._turn_away(job))
             else:
+                self._queued += 1
                 self._inbox.put(lambda: insort(self._waiting, job, key=lambda waiting: waiting.rank))
         return job
 
@@ -102,6 +109,9 @@ class Worker(ABC, Generic[Task, Result]):
     @abstractmethod
     def _active(self) -> list[Job[Task, Result]]:
         """Jobs that the next step works on."""
+
+    def _check(self, task: Task) -> None:
+        """Raise a BagelError for a task that may not even wait; called from any thread."""
 
     @abstractmethod
     def _admit(self, job: Job[Task, Result]) -> bool:
@@ -161,7 +171,7 @@ class Worker(ABC, Generic[Task, Result]):
             for job in list(self._waiting):
                 try:
                     self._keep(job)
-                except BagelError as error:  # its own failure, not that of those being worked on
+                except Exception as error:  # its own failure, not that of those being worked on
                     self._remove(job)
                     job.fail(error)
         if now - self._told_at > SIGN_OF_LIFE_S:
@@ -188,10 +198,15 @@ class Worker(ABC, Generic[Task, Result]):
     def _remove(self, job: Job[Task, Result]) -> None:
         """Take a job from the line, or from the active ones."""
         if job in self._waiting:
-            self._waiting.remove(job)
+            self._leave_line(job)
             self._turn_away(job)
         else:
             self._drop(job)
+
+    def _leave_line(self, job: Job[Task, Result]) -> None:
+        self._waiting.remove(job)
+        with self._closing_lock:
+            self._queued -= 1
 
     def _drain(self, wait_s: float | None) -> None:
         try:
@@ -211,8 +226,9 @@ class Worker(ABC, Generic[Task, Result]):
                 job.started_at = time.monotonic()
                 self.metrics.observe(f"{self.stage}_queue_seconds", job.started_at - job.submitted_at)
             except Exception as error:
+                self._turn_away(job)
                 job.fail(error)
-            self._waiting.remove(job)
+            self._leave_line(job)
 
     @property
     def _jobs(self) -> list[Job[Task, Result]]:

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bagel_triton.contexts import Address, ContextHandle
+from bagel_triton.contexts import LEASE_SLOTS, Address, ContextHandle
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull, Context, KVArena
 from bagel_triton.messages import Branch
 
-SLOTS = 4096
+SLOTS = LEASE_SLOTS
 _WORDS = 4  # a slot's words; one is spare
 _HEADER, _GRANTED, _RELEASED, _RENEWALS = 0, 0, 1, 2
 Words = npt.NDArray[np.int64]

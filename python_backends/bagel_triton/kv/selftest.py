@@ -20,9 +20,10 @@ from bagel_triton.kv.store import store_shape
 from bagel_triton.messages import Branch
 
 BLOCKS = 4
+TTL_S = 15.0
 
 
-def lend_pattern(producer: Producer, ttl_s: float) -> ContextHandle:
+def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> ContextHandle:
     """A lease on a pattern of a few scattered blocks, the last one not full.
 
     Raises:
@@ -55,6 +56,8 @@ def read_pattern(consumer: Consumer, handle: ContextHandle, device: torch.device
     Raises:
         LeaseError: it cannot be claimed, or what was read is not what was lent.
     """
+    if handle.tokens > BLOCKS * handle.geometry.block_tokens:
+        raise LeaseError(f"{handle.tokens} tokens are more than a self-test lends")
     expected = _pattern(handle.request_id, handle.geometry, handle.tokens)
     found = torch.empty(expected.shape, dtype=expected.dtype, device=device)
     consumer.claim(handle, found)

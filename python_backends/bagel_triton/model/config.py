@@ -150,6 +150,11 @@ class VitConfig:
     layer_norm_eps: float
     patches_per_side: int
 
+    @property
+    def max_side(self) -> int:
+        """Longest side in pixels that the position table covers."""
+        return self.patches_per_side * self.patch_size
+
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise CheckpointError(
