@@ -20,7 +20,7 @@ from bagel_triton.kv.store import store_shape
 from bagel_triton.messages import Branch
 
 BLOCKS = 4
-TTL_S = 15.0
+TTL_S = 10.0
 
 
 def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> ContextHandle:
