@@ -17,6 +17,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.reloads import SERVER, Reloads
 from bagel_triton.runtime import connector_test, ports, triton_log
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ModelRepository
@@ -72,13 +73,14 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     if launch.verbose:
         launch.log.touch()
         helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
-    tries = Tries()
+    tries, reloads = Tries(), Reloads(launch.shared.prefix)
     try:
-        while crash := await _serve_once(launch, proxy, serving, stopped, tries):
+        while crash := await _serve_once(launch, proxy, serving, stopped, tries, reloads):
             if not tries.again(time.monotonic()):
                 raise CommandError(crash)
             print(f"{crash}; starting it again", flush=True)
             launch.shared.clear()
+            reloads.add(SERVER)
     finally:
         proxy.should_exit = True
         await asyncio.wait({serving})
@@ -88,7 +90,12 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
 
 
 async def _serve_once(
-    launch: Launch, proxy: uvicorn.Server, serving: asyncio.Task[None], stopped: asyncio.Task[bool], tries: Tries
+    launch: Launch,
+    proxy: uvicorn.Server,
+    serving: asyncio.Task[None],
+    stopped: asyncio.Task[bool],
+    tries: Tries,
+    reloads: Reloads,
 ) -> str | None:
     """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
     triton = await TritonProcess.start(
@@ -97,7 +104,7 @@ async def _serve_once(
     url = ports.base_url(launch.listener)
     ended = asyncio.create_task(triton.ended())
     ready = asyncio.create_task(_until_ready(triton, launch, url))
-    watching = asyncio.create_task(_watch(triton, launch))
+    watching = asyncio.create_task(_watch(triton, launch, reloads))
     crash = None
     try:
         ends = {serving, ended, stopped, watching}
@@ -138,10 +145,10 @@ def _restart_reason(watching: asyncio.Task[None]) -> str:
     raise CommandError("the watchdog ended by itself")
 
 
-async def _watch(triton: TritonProcess, launch: Launch) -> None:
+async def _watch(triton: TritonProcess, launch: Launch, reloads: Reloads) -> None:
     await triton.loaded.wait()
     async with ModelRepository(launch.http_port) as repository:
-        await Watchdog(launch.shared.prefix, repository).run()
+        await Watchdog(launch.shared.prefix, repository, reloads.add).run()
 
 
 async def _until_ready(triton: TritonProcess, launch: Launch, url: str) -> None:
