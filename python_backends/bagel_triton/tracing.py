@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 MAX_STATE = 512  # characters that the standard wants passed on
 _PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,256})?")
 _STATE = re.compile(r"[ -~]+")
+MISSING = "the extra bagel-triton[tracing] is not installed"
 log = logging.getLogger(__name__)
 
 
@@ -56,16 +57,28 @@ def endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
     return None if off else next((environ[name] for name in ENDPOINTS if environ.get(name)), None)
 
 
+def destination() -> str | None:
+    """Where traces go, for a person to read; None where none are asked for."""
+    url = endpoint()
+    return url if url is None or _library() is not None else f"nowhere: {MISSING}"
+
+
 def from_environment() -> Tracing:
     """What the environment asks for."""
     if endpoint() is None:
         return NoTracing()
+    if (library := _library()) is None:  # the variable may be there for others' sake: no reason not to serve
+        log.warning("traces are off: %s", MISSING)
+        return NoTracing()
+    return library()
+
+
+def _library() -> Callable[[], Tracing] | None:
     try:
         from bagel_triton.opentelemetry_tracing import OpenTelemetryTracing
-    except ImportError as error:  # the variable may be there for others' sake: not a reason not to serve
-        log.warning("traces are off, as the extra 'tracing' is not installed: %s", error)
-        return NoTracing()
-    return OpenTelemetryTracing()
+    except ImportError:
+        return None
+    return OpenTelemetryTracing
 
 
 def passed_on(parents: Sequence[str], states: Sequence[str]) -> dict[str, str]:

@@ -55,7 +55,8 @@ def test_without_the_library_requests_are_served_untraced(
     monkeypatch.setitem(sys.modules, "bagel_triton.opentelemetry_tracing", None)
     with caplog.at_level(logging.WARNING), tracing.from_environment().request({}) as span:
         span.note({"height": 64})
-    assert "the extra 'tracing' is not installed" in caplog.text
+    assert "traces are off: the extra bagel-triton[tracing] is not installed" in caplog.text
+    assert tracing.destination() == "nowhere: the extra bagel-triton[tracing] is not installed"
 
 
 @pytest.mark.parametrize(

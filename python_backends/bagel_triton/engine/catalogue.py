@@ -65,8 +65,8 @@ _THINKER = (
         "counter", "thinker_prefix_query_tokens", "tokens of context that could have been kept from earlier requests"
     ),
     Metric("counter", "thinker_prefix_hit_tokens", "tokens of context that were kept from earlier requests"),
-    Metric("counter", "thinker_encoding_queries", "pictures that were to be encoded"),
-    Metric("counter", "thinker_encoding_hits", "pictures whose encoding was kept from an earlier time"),
+    Metric("counter", "thinker_encoding_queries", "encodings of pictures that were wanted, up to two a picture"),
+    Metric("counter", "thinker_encoding_hits", "encodings of pictures that were kept from an earlier time"),
     Metric("counter", "thinker_kv_waits", "requests that found the KV arena full and waited for room"),
     Metric("gauge", "thinker_kv_blocks", "blocks of the KV arena"),
     Metric("gauge", "thinker_kv_blocks_used", "blocks that requests or leases hold"),
