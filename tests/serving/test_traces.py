@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import tritonclient.grpc as triton
 
 from tests.serving.test_together import EIGHT, picture_body
 from tests.support.collector import Collector, Span, collecting
+from tests.support.killing import until
 from tests.support.serving import ANSWER_S, Server
 
 STAGES = ["cfg_expand", "thinker", "dit", "vae_decode"]
 PICTURE = picture_body(EIGHT[1], seed=1)
+LONG = picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
 TEXT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hello"}],
     "modalities": ["text"],
@@ -152,6 +155,15 @@ def test_no_span_is_lost_at_a_shutdown(checkpoint_dir: Path) -> None:
     with collecting() as collector:
         collector.delay_s = 0.5
         environment = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces"}  # sent every 5 s
-        with Server(checkpoint_dir, environment=environment) as server:
+        with Server(checkpoint_dir, environment=environment) as server, ThreadPoolExecutor(1) as client:
             server.chat(PICTURE, {"traceparent": _traceparent(trace, parent)})
+            (cut_off, other) = _ids()
+            long = client.submit(server.chat, LONG, {"traceparent": _traceparent(cut_off, other)})
+            until(lambda: bool(server.gauge("bagel_dit_active")), "dit is not at work", ANSWER_S)
+            server.stop()
+            assert long.result().status_code == 503
+            assert long.result().json()["error"]["message"] == "bagel is being stopped"
         assert [span.name for span in _whole(collector, trace)[1]] == STAGES
+        request, stages = _whole(collector, cut_off)
+        assert [span.name for span in stages] == STAGES[:3]
+        assert request.attributes["error.type"] == "Cancelled"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bagel_triton import reloads, tracing, triton_io
+from bagel_triton import notices, tracing, triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.catalogue import CATALOGUE
 from bagel_triton.engine.pipeline import Picture, Pipeline
@@ -41,8 +41,8 @@ class TritonPythonModel:
             self._local = LocalStages(config, self._metrics)
         self._tracing = tracing.from_environment()
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
-        counted = (config.shm_prefix, self._metrics, self._closing)
-        threading.Thread(target=reloads.tell, args=counted, daemon=True).start()
+        heeding = (config.shm_prefix, self._metrics, self._closing)
+        threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
