@@ -144,6 +144,8 @@ _KINDS: dict[str, type[BagelError]] = {
         Internal,
     )
 }
+# The HTTP status of every way a request can end.
+STATUSES = ("200", *sorted({str(kind.http_status) for kind in _KINDS.values()}))
 # Triton's own words, and its client's, for what is not there, has died or is being stopped.
 _GONE = (
     "is not healthy",

@@ -44,7 +44,7 @@ class StageModel:
         """Build the engine; an error here is the reason Triton reports."""
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
-        self.metrics = TritonMetrics()
+        self.metrics = TritonMetrics([args["model_name"]])
         config = from_environment()
         self.engine = self.build(Parts.open(config))
         self._departures = Departures(self.engine.drop)

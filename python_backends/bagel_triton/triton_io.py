@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from bagel_triton import tracing
 from bagel_triton.errors import BagelError, InvalidRequest, from_exception
 from bagel_triton.events import Event, StageStats, encode_event, encode_stats
 from bagel_triton.messages import Message, decode, encode
@@ -51,14 +52,20 @@ def arrays_of(request: Any) -> Arrays:
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
 
+def parameters_of(request: Any) -> dict[str, Any]:
+    """The request's parameters; Triton adds the headers that it is told to forward."""
+    return dict(json.loads(request.parameters() or "{}"))
+
+
 def refuse_parameters(request: Any) -> None:
     """Refuse what Triton made a request parameter of: a field that is no input of the model.
 
     Raises:
         InvalidRequest: names the field and the inputs there are.
     """
-    for name in json.loads(request.parameters() or "{}"):
-        if not name.startswith("triton_") and name not in TRITON_PARAMETERS:
+    for name in parameters_of(request):
+        known = name.startswith("triton_") or name in TRITON_PARAMETERS or name.lower() in tracing.HEADERS
+        if not known:
             raise InvalidRequest(f"{name} is not a field; allowed: {', '.join(REQUEST_TENSORS)}", name)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,13 +30,14 @@ START_S, STOP_S, ANSWER_S = 180, 15, 120
 class Server:
     """A running server. ``grpc``, ``http`` and ``metrics`` are Triton's addresses, ``url`` the proxy's."""
 
-    def __init__(self, checkpoint: Path, *arguments: str) -> None:
+    def __init__(self, checkpoint: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         program = Path(sys.executable).with_name("bagel-triton")
         self.process = subprocess.Popen(
             [program, "serve", checkpoint, "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.output: list[str] = []
         ready = threading.Event()
@@ -84,9 +87,10 @@ class Server:
         assert found, f"no metric {name}"
         return float(found[1])
 
-    def chat(self, body: dict[str, Any]) -> httpx.Response:
+    def chat(self, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> httpx.Response:
         """POST a chat request."""
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=ANSWER_S, trust_env=False)
+        url = f"{self.url}/v1/chat/completions"
+        return httpx.post(url, json=body, headers=headers, timeout=ANSWER_S, trust_env=False)
 
     def pictures(self, body: dict[str, Any]) -> list[np.ndarray]:
         """The pictures that a chat request is answered with."""

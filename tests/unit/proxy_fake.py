@@ -7,7 +7,7 @@ import base64
 import json
 import socket
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -86,11 +86,15 @@ class FakeClient:
         self.script = script or SCRIPT
         self.ready = ready or dict.fromkeys(BAGEL.models, True)
         self.requests: list[GenerationRequest] = []
+        self.headers: list[dict[str, str]] = []
         self.cancelled = threading.Event()
         self.closed = False
 
-    async def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
+    async def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
         self.requests.append(request)
+        self.headers.append(dict(headers))
         try:
             for item in self.script:
                 if item is SILENCE:
@@ -128,7 +132,7 @@ def generation(body: object) -> GenerationRequest:
 
     async def ask() -> None:
         wanted = task.to_task(schema.parse(json.dumps(body).encode()))
-        async for _ in wanted.run(client, PictureSource(None), "r"):
+        async for _ in wanted.run(client, PictureSource(None), "r", {}):
             pass
 
     asyncio.run(ask())

@@ -146,6 +146,15 @@ def test_health_is_200_only_when_every_model_is_ready() -> None:
     assert not any(reply.json()["models"].values())
 
 
+def test_the_clients_trace_goes_on_to_triton_and_none_of_its_other_headers() -> None:
+    client = FakeClient()
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with http(client) as proxy:
+        proxy.post(CHAT, json=chat_body(), headers={"Traceparent": parent, "tracestate": "a=1", "authorization": "b"})
+        proxy.post(CHAT, json=chat_body(), headers={"traceparent": "nonsense", "tracestate": "a=1"})
+    assert client.headers == [{"traceparent": parent, "tracestate": "a=1"}, {}]
+
+
 def test_the_connection_is_given_back_at_the_end() -> None:
     client = FakeClient()
     with http(client):

@@ -250,7 +250,7 @@ def test_a_connection_that_breaks_while_sending_cancels_its_request() -> None:
             raise BrokenPipeError
 
     async def session() -> None:
-        responses = backend.generate(GenerationRequest(messages=A_CAT), "r")
+        responses = backend.generate(GenerationRequest(messages=A_CAT), "r", {})
         rest = chunks(responses, new_header("bagel"), "image", include_usage=False)
         reply = EventStream(await anext(rest), rest)
         with pytest.raises(ClientDisconnect):

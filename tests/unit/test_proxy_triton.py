@@ -87,7 +87,7 @@ def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], **set
 
 
 async def everything(client: TritonClient, request: GenerationRequest | None = None) -> list[StageResponse]:
-    return [response async for response in client.generate(request or GenerationRequest("A cat"), "r-1")]
+    return [response async for response in client.generate(request or GenerationRequest("A cat"), "r-1", {})]
 
 
 def failure(script: Script, **settings: Any) -> BagelError:
@@ -197,7 +197,7 @@ def test_a_consumer_that_stops_cancels_the_stream() -> None:
     service = Service([wire(PROGRESS[0]), HANG])
 
     async def leave(client: TritonClient) -> None:
-        responses = client.generate(GenerationRequest("A cat"), "r-1")
+        responses = client.generate(GenerationRequest("A cat"), "r-1", {})
         await anext(responses)
         assert not service.cancelled.is_set()
         await responses.aclose()
@@ -238,7 +238,7 @@ def test_an_orchestrator_that_dies_is_not_waited_for(shm: Path) -> None:
     service = Service([wire(PROGRESS[0]), HANG])
 
     async def die(client: TritonClient) -> None:
-        responses = client.generate(GenerationRequest("A cat"), "r-1")
+        responses = client.generate(GenerationRequest("A cat"), "r-1", {})
         assert (await anext(responses)).event == PROGRESS[0].event
         orchestrator.kill()
         with pytest.raises(StageUnavailable, match=r"^bagel died$"):

@@ -24,8 +24,9 @@ class Server:
         self.directory, self._stack = directory, stack
         self.broken: set[str] = set()
         self.reloads: list[str] = []
+        self.back: list[str] = []
         self.now = 0.0
-        self.watchdog = Watchdog(PREFIX, self, directory, clock=lambda: self.now)
+        self.watchdog = Watchdog(PREFIX, self, self.back.append, directory, clock=lambda: self.now)
 
     def start(self, stage: str) -> AnnouncedProcess:
         return self._stack.enter_context(AnnouncedProcess(self.directory, stage))
@@ -93,11 +94,13 @@ def test_a_stage_stays_dead_until_it_could_be_loaded(server: Server, capsys: pyt
     server.check()
     assert "stage dit could not be reloaded: no memory" in capsys.readouterr().out
     assert set(server.dead) == {"dit"}
+    assert server.back == []
     server.check()
     assert server.reloads == ["dit"], "it is not tried again at once"
     server.broken, server.now = set(), 1.0
     server.check()
     assert server.reloads == ["dit", "dit"]
+    assert server.back == ["dit"]
     assert server.dead == {}
 
 

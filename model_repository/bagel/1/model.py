@@ -6,15 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from bagel_triton import triton_io
+from bagel_triton import notices, tracing, triton_io
 from bagel_triton.deploy.config import from_environment
+from bagel_triton.engine.catalogue import CATALOGUE
 from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.errors import Overloaded, from_exception
+from bagel_triton.engine.trace import Span
+from bagel_triton.errors import from_exception
 from bagel_triton.events import encode_event
+from bagel_triton.in_flight import InFlight
 from bagel_triton.liveness import Announcement
 from bagel_triton.request import from_tensors
 from bagel_triton.triton_metrics import TritonMetrics
 from bagel_triton.triton_stages import TritonStages
+
+LAST_S = 0.5  # for requests that are told to end
 
 
 class TritonPythonModel:
@@ -26,45 +31,48 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing is loaded here, unless everything is."""
         triton_io.use_triton_log()
-        self._outbox, self._metrics = triton_io.Outbox(), TritonMetrics()
-        config = from_environment()
+        self._outbox, config = triton_io.Outbox(), from_environment()
+        one_process = config.topology.one_process
+        self._metrics = TritonMetrics(tuple(CATALOGUE) if one_process else [args["model_name"]])
         self._config, self._shm_prefix, self._local = config.bagel, config.shm_prefix, None
-        if config.topology.one_process:
+        if one_process:
             from bagel_triton.engine.build import LocalStages  # otherwise this process needs no torch
 
             self._local = LocalStages(config, self._metrics)
-        self._closing = threading.Event()
-        self._slots = threading.BoundedSemaphore(self._config.max_inflight)
+        self._tracing = tracing.from_environment()
+        self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
+        heeding = (config.shm_prefix, self._metrics, self._closing)
+        threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Follow every request from a thread of its own."""
         for request in requests:
             reply = triton_io.Reply(request, self._outbox)
-            if self._slots.acquire(blocking=False):
-                threading.Thread(target=self._follow, args=(request, reply), daemon=True).start()
-            else:
-                self._metrics.count("requests", status="429")
-                reply.fail(Overloaded(f"{self._config.max_inflight} requests are in flight already"))
+            threading.Thread(target=self._follow, args=(request, reply), daemon=True).start()
 
     def _follow(self, request: Any, reply: triton_io.Reply) -> None:
-        started = time.monotonic()
+        started, status = time.monotonic(), 200
         try:
-            triton_io.refuse_parameters(request)
-            inputs: Any = triton_io.arrays_of(request)
-            stages: Any = self._local or TritonStages(request, self._shm_prefix)
-            if self._local:
-                inputs = from_tensors(inputs)
-            for item in Pipeline(stages, self._config.stage_timeout_s).run(inputs, lambda: self._gone(reply)):
-                self._send(item, reply)
-            reply.finish()
-            self._metrics.count("requests", status="200")
+            with self._tracing.request(triton_io.parameters_of(request)) as span, self._in_flight:
+                span.note({"request_id": reply.request_id} if reply.request_id else {})
+                self._answer(request, reply, span)
+            self._metrics.observe("request_seconds", time.monotonic() - started)
         except Exception as error:
             reply.fail(error)
-            self._metrics.count("requests", status=str(from_exception(error).http_status))
-        finally:
-            self._metrics.observe("request_seconds", time.monotonic() - started)
-            self._slots.release()
+            status = from_exception(error).http_status
+        self._metrics.count("requests", status=str(status))
+
+    def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
+        triton_io.refuse_parameters(request)
+        inputs: Any = triton_io.arrays_of(request)
+        stages: Any = self._local or TritonStages(request, self._shm_prefix)
+        if self._local:
+            inputs = from_tensors(inputs)
+        pipeline: Pipeline[Any, Any, Any] = Pipeline(stages, self._config.stage_timeout_s)
+        for item in pipeline.run(inputs, lambda: self._gone(reply), span):
+            self._send(item, reply)
+        reply.finish()
 
     def _gone(self, reply: triton_io.Reply) -> bool:
         return self._closing.is_set() or reply.cancelled()
@@ -77,10 +85,12 @@ class TritonPythonModel:
             reply.send({"event": triton_io.bytes_array(encode_event(item))})
 
     def finalize(self) -> None:
-        """End what is in flight; the last errors still go out."""
+        """End what is in flight; the last errors and spans still go out."""
         self._closing.set()
+        self._in_flight.drain(LAST_S)
         if self._local:
             self._local.close()
         self._outbox.close()
+        self._tracing.close()
         self._metrics.close()
         self._announcement.withdraw()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from bagel_triton.engine.metrics import Metrics
+
 
 class EncodingCache:
     """Tensors by key, at most ``capacity`` bytes of them; those used longest ago go first.
@@ -15,13 +17,15 @@ class EncodingCache:
     keys and values, are new, but what the encoders made of its pixels is not.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity, self._bytes = capacity, 0
+    def __init__(self, capacity: int, metrics: Metrics) -> None:
+        self._capacity, self._bytes, self._metrics = capacity, 0, metrics
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, key: bytes, encode: Callable[[], Tensor]) -> Tensor:
         """What is kept under ``key``, or else what ``encode`` returns; not to be written to."""
+        self._metrics.count("thinker_encoding_queries")
         if key in self._kept:
+            self._metrics.count("thinker_encoding_hits")
             self._kept.move_to_end(key)
             return self._kept[key]
         made = encode()

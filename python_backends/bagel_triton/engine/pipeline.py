@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
 from bagel_triton.contexts import Answer, DenoiseJob, Thoughts
+from bagel_triton.engine.trace import Facts, NoSpan, Span, flow_facts, request_facts, size_facts, text_facts
 from bagel_triton.engine.visit import Visit
 from bagel_triton.events import AnswerEvent, DoneEvent, Event, PictureEvent, StageStats
 from bagel_triton.messages import FlowSettings, Plan, Usage
@@ -54,33 +56,41 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         self._stages, self._timeout_s = stages, stage_timeout_s
 
     def run(
-        self, request: RequestT, cancelled: Callable[[], bool] = lambda: False
+        self, request: RequestT, cancelled: Callable[[], bool] = lambda: False, span: Span | None = None
     ) -> Iterator[Event | Picture[PixelsT]]:
-        """Events of one request, :class:`DoneEvent` last.
+        """Events of one request, :class:`DoneEvent` last; ``span``, the request's, is told of each visit.
 
         Raises:
             BagelError: the request failed; nothing of it is left in any stage.
         """
         times: list[StageStats] = []
         started, deadline = time.time(), None
+        whole = span or NoSpan()
 
-        def follow(visit: Visit[T]) -> Generator[Event, None, T]:
-            result, stats = yield from visit.follow(cancelled, self._timeout_s, deadline)
+        def follow(visit: Visit[T], facts: Facts = MappingProxyType({})) -> Generator[Event, None, T]:
+            with whole.child(visit.stage, visit.started_at) as part:
+                part.note(facts)
+                result, stats = yield from visit.follow(cancelled, self._timeout_s, deadline)
+                part.note({"queue_s": stats.queue_s, "run_s": stats.run_s})
+                if isinstance(result, Thoughts):
+                    part.note(text_facts(result.answers))
             times.append(stats)
             return result
 
         plan = yield from follow(self._stages.expand(request))
+        whole.note(request_facts(plan))
         if plan.schedule.deadline is not None:  # it was set when the plan was made, which took its time
             deadline = plan.schedule.deadline - (time.time() - started)
         pictures: list[PixelsT] = []
         finished = False
         try:
-            thoughts = yield from follow(self._stages.think(plan))
+            thoughts = yield from follow(self._stages.think(plan), {"prompt_tokens": plan.usage.prompt_tokens})
+            whole.note(text_facts(thoughts.answers))
             yield from _answers(thoughts.answers)
             if thoughts.job is not None:
-                latents = yield from follow(self._stages.denoise(thoughts.job))
+                latents = yield from follow(self._stages.denoise(thoughts.job), flow_facts(plan.flow))
                 for visit in [self._stages.decode(one, plan.request_id) for one in latents]:
-                    pictures.append((yield from follow(visit)))
+                    pictures.append((yield from follow(visit, size_facts(plan.flow))))
             finished = True
         finally:
             if not finished:  # also when the consumer closes this generator

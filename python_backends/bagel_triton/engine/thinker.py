@@ -59,11 +59,12 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
-        encodings = EncodingCache(config.encoder_cache_mb * 10**6)
+        encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
         self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers)
         self._prefixes = PrefixCache(producer.arena)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0
+        self.gauge("kv_blocks", producer.arena.blocks.count)
         self._running: list[ThinkerRun] = []
         self.start()
 

@@ -22,7 +22,7 @@ class Visit(Generic[Result]):
     """
 
     def __init__(self, stage: Stage, alive: Callable[[], bool] = lambda: True) -> None:
-        self.stage = stage
+        self.stage, self.started_at = stage, time.time()
         self._alive = alive
         self._items: queue.SimpleQueue[Event | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
 

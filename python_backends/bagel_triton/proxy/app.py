@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from bagel_triton import tracing
 from bagel_triton.errors import Cancelled, ModelNotFound, StageUnavailable
 from bagel_triton.proxy import schema, stream
 from bagel_triton.proxy.errors import BodyTooLarge, error_response, http_exception, to_bagel_error
@@ -67,7 +68,9 @@ class _Api:
         body = schema.parse(await self._read(request))
         header = new_header(self._served_model(body.model))
         task = to_task(body)
-        responses = task.run(self._client, self._source, header.id)
+        came = request.headers
+        trace = tracing.passed_on(came.getlist(tracing.PARENT), came.getlist(tracing.STATE))
+        responses = task.run(self._client, self._source, header.id, trace)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             chunks = stream.chunks(responses, header, task.modality, include_usage)

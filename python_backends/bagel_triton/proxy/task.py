@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,9 @@ class Task:
     fields: dict[str, Any]
     written: dict[str, str]
 
-    async def run(self, client: Client, source: PictureSource, request_id: str) -> AsyncGenerator[StageResponse, None]:
+    async def run(
+        self, client: Client, source: PictureSource, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
         """Load the pictures, then relay what ``client`` answers; closing it cancels the request.
 
         Raises:
@@ -45,7 +47,7 @@ class Task:
                 modality=self.modality,
                 **self.fields,
             )
-            async with aclosing(client.generate(request, request_id)) as responses:
+            async with aclosing(client.generate(request, request_id, headers)) as responses:
                 async for response in responses:
                     yield response
         except InvalidRequest as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +45,12 @@ class StageResponse:
 class Client(Protocol):
     """What the proxy asks of Triton."""
 
-    def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
+    def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
         """Responses as they come, a ``DoneEvent`` last; closing it cancels the request.
+
+        ``headers`` go with it.
 
         Raises:
             BagelError: whatever a stage raised, or Triton is gone.
@@ -76,9 +80,11 @@ class TritonClient:
             self._connection = InferenceServerClient(self._settings.triton_grpc, channel_args=_CHANNEL_ARGS)
         return self._connection
 
-    async def generate(self, request: GenerationRequest, request_id: str) -> AsyncGenerator[StageResponse, None]:
+    async def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
         call = {"model_name": ORCHESTRATOR, "inputs": _inputs(request), "request_id": request_id}
-        responses = self._triton.stream_infer(_once(call))
+        responses = self._triton.stream_infer(_once(call), headers=dict(headers))
         alive = self._watch()
         last: Event | None = None
         try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import bagel_triton
+from bagel_triton import tracing
 from bagel_triton.deploy import deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import ConnectorChoice, choose
@@ -129,6 +130,7 @@ async def _serve(options: ServeOptions) -> None:
                 "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
                 "Triton gRPC": f"{ports.LOOPBACK}:{grpc_port}",
                 "Triton metrics": f"http://{ports.LOOPBACK}:{metrics_port}/metrics",
+                **({"traces": traces} if (traces := tracing.destination()) else {}),
                 "tritonserver": server.program,
                 "log": directory / LOG_FILE,
             }

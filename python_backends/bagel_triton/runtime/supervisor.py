@@ -17,6 +17,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.notices import SERVER, Notices
 from bagel_triton.runtime import connector_test, ports, triton_log
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ModelRepository
@@ -25,7 +26,8 @@ from bagel_triton.runtime.tries import Tries
 from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
 from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
 
-GRACE_S = 3  # for requests in flight at a shutdown; then Triton's end fails them
+GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
+LAST_S = 1  # for them to do so; then Triton's end cuts them off
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
             not get from stage to stage.
     """
     config = uvicorn.Config(
-        launch.proxy, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + int(STOP_TIMEOUT_S) + 1
+        launch.proxy,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S + LAST_S + int(STOP_TIMEOUT_S) + 1,
     )
     proxy = _ProxyServer(config)
     serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
@@ -72,13 +77,14 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     if launch.verbose:
         launch.log.touch()
         helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
-    tries = Tries()
+    tries, notices = Tries(), Notices(launch.shared.prefix)
     try:
-        while crash := await _serve_once(launch, proxy, serving, stopped, tries):
+        while crash := await _serve_once(launch, proxy, serving, stopped, tries, notices):
             if not tries.again(time.monotonic()):
                 raise CommandError(crash)
             print(f"{crash}; starting it again", flush=True)
             launch.shared.clear()
+            notices.reloaded(SERVER)
     finally:
         proxy.should_exit = True
         await asyncio.wait({serving})
@@ -88,7 +94,12 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
 
 
 async def _serve_once(
-    launch: Launch, proxy: uvicorn.Server, serving: asyncio.Task[None], stopped: asyncio.Task[bool], tries: Tries
+    launch: Launch,
+    proxy: uvicorn.Server,
+    serving: asyncio.Task[None],
+    stopped: asyncio.Task[bool],
+    tries: Tries,
+    notices: Notices,
 ) -> str | None:
     """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
     triton = await TritonProcess.start(
@@ -97,7 +108,7 @@ async def _serve_once(
     url = ports.base_url(launch.listener)
     ended = asyncio.create_task(triton.ended())
     ready = asyncio.create_task(_until_ready(triton, launch, url))
-    watching = asyncio.create_task(_watch(triton, launch))
+    watching = asyncio.create_task(_watch(triton, launch, notices))
     crash = None
     try:
         ends = {serving, ended, stopped, watching}
@@ -123,6 +134,8 @@ async def _serve_once(
         if crash is None:
             proxy.should_exit = True
             await asyncio.wait({serving}, timeout=GRACE_S)
+            notices.stop()
+            await asyncio.wait({serving}, timeout=LAST_S)
         await triton.stop(at_once=crash is not None)
         for task in (ended, ready, watching):
             task.cancel()
@@ -138,10 +151,10 @@ def _restart_reason(watching: asyncio.Task[None]) -> str:
     raise CommandError("the watchdog ended by itself")
 
 
-async def _watch(triton: TritonProcess, launch: Launch) -> None:
+async def _watch(triton: TritonProcess, launch: Launch, notices: Notices) -> None:
     await triton.loaded.wait()
     async with ModelRepository(launch.http_port) as repository:
-        await Watchdog(launch.shared.prefix, repository).run()
+        await Watchdog(launch.shared.prefix, repository, notices.reloaded).run()
 
 
 async def _until_ready(triton: TritonProcess, launch: Launch, url: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bagel_triton import tracing
 from bagel_triton.deploy.config import DEPLOY_VARIABLE
 from bagel_triton.liveness import region_prefix
 from bagel_triton.runtime import python_library
@@ -19,6 +20,7 @@ from bagel_triton.runtime.ports import LOOPBACK
 
 EXIT_TIMEOUT_S = 2  # for requests in flight; a lost one must not hold up a shutdown
 LIBRARY_PATH = "LD_LIBRARY_PATH"
+HEADERS = f"(?i){'|'.join(tracing.HEADERS)}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class TritonServer:
             f"--grpc-port={grpc_port}",
             f"--metrics-address={LOOPBACK}",
             f"--metrics-port={metrics_port}",
+            # Over gRPC and HTTP: a request's parent span reaches the orchestrator as a parameter.
+            *(f"--{protocol}-header-forward-pattern={HEADERS}" for protocol in ("grpc", "http")),
             f"--backend-config=python,shm-region-prefix-name={region_prefix(shm_prefix)}",
             *(["--log-verbose=1"] if verbose else []),
         ]

@@ -40,7 +40,7 @@ class _History:
 
 
 class Watchdog:
-    """Watches the processes announced under ``prefix``.
+    """Watches the processes announced under ``prefix``; ``reloaded`` hears of every stage that is back.
 
     A stage that cannot be kept alive ends the server: see :class:`Tries`.
     """
@@ -49,10 +49,12 @@ class Watchdog:
         self,
         prefix: str,
         repository: Repository,
+        reloaded: Callable[[str], None],
         directory: Path = liveness.DIRECTORY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prefix, self._repository, self._directory, self._clock = prefix, repository, directory, clock
+        self._reloaded = reloaded
         self._histories: dict[str, _History] = {}
 
     async def run(self) -> None:
@@ -103,5 +105,6 @@ class Watchdog:
                 os.kill(process.pid, signal.SIGKILL)
             process.remove()
         history.reloads += 1
+        self._reloaded(stage)
         history.tries.back(now := self._clock())
         print(f"stage {stage} is back after {now - started:.1f} s (reload {history.reloads})", flush=True)

@@ -1,0 +1,81 @@
+"""What the supervisor counts reaches the metrics, once; that it stops is heard."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bagel_triton import notices
+from bagel_triton.engine.metrics import NoMetrics
+
+PREFIX = "bagel_triton_1_2"
+
+
+class Counts(NoMetrics):
+    """What was counted, by the metric's name and label."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        self.seen["/".join([name, *labels.values()])] += int(amount)
+
+
+@contextmanager
+def told(directory: Path) -> Iterator[Counts]:
+    counts, closing = Counts(), threading.Event()
+    thread = threading.Thread(target=notices.heed, args=(PREFIX, counts, closing, directory))
+    thread.start()
+    yield counts
+    closing.set()
+    thread.join()
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "POLL_S", 0.01)
+
+
+def test_each_reload_is_counted_once_and_a_new_process_counts_those_before_it(tmp_path: Path) -> None:
+    kept = notices.Notices(PREFIX, tmp_path)
+    with told(tmp_path) as counts:
+        for name in ("dit", "dit", "thinker", notices.SERVER):
+            kept.reloaded(name)
+        expected = {"stage_reloads/dit": 2, "stage_reloads/thinker": 1, "server_restarts": 1}
+        assert soon(lambda: counts.seen == expected)
+        time.sleep(0.05)
+        assert counts.seen == expected
+    for path in tmp_path.iterdir():  # a crashed tritonserver's files are swept away
+        path.unlink()
+    kept.reloaded(notices.SERVER)
+    with told(tmp_path) as counts:
+        assert soon(lambda: counts.seen == expected | {"server_restarts": 2})
+
+
+def test_where_no_supervisor_counts_nothing_is_told(tmp_path: Path) -> None:
+    with told(tmp_path) as counts:
+        time.sleep(0.05)
+    assert not counts.seen
+
+
+def test_that_the_server_stops_is_heard_and_ends_the_listening(tmp_path: Path) -> None:
+    kept, closing = notices.Notices(PREFIX, tmp_path), threading.Event()
+    thread = threading.Thread(target=notices.heed, args=(PREFIX, NoMetrics(), closing, tmp_path))
+    thread.start()
+    assert not closing.wait(0.05)
+    kept.stop()
+    assert closing.wait(10)
+    thread.join()
