@@ -7,13 +7,13 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from bisect import insort
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from bagel_triton.engine.cores import release_team
 from bagel_triton.engine.job import Job, Result, Task
+from bagel_triton.engine.line import Line
 from bagel_triton.engine.metrics import Metrics, NoMetrics
 from bagel_triton.errors import BagelError, Cancelled, DeadlineExceeded, Overloaded, StageUnavailable
 from bagel_triton.events import Event, ProgressEvent, Stage
@@ -38,10 +38,8 @@ class Worker(ABC, Generic[Task, Result]):
 
     def __init__(self, metrics: Metrics | None = None, max_waiting: int = 256) -> None:
         self.metrics, self._gauged = metrics or NoMetrics(), dict[str, float]()
-        self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: list[Job[Task, Result]] = []
-        self._queued = 0  # those waiting, and those on their way to the line
+        self._waiting: Line[Task, Result] = Line(max_waiting)
         self._closing = threading.Event()
         self._closed, self._closing_lock = False, threading.Lock()
         self._told_at = self._kept_at = time.monotonic()
@@ -64,13 +62,12 @@ class Worker(ABC, Generic[Task, Result]):
         with self._closing_lock:
             if self._closed:
                 job.fail(StageUnavailable(f"{self.stage} is shutting down"))
-            elif self._queued >= self._max_waiting:
-                self.metrics.count(f"{self.stage}_refused")
-                job.fail(Overloaded(f"{self._queued} requests wait for {self.stage} already; try again later"))
-                self._inbox.put(lambda: self._turn_away(job))
+            elif self._waiting.reserve():
+                self._inbox.put(lambda: self._waiting.add(job))
             else:
-                self._queued += 1
-                self._inbox.put(lambda: insort(self._waiting, job, key=lambda waiting: waiting.rank))
+                self.metrics.count(f"{self.stage}_refused")
+                job.fail(Overloaded(f"{self._waiting.taken} requests wait for {self.stage} already; try again later"))
+                self._inbox.put(lambda: self._turn_away(job))
         return job
 
     def call(self, function: Callable[[], Value]) -> Future[Value]:
@@ -168,7 +165,7 @@ class Worker(ABC, Generic[Task, Result]):
         now = time.monotonic()
         if now - self._kept_at > KEEP_S:
             self._kept_at = now
-            for job in list(self._waiting):
+            for job in self._waiting:
                 try:
                     self._keep(job)
                 except Exception as error:  # its own failure, not that of those being worked on
@@ -198,15 +195,10 @@ class Worker(ABC, Generic[Task, Result]):
     def _remove(self, job: Job[Task, Result]) -> None:
         """Take a job from the line, or from the active ones."""
         if job in self._waiting:
-            self._leave_line(job)
+            self._waiting.remove(job)
             self._turn_away(job)
         else:
             self._drop(job)
-
-    def _leave_line(self, job: Job[Task, Result]) -> None:
-        self._waiting.remove(job)
-        with self._closing_lock:
-            self._queued -= 1
 
     def _drain(self, wait_s: float | None) -> None:
         try:
@@ -218,8 +210,7 @@ class Worker(ABC, Generic[Task, Result]):
             return
 
     def _admit_waiting(self) -> None:
-        while self._waiting:
-            job = self._waiting[0]
+        for job in self._waiting:
             try:
                 if not self._admit(job):
                     return
@@ -228,7 +219,7 @@ class Worker(ABC, Generic[Task, Result]):
             except Exception as error:
                 self._turn_away(job)
                 job.fail(error)
-            self._leave_line(job)
+            self._waiting.remove(job)
 
     @property
     def _jobs(self) -> list[Job[Task, Result]]:
@@ -252,6 +243,6 @@ class Worker(ABC, Generic[Task, Result]):
         self._drain(0.0)
         error = StageUnavailable(f"{self.stage} is shutting down")
         self._fail_active(error)
-        for job in list(self._waiting):
+        for job in self._waiting:
             self._remove(job)
             job.fail(error)
