@@ -25,7 +25,7 @@ CHANNEL_ARGS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
-POLL_S, ANSWER_S = 0.25, 4.0
+POLL_S, ANSWER_S = 0.25, 3.0
 
 
 class RemoteModels:
@@ -57,13 +57,11 @@ class RemoteModels:
             self._closing.wait(POLL_S)
 
     def _all_ready(self, client: triton.InferenceServerClient, address: str) -> bool:
-        missed = False
-        for model in (model for model, other in self.addresses.items() if other == address):
-            began = time.monotonic()
-            try:
-                ready = bool(client.is_model_ready(model, client_timeout=ANSWER_S))
-            except InferenceServerException:
-                ready = False
-            if not ready:
-                self._missed_at[model], missed = began, True
-        return not missed
+        models = [model for model, other in self.addresses.items() if other == address]
+        began = time.monotonic()
+        try:
+            missing = [model for model in models if not client.is_model_ready(model, client_timeout=ANSWER_S)]
+        except InferenceServerException:  # out of reach, with all that it has
+            missing = models
+        self._missed_at.update(dict.fromkeys(missing, began))
+        return not missing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from tests.serving.test_leaving import LONG, connection
 from tests.serving.test_leaving import until as until_gauge
 from tests.support.cases import load_cases
 from tests.support.connectors import require_mooncake
-from tests.support.killing import Load, health, kill, until
+from tests.support.killing import Load, arguments, descendants, health, kill, until
 from tests.support.serving import Server, chat_body, reply_pictures
 
 REMOTE = "127.0.0.2"
@@ -96,6 +98,21 @@ def test_a_stage_process_that_is_killed_there_fails_its_requests_and_comes_back(
     until_gauge(hosts.remote, "bagel_dit_active", 1)
     kill(hosts.remote, "dit")
     _check_refused(load)
+    _check_back(hosts)
+
+
+def test_a_server_that_falls_silent_fails_its_requests_too(hosts: Hosts) -> None:
+    load = Load(hosts.local, [LONG], CLIENT_S)
+    until_gauge(hosts.remote, "bagel_dit_active", 1)
+    [triton] = [pid for pid in descendants(hosts.remote.process.pid) if "--model-control-mode" in arguments(pid)]
+    os.kill(triton, signal.SIGSTOP)  # as a host that is cut off, it closes no connection
+    try:
+        later = Load(hosts.local, [chat_body(CASES["t2i_default"].request)], CLIENT_S)
+        assert health(hosts.local) == 503
+        _check_refused(load)
+        _check_refused(later)
+    finally:
+        os.kill(triton, signal.SIGCONT)
     _check_back(hosts)
 
 

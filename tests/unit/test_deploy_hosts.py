@@ -10,6 +10,7 @@ from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig
 from bagel_triton.deploy.deploy_yaml import load
 from bagel_triton.deploy.hosts import on_this_host
 
+FILE = Path(__file__).parents[2] / "build" / "deploy" / "bagel_two_hosts.yaml"
 CONNECTORS = "connectors: {net: {name: mooncake}}"
 TWO = f"stages: [{{stage_id: 1, address: '127.0.0.2:8001'}}]\n{CONNECTORS}"
 
@@ -33,6 +34,12 @@ def test_another_stages_server_is_called_at_its_address(tmp_path: Path) -> None:
     config = on_this_host(_load(tmp_path, TWO), 1, headless=True)
     assert (config.models, config.remote) == (("dit", "vae_decode"), {})
     assert config.own_address == ("127.0.0.2", 8001)
+
+
+def test_the_deploy_file_to_start_from_serves_either_stage() -> None:
+    config = load(FILE, "checkpoint")
+    assert on_this_host(config, 0, "10.0.0.1").remote == {"dit": "10.0.0.2:8001", "vae_decode": "10.0.0.2:8001"}
+    assert on_this_host(config, 1, headless=True).mooncake.host == "10.0.0.2"
 
 
 def test_without_addresses_one_server_has_all_models() -> None:
