@@ -38,6 +38,7 @@ def call(address: str, model: str, arrays: Arrays, outputs: Sequence[str], reque
                     yield {output.name: result.as_numpy(output.name) for output in response.outputs}
                 if response.parameters["triton_final_response"].bool_param:
                     return
+            raise StageUnavailable(f"{address}: {model} ended the stream before its answer")
         except grpc.RpcError as error:
             raise _typed(error, address) from error
         finally:

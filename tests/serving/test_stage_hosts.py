@@ -119,9 +119,11 @@ def test_a_server_that_falls_silent_fails_its_requests_too(hosts: Hosts) -> None
 def test_a_server_that_is_gone_fails_its_requests_and_comes_back(hosts: Hosts) -> None:
     load = Load(hosts.local, [LONG], CLIENT_S)
     until_gauge(hosts.remote, "bagel_dit_active", 1)
+    family = descendants(hosts.remote.process.pid)
     hosts.remote.process.kill()
     _check_refused(load)
     hosts.remote.process.wait(CLIENT_S)
+    until(lambda: not any(map(arguments, family)), "a process is left", CLIENT_S)
     assert health(hosts.local) == 503
     _check_refused(Load(hosts.local, [chat_body(CASES["t2i_default"].request)], CLIENT_S))
     hosts.start_remote()

@@ -14,7 +14,7 @@ from bagel_triton.engine.trace import Span
 from bagel_triton.errors import from_exception
 from bagel_triton.events import encode_event
 from bagel_triton.in_flight import InFlight
-from bagel_triton.liveness import Announcement
+from bagel_triton.liveness import Announcement, end_with_parent
 from bagel_triton.remote import RemoteModels
 from bagel_triton.request import from_tensors
 from bagel_triton.triton_metrics import TritonMetrics
@@ -45,6 +45,7 @@ class TritonPythonModel:
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
         heeding = (config.shm_prefix, self._metrics, self._closing)
         threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
+        end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
