@@ -58,11 +58,14 @@ class Hosts:
 @pytest.fixture(scope="module")
 def hosts(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     require_mooncake()
-    deploy = tmp_path_factory.mktemp("hosts") / "deploy.yaml"
+    folder = tmp_path_factory.mktemp("hosts")
+    deploy = folder / "deploy.yaml"
     port = ports.choose({"--grpc": 0}, {"--grpc": REMOTE})["--grpc"]
     deploy.write_text(DEPLOY.replace("ADDRESS", f"{REMOTE}:{port}"))
-    running = Hosts(checkpoint_dir, deploy)
-    yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))  # a server that is killed leaves its folder there
+        running = Hosts(checkpoint_dir, deploy)
+        yield running
     assert running.local.stop() == 0
     assert running.remote.stop() == 0
 
