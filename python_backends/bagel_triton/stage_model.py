@@ -12,7 +12,7 @@ from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
 from bagel_triton.engine.job import Job
 from bagel_triton.events import Event
-from bagel_triton.liveness import Announcement
+from bagel_triton.liveness import Announcement, end_with_parent
 from bagel_triton.messages import Schedule
 from bagel_triton.request import Arrays
 from bagel_triton.triton_metrics import TritonMetrics
@@ -48,6 +48,7 @@ class StageModel:
         config = from_environment()
         self.engine = self.build(Parts.open(config))
         self._departures = Departures(self.engine.drop)
+        end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def build(self, parts: Parts) -> Engine:

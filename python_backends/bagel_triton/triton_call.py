@@ -10,10 +10,10 @@ from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from bagel_triton.errors import BagelError, StageUnavailable, from_text
+from bagel_triton.remote import CHANNEL_ARGS
 from bagel_triton.request import Array, Arrays
 
-# Pictures and latents exceed gRPC's 4 MiB.
-OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # nobody cancels but who stops listening
 
 
 def call(address: str, model: str, arrays: Arrays, outputs: Sequence[str], request_id: str) -> Iterator[Arrays]:
@@ -25,7 +25,7 @@ def call(address: str, model: str, arrays: Arrays, outputs: Sequence[str], reque
     Raises:
         BagelError: what the model answered instead.
     """
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+    with grpc.insecure_channel(address, options=CHANNEL_ARGS) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         stream = stub.ModelStreamInfer(iter([_request(model, arrays, outputs, request_id)]))
         try:
@@ -38,6 +38,7 @@ def call(address: str, model: str, arrays: Arrays, outputs: Sequence[str], reque
                     yield {output.name: result.as_numpy(output.name) for output in response.outputs}
                 if response.parameters["triton_final_response"].bool_param:
                     return
+            raise StageUnavailable(f"{address}: {model} ended the stream before its answer")
         except grpc.RpcError as error:
             raise _typed(error, address) from error
         finally:
@@ -64,6 +65,6 @@ def _raw(array: Array) -> bytes:
 
 def _typed(error: grpc.RpcError, address: str) -> BagelError:
     text = f"{address}: {error.details()}"
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
+    if error.code() in _GONE:
         return StageUnavailable(text)
     return from_text(text)

@@ -1,4 +1,4 @@
-"""The stages as ``bagel`` reaches them: other models of the same Triton, called over its gRPC port."""
+"""The stages as ``bagel`` reaches them: models of its own Triton or of another, called over gRPC."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bagel_triton.engine.visit import Visit
 from bagel_triton.errors import BagelError, Internal
 from bagel_triton.events import Stage, decode_event, decode_stats
 from bagel_triton.messages import Plan, decode
+from bagel_triton.remote import RemoteModels
 from bagel_triton.request import Array, Arrays
 from bagel_triton.triton_call import call
 
@@ -30,11 +31,12 @@ log = logging.getLogger(__name__)
 class TritonStages:
     """One request's way through the server; ``parent`` is its Triton request.
 
-    ``shm_prefix`` is the server's: the stages' processes are announced under it.
+    ``shm_prefix`` is the server's: the stages' processes are announced under it, but for those
+    that ``remote`` has.
     """
 
-    def __init__(self, parent: Any, shm_prefix: str) -> None:
-        self._shm_prefix = shm_prefix
+    def __init__(self, parent: Any, shm_prefix: str, remote: RemoteModels) -> None:
+        self._shm_prefix, self._remote = shm_prefix, remote
         self._address = os.environ.get(GRPC_VARIABLE, DEFAULT_GRPC)
         self._request_id: str = parent.request_id()  # the plan's, once there is a plan
 
@@ -60,7 +62,7 @@ class TritonStages:
     def abandon(self, request_id: str) -> None:
         """Tell the stages that hold something: Triton does not pass a cancellation on."""
         # A stage that died holds nothing any more, and a call of it would hang.
-        living = [stage for stage in (DECODER, DIT, THINKER) if liveness.watch(self._shm_prefix, stage)()]
+        living = [stage for stage in (DECODER, DIT, THINKER) if self._watch(stage)()]
         calls = [threading.Thread(target=self._cancel, args=(stage, request_id), daemon=True) for stage in living]
         deadline = time.monotonic() + ABANDON_S
         for thread in calls:
@@ -71,10 +73,15 @@ class TritonStages:
     def _cancel(self, stage: str, request_id: str) -> None:
         inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
         try:
-            for _ in call(self._address, stage, inputs, [], request_id):
+            for _ in call(self._remote.addresses.get(stage, self._address), stage, inputs, [], request_id):
                 pass
         except BagelError as error:
             log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message)
+
+    def _watch(self, stage: Stage) -> Callable[[], bool]:
+        if stage in self._remote.addresses:
+            return self._remote.watch(stage)
+        return liveness.watch(self._shm_prefix, stage)
 
     def _visit(
         self,
@@ -83,13 +90,14 @@ class TritonStages:
         outputs: list[str],
         result: Callable[[Arrays], Result],
     ) -> Visit[Result]:
-        visit: Visit[Result] = Visit(stage, liveness.watch(self._shm_prefix, stage))
+        visit: Visit[Result] = Visit(stage, self._watch(stage))
+        address = self._remote.addresses.get(stage, self._address)
 
         def read() -> None:
             answered = False
             try:
                 names = [*outputs, "stats"]
-                for arrays in call(self._address, stage, inputs, names, self._request_id):
+                for arrays in call(address, stage, inputs, names, self._request_id):
                     if "stats" in arrays:
                         stats = decode_stats(_bytes(arrays.pop("stats")))
                         visit.finish(result(arrays), stats)

@@ -282,3 +282,13 @@ def test_a_devices_memory_is_what_counts_there():
 )
 def test_sizes_are_readable(size: int, text: str):
     assert memory.readable(size) == text
+
+
+def test_a_server_of_one_stage_needs_that_stages_memory_alone() -> None:
+    addresses = {1: "10.0.0.2:8001"}
+    whole = plan_of(connector="mooncake")
+    thinker = plan_of(connector="mooncake", stage_id=0, addresses=addresses)
+    rest = plan_of(connector="mooncake", stage_id=1, addresses=addresses)
+    assert thinker.stages + rest.stages == whole.stages
+    assert [stage.stage for stage in rest.stages] == ["dit", "vae_decode"]
+    assert thinker.kv + rest.kv == whole.kv

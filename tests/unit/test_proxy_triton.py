@@ -23,6 +23,7 @@ from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.proxy.triton import StageResponse, TritonClient
 from bagel_triton.request import GenerationRequest, from_tensors
 from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
+from tests.support.triton_service import TritonService, serving
 
 Script = list[Any]
 HANG = "hang"
@@ -191,6 +192,23 @@ def test_nothing_at_the_address_is_unavailable() -> None:
         await client.close()
 
     asyncio.run(session())
+
+
+def test_readiness_counts_models_elsewhere_by_their_own_address() -> None:
+    other = TritonService()
+    other.ready = {"dit"}
+
+    async def readiness(client: TritonClient) -> dict[str, bool]:
+        return await client.readiness()
+
+    with serving(other) as address:
+        remote = {"dit": address, "vae_decode": address}
+        ready = play(Service([], ("bagel",)), readiness, models=("bagel",), remote=remote)
+        assert ready == {"bagel": True, "dit": True, "vae_decode": False}
+    assert play(Service([], ("bagel",)), readiness, models=("bagel",), remote={"dit": address}) == {
+        "bagel": True,
+        "dit": False,
+    }
 
 
 def test_a_consumer_that_stops_cancels_the_stream() -> None:

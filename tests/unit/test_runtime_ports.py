@@ -54,3 +54,11 @@ def test_choosing_one_port_twice_is_an_error():
         wanted = probe.getsockname()[1]
     with pytest.raises(CommandError, match=f"port {wanted}.*--b"):
         ports.choose({"--a": wanted, "--b": wanted})
+
+
+def test_a_port_of_another_address():
+    with ports.listen("127.0.0.2", 0, "--x") as taken:
+        port = taken.getsockname()[1]
+        assert ports.choose({"--a": port}) == {"--a": port}
+        with pytest.raises(CommandError, match=rf"127\.0\.0\.2 port {port}.*--a"):
+            ports.choose({"--a": port}, {"--a": "127.0.0.2"})

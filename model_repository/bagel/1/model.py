@@ -14,7 +14,8 @@ from bagel_triton.engine.trace import Span
 from bagel_triton.errors import from_exception
 from bagel_triton.events import encode_event
 from bagel_triton.in_flight import InFlight
-from bagel_triton.liveness import Announcement
+from bagel_triton.liveness import Announcement, end_with_parent
+from bagel_triton.remote import RemoteModels
 from bagel_triton.request import from_tensors
 from bagel_triton.triton_metrics import TritonMetrics
 from bagel_triton.triton_stages import TritonStages
@@ -39,10 +40,12 @@ class TritonPythonModel:
             from bagel_triton.engine.build import LocalStages  # otherwise this process needs no torch
 
             self._local = LocalStages(config, self._metrics)
+        self._remote = RemoteModels(config.remote)
         self._tracing = tracing.from_environment()
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
         heeding = (config.shm_prefix, self._metrics, self._closing)
         threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
+        end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
@@ -66,7 +69,7 @@ class TritonPythonModel:
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
         triton_io.refuse_parameters(request)
         inputs: Any = triton_io.arrays_of(request)
-        stages: Any = self._local or TritonStages(request, self._shm_prefix)
+        stages: Any = self._local or TritonStages(request, self._shm_prefix, self._remote)
         if self._local:
             inputs = from_tensors(inputs)
         pipeline: Pipeline[Any, Any, Any] = Pipeline(stages, self._config.stage_timeout_s)
@@ -88,6 +91,7 @@ class TritonPythonModel:
         """End what is in flight; the last errors and spans still go out."""
         self._closing.set()
         self._in_flight.drain(LAST_S)
+        self._remote.close()
         if self._local:
             self._local.close()
         self._outbox.close()

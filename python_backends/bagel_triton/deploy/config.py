@@ -29,6 +29,12 @@ def _require(name: str, value: object, valid: bool, allowed: str) -> None:
         raise ConfigError(f"{name}={value!r} is not allowed; allowed: {allowed}")
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
 class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The autoregressive stage.
 
@@ -163,6 +169,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
     leftovers can be told apart and swept. ``connector`` carries contexts from stage to stage.
+    A server with one stage has its ``stage_id``; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
+    stages, by stage id.
     """
 
     checkpoint: str
@@ -177,6 +185,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dit: DitConfig = DitConfig()
     vae_decode: VaeDecodeConfig = VaeDecodeConfig()
     bagel: BagelConfig = BagelConfig()
+    stage_id: int | None = None
+    addresses: dict[int, str] = {}
 
     def __post_init__(self) -> None:
         _require("pipeline", self.pipeline, self.pipeline in TOPOLOGIES, ", ".join(TOPOLOGIES))
@@ -185,6 +195,23 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def topology(self) -> Topology:
         """The topology that ``pipeline`` names."""
         return TOPOLOGIES[self.pipeline]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The Triton models that this server loads."""
+        return self.topology.models if self.stage_id is None else self.topology.models_of(self.stage_id)
+
+    @property
+    def own_address(self) -> tuple[str, int] | None:
+        """Host and port at which other servers call this one; None where none does."""
+        own = None if self.stage_id is None else self.addresses.get(self.stage_id)
+        return None if own is None else split_address(own)
+
+    @property
+    def remote(self) -> dict[str, str]:
+        """The models that this server's orchestrator calls elsewhere, and the address of each."""
+        others = self.topology.stages[1:] if self.stage_id == 0 else ()
+        return {model: self.addresses[stage.stage_id] for stage in others for model in stage.models}
 
     def write(self, path: Path) -> None:
         """Write as YAML."""

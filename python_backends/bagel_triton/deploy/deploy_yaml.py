@@ -13,6 +13,7 @@ import msgspec
 
 from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
+from bagel_triton.deploy.hosts import check_address
 from bagel_triton.deploy.topology import TOPOLOGIES, Topology
 
 _BATCH_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "max_waiting")  # of each stage
@@ -30,6 +31,7 @@ class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one stage may use; None leaves the default."""
 
     stage_id: int
+    address: str | None = None
     devices: str | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -85,6 +87,7 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
         bagel=BagelConfig()
         if user.request_timeout_s is None
         else BagelConfig(request_timeout_s=user.request_timeout_s),
+        addresses={section.stage_id: section.address for section in user.stages if section.address is not None},
     )
 
 
@@ -96,6 +99,10 @@ def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
         raise ConfigError(f"{name}.tensor_parallel_size={section.tensor_parallel_size}: only 1 is supported")
     if not section.enforce_eager:
         raise ConfigError(f"{name}.enforce_eager=false: graphs are not captured here; only true is supported")
+    if section.address is not None:
+        if topology.one_process:
+            raise ConfigError(f"{name}.address={section.address!r}: pipeline {topology.name} is one process")
+        check_address(f"{name}.address", section.address)
     execution = topology.stages[section.stage_id].execution
     if section.vae_use_tiling is not None and execution != "diffusion":
         raise ConfigError(f"{name}.vae_use_tiling belongs to the stage that makes pictures")

@@ -103,7 +103,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
     decoded = 1 if placement.torch_device.type == "cpu" else config.vae_decode.max_batch_size
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = VAE_RULE.size(width, height)
-    stages = (
+    stages: tuple[StageMemory, ...] = (
         StageMemory(
             "thinker",
             weights=module_bytes(transformer) + module_bytes(autoencoder),
@@ -132,9 +132,11 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
         (transformer, "vae2llm.weight", dtype),
         (autoencoder, "decoder.conv_in.weight", torch.float32),
     ):
-        weights += module_bytes(module) * (1 if one_process or share else 2)
+        weights += module_bytes(module) * (1 if one_process or share or config.stage_id is not None else 2)
         if share and not _is_stored_as(checkpoint, name, loaded_as):
             shared += module_bytes(module)
+    if config.stage_id is not None:
+        stages = tuple(stage for stage in stages if stage.stage in config.models)
     return MemoryPlan(stages, token, weights, shared)
 
 

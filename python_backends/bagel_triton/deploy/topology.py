@@ -58,6 +58,13 @@ class Topology:
         """Triton models to load, each once."""
         return tuple(dict.fromkeys([model for stage in self.stages for model in stage.models] + list(self.chains)))
 
+    def models_of(self, stage_id: int) -> tuple[str, ...]:
+        """Triton models of a server that has one stage: the first one's also follows requests.
+
+        An ensemble's models must be in its own Triton, so none has that.
+        """
+        return (*self.stages[stage_id].models, *((ORCHESTRATOR,) if stage_id == 0 else ()))
+
     @property
     def think_by_default(self) -> bool:
         """What a request means that does not say whether to think: contexts that are sent

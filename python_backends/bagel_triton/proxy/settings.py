@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from bagel_triton.deploy.topology import BAGEL
 
@@ -19,7 +20,8 @@ class ProxySettings:
     silent for ``silence_timeout_s`` is given up: it must exceed what ``bagel`` itself
     grants a stage. ``retry_after_s`` is what a client of an overloaded server is told.
     ``fetch_remote`` lets requests name pictures by ``http`` and ``https`` URLs. ``models``
-    are the Triton models that must be ready for the server to be. Where Triton's processes
+    are the Triton models that must be ready for the server to be, and ``remote`` those that must
+    be so elsewhere, with the gRPC address of each. Where Triton's processes
     run on this host, ``shm_prefix`` is their server's: one that dies is noticed at once.
     """
 
@@ -32,6 +34,7 @@ class ProxySettings:
     fetch_remote: bool = True
     models: tuple[str, ...] = BAGEL.models
     shm_prefix: str | None = None
+    remote: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

@@ -20,16 +20,9 @@ from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.events import DoneEvent, Event, PictureEvent, decode_event
 from bagel_triton.proxy.settings import ProxySettings
+from bagel_triton.remote import CHANNEL_ARGS
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 
-_CHANNEL_ARGS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Triton is on this host or network: a restarted one is found within a second, and
-    # http_proxy of the environment is not for it.
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
-]
 LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -77,7 +70,7 @@ class TritonClient:
     @property
     def _triton(self) -> InferenceServerClient:
         if self._connection is None:
-            self._connection = InferenceServerClient(self._settings.triton_grpc, channel_args=_CHANNEL_ARGS)
+            self._connection = InferenceServerClient(self._settings.triton_grpc, channel_args=CHANNEL_ARGS)
         return self._connection
 
     async def generate(
@@ -131,15 +124,25 @@ class TritonClient:
         return _decode(result)
 
     async def readiness(self) -> dict[str, bool]:
-        timeout_s, models = self._settings.ready_timeout_s, self._settings.models
+        timeout_s, models, remote = self._settings.ready_timeout_s, self._settings.models, self._settings.remote
         try:
-            states = await asyncio.gather(
-                *(self._triton.is_model_ready(model, client_timeout=timeout_s) for model in models)
+            *states, elsewhere = await asyncio.gather(
+                *(self._triton.is_model_ready(model, client_timeout=timeout_s) for model in models),
+                asyncio.gather(*(self._is_ready_at(address, model) for model, address in remote.items())),
             )
         except InferenceServerException as error:
             raise StageUnavailable(self._unreachable(error.message())) from error
         dead = () if self._settings.shm_prefix is None else liveness.dead_stages(self._settings.shm_prefix)
-        return {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
+        here = {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
+        return here | dict(zip(remote, elsewhere, strict=True))
+
+    async def _is_ready_at(self, address: str, model: str) -> bool:
+        # By a connection of its own: an old one to a host that has gone and come back may stay silent.
+        async with InferenceServerClient(address, channel_args=CHANNEL_ARGS) as client:
+            try:
+                return bool(await client.is_model_ready(model, client_timeout=self._settings.ready_timeout_s))
+            except InferenceServerException:
+                return False
 
     async def close(self) -> None:
         if self._connection is not None:

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-import httpx
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
 
 from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.remote import CHANNEL_ARGS
 from bagel_triton.runtime.command_error import CommandError
-from bagel_triton.runtime.ports import LOOPBACK
 
 FIELD = "selftest"
 TIMEOUT_S = 60.0
 
 
-async def check(http_port: int) -> str:
-    """The connector that carried a pattern from ``thinker`` to ``dit``, models of the Triton at ``http_port`` here.
+async def check(addresses: Mapping[str, str]) -> str:
+    """The connector that carried a pattern from ``thinker`` to ``dit``, models at gRPC ``addresses``.
 
     Raises:
         CommandError: it did not, with the stage's reason.
     """
-    async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client:
-        lease = await _ask(client, http_port, THINKER, "lend")
-        return await _ask(client, http_port, DIT, lease)
+    lease = await _ask(addresses[THINKER], THINKER, "lend")
+    return await _ask(addresses[DIT], DIT, lease)
 
 
-async def _ask(client: httpx.AsyncClient, port: int, model: str, text: str) -> str:
-    try:
-        answer = await client.post(f"http://{LOOPBACK}:{port}/v2/models/{model}/generate", json={FIELD: text})
-        body = answer.json()
-        if answer.is_success and FIELD in body:
-            return str(body[FIELD])
-        reason = body.get("error", body)
-    except (httpx.HTTPError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+async def _ask(address: str, model: str, text: str) -> str:
+    tensor = InferInput(FIELD, [1], "BYTES").set_data_from_numpy(np.array([text.encode()], dtype=np.object_))
+    reason = "it answered nothing"
+    async with InferenceServerClient(address, channel_args=CHANNEL_ARGS) as client:
+        responses = client.stream_infer(_once({"model_name": model, "inputs": [tensor]}))
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                async for result, error in responses:
+                    if error is not None:
+                        reason = error.message()
+                        break
+                    if (answer := result.as_numpy(FIELD)) is not None:
+                        return bytes(answer.reshape(-1)[0]).decode()
+        except TimeoutError:
+            reason = f"it was silent for {TIMEOUT_S:g} s"
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        finally:
+            responses.cancel()
     raise CommandError(f"the KV connector's self-test failed at {model}: {reason}")
+
+
+async def _once(call: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield call

@@ -36,8 +36,10 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
-def choose(wanted: Mapping[str, int]) -> dict[str, int]:
-    """A free loopback port for each flag in ``wanted``, whose value is a port or 0 for any.
+def choose(wanted: Mapping[str, int], hosts: Mapping[str, str] | None = None) -> dict[str, int]:
+    """A free port for each flag in ``wanted``, whose value is a port or 0 for any.
+
+    They are ports of the loopback address, or of the one that ``hosts`` gives a flag.
 
     All are held until all are chosen, so they differ. They are free on return, for
     another process to bind.
@@ -48,9 +50,10 @@ def choose(wanted: Mapping[str, int]) -> dict[str, int]:
     with contextlib.ExitStack() as held:
         # Given ports first: a free one must not take the place of one asked for.
         ordered = sorted(wanted, key=lambda flag: wanted[flag] == 0)
-        chosen = {
-            flag: int(held.enter_context(listen(LOOPBACK, wanted[flag], flag)).getsockname()[1]) for flag in ordered
-        }
+        chosen = {}
+        for flag in ordered:
+            listener = held.enter_context(listen((hosts or {}).get(flag, LOOPBACK), wanted[flag], flag))
+            chosen[flag] = int(listener.getsockname()[1])
     return {flag: chosen[flag] for flag in wanted}
 
 

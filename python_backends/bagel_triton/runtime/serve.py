@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ import msgspec
 
 import bagel_triton
 from bagel_triton import tracing
-from bagel_triton.deploy import deploy_yaml
+from bagel_triton.deploy import deploy_yaml, hosts
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.proxy.settings import ProxySettings, add_fetch_remote
@@ -50,6 +51,9 @@ class ServeOptions:
     model_repository: Path | None
     verbose: bool
     fetch_remote: bool = True
+    stage_id: int | None = None
+    headless: bool = False
+    host_address: str | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -72,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deploy-config", "--stage-configs-path", metavar="YAML", type=Path, help="topology and limits of the stages"
     )
+    parser.add_argument("--stage-id", metavar="N", type=int, help="serve this stage only; others are at their address")
+    parser.add_argument("--headless", action="store_true", help="no OpenAI API, for a stage that stage 0 calls")
+    parser.add_argument("--host-address", metavar="HOST", help="this host, as the other stage's reaches it")
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint folder's name")
     parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the source tree's")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
@@ -93,15 +100,19 @@ async def _serve(options: ServeOptions) -> None:
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with contextlib.closing(ports.listen(options.host, options.port, "--port")) as listener:
+    config = _configuration(options)
+    with _listener(options) as listener:
+        grpc_host, grpc_port = config.own_address or (ports.LOOPBACK, 0)
         http_port, grpc_port, metrics_port = ports.choose(
             {
                 "--triton-http-port": options.triton_http_port,
-                "--triton-grpc-port": options.triton_grpc_port,
+                "--triton-grpc-port": options.triton_grpc_port or grpc_port,
                 "--triton-metrics-port": options.triton_metrics_port,
-            }
+            },
+            {"--triton-grpc-port": grpc_host},
         ).values()
-        config = _configuration(options)
+        grpc = f"{grpc_host}:{grpc_port}"
+        url = grpc if listener is None else ports.base_url(listener)
         placement = _check(config)
         connector = _connector(config, placement)
         repository = _model_repository(options)
@@ -121,14 +132,15 @@ async def _serve(options: ServeOptions) -> None:
             choices = {
                 "checkpoint": deploy.checkpoint,
                 "pipeline": deploy.pipeline,
+                **hosts.shown(deploy),
                 "model names": ", ".join(options.model_names),
                 "device": placement.device,
                 "dtype": placement.dtype_name,
                 "attention": placement.attention,
                 "KV connector": connector,
-                "OpenAI API": ports.base_url(listener),
+                "OpenAI API": "none (headless)" if listener is None else url,
                 "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
-                "Triton gRPC": f"{ports.LOOPBACK}:{grpc_port}",
+                "Triton gRPC": grpc,
                 "Triton metrics": f"http://{ports.LOOPBACK}:{metrics_port}/metrics",
                 **({"traces": traces} if (traces := tracing.destination()) else {}),
                 "tritonserver": server.program,
@@ -140,29 +152,34 @@ async def _serve(options: ServeOptions) -> None:
                 Launch(
                     command=server.command(
                         repository,
-                        deploy.topology.models,
+                        deploy.models,
                         http_port=http_port,
                         grpc_port=grpc_port,
                         metrics_port=metrics_port,
                         shm_prefix=shared.prefix,
                         verbose=options.verbose,
+                        grpc_host=grpc_host,
                     ),
-                    environment=server.environment(directory / "deploy.yaml")
-                    | {"BAGEL_TRITON_GRPC": f"{ports.LOOPBACK}:{grpc_port}"},
-                    models=deploy.topology.models,
+                    environment=server.environment(directory / "deploy.yaml") | {"BAGEL_TRITON_GRPC": grpc},
+                    models=deploy.models,
                     http_port=http_port,
                     log=directory / LOG_FILE,
-                    proxy=create_app(
+                    proxy=None
+                    if listener is None
+                    else create_app(
                         ProxySettings(
-                            f"{ports.LOOPBACK}:{grpc_port}",
+                            grpc,
                             options.model_names,
                             fetch_remote=options.fetch_remote,
-                            models=deploy.topology.models,
+                            models=deploy.models,
                             shm_prefix=shared.prefix,
+                            remote=deploy.remote,
                         )
                     ),
                     shared=shared,
                     listener=listener,
+                    url=url,
+                    addresses=dict.fromkeys(deploy.models, grpc) | deploy.remote,
                     verbose=options.verbose,
                 ),
                 stop,
@@ -175,10 +192,17 @@ def _configuration(options: ServeOptions) -> DeployConfig:
     try:
         path = options.deploy_config
         config = DeployConfig(checkpoint) if path is None else deploy_yaml.load(path, checkpoint)
+        config = hosts.on_this_host(config, options.stage_id, options.host_address, options.headless)
     except ConfigError as error:
         raise CommandError(str(error)) from error
     given = {"device": options.device, "dtype": options.dtype}
     return msgspec.structs.replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _listener(options: ServeOptions) -> contextlib.AbstractContextManager[socket.socket | None]:
+    if options.headless:
+        return contextlib.nullcontext()
+    return contextlib.closing(ports.listen(options.host, options.port, "--port"))
 
 
 def _check(config: DeployConfig) -> Placement:

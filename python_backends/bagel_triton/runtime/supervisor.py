@@ -7,7 +7,7 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from starlette.applications import Starlette
 
 from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.notices import SERVER, Notices
-from bagel_triton.runtime import connector_test, ports, triton_log
+from bagel_triton.runtime import connector_test, triton_log
 from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ModelRepository
 from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
 from bagel_triton.runtime.tries import Tries
-from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
+from bagel_triton.runtime.triton_process import POLL_S, REPORT_EVERY_S, STOP_TIMEOUT_S, TritonProcess
 from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
 
 GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
@@ -32,25 +32,58 @@ LAST_S = 1  # for them to do so; then Triton's end cuts them off
 
 @dataclass(frozen=True)
 class Launch:
-    """All that it takes to start one server."""
+    """All that it takes to start one server.
+
+    Without ``proxy`` and ``listener`` it is one that another server calls. ``url`` is where it
+    is reached, ``addresses`` the gRPC address of every model that it uses.
+    """
 
     command: list[str]
     environment: dict[str, str]
     models: tuple[str, ...]
     http_port: int
     log: Path
-    proxy: Starlette
-    listener: socket.socket
+    proxy: Starlette | None
+    listener: socket.socket | None
+    url: str
+    addresses: Mapping[str, str]
     shared: SharedMemoryPrefix
     verbose: bool
 
 
-class _ProxyServer(uvicorn.Server):
+class _Uvicorn(uvicorn.Server):
     """uvicorn that leaves the signals to the supervisor."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _Proxy:
+    """The proxy of a server; nothing, for as long, where it has none."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._listener, self._ended = launch.listener, asyncio.Event()
+        self._server = None if launch.proxy is None else _Uvicorn(_uvicorn_config(launch.proxy))
+
+    async def serve(self) -> None:
+        """Serve until :meth:`end`."""
+        if self._server is None:
+            await self._ended.wait()
+        else:
+            assert self._listener is not None
+            await self._server.serve(sockets=[self._listener])
+
+    def end(self) -> None:
+        """Let requests in flight end, for a moment, and stop."""
+        self._ended.set()
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+def _uvicorn_config(app: Starlette) -> uvicorn.Config:
+    timeout_s = GRACE_S + LAST_S + int(STOP_TIMEOUT_S) + 1
+    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=timeout_s)
 
 
 async def supervise(launch: Launch, stop: asyncio.Event) -> None:
@@ -64,14 +97,8 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
         CommandError: one of them ended by itself, a stage cannot be kept alive, or contexts do
             not get from stage to stage.
     """
-    config = uvicorn.Config(
-        launch.proxy,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_S + LAST_S + int(STOP_TIMEOUT_S) + 1,
-    )
-    proxy = _ProxyServer(config)
-    serving = asyncio.create_task(proxy.serve(sockets=[launch.listener]))
+    proxy = _Proxy(launch)
+    serving = asyncio.create_task(proxy.serve())
     stopped = asyncio.create_task(stop.wait())
     helpers: list[asyncio.Task[Any]] = [stopped]
     if launch.verbose:
@@ -86,7 +113,7 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
             launch.shared.clear()
             notices.reloaded(SERVER)
     finally:
-        proxy.should_exit = True
+        proxy.end()
         await asyncio.wait({serving})
         for task in helpers:
             task.cancel()
@@ -95,7 +122,7 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
 
 async def _serve_once(
     launch: Launch,
-    proxy: uvicorn.Server,
+    proxy: _Proxy,
     serving: asyncio.Task[None],
     stopped: asyncio.Task[bool],
     tries: Tries,
@@ -105,9 +132,8 @@ async def _serve_once(
     triton = await TritonProcess.start(
         launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
     )
-    url = ports.base_url(launch.listener)
     ended = asyncio.create_task(triton.ended())
-    ready = asyncio.create_task(_until_ready(triton, launch, url))
+    ready = asyncio.create_task(_until_ready(triton, launch))
     watching = asyncio.create_task(_watch(triton, launch, notices))
     crash = None
     try:
@@ -116,7 +142,7 @@ async def _serve_once(
         if done == {ready}:
             ready.result()
             tries.back(time.monotonic())
-            print(f"READY {url}", flush=True)
+            print(f"READY {launch.url}", flush=True)
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if stopped in done:
             print("stopping", flush=True)
@@ -132,7 +158,7 @@ async def _serve_once(
     finally:
         watching.cancel()  # stages that stop now are not dead
         if crash is None:
-            proxy.should_exit = True
+            proxy.end()
             await asyncio.wait({serving}, timeout=GRACE_S)
             notices.stop()
             await asyncio.wait({serving}, timeout=LAST_S)
@@ -157,12 +183,27 @@ async def _watch(triton: TritonProcess, launch: Launch, notices: Notices) -> Non
         await Watchdog(launch.shared.prefix, repository, notices.reloaded).run()
 
 
-async def _until_ready(triton: TritonProcess, launch: Launch, url: str) -> None:
+async def _until_ready(triton: TritonProcess, launch: Launch) -> None:
     await triton.until_ready()
-    if {THINKER, DIT} <= set(launch.models):
-        connector = await connector_test.check(launch.http_port)
+    if launch.proxy is not None:
+        await _until_healthy(launch)
+    if {THINKER, DIT} <= launch.addresses.keys():
+        connector = await connector_test.check(launch.addresses)
         print(f"  self-test: {connector} carried a pattern from {THINKER} to {DIT}", flush=True)
-    # The proxy may still wait to connect again, after a question that came too early.
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=None) as client:
-        while not (await client.get("/health")).is_success:
+
+
+async def _until_healthy(launch: Launch) -> None:
+    """Wait for the models elsewhere, telling now and then which are not ready, and for the proxy to know.
+
+    It may still wait to connect again, after a question that came too early.
+    """
+    started = reported = time.monotonic()
+    async with httpx.AsyncClient(base_url=launch.url, trust_env=False, timeout=None) as client:
+        while not (answer := await client.get("/health")).is_success:
+            now = time.monotonic()
+            away = [model for model, ready in answer.json()["models"].items() if not ready]
+            if now - reported > REPORT_EVERY_S:
+                reported = now
+                waiting = ", ".join(f"{model} at {launch.addresses[model]}" for model in away)
+                print(f"  waiting for {waiting} ({now - started:.0f} s)", flush=True)
             await asyncio.sleep(POLL_S)

@@ -55,8 +55,9 @@ class TritonServer:
         metrics_port: int,
         shm_prefix: str,
         verbose: bool,
+        grpc_host: str = LOOPBACK,
     ) -> list[str]:
-        """The command line that serves ``models`` on the loopback address."""
+        """The command line that serves ``models`` on the loopback address, but gRPC on ``grpc_host``."""
         return [
             str(self.program),
             f"--model-repository={model_repository}",
@@ -67,7 +68,7 @@ class TritonServer:
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             f"--http-address={LOOPBACK}",
             f"--http-port={http_port}",
-            f"--grpc-address={LOOPBACK}",
+            f"--grpc-address={grpc_host}",
             f"--grpc-port={grpc_port}",
             f"--metrics-address={LOOPBACK}",
             f"--metrics-port={metrics_port}",

@@ -1,0 +1,91 @@
+"""A server for one stage of several: which one, where the others are, and how it is reached itself."""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+
+from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, split_address
+
+BETWEEN_HOSTS = ("mooncake", "mooncake_store")
+
+
+def check_address(name: str, address: str) -> None:
+    """Refuse what is not HOST:PORT.
+
+    Raises:
+        ConfigError: says ``name`` and what is allowed.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or ":" in host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{name}={address!r} is not allowed; allowed: HOST:PORT")
+
+
+def on_this_host(
+    config: DeployConfig, stage_id: int | None, host_address: str | None = None, headless: bool = False
+) -> DeployConfig:
+    """``config`` as the server of ``stage_id`` has it, or that of all stages where that is None.
+
+    What differs from host to host is filled in: the address that Mooncake tells the others is
+    ``host_address``, else the connector's own ``host``, else that of the stage's address, else
+    the one from which this host reaches the others.
+
+    Raises:
+        ConfigError: an address is missing, or cannot be meant, or contexts would not arrive.
+    """
+    stages = config.topology.stages
+    if headless != bool(stage_id):
+        expected = "stage 0 takes the requests, so add --headless" if stage_id else "it takes the requests"
+        raise ConfigError(f"--stage-id={stage_id} with{'' if headless else 'out'} --headless: {expected}")
+    if stage_id is None:
+        if config.addresses:
+            stage, address = next(iter(config.addresses.items()))
+            raise ConfigError(
+                f"stage {stage} has address={address!r}: say which stage this host serves, by --stage-id 0 to "
+                f"{len(stages) - 1}, or remove the addresses to serve all of them here"
+            )
+        if host_address is not None:
+            raise ConfigError(f"--host-address={host_address} has no meaning without --stage-id")
+        return config
+    if not 0 <= stage_id < len(stages) or config.topology.one_process:
+        allowed = "none, it is one process" if config.topology.one_process else f"0 to {len(stages) - 1}"
+        raise ConfigError(f"--stage-id={stage_id} is not allowed in pipeline {config.pipeline}; allowed: {allowed}")
+    # Stage 0 calls the others and is called by none, so it alone needs no address.
+    if missing := [stage.stage_id for stage in stages[1:] if stage.stage_id not in config.addresses]:
+        raise ConfigError(f"--stage-id={stage_id} needs stages[].address, HOST:PORT, of stage {missing[0]}")
+    if config.connector not in BETWEEN_HOSTS:
+        raise ConfigError(
+            f"connector={config.connector!r} does not reach another host; --stage-id needs {' or '.join(BETWEEN_HOSTS)}"
+        )
+    addresses, own = dict(config.addresses), config.addresses.get(stage_id)
+    if own is not None and host_address is not None:
+        own = addresses[stage_id] = f"{host_address}:{split_address(own)[1]}"
+    options: MooncakeConfig = getattr(config, config.connector)
+    given = options.host if options.host != MooncakeConfig().host else None
+    host = host_address or given or (split_address(own)[0] if own is not None else _facing(addresses))
+    return msgspec.structs.replace(
+        config,
+        stage_id=stage_id,
+        addresses=addresses,
+        **{config.connector: msgspec.structs.replace(options, host=host)},
+    )
+
+
+def shown(config: DeployConfig) -> dict[str, str]:
+    """What a person is told of a server that has one stage of several."""
+    if config.stage_id is None:
+        return {}
+    remote = [f"{model} at {address}" for model, address in config.remote.items()]
+    return {"stage": f"{config.stage_id}: {', '.join([*config.models, *remote])}"}
+
+
+def _facing(addresses: dict[int, str]) -> str:
+    """This host's address on the way to the first of the others; nothing is sent there."""
+    host, port = split_address(next(iter(addresses.values())))
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(f"{host} has no route from here ({error}): say this host's by --host-address") from error

@@ -1,0 +1,48 @@
+"""A Triton that does what a test says, behind a real gRPC port."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+
+class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """``ready`` are the models that are; ``answers`` the self-test's, text or a refusal, by model."""
+
+    def __init__(self) -> None:
+        self.ready: set[str] = set()
+        self.answers: dict[str, str | ValueError] = {}
+        self.asked: list[tuple[str, str]] = []
+
+    def ModelReady(self, request: Any, context: Any) -> Any:
+        """Whether the test said so."""
+        return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        """The answer of each request's model; nothing where there is none."""
+        for request in requests:
+            self.asked.append((request.model_name, request.raw_input_contents[0][4:].decode()))
+            answer = self.answers.get(request.model_name)
+            if isinstance(answer, ValueError):
+                yield service_pb2.ModelStreamInferResponse(error_message=str(answer))
+            elif answer is not None:
+                response = service_pb2.ModelInferResponse(model_name=request.model_name)
+                response.outputs.add(name="selftest", datatype="BYTES", shape=[1])
+                response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer.encode())
+                yield service_pb2.ModelStreamInferResponse(infer_response=response)
+
+
+@contextlib.contextmanager
+def serving(service: TritonService, address: str = "127.0.0.1:0") -> Iterator[str]:
+    """The address at which ``service`` is reached."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    port = server.add_insecure_port(address)
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()

@@ -1,0 +1,79 @@
+"""Models of another server: whoever waits for one that is away is told, and the next one finds it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from bagel_triton.remote import RemoteModels
+from tests.support.triton_service import TritonService, serving
+
+SOON_S = 10.0
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + SOON_S
+    while not (held := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return held
+
+
+@pytest.fixture
+def triton() -> TritonService:
+    service = TritonService()
+    service.ready = {"dit", "vae_decode"}
+    return service
+
+
+@pytest.fixture
+def watched() -> Iterator[Callable[[str], RemoteModels]]:
+    made: list[RemoteModels] = []
+
+    def watch(address: str) -> RemoteModels:
+        made.append(RemoteModels({"dit": address, "vae_decode": address}))
+        return made[-1]
+
+    yield watch
+    for remote in made:
+        remote.close()
+
+
+def test_a_model_that_stays_ready_is_there(triton: TritonService, watched: Callable[[str], RemoteModels]) -> None:
+    with serving(triton) as address:
+        alive = watched(address).watch("dit")
+        time.sleep(1.0)
+        assert alive()
+
+
+def test_who_waits_while_a_model_is_reloaded_is_told_for_good(
+    triton: TritonService, watched: Callable[[str], RemoteModels]
+) -> None:
+    with serving(triton) as address:
+        remote = watched(address)
+        dit, decoder = remote.watch("dit"), remote.watch("vae_decode")
+        triton.ready = {"vae_decode"}
+        assert _soon(lambda: not dit())
+        triton.ready = {"dit", "vae_decode"}
+        time.sleep(1.0)
+        assert (dit(), decoder()) == (False, True)
+        later = remote.watch("dit")
+        time.sleep(1.0)
+        assert later()
+
+
+def test_a_server_that_is_gone_is_found_again(triton: TritonService, watched: Callable[[str], RemoteModels]) -> None:
+    with serving(triton) as address:
+        remote = watched(address)
+        before = remote.watch("dit")
+    assert _soon(lambda: not before())
+    during = remote.watch("dit")
+    assert _soon(lambda: not during())
+    with serving(triton, address):
+        assert _soon(lambda: _lasts(remote.watch("dit")))
+
+
+def _lasts(alive: Callable[[], bool]) -> bool:
+    time.sleep(1.0)
+    return alive()
