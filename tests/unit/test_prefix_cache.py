@@ -16,6 +16,7 @@ from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
 from tests.support.kv import GEOMETRY, append, contents_of, new_arena, read
 from tests.support.pictures import png
 from tests.support.runs import generate
+from tests.support.stage_process import soon
 
 SIZE = GEOMETRY.block_tokens
 
@@ -214,5 +215,6 @@ def test_an_arena_full_of_what_is_kept_serves_on(make: Make) -> None:
     for number in range(12):
         request = GenerationRequest(prompt=f"{number} " * 60, seed=1, height=32, num_inference_steps=2)
         assert torch.equal(generate(stages, request).latents[0].tokens, generate(alone, request).latents[0].tokens)
-    assert stages.thinker.blocks_used == 0
+    # The last leases were given back; the thinker, idle, takes them at its next look.
+    assert soon(lambda: stages.thinker.blocks_used == 0)
     assert counts.total["thinker_kv_blocks_cached"] > 0
