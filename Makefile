@@ -5,7 +5,7 @@ SERVE_ARGS ?=
 
 BENCH_ARGS ?=
 
-.PHONY: setup demo serve test bench lint
+.PHONY: setup demo serve test test-all bench lint
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -20,8 +20,11 @@ demo: $(TINY) ## one picture through the whole server, on free ports
 serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by default)
 	$(BIN)/bagel-triton serve $(CHECKPOINT) $(SERVE_ARGS)
 
-test: setup ## all tests this machine can run
+test: setup ## the tests, in less than ten minutes
 	$(BIN)/python -m pytest
+
+test-all: setup ## those that take minutes, too: every case between two hosts, every connector at its edges
+	$(BIN)/python -m pytest -m "long or not long"
 
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
 	GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench $(BENCH_ARGS)

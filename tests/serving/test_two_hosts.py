@@ -21,6 +21,7 @@ from tests.support.connectors import mooncake_master, require_mooncake
 from tests.support.serving import infer
 from tests.support.triton_host import TritonHost, triton_host
 
+pytestmark = pytest.mark.long  # test_stage_hosts.py has the same from end to end, with fewer cases
 CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
 HOSTS = ("127.0.0.1", "127.0.0.2")
 # What the store carries is no other case by case; BAGEL_TRITON_ALL_CASES=1 tries them all the same.

@@ -26,7 +26,10 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(params=["shm", "mooncake", "mooncake_store"])
+# Mooncake's processes take seconds to start, at every edge anew.
+@pytest.fixture(
+    params=["shm", *(pytest.param(name, marks=pytest.mark.long) for name in ("mooncake", "mooncake_store"))]
+)
 def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
     if request.param == "mooncake":
         require_mooncake()
