@@ -108,7 +108,9 @@ def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, picture: np
     _check_recovery(own_server, killed, before, picture)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [stage if stage == "dit" else pytest.param(stage, marks=pytest.mark.long) for stage in STAGES]
+)
 def test_a_stage_killed_while_idle_comes_back(own_server: Server, picture: np.ndarray, stage: str) -> None:
     before = _state(own_server)
     killed = kill(own_server, stage)
@@ -121,6 +123,7 @@ def test_a_stage_killed_while_idle_comes_back(own_server: Server, picture: np.nd
     _check_recovery(own_server, killed, before, picture)
 
 
+@pytest.mark.long
 def test_a_tritonserver_that_crashes_is_started_again(own_server: Server, picture: np.ndarray) -> None:
     before = _state(own_server)
     load = Load(own_server, AT["bagel"], CLIENT_S)

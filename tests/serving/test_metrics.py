@@ -141,6 +141,7 @@ def test_a_reloaded_stage_counts_on_and_its_reload_is_counted(fresh: Server) -> 
     assert found.keys() == before.keys()
 
 
+@pytest.mark.long
 def test_a_new_tritonserver_counts_from_zero_but_for_what_the_supervisor_counts(fresh: Server) -> None:
     before = scrape(fresh)
     _replace(fresh, "bagel")

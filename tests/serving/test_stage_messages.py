@@ -122,6 +122,7 @@ def test_an_impossible_message_does_not_disturb_those_at_work_or_in_line(server:
     assert asking.status == 200
 
 
+@pytest.mark.long
 def test_self_tests_take_no_block_that_is_promised(server: Server) -> None:
     text = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "temperature": 2.0, "n": 4}
     asking = Asking(server, text)

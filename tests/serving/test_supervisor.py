@@ -128,7 +128,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.process.communicate(timeout=STOP_S)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server], signal_: signal.Signals):
     server = serve("time.sleep(1)")
     assert server.line("KV connector") == "local (pipeline bagel_single_stage is one process)"

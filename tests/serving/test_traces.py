@@ -150,6 +150,7 @@ def test_a_stage_that_is_called_directly_takes_the_headers_too(traced: Server, h
     assert answer.as_numpy("plan") is not None
 
 
+@pytest.mark.long
 def test_no_span_is_lost_at_a_shutdown(checkpoint_dir: Path) -> None:
     trace, parent = _ids()
     with collecting() as collector:

@@ -11,7 +11,7 @@ from bagel_triton.runtime import tiny_checkpoint
 from bagel_triton.runtime.tiny_config import TinyConfig
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_all_stages_together_hold_one_copy(tmp_path: Path, dtype: str) -> None:
     config = TinyConfig(hidden_size=768, layers=4, heads=8, kv_heads=2, intermediate_size=2048, vocab_size=2048)
     tiny_checkpoint.write(tmp_path / "checkpoint", config)
