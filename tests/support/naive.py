@@ -12,7 +12,8 @@ from bagel_triton.messages import Branch, FlowSettings
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.flow import denoise, initial_noise
-from bagel_triton.model.mot import Pack, rotary_tables
+from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.pack import Pack
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -34,6 +35,9 @@ class NaiveKV:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.new[layer] = key.clone(), value.clone()  # the next layer's come to the same place
+
+    def rounds(self, spans: Sequence[Span]) -> list[Sequence[Span]]:
+        return [spans]
 
     def read(self, layer: int, sequence: int) -> KeysValues:
         rows, past = self._rows[sequence], self._contexts[sequence].layers.get(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +22,9 @@ class FixedKV:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         raise AssertionError("attention writes nothing")
+
+    def rounds(self, spans: Sequence[Span]) -> list[Sequence[Span]]:
+        return [spans]
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         return self.sequences[sequence]

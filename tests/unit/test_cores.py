@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.cores import release_team
+from bagel_triton.model.cores import release_team
 from bagel_triton.request import GenerationRequest
 from tests.support.runs import generate
 

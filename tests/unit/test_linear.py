@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagel_triton.model.linear import linear, silu_product
+from bagel_triton.model.linear import add_linear, linear, silu_product
 
 ROWS = 600
 # 100 and 385 are no multiples of a vector; 1408 and 3584 are inner sizes of published models.
@@ -63,8 +63,34 @@ def test_into_a_place_it_is_the_same(rows: int, biased: bool) -> None:
     assert bool((room[:3] == 7.0).all() and (room[3 + rows :] == 7.0).all())
 
 
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+def test_an_added_product_is_the_sum_and_does_not_depend_on_its_batch(inner: int, outer: int) -> None:
+    x, (weight, _) = _rows(inner), _layer(inner, outer)
+    before = torch.randn(ROWS, outer, generator=torch.Generator().manual_seed(2))
+    full = before.clone()
+    add_linear(x, weight, full)
+    torch.testing.assert_close(full.double(), before + x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+    for count in COUNTS:
+        for start in {0, 5, ROWS - count} & set(range(ROWS - count + 1)):
+            room = before.clone()
+            add_linear(x[start : start + count], weight, room[start : start + count])
+            assert torch.equal(room[start : start + count], full[start : start + count]), (count, start)
+            assert torch.equal(room[:start], before[:start])
+            assert torch.equal(room[start + count :], before[start + count :])
+
+
+@pytest.mark.parametrize("inner", [96, 1408])
+def test_silu_product_does_not_depend_on_its_batch(inner: int) -> None:
+    gate, up = _rows(inner), _rows(inner).flip(0)
+    full = silu_product(gate.clone(), up)
+    for count in COUNTS:
+        for start in {0, 5, ROWS - count} & set(range(ROWS - count + 1)):
+            rows = slice(start, start + count)
+            assert torch.equal(silu_product(gate[rows].clone(), up[rows]), full[rows]), (count, start)
+
+
 def test_silu_product_is_the_formula() -> None:
     gate, up = _rows(96)[:40], _rows(96)[40:80]
     expected = F.silu(gate.double()) * up.double()
-    out = silu_product(gate.clone(), up, torch.empty_like(gate))
+    out = silu_product(gate.clone(), up)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model import mot
+from bagel_triton.model import attention, pack
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.mot import GEN, UND, Pack, RMSNorm, rotary_tables, rotate
+from bagel_triton.model.crew import ALONE, Crew
+from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
+from bagel_triton.model.pack import GEN, UND, Pack
 from tests.support.naive import NaiveContext, NaiveKV
 
 
@@ -42,7 +44,7 @@ def _sequence(bagel: Bagel, tokens: int, seed: int) -> Block:
 
 
 @torch.inference_mode()
-def _hidden(bagel: Bagel, sequences: Sequence[Block]) -> list[Tensor]:
+def _hidden(bagel: Bagel, sequences: Sequence[Block], crew: Crew = ALONE, all_rows: bool = True) -> list[Tensor]:
     """Hidden states of each sequence's generation tokens after one packed forward."""
     gen_rows = sum(len(sequence.gen) for sequence in sequences)
     spans, rows, start = [], [], 0
@@ -56,8 +58,9 @@ def _hidden(bagel: Bagel, sequences: Sequence[Block]) -> list[Tensor]:
     counts = [len(sequence.gen) for sequence in sequences] + [2] * len(sequences)
     at = torch.tensor(positions * 2).repeat_interleave(torch.tensor(counts))
     kv = NaiveKV(rows, [NaiveContext() for _ in sequences])
-    pack = Pack(gen_rows, *rotary_tables(at, bagel.config.language, torch.float32), spans, kv)
-    hidden = bagel.language_model.model(embeddings, pack)
+    wanted = None if all_rows else slice(0, gen_rows)
+    packed = Pack(gen_rows, *rotary_tables(at, bagel.config.language, torch.float32), spans, kv, crew, wanted)
+    hidden = bagel.language_model.model(embeddings, packed)
     return list(hidden[:gen_rows].split(counts[: len(sequences)]))
 
 
@@ -76,22 +79,46 @@ def test_a_sequence_does_not_depend_on_its_pack(bagel: Bagel, sizes: tuple[int, 
         assert torch.equal(backwards[number], alone), number
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("worth", [1, 64, 10**6])
+def test_a_crew_changes_nothing(bagel: Bagel, monkeypatch: pytest.MonkeyPatch, size: int, worth: int) -> None:
+    sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((255, 170, 3))]
+    alone = _hidden(bagel, sequences)
+    monkeypatch.setattr(pack, "WORTH_SHARING", worth)
+    monkeypatch.setattr(attention, "WORTH_SHARING", worth**2)
+    crew = Crew(size)
+    shared = _hidden(bagel, sequences, crew)
+    crew.close()
+    for one, other in zip(shared, alone, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rows_that_nobody_wants_change_nothing(bagel: Bagel) -> None:
+    sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((25, 48, 9))]
+    for one, other in zip(_hidden(bagel, sequences, all_rows=False), _hidden(bagel, sequences), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("block_rows", [1, 7, 64])
 def test_the_size_of_a_block_changes_nothing(bagel: Bagel, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
     sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((25, 48, 9))]
     usual = _hidden(bagel, sequences)
-    monkeypatch.setattr(mot, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(pack, "BLOCK_ROWS", block_rows)
     for cut, whole in zip(_hidden(bagel, sequences), usual, strict=True):
         assert torch.equal(cut, whole)
 
 
+@pytest.mark.parametrize("crew", [1, 2, 3])
 @pytest.mark.parametrize("gen_rows", [0, 1, 7, 20])
-def test_every_row_is_in_one_block_of_its_expert(monkeypatch: pytest.MonkeyPatch, gen_rows: int) -> None:
-    monkeypatch.setattr(mot, "BLOCK_ROWS", 7)
+def test_every_row_is_in_one_block_of_its_expert(monkeypatch: pytest.MonkeyPatch, gen_rows: int, crew: int) -> None:
+    monkeypatch.setattr(pack, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(pack, "WORTH_SHARING", 2)
     tables = torch.empty(20, 1, 4)
     experts = [""] * 20
     seen = [0] * 20
-    for expert, rows in Pack(gen_rows, tables, tables, [], NaiveKV([], [])).blocks:
+    shared = Crew(crew)
+    shared.close()
+    for expert, rows in Pack(gen_rows, tables, tables, [], NaiveKV([], []), shared).blocks:
         assert rows.stop - rows.start <= 7
         for row in range(rows.start, rows.stop):
             seen[row] += 1

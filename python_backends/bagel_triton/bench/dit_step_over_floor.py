@@ -1,8 +1,7 @@
 """``dit_step_over_floor``: one guided step at 512x512 over the time its matrix arithmetic needs at least.
 
 The floor is the arithmetic of two branches (linear layers and attention) at the rate of plain
-matrix products of the model's own shapes, measured on the engine's thread before and after
-every trial.
+matrix products of the model's own shapes by all threads, measured before and after every trial.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from bagel_triton.contexts import DenoiseJob
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.sequence import MARKERS
 from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.model.cores import release_team
 
 NAME = "dit_step_over_floor"
 SIDE, STEPS = 512, 8
@@ -36,11 +36,14 @@ def run(setting: Setting, side: int = SIDE) -> list[Figure]:
             flops = step_flops(config, [(latents + MARKERS, handle.tokens) for handle in job.handles])
 
             def rate(rows: int = len(job.handles) * latents) -> float:
-                return matmul_rate(products(config.language), rows, device, dtype)
+                try:
+                    return matmul_rate(products(config.language), rows, device, dtype)
+                finally:
+                    release_team()
 
-            before = stages.dit.call(rate).result()
+            before = rate()
             step = step_seconds(stages, job)
-            after = stages.dit.call(rate).result()
+            after = rate()
             if trial:  # the first warms up
                 steps.append(step)
                 floors.append(flops / ((before + after) / 2))

@@ -8,22 +8,25 @@ from torch import nn
 from bagel_triton.model import strips
 from bagel_triton.model.autoencoder import Decoder, Encoder
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.mot import BLOCK_ROWS
+from bagel_triton.model.linear import ONE_SHARE
+from bagel_triton.model.pack import block_rows
 from bagel_triton.model.placement import Placement
 
 
-def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement) -> int:
+def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, threads: int = 1) -> int:
     """Activations of one packed forward at their peak, inside a feed-forward.
 
     A token has its embedding, residual, query, what that attended to, key, value and rotary
-    tables. The rows of a block, which is all of them where there is a GPU, have three vectors
-    of the inner width and two hidden ones, in float32 while they are normed, besides.
+    tables. The rows of a block for each of ``threads``, which is all rows where there is a GPU,
+    have two vectors of the inner width and two hidden ones, in float32 while they are normed,
+    besides.
     """
-    itemsize = placement.torch_dtype.itemsize
+    itemsize, on_cpu = placement.torch_dtype.itemsize, placement.torch_device.type == "cpu"
     heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
-    block = min(tokens, BLOCK_ROWS) if placement.torch_device.type == "cpu" else tokens
-    inner = block * (3 * config.intermediate_size * itemsize + 2 * config.hidden_size * torch.float32.itemsize)
-    return tokens * (2 * config.hidden_size + heads) * itemsize + inner
+    rows = min(tokens, block_rows(tokens, threads) * threads) if on_cpu else tokens
+    inner = rows * (2 * config.intermediate_size * itemsize + 2 * config.hidden_size * torch.float32.itemsize)
+    spare = min(rows * config.intermediate_size, ONE_SHARE * threads) * itemsize if on_cpu else 0
+    return tokens * (2 * config.hidden_size + heads) * itemsize + inner + spare
 
 
 def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False) -> int:

@@ -109,7 +109,7 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             weights=module_bytes(transformer) + module_bytes(autoencoder),
             kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
             activations=max(
-                activations.forward_bytes(model.language, packed, placement),
+                activations.forward_bytes(model.language, packed, placement, torch.get_num_threads()),
                 activations.encode_bytes(autoencoder.encoder, condition_height, condition_width),
             ),
         ),
@@ -117,7 +117,9 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             "dit",
             weights=module_bytes(transformer),
             kv=pictures * (past + BRANCHES * latents) * token,
-            activations=activations.forward_bytes(model.language, pictures * BRANCHES * latents, placement),
+            activations=activations.forward_bytes(
+                model.language, pictures * BRANCHES * latents, placement, torch.get_num_threads()
+            ),
         ),
         StageMemory(
             "vae_decode",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bagel_triton.contexts import DenoiseJob, KVGeometry, Thoughts
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.cores import release_team
 from bagel_triton.engine.decoder import DecoderEngine
 from bagel_triton.engine.dit import DitEngine
 from bagel_triton.engine.expander import Expander
@@ -32,6 +31,7 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.config import ModelConfig
+from bagel_triton.model.cores import release_team
 from bagel_triton.model.placement import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.model.weight_store import WeightStore

@@ -24,8 +24,10 @@ from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.messages import FlowSettings
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.crew import Crew
 from bagel_triton.model.flow import initial_noise, schedule
-from bagel_triton.model.mot import Pack, rotary_tables
+from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.pack import Pack
 
 DitJob = Job[DenoiseJob, Sequence[Latents]]
 Block = tuple[FlowRun, int, int]  # a picture in one context: the run, the picture, the context
@@ -50,7 +52,7 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         arena_tokens: int,
         metrics: Metrics | None = None,
     ) -> None:
-        super().__init__(metrics, config.max_waiting)
+        super().__init__(metrics, config.max_waiting, Crew.of(model.device))
         self._model, self._consumer, self._config = model, consumer, config
         self._geometry, self._arena_tokens = geometry, arena_tokens
         self._runs: list[FlowRun] = []
@@ -198,7 +200,8 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         positions = torch.tensor([run.next_positions[context] for run, _, context in blocks] * 2)
         rows_at = positions.repeat_interleave(repeats).to(self._model.device)
         cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
-        return Pack(gen_rows, cos, sin, spans, WorkspaceStep([run.stores[c] for run, _, c in blocks], writes))
+        kv = WorkspaceStep([run.stores[c] for run, _, c in blocks], writes)
+        return Pack(gen_rows, cos, sin, spans, kv, self._crew, wanted=slice(0, gen_rows))
 
     def _report(self, run: FlowRun) -> None:
         run.job.progress(ProgressEvent("dit", run.step, run.updates))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -18,7 +18,9 @@ from bagel_triton.messages import VaeSegment, VitSegment
 from bagel_triton.model.attention import Span
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.mot import Pack, rotary_tables
+from bagel_triton.model.crew import Crew
+from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.pack import Pack
 from bagel_triton.model.picture import normalised
 
 
@@ -42,7 +44,8 @@ class _Rows:
 class Prefiller:
     """Appends chunks to their contexts.
 
-    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``.
+    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``crew`` shares
+    the forwards, and is the caller's.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class Prefiller:
         arena: KVArena,
         encodings: EncodingCache,
         vision_markers: tuple[int, int],
+        crew: Crew,
     ) -> None:
         self._model, self._autoencoder, self._arena, self._encodings = model, autoencoder, arena, encodings
+        self._crew = crew
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
             self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
@@ -98,26 +103,30 @@ class Prefiller:
         reads = [self._arena.read_slots(chunk.context) for chunk in chunks]
         kv = PagedStep(self._arena.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
         packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
-        hidden = self._model.language_model.model(packed, Pack(gen_rows, cos, sin, spans, kv))
+        wanted = slice(min(scored, default=0), max(scored, default=-1) + 1)
+        hidden = self._model.language_model.model(packed, Pack(gen_rows, cos, sin, spans, kv, self._crew, wanted))
         if not scored:
             return packed.new_empty(0, self._model.config.language.vocab_size)
-        return self._model.logits(hidden[scored])
+        weights = self._model.language_model.lm_head.weight.numel()
+        return self._crew.together(lambda: self._model.logits(hidden[scored]), weights)
 
     def _vit_tokens(self, chunk: PictureChunk) -> Tensor:
         """[patches, hidden] of a picture for understanding."""
-        return self._encodings.get(
-            _key("vit", chunk.segment), lambda: self._model.embed_picture(_pixels(chunk.segment))
-        )
+        segment = chunk.segment
+        return self._encode("vit", segment, lambda: self._model.embed_picture(_pixels(segment)))
 
     def _vae_tokens(self, chunk: PictureChunk) -> Tensor:
         """[latent tokens, hidden] of a clean conditioning picture."""
         segment, latent = chunk.segment, self._model.config.latent
         assert chunk.noise is not None, "a picture for generation comes with its posterior draw"
-        moments = self._encodings.get(_key("vae", segment), lambda: encode(self._autoencoder, _pixels(segment)))
+        moments = self._encode("vae", segment, lambda: encode(self._autoencoder, _pixels(segment)))
         z = sample(moments, chunk.noise)
         rows, columns = segment.height // latent.stride, segment.width // latent.stride
         tokens = pack_latents(z[0], latent.patch_size).to(self._model.device)
         return self._model.embed_latents(tokens, self._clean, self._model.latent_pos_embed(rows, columns))
+
+    def _encode(self, encoder: str, segment: VitSegment | VaeSegment, make: Callable[[], Tensor]) -> Tensor:
+        return self._encodings.get(_key(encoder, segment), lambda: self._crew.together(make))
 
 
 def _pixels(segment: VitSegment | VaeSegment) -> Tensor:

@@ -30,6 +30,7 @@ from bagel_triton.messages import Branch, Decoding, FlowSettings, Plan, TextSegm
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.crew import Crew
 from bagel_triton.model.tokenizer import Tokenizer
 
 ThinkerJob = Job[Plan, Thoughts]
@@ -55,12 +56,12 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         config: ThinkerConfig,
         metrics: Metrics | None = None,
     ) -> None:
-        super().__init__(metrics, config.max_waiting)
+        super().__init__(metrics, config.max_waiting, Crew.of(model.device))
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
-        self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers)
+        self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers, self._crew)
         self._prefixes = PrefixCache(producer.arena)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0

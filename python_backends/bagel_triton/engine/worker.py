@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-from bagel_triton.engine.cores import release_team
 from bagel_triton.engine.job import Job, Result, Task
 from bagel_triton.engine.line import Line
 from bagel_triton.engine.metrics import Metrics, NoMetrics
 from bagel_triton.errors import BagelError, Cancelled, DeadlineExceeded, Overloaded, StageUnavailable
 from bagel_triton.events import Event, ProgressEvent, Stage
 from bagel_triton.messages import Schedule
+from bagel_triton.model.cores import release_team
+from bagel_triton.model.crew import ALONE, Crew
 
 Value = TypeVar("Value")
 KEEP_S, SIGN_OF_LIFE_S = 0.05, 1.0
@@ -30,14 +31,15 @@ class Worker(ABC, Generic[Task, Result]):
     Subclasses own ``active`` jobs and implement :meth:`_admit`, :meth:`_step` and
     :meth:`_drop`. An exception in a step fails the jobs that took part in it, and the
     worker goes on. Jobs wait by priority, then by age, and no more than ``max_waiting``
-    of them; one whose deadline passes fails wherever it is.
+    of them; one whose deadline passes fails wherever it is. ``crew`` is the worker's own.
     """
 
     stage: Stage
     poll_s = 0.02  # how soon a condition without a wake-up, such as a released lease, is noticed
 
-    def __init__(self, metrics: Metrics | None = None, max_waiting: int = 256) -> None:
+    def __init__(self, metrics: Metrics | None = None, max_waiting: int = 256, crew: Crew = ALONE) -> None:
         self.metrics, self._gauged = metrics or NoMetrics(), dict[str, float]()
+        self._crew = crew
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: Line[Task, Result] = Line(max_waiting)
         self._closing = threading.Event()
@@ -100,6 +102,7 @@ class Worker(ABC, Generic[Task, Result]):
         self._closing.set()
         self._inbox.put(lambda: None)
         self._thread.join()
+        self._crew.close()
 
     # --- the engine's part, all on the worker's thread ---
 
@@ -135,6 +138,7 @@ class Worker(ABC, Generic[Task, Result]):
     # --- the loop ---
 
     def _run(self) -> None:
+        self._crew.lead()
         while not self._closing.is_set():
             try:
                 self._turn()

@@ -8,13 +8,15 @@ without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bagel_triton.contexts import KVGeometry
+from bagel_triton.model.attention import Span
 
 
 def store_shape(geometry: KVGeometry, slots: int) -> tuple[int, int, int, int, int]:
@@ -76,6 +78,10 @@ class PagedStep:
         for target, new in zip(self.store[layer], (key, value), strict=True):
             target.index_copy_(0, self.write_slots, new.to(self.store.device))
 
+    def rounds(self, spans: Sequence[Span]) -> list[list[Span]]:
+        """A sequence at a time: to read one may be to copy it."""
+        return list(_by(lambda span: span.sequence, spans).values())
+
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, kv_heads, head_dim] of a sequence."""
         slots = self.sequences[sequence]
@@ -97,20 +103,34 @@ class WorkspaceStep:
 
     def __init__(self, stores: Sequence[Tensor], writes: Sequence[Sequence[tuple[int, int, int]]]) -> None:
         self._stores, self._writes = stores, writes
+        sharers = Counter[int]()
+        self._turns = []  # how many sequences use the store before each sequence
+        for store in stores:
+            self._turns.append(sharers[id(store)])
+            sharers[id(store)] += 1
         self._new: tuple[Tensor, Tensor] | None = None
-        self._written = -1
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Take the pack's new keys and values [tokens, kv_heads, head_dim]."""
-        self._new, self._written = (key, value), -1
+        self._new = key, value
+
+    def rounds(self, spans: Sequence[Span]) -> list[list[Span]]:
+        """One sequence of every store at a time."""
+        return list(_by(lambda span: self._turns[span.sequence], spans).values())
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [length, kv_heads, head_dim] of a sequence, valid until another is read."""
+        """Keys and values [length, kv_heads, head_dim] of a sequence, valid until another of its store is read."""
+        assert self._new is not None, "a step is written before it is read"
         store = self._stores[sequence][layer]
-        if self._written != sequence:
-            assert self._new is not None, "a step is written before it is read"
-            for start, stop, slot in self._writes[sequence]:
-                for target, new in zip(store, self._new, strict=True):
-                    target[slot : slot + stop - start].copy_(new[start:stop])
-            self._written = sequence
+        for start, stop, slot in self._writes[sequence]:
+            for target, new in zip(store, self._new, strict=True):
+                target[slot : slot + stop - start].copy_(new[start:stop])
         return store[0], store[1]
+
+
+def _by(key: Callable[[Span], int], spans: Sequence[Span]) -> dict[int, list[Span]]:
+    """Spans of equal ``key``, in their order."""
+    found: dict[int, list[Span]] = {}
+    for span in spans:
+        found.setdefault(key(span), []).append(span)
+    return found

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bagel_triton.model.crew import ALONE, Crew
+
+OneSpan = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+WORTH_SHARING = 128 * 128  # scores of a head that are worth a thread of a crew
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,14 @@ class StepKV(Protocol):
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the pack's new keys and values, [tokens, kv_heads, head_dim]."""
 
+    def rounds(self, spans: Sequence[Span]) -> Iterable[Sequence[Span]]:
+        """Every span once, with those whose sequences' keys may be in use at the same time."""
+
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a sequence, past and new: [length, kv_heads, head_dim] each."""
+        """Keys and values of a sequence, past and new: [length, kv_heads, head_dim] each.
+
+        Valid until the next round; sequences of one round may be read from several threads.
+        """
 
 
 def backend_name(device: torch.device, dtype: torch.dtype) -> str:
@@ -43,22 +54,54 @@ def backend_name(device: torch.device, dtype: torch.dtype) -> str:
     return "torch-sdpa"
 
 
-def attend(query: Tensor, layer: int, spans: Sequence[Span], kv: StepKV) -> Tensor:
+def attend(
+    query: Tensor, layer: int, spans: Sequence[Span], kv: StepKV, crew: Crew = ALONE, out: Tensor | None = None
+) -> Tensor:
     """Attention for every span of a pack.
 
     Args:
         query: [tokens, heads, head_dim], after norm and RoPE.
+        crew: threads that take a sequence's keys, then a head, each.
+        out: where the result goes, [tokens, heads, head_dim].
 
     Returns:
         [tokens, heads * head_dim].
     """
     flash = backend_name(query.device, query.dtype) == "flash-attn"
     one_span = _flash_attention if flash else _sdpa_attention
-    out = torch.empty_like(query)
-    for span in spans:
-        key, value = kv.read(layer, span.sequence)
-        out[span.start : span.stop] = one_span(query[span.start : span.stop], key, value, span.causal)
+    out = torch.empty_like(query) if out is None else out
+    for together in kv.rounds(spans):
+        _attend_round(query, layer, together, kv, crew, out, one_span)
     return out.flatten(1)
+
+
+def _attend_round(
+    query: Tensor, layer: int, spans: Sequence[Span], kv: StepKV, crew: Crew, out: Tensor, one_span: OneSpan
+) -> None:
+    past: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def read(sequence: int) -> None:
+        past[sequence] = kv.read(layer, sequence)
+
+    def attend_part(part: tuple[Span, slice, slice]) -> None:
+        span, heads, kv_heads = part
+        key, value = (each[:, kv_heads] for each in past[span.sequence])
+        rows = slice(span.start, span.stop)
+        out[rows, heads] = one_span(query[rows, heads], key, value, span.causal)
+
+    crew.each(read, dict.fromkeys(span.sequence for span in spans))
+    crew.each(attend_part, [part for span in spans for part in _parts(span, query, past[span.sequence][0], crew)])
+
+
+def _parts(span: Span, query: Tensor, key: Tensor, crew: Crew) -> Iterator[tuple[Span, slice, slice]]:
+    """A span with the heads of queries, and those of keys, that one thread takes: all, or one each."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if crew.size == 1 or (span.stop - span.start) * len(key) < WORTH_SHARING:
+        yield span, slice(0, heads), slice(0, kv_heads)
+        return
+    for head in range(heads):
+        kv_head = head * kv_heads // heads
+        yield span, slice(head, head + 1), slice(kv_head, kv_head + 1)
 
 
 def _sdpa_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:

@@ -16,22 +16,41 @@ from torch import Tensor
 MIN_ROWS = 16
 MAX_INNER = 512
 VECTOR = 16  # float32 of the widest registers
+TWO_VECTORS = 64  # of the narrowest numbers, which are what an elementwise operation takes at a time
+ONE_SHARE = 1 << 15  # numbers that an elementwise operation leaves to one thread
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, into ``out`` where one is given; x [rows, in], weight [out, in] -> [rows, out]."""
     if x.device.type != "cpu":
         return _product(x, weight, bias, out)
-    rows, inner = x.shape
+    rows = len(x)
     if rows < MIN_ROWS:
-        padded = linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
+        padded = linear(_padded(x), weight, bias)[:rows]
         return padded if out is None else out.copy_(padded)
-    step = _piece(inner)
-    out = _product(x[:, :step], weight[:, :step], bias, out)
-    for start in range(step, inner, step):
-        stop = start + step
-        out.addmm_(x[:, start:stop], weight[:, start:stop].t())
+    first, *rest = _pieces(x.shape[1])
+    out = _product(x[:, first], weight[:, first], bias, out)
+    for piece in rest:
+        out.addmm_(x[:, piece], weight[:, piece].t())
     return out
+
+
+def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``x @ weight.T`` on top of what is in ``out`` [rows, out]; x [rows, in], weight [out, in]."""
+    rows = len(x)
+    if x.device.type != "cpu":
+        out.addmm_(x, weight.t())
+    elif rows < MIN_ROWS:
+        padded = _padded(out)
+        add_linear(_padded(x), weight, padded)
+        out.copy_(padded[:rows])
+    else:
+        for piece in _pieces(x.shape[1]):
+            out.addmm_(x[:, piece], weight[:, piece].t())
+
+
+def _padded(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, MIN_ROWS - len(x)))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -40,19 +59,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None)
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _piece(inner: int) -> int:
-    """How much of the inner dimension is summed at once: pieces of about one size, whole vectors each."""
-    pieces = -(-inner // MAX_INNER)
-    return -(-inner // (pieces * VECTOR)) * VECTOR
+def _pieces(inner: int) -> list[slice]:
+    """What of the inner dimension is summed at once: pieces of about one size, whole vectors each."""
+    count = -(-inner // MAX_INNER)
+    step = -(-inner // (count * VECTOR)) * VECTOR
+    return [slice(start, min(start + step, inner)) for start in range(0, inner, step)]
 
 
-def silu_product(gate: Tensor, up: Tensor, spare: Tensor) -> Tensor:
-    """``silu(gate) * up``, elementwise, in place of ``gate``; each element's bits are its own.
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, elementwise, in place of ``gate``; [rows, inner] both. Each element's bits are its own.
 
-    torch's own SiLU rounds the last elements of every thread's share differently on a CPU,
-    so a row's bits would depend on its place in the batch; ``exp`` and division do not.
-    ``spare`` is overwritten.
+    torch's SiLU on a CPU rounds what does not fill its vectors otherwise, at the end of every
+    thread's share: there is none where whole vectors are few enough for one thread. Rows of
+    other widths take ``exp`` and a division instead, which have no such ends.
     """
     if gate.device.type != "cpu":
         return F.silu(gate, inplace=True).mul_(up)
-    return gate.div_(torch.neg(gate, out=spare).exp_().add_(1.0)).mul_(up)
+    inner = gate.shape[1]
+    rows = max(ONE_SHARE // inner, 1)
+    spare = torch.empty_like(gate[:rows])
+    for part, factor in zip(gate.split(rows), up.split(rows), strict=True):
+        if inner % TWO_VECTORS == 0 and inner <= ONE_SHARE:
+            F.silu(part, inplace=True).mul_(factor)
+        else:
+            part.div_(torch.neg(part, out=spare[: len(part)]).exp_().add_(1.0)).mul_(factor)
+    return gate

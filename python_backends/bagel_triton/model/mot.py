@@ -6,49 +6,24 @@ Sorting makes every expert's rows one slice, so no layer gathers or scatters.
 
 Everything but the attention is a row's own affair and is done a block of rows at a time:
 what is made on the way from one matrix product to the next stays in the processor's cache,
-and needs no memory that grows with the pack.
+and needs no memory that grows with the pack. Whoever runs the pack says who shares the
+blocks (:class:`Crew`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel_triton.model.attention import Span, StepKV, attend
+from bagel_triton.model.attention import attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.linear import linear, silu_product
-
-UND, GEN = "", "_moe_gen"  # suffixes of the experts' names
-BLOCK_ROWS = 512  # of a block on a CPU: an MLP's inner rows are a few MB then
-
-
-@dataclass(frozen=True)
-class Pack:
-    """One forward's tokens, apart from their embeddings: [gen rows | und rows].
-
-    ``cos`` and ``sin`` are the rotary tables of the rows' positions, [tokens, 1, head_dim].
-    """
-
-    gen_rows: int
-    cos: Tensor
-    sin: Tensor
-    spans: Sequence[Span]
-    kv: StepKV
-
-    @cached_property
-    def blocks(self) -> tuple[tuple[str, slice], ...]:
-        """Every row once, in slices of one expert each, with the suffix of the expert's names."""
-        return tuple(self._cut(GEN, 0, self.gen_rows)) + tuple(self._cut(UND, self.gen_rows, len(self.cos)))
-
-    def _cut(self, expert: str, start: int, stop: int) -> Iterator[tuple[str, slice]]:
-        step = BLOCK_ROWS if self.cos.device.type == "cpu" else max(stop - start, 1)
-        for first in range(start, stop, step):
-            yield expert, slice(first, min(first + step, stop))
+from bagel_triton.model.linear import add_linear, linear, silu_product
+from bagel_triton.model.pack import GEN, UND, Block, Pack
 
 
 class RMSNorm(nn.Module):
@@ -83,8 +58,10 @@ def rotary_tables(positions: Tensor, config: LanguageConfig, dtype: torch.dtype)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotary embedding, half-split form, of ``x`` into ``out``, both [tokens, heads, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    torch.mul(x, cos, out=out).add_(torch.cat((second, first), dim=-1).mul_(sin))
+    torch.mul(x, cos, out=out)
+    (first, second), halves, sines = (part.chunk(2, dim=-1) for part in (x, out, sin))
+    for half, other, sine in zip(halves, (second, first), sines, strict=True):
+        half.addcmul_(other, sine)
 
 
 class Attention(nn.Module):
@@ -113,9 +90,9 @@ class Attention(nn.Module):
             if name != "v":
                 rotate(getattr(self, f"{name}_norm{expert}")(heads), *tables, out=place)
 
-    def merge(self, expert: str, attended: Tensor) -> Tensor:
-        """What all heads found, [rows, heads * head_dim] -> [rows, hidden]."""
-        return _apply(getattr(self, f"o_proj{expert}"), attended)
+    def merge(self, expert: str, attended: Tensor, residual: Tensor) -> None:
+        """Add what all heads found, [rows, heads * head_dim], to ``residual`` [rows, hidden]."""
+        add_linear(attended, getattr(self, f"o_proj{expert}").weight, residual)
 
 
 class MLP(nn.Module):
@@ -127,11 +104,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, room: tuple[Tensor, ...]) -> Tensor:
-        """x [rows, hidden] -> [rows, hidden]; ``room`` is three times [rows or more, intermediate]."""
-        gate, up, spare = (whole[: len(x)] for whole in room)
+    def forward(self, x: Tensor, residual: Tensor, room: tuple[Tensor, ...]) -> None:
+        """Add its output of ``x`` to ``residual``, [rows, hidden] both.
+
+        ``room`` is twice [rows or more, intermediate].
+        """
+        gate, up = (whole[: len(x)] for whole in room)
         gate, up = _apply(self.gate_proj, x, gate), _apply(self.up_proj, x, up)
-        return _apply(self.down_proj, silu_product(gate, up, spare))
+        add_linear(silu_product(gate, up), self.down_proj.weight, residual)
 
 
 def _apply(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -144,8 +124,12 @@ class Room:
     def __init__(self, config: LanguageConfig, x: Tensor, pack: Pack) -> None:
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
+        self.attended = torch.empty_like(self.projected[0])
         rows = max((block.stop - block.start for _, block in pack.blocks), default=0)
-        self.inner = tuple(x.new_empty(rows, config.intermediate_size) for _ in range(3))
+        #: of an MLP, a set for each of the crew: whoever works takes one and puts it back
+        self.inner = deque(
+            tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(pack.crew.size)
+        )
 
 
 class Layer(nn.Module):
@@ -162,20 +146,22 @@ class Layer(nn.Module):
     def _norm(self, name: str, expert: str, x: Tensor) -> Tensor:
         return getattr(self, f"{name}{expert}")(x)  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, layer: int, pack: Pack, room: Room) -> None:
-        """Replace ``x`` [tokens, hidden] by the layer's output; writes the pack's keys and values."""
-        for expert, rows in pack.blocks:
-            normed = self._norm("input_layernorm", expert, x[rows])
-            places = tuple(part[rows] for part in room.projected)
-            self.self_attn.project(expert, normed, (pack.cos[rows], pack.sin[rows]), places)
-        query, key, value = room.projected
-        pack.kv.write(layer, key, value)
-        attended = attend(query, layer, pack.spans, pack.kv)
-        for expert, rows in pack.blocks:
-            block = x[rows]
-            block += self.self_attn.merge(expert, attended[rows])
-            normed = self._norm("post_attention_layernorm", expert, block)
-            block += getattr(self, f"mlp{expert}")(normed, room.inner)
+    def project(self, block: Block, x: Tensor, pack: Pack, room: Room) -> None:
+        """Queries, keys and values of a block of ``x`` [tokens, hidden], into ``room``."""
+        expert, rows = block
+        normed = self._norm("input_layernorm", expert, x[rows])
+        places = tuple(part[rows] for part in room.projected)
+        self.self_attn.project(expert, normed, (pack.cos[rows], pack.sin[rows]), places)
+
+    def finish(self, block: Block, x: Tensor, room: Room) -> None:
+        """Replace a block of ``x`` by the layer's output."""
+        expert, rows = block
+        residual = x[rows]
+        self.self_attn.merge(expert, room.attended[rows].flatten(1), residual)
+        normed = self._norm("post_attention_layernorm", expert, residual)
+        inner = room.inner.pop()
+        getattr(self, f"mlp{expert}")(normed, residual, inner)
+        room.inner.append(inner)
 
 
 class Transformer(nn.Module):
@@ -189,9 +175,33 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, pack: Pack) -> Tensor:
+    def forward(self, embeddings: Tensor, pack: Pack) -> Tensor:
         """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
-        x, room = x.clone(), Room(self._config, x, pack)  # the layers work in place
-        for index, layer in enumerate(self.layers):
-            layer(x, index, pack, room)
+        x = torch.empty_like(embeddings)  # which the layers work in
+        shared = len(pack.blocks) > 1
+        weights = self._config.hidden_size * self._config.intermediate_size
+        pack.crew.together(partial(self._run, embeddings, x, pack), 0 if shared else weights)
         return x
+
+    def _run(self, embeddings: Tensor, x: Tensor, pack: Pack) -> None:
+        layers: Sequence[Layer] = self.layers  # type: ignore[assignment]
+        room = Room(self._config, x, pack)
+
+        def begin(block: Block) -> None:
+            _, rows = block
+            x[rows] = embeddings[rows]
+            layers[0].project(block, x, pack, room)
+
+        def pass_on(index: int, block: Block) -> None:  # out of a layer, and into the next while it is in the cache
+            layers[index].finish(block, x, room)
+            if index + 1 < len(layers):
+                layers[index + 1].project(block, x, pack, room)
+
+        pack.crew.each(begin, pack.blocks)
+        for index in range(len(layers)):
+            last = index + 1 == len(layers)
+            pack.kv.write(index, *room.projected[1:])
+            spans = [span for span in pack.spans if not last or pack.leads_on(span)]
+            attend(room.projected[0], index, spans, pack.kv, pack.crew, room.attended)
+            blocks = [block for block in pack.blocks if not last or pack.leads_on(block[1])]
+            pack.crew.each(partial(pass_on, index), blocks)

@@ -1,0 +1,124 @@
+"""A crew does everything once, shares it, and gives the answer that one thread gives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from bagel_triton.model import crew as crew_module
+from bagel_triton.model.crew import ALONE, Crew
+from bagel_triton.model.linear import linear
+
+
+@pytest.fixture(params=[1, 2, 3])
+def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
+    crew = Crew(request.param)
+    yield crew
+    crew.close()
+
+
+def on_a_thread(work: Callable[[], int]) -> int:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_every_item_is_done_once(crew: Crew, count: int):
+    done: list[int] = []
+    crew.each(done.append, range(count))
+    assert sorted(done) == list(range(count))
+
+
+def test_all_of_a_crew_work_at_the_same_time(crew: Crew):
+    meeting = threading.Barrier(crew.size)
+    crew.each(lambda _: meeting.wait(30.0) and None, range(crew.size))  # nobody would come alone
+
+
+def test_the_first_error_is_raised_and_the_crew_goes_on(crew: Crew):
+    begun: list[int] = []
+
+    def task(item: int) -> None:
+        begun.append(item)
+        if item == 2:
+            raise ValueError("item 2")
+
+    with pytest.raises(ValueError, match="item 2"):
+        crew.each(task, range(10_000))
+    assert len(begun) < 10_000
+    done: list[int] = []
+    crew.each(done.append, range(5))
+    assert sorted(done) == list(range(5))
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_everyone_is_in_the_callers_inference_mode(crew: Crew, inference: bool):
+    found: list[bool] = []
+    with torch.inference_mode(inference):
+        crew.each(lambda _: found.append(torch.is_inference_mode_enabled()), range(20))
+        found.append(crew.together(torch.is_inference_mode_enabled))
+    assert found == [inference] * 21
+
+
+def test_who_leads_and_who_helps_compute_alone_and_others_do_not():
+    usual = torch.get_num_threads()
+    crew, found = Crew(3), list[int]()
+    meeting = threading.Barrier(3)
+
+    def note(_: int) -> None:
+        meeting.wait(30.0)
+        torch.ones(1 << 20).add_(1)  # a thread's first operation of this size finds out how many it has
+        found.append(torch.get_num_threads())
+
+    def lead() -> int:
+        crew.lead()
+        crew.each(note, range(3))
+        return torch.get_num_threads()
+
+    assert on_a_thread(lead) == 1
+    assert found == [1, 1, 1]
+    assert torch.get_num_threads() == usual
+    assert on_a_thread(torch.get_num_threads) == usual
+    assert crew.together(torch.get_num_threads) == usual
+    crew.close()
+
+
+def test_a_team_is_for_what_is_worth_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crew_module, "WORTH_A_TEAM", 100)
+    crew, here = Crew(2), threading.get_ident()
+    assert crew.together(threading.get_ident, 99) == here
+    assert crew.together(threading.get_ident, 100) != here
+    assert crew.together(threading.get_ident) != here
+    assert ALONE.together(threading.get_ident) == here
+    with pytest.raises(ZeroDivisionError):
+        crew.together(lambda: 1 // 0)
+    crew.close()
+
+
+def test_a_closed_crew_has_no_threads():
+    before = threading.active_count()
+    crew = Crew(4)
+    crew.together(lambda: None)
+    assert threading.active_count() == before + 4
+    crew.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="needs two threads to differ from one")
+def test_a_product_does_not_depend_on_the_threads_that_compute_it():
+    """Few rows have a team, many are shared by threads without one; both are to round alike."""
+    crew = Crew(2)
+    for inner, outer in [(64, 96), (385, 96), (512, 128), (1408, 512), (3584, 256)]:
+        generator = torch.Generator().manual_seed(inner)
+        weight = torch.randn(outer, inner, generator=generator) / inner**0.5
+        for rows in (1, 16, 65, 600):
+            x = torch.randn(rows, inner, generator=generator)
+            results = [crew.together(lambda x=x, weight=weight: linear(x, weight))]
+            crew.each(lambda _, x=x, weight=weight, results=results: results.append(linear(x, weight)), range(2))
+            assert all(torch.equal(results[0], other) for other in results[1:]), (inner, outer, rows)
+    crew.close()
