@@ -27,7 +27,7 @@ test-all: setup ## those that take minutes, too: every case between two hosts, e
 	$(BIN)/python -m pytest -m "long or not long"
 
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
-	GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench $(BENCH_ARGS)
+	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench $(BENCH_ARGS)
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff check

@@ -33,8 +33,10 @@ class NaiveKV:
         self._rows, self._contexts = rows, contexts
         self.new: dict[int, KeysValues] = {}
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.new[layer] = key.clone(), value.clone()  # the next layer's come to the same place
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+        kept = self.new.setdefault(layer, (torch.empty_like(key), torch.empty_like(value)))
+        for target, new in zip(kept, (key, value), strict=True):
+            target[rows] = new[rows]  # the next layer's come to the same place
 
     def rounds(self, spans: Sequence[Span]) -> list[Sequence[Span]]:
         return [spans]

@@ -20,7 +20,7 @@ class FixedKV:
 
     sequences: list[tuple[Tensor, Tensor]]
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
         raise AssertionError("attention writes nothing")
 
     def rounds(self, spans: Sequence[Span]) -> list[Sequence[Span]]:

@@ -29,7 +29,7 @@ from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig,
 from bagel_triton.model.crew import Crew
 from bagel_triton.model.linear import ONE_SHARE
 from bagel_triton.model.mot import Transformer, rotary_tables
-from bagel_triton.model.pack import Pack
+from bagel_triton.model.pack import BLOCK_ROWS, Pack
 from bagel_triton.model.placement import Placement
 from bagel_triton.request import GenerationRequest
 from bagel_triton.runtime import tiny_checkpoint
@@ -182,7 +182,7 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
     crew.close()
     estimated = activations.forward_bytes(language, tokens, Placement(CPU, dtype), threads)
     # Threads need not be at their peaks at the same time.
-    assert (0.95 if threads == 1 else 0.75) * estimated < peak < 1.05 * estimated
+    assert (0.95 if threads == 1 else 0.75) * estimated < peak < 1.1 * estimated
 
 
 def autoencoder_of(widths: list[int], encoder_blocks: int, decoder_blocks: int) -> Autoencoder:
@@ -218,7 +218,7 @@ def test_on_a_gpu_a_forward_has_no_blocks():
         activations.forward_bytes(language, 6000, Placement(where, torch.bfloat16)) for where in (CPU, CUDA)
     )
     spare = ONE_SHARE * 2  # what SiLU takes at a time
-    assert device - host == (6000 - 512) * (2 * 18944 * 2 + 2 * 3584 * 4) - spare
+    assert device - host == (6000 - BLOCK_ROWS) * (2 * 18944 * 2 + 2 * 3584 * 4) - spare
 
 
 @pytest.mark.parametrize("widths", [[32, 64, 128, 128], [32, 32, 64, 64]])

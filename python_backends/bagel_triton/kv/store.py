@@ -8,6 +8,7 @@ without a copy.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,10 +74,10 @@ class PagedStep:
     sequences: Sequence[slice | Tensor]
     device: torch.device
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values [tokens, kv_heads, head_dim] to their slots."""
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+        """``rows`` of keys and values [tokens, kv_heads, head_dim] to their slots."""
         for target, new in zip(self.store[layer], (key, value), strict=True):
-            target.index_copy_(0, self.write_slots, new.to(self.store.device))
+            target.index_copy_(0, self.write_slots[rows], new[rows].to(self.store.device))
 
     def rounds(self, spans: Sequence[Span]) -> list[list[Span]]:
         """A sequence at a time: to read one may be to copy it."""
@@ -93,9 +94,9 @@ class PagedStep:
 class WorkspaceStep:
     """One forward's view of stores whose past never moves.
 
-    Several sequences may share a store, pictures of one request for example: their past is
-    the same, and each one's new tokens go to the same slots behind it, just before that
-    sequence is read. So nothing past is ever copied.
+    New tokens go to the slots behind it. Several sequences may share a store, pictures of one
+    request for example, whose past is the same: each one's new tokens go to the same slots then,
+    just before that sequence is read. So nothing past is ever copied.
 
     ``writes`` names for each sequence the pack's rows and the slot where they go:
     ``(start, stop, slot)``.
@@ -103,16 +104,20 @@ class WorkspaceStep:
 
     def __init__(self, stores: Sequence[Tensor], writes: Sequence[Sequence[tuple[int, int, int]]]) -> None:
         self._stores, self._writes = stores, writes
-        sharers = Counter[int]()
+        users = Counter[int]()
         self._turns = []  # how many sequences use the store before each sequence
         for store in stores:
-            self._turns.append(sharers[id(store)])
-            sharers[id(store)] += 1
+            self._turns.append(users[id(store)])
+            users[id(store)] += 1
+        self._shared = [users[id(store)] > 1 for store in stores]
         self._new: tuple[Tensor, Tensor] | None = None
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Take the pack's new keys and values [tokens, kv_heads, head_dim]."""
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+        """Take ``rows`` of the pack's new keys and values [tokens, kv_heads, head_dim]."""
         self._new = key, value
+        for sequence, shared in enumerate(self._shared):
+            if not shared:
+                self._copy(layer, sequence, rows)
 
     def rounds(self, spans: Sequence[Span]) -> list[list[Span]]:
         """One sequence of every store at a time."""
@@ -120,12 +125,19 @@ class WorkspaceStep:
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, kv_heads, head_dim] of a sequence, valid until another of its store is read."""
+        if self._shared[sequence]:
+            self._copy(layer, sequence, slice(0, sys.maxsize))
+        key, value = self._stores[sequence][layer]
+        return key, value
+
+    def _copy(self, layer: int, sequence: int, rows: slice) -> None:
+        """Those of the new ``rows`` that are the sequence's, to their slots."""
         assert self._new is not None, "a step is written before it is read"
-        store = self._stores[sequence][layer]
         for start, stop, slot in self._writes[sequence]:
-            for target, new in zip(store, self._new, strict=True):
-                target[slot : slot + stop - start].copy_(new[start:stop])
-        return store[0], store[1]
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            if first < last:
+                for target, new in zip(self._stores[sequence][layer], self._new, strict=True):
+                    target[slot + first - start : slot + last - start].copy_(new[first:last])
 
 
 def _by(key: Callable[[Span], int], spans: Sequence[Span]) -> dict[int, list[Span]]:

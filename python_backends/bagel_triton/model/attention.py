@@ -34,8 +34,11 @@ class Span:
 class StepKV(Protocol):
     """Where one forward writes its keys and values, and reads each sequence's."""
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Store the pack's new keys and values, [tokens, kv_heads, head_dim]."""
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+        """Store ``rows`` of the pack's new keys and values, [tokens, kv_heads, head_dim].
+
+        Every row is written once, from any thread, before a sequence of the layer is read.
+        """
 
     def rounds(self, spans: Sequence[Span]) -> Iterable[Sequence[Span]]:
         """Every span once, with those whose sequences' keys may be in use at the same time."""

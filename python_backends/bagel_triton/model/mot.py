@@ -123,6 +123,7 @@ class Room:
 
     def __init__(self, config: LanguageConfig, x: Tensor, pack: Pack) -> None:
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        #: queries, keys and values of all rows
         self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
         self.attended = torch.empty_like(self.projected[0])
         rows = max((block.stop - block.start for _, block in pack.blocks), default=0)
@@ -146,12 +147,14 @@ class Layer(nn.Module):
     def _norm(self, name: str, expert: str, x: Tensor) -> Tensor:
         return getattr(self, f"{name}{expert}")(x)  # type: ignore[no-any-return]
 
-    def project(self, block: Block, x: Tensor, pack: Pack, room: Room) -> None:
-        """Queries, keys and values of a block of ``x`` [tokens, hidden], into ``room``."""
+    def project(self, layer: int, block: Block, x: Tensor, pack: Pack, room: Room) -> None:
+        """Queries, keys and values of a block of ``x`` [tokens, hidden], into ``room`` and the pack's store."""
         expert, rows = block
         normed = self._norm("input_layernorm", expert, x[rows])
         places = tuple(part[rows] for part in room.projected)
         self.self_attn.project(expert, normed, (pack.cos[rows], pack.sin[rows]), places)
+        _, key, value = room.projected
+        pack.kv.write(layer, key, value, rows)
 
     def finish(self, block: Block, x: Tensor, room: Room) -> None:
         """Replace a block of ``x`` by the layer's output."""
@@ -190,17 +193,16 @@ class Transformer(nn.Module):
         def begin(block: Block) -> None:
             _, rows = block
             x[rows] = embeddings[rows]
-            layers[0].project(block, x, pack, room)
+            layers[0].project(0, block, x, pack, room)
 
         def pass_on(index: int, block: Block) -> None:  # out of a layer, and into the next while it is in the cache
             layers[index].finish(block, x, room)
             if index + 1 < len(layers):
-                layers[index + 1].project(block, x, pack, room)
+                layers[index + 1].project(index + 1, block, x, pack, room)
 
         pack.crew.each(begin, pack.blocks)
         for index in range(len(layers)):
             last = index + 1 == len(layers)
-            pack.kv.write(index, *room.projected[1:])
             spans = [span for span in pack.spans if not last or pack.leads_on(span)]
             attend(room.projected[0], index, spans, pack.kv, pack.crew, room.attended)
             blocks = [block for block in pack.blocks if not last or pack.leads_on(block[1])]

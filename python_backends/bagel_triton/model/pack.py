@@ -12,7 +12,7 @@ from bagel_triton.model.attention import Span, StepKV
 from bagel_triton.model.crew import ALONE, Crew
 
 UND, GEN = "", "_moe_gen"  # suffixes of the experts' names
-BLOCK_ROWS = 512  # of a block on a CPU: an MLP's inner rows are a few MB then
+BLOCK_ROWS = 576  # of a block on a CPU at most: an MLP's inner rows are a few MB then
 WORTH_SHARING = 64  # rows of a block that are worth a thread of a crew
 Block = tuple[str, slice]  # an expert's suffix, and rows of that expert
 
