@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.errors import InvalidRequest, LeaseError, Overloaded, StageUnavailable
+from bagel_triton.errors import Cancelled, InvalidRequest, LeaseError, Overloaded, StageUnavailable
 from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import lease as lease_module
 from bagel_triton.request import GenerationRequest
@@ -128,6 +131,21 @@ def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
         generate(stages, SMALL)
     stages.abandon(plan.request_id)
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+
+
+def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16))
+    think(stages, SMALL)  # nobody claims it, and the arena has no room for another
+    plan = result_of(stages.expand(SMALL))
+    waits = threading.Event()
+    job = stages.thinker.submit(plan, plan.request_id, lambda event: waits.set())
+    assert waits.wait(10.0)
+    stages.abandon(plan.request_id)
+    with pytest.raises(Cancelled):
+        job.done.result(10.0)
+    left = weakref.ref(job)
+    del job
+    _until(lambda: gc.collect() >= 0 and left() is None)
 
 
 def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(

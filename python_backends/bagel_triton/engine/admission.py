@@ -68,6 +68,11 @@ class Admission:
         self._next = None
         return True
 
+    def forget(self, job: Job[Plan, Thoughts]) -> None:
+        """Drop what was prepared for ``job``, which waits no more."""
+        if self._next is not None and self._next.job is job:
+            self._next = None
+
     def room(self, running: list[ThinkerRun]) -> int:
         """Blocks that are promised to nobody."""
         promised = sum(active.blocks for active in running) + self._producer.leases.blocks
