@@ -77,7 +77,7 @@ def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], **set
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        client = TritonClient(ProxySettings(f"127.0.0.1:{port}", ("bagel",), **settings))
+        client = TritonClient(ProxySettings(f"127.0.0.1:{port}", ("bagel",), **({"models": BAGEL.models} | settings)))
         try:
             return await work(client)
         finally:
