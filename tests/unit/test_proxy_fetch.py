@@ -235,15 +235,24 @@ def test_a_request_may_name_remote_pictures(host: Host) -> None:
     assert backend.requests[0].image == (BODY, b"A", BODY)
 
 
-def test_a_remote_picture_that_cannot_be_had_is_never_left_out(host: Host) -> None:
-    status, backend, reply = ask(host, "http://pictures.example/cat.png", "http://pictures.example/loopback")
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        ("loopback", "127.0.0.1 has the address 127.0.0.1; allowed: public addresses"),
+        ("inside", "inside.example has the address 10.0.0.8; allowed: public addresses"),
+    ],
+)
+def test_a_remote_picture_that_leads_inside_fails_the_request_as_openai_does(host: Host, path: str, cause: str) -> None:
+    status, backend, reply = ask(host, "http://pictures.example/cat.png", f"http://pictures.example/{path}")
+    param = "messages[0].content[1].image_url"
+    message = f"{param}='http://pictures.example/{path}' cannot be fetched: {cause}"
     assert status == 400
-    assert reply["error"]["param"] == "messages[0].content[1].image_url"
-    assert reply["error"]["message"] == (
-        "messages[0].content[1].image_url='http://pictures.example/loopback' cannot be fetched: "
-        "127.0.0.1 has the address 127.0.0.1; allowed: public addresses"
-    )
-    assert backend.requests == []
+    assert reply == {
+        "error": {"message": message, "type": "invalid_request_error", "param": param, "code": "invalid_request"}
+    }
+    assert {path for _, path in host.seen} <= {"/cat.png", f"/{path}"}
+    assert set(host.reached) == {PUBLIC}
+    assert backend.requests == []  # it is never left out
 
 
 def ask(host: Host, *urls: str) -> tuple[int, FakeClient, dict[str, dict[str, str]]]:
