@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import signal
 import socket
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,13 +20,13 @@ from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.proxy.settings import ProxySettings, add_fetch_remote
 from bagel_triton.runtime import memory, ports, run_directory, shared_memory, source_tree, tritonserver
 from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.stop_signals import Stopped, StopSignals
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
     from bagel_triton.model.placement import Placement
 
 ALIASES = ("bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,15 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the server cannot start, or ended by itself.
     """
     options = ServeOptions(**{field.name: getattr(args, field.name) for field in fields(ServeOptions)})
-    asyncio.run(_serve(options))
+    with StopSignals() as signals:
+        try:
+            asyncio.run(_serve(options, signals))
+        except Stopped:
+            print("stopping", flush=True)
     return 0
 
 
-async def _serve(options: ServeOptions) -> None:
-    stop = asyncio.Event()
-    for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     config = _configuration(options)
     with _listener(options) as listener, run_directory.created() as directory:
         grpc_host, grpc_port = config.own_address or (ports.LOOPBACK, 0)
@@ -178,7 +178,7 @@ async def _serve(options: ServeOptions) -> None:
                     addresses=dict.fromkeys(deploy.models, grpc) | deploy.remote,
                     verbose=options.verbose,
                 ),
-                stop,
+                signals.awaited(),
             )
 
 
