@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -45,11 +43,3 @@ class AnnouncedProcess:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.communicate()
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether ``condition`` comes to hold."""
-    deadline = time.monotonic() + 10
-    while not (held := condition()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return held

@@ -20,6 +20,7 @@ from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import lease as lease_module
 from bagel_triton.request import GenerationRequest
 from tests.support.runs import generate, generate_together, result_of, think
+from tests.support.waiting import soon
 
 Make = Callable[..., LocalStages]
 SMALL = GenerationRequest(prompt="A cute cat", height=32, width=32, seed=1, num_inference_steps=3)
@@ -41,20 +42,13 @@ def make(checkpoint_dir: Path) -> Iterator[Make]:
         stages.close()
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def _nothing_left(stages: LocalStages) -> bool:
     return stages.thinker.blocks_used == 0 and len(stages.producer.leases) == 0
 
 
 def test_a_picture_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
     generate(local_stages, SMALL)
-    _until(lambda: _nothing_left(local_stages))
+    assert soon(lambda: _nothing_left(local_stages))
 
 
 def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Make) -> None:
@@ -65,14 +59,14 @@ def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Ma
     events.close()  # type: ignore[attr-defined]
     generate(stages, SMALL)
     assert time.monotonic() - start < 3.0  # the rest of the long one takes far longer
-    _until(lambda: _nothing_left(stages))
+    assert soon(lambda: _nothing_left(stages))
 
 
 def test_an_abandoned_requests_contexts_are_taken_back(local_stages: LocalStages) -> None:
     plan, job = think(local_stages, SMALL)
     assert not _nothing_left(local_stages)
     local_stages.abandon(plan.request_id)
-    _until(lambda: _nothing_left(local_stages))
+    assert soon(lambda: _nothing_left(local_stages))
     with pytest.raises(LeaseError, match="has ended"):
         result_of(local_stages.denoise(job))
 
@@ -145,7 +139,7 @@ def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make
         job.done.result(10.0)
     left = weakref.ref(job)
     del job
-    _until(lambda: gc.collect() >= 0 and left() is None)
+    assert soon(lambda: gc.collect() >= 0 and left() is None)
 
 
 def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(
@@ -157,7 +151,7 @@ def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(
     with pytest.raises(Overloaded, match="no KV lease is free"):
         think(stages, SMALL)
     assert len(result_of(stages.denoise(job))) == 1
-    _until(lambda: _nothing_left(stages))
+    assert soon(lambda: _nothing_left(stages))
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
     assert plan.request_id == job.request_id
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bagel_triton import notices
+from tests.support.waiting import soon
 
 PREFIX = "bagel_triton_1_2"
 
@@ -33,13 +34,6 @@ def told(directory: Path) -> Iterator[Counts]:
     yield counts
     closing.set()
     thread.join()
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from bagel_triton.proxy import main
 from bagel_triton.runtime import ports
 from bagel_triton.runtime.command_error import CommandError
 from tests.support.proxy_process import proxy_process
-from tests.support.stage_process import soon
 from tests.support.triton_service import TritonService, serving
+from tests.support.waiting import soon
 
 CHAT = "/v1/chat/completions"
 

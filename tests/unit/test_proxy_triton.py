@@ -22,8 +22,9 @@ from bagel_triton.events import encode_event
 from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.proxy.triton import StageResponse, TritonClient
 from bagel_triton.request import GenerationRequest, from_tensors
-from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
+from tests.support.stage_process import PREFIX, AnnouncedProcess
 from tests.support.triton_service import TritonService, serving
+from tests.support.waiting import soon
 
 Script = list[Any]
 HANG = "hang"

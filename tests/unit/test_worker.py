@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +21,7 @@ from bagel_triton.errors import (
 from bagel_triton.events import ProgressEvent
 from bagel_triton.messages import Schedule
 from tests.support.counting_worker import Count, CountingWorker, CountJob
+from tests.support.waiting import soon
 
 WAIT_S = 10.0
 
@@ -43,13 +44,6 @@ def _error(job: CountJob) -> BagelError:
     return error
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_jobs_finish_in_the_order_of_their_length_not_of_their_coming(worker: CountingWorker) -> None:
     finished: list[str] = []
     jobs = []
@@ -65,7 +59,7 @@ def test_jobs_finish_in_the_order_of_their_length_not_of_their_coming(worker: Co
 def test_a_job_joins_between_the_steps_of_another(worker: CountingWorker) -> None:
     first = _submit(worker, "first", Count(4))
     worker.pace.release()
-    _until(lambda: len(worker.batches) == 1)
+    assert soon(lambda: len(worker.batches) == 1)
     second = _submit(worker, "second", Count(2))
     worker.free_run()
     assert first.done.result(WAIT_S)[0] == 4
@@ -160,7 +154,7 @@ def test_cancelling_frees_what_is_active_and_what_waits() -> None:
     # One more step is under way when the cancellations come.
     jobs = {name: _submit(worker, name, Count(4)) for name in ("leaver", "stayer", "waiting", "next")}
     worker.pace.release()
-    _until(lambda: len(worker.batches) == 1)
+    assert soon(lambda: len(worker.batches) == 1)
     worker.cancel("leaver")
     worker.cancel("waiting")
     worker.free_run()
@@ -180,14 +174,14 @@ def test_cancelling_a_finished_request_forgets_what_it_left(worker: CountingWork
     job = _submit(worker, "r", Count(1))
     assert job.done.result(WAIT_S)[0] == 1
     worker.cancel("r")
-    _until(lambda: worker.forgotten == ["r"])
+    assert soon(lambda: worker.forgotten == ["r"])
 
 
 def test_closing_fails_the_rest_and_refuses_more() -> None:
     worker = CountingWorker(capacity=1)
     active, waiting = _submit(worker, "active", Count(10**9)), _submit(worker, "waiting", Count(1))
     worker.free_run()
-    _until(lambda: len(worker.batches) > 1)
+    assert soon(lambda: len(worker.batches) > 1)
     worker.close()
     for job in (active, waiting, _submit(worker, "late", Count(1))):
         error = _error(job)
@@ -219,7 +213,7 @@ def test_a_waiting_job_whose_lease_is_gone_fails_alone(monkeypatch: pytest.Monke
 def test_those_that_wait_are_taken_by_priority_then_by_age() -> None:
     worker = CountingWorker(capacity=1)
     first = _submit(worker, "first", Count(1))
-    _until(lambda: bool(worker._active()))
+    assert soon(lambda: bool(worker._active()))
     order = [("late", 5), ("early", -1), ("a", 0), ("b", 0)]
     jobs = [worker.submit(Count(1), name, lambda event: None, Schedule(priority)) for name, priority in order]
     worker.free_run()
@@ -234,7 +228,7 @@ def test_a_job_ends_at_its_deadline_and_its_neighbour_goes_on(waits: bool) -> No
     worker = CountingWorker(capacity=1 if waits else 2)
     neighbour = _submit(worker, "neighbour", Count(3))
     late = worker.submit(Count(3), "late", lambda event: None, Schedule(deadline=time.time() + 0.05))
-    _until(lambda: time.time() > late.schedule.deadline)
+    assert soon(lambda: time.time() > late.schedule.deadline)
     worker.free_run()
     error = _error(late)
     assert isinstance(error, DeadlineExceeded)
@@ -248,7 +242,7 @@ def test_a_job_ends_at_its_deadline_and_its_neighbour_goes_on(waits: bool) -> No
 def test_a_line_that_is_full_refuses_at_once_and_loses_nobody() -> None:
     worker = CountingWorker(capacity=1, max_waiting=3)
     jobs = [_submit(worker, "0", Count(1))]
-    _until(lambda: bool(worker._active()))
+    assert soon(lambda: bool(worker._active()))
     jobs += [_submit(worker, str(number), Count(1)) for number in range(1, 6)]
     for refused in jobs[4:]:
         assert isinstance(_error(refused), Overloaded)
