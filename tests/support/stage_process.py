@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
 from typing import Self
+
+import pytest
+
+from bagel_triton import liveness
 
 PREFIX = "test_1"
 
@@ -43,3 +48,10 @@ class AnnouncedProcess:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+def announced_in(directory: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Let whoever asks which processes live look for them in ``directory``."""
+    for function in (liveness.watch, liveness.dead_stages):
+        patch.setattr(liveness, function.__name__, functools.partial(function, directory=directory))
+    return directory
