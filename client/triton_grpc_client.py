@@ -16,15 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from picture_file import fail, save, unwritable
-from tqdm import tqdm
+from picture_file import fail, unwritable
+from triton_task import Result, add_arguments, generation_request, results, show
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from bagel_triton.errors import InvalidRequest
-from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 
 ENSEMBLE = "bagel_text2img"
@@ -32,43 +29,16 @@ ENSEMBLE = "bagel_text2img"
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
-    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    add_arguments(parser)
     parser.add_argument("--server", "-s", default="localhost:8001", help="Triton's gRPC address (default: %(default)s)")
     parser.add_argument("--model", default="bagel", choices=["bagel", ENSEMBLE], help="pipeline (default: %(default)s)")
-    parser.add_argument(
-        "--modality", "-m", choices=["image", "text"], help="what to make, with --model bagel (default: image)"
-    )
     parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input picture; may be repeated")
-    parser.add_argument("--height", type=int, help="height in pixels")
-    parser.add_argument("--width", type=int, help="width in pixels")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
-    parser.add_argument("--negative", help="negative prompt")
-    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
-    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
     args = parser.parse_args(argv)
     if args.model == ENSEMBLE:
         for option in ("modality", "image", "think", "max_tokens"):
             if getattr(args, option):
                 parser.error(f"--model {ENSEMBLE} takes no --{option.replace('_', '-')}")
     return args
-
-
-def generation_request(args: argparse.Namespace) -> GenerationRequest:
-    """What the arguments ask for; raises OSError where a picture cannot be read."""
-    return GenerationRequest(
-        prompt=args.prompt,
-        image=tuple(path.read_bytes() for path in args.image) or None,
-        modality=args.modality,
-        negative_prompt=args.negative,
-        height=args.height,
-        width=args.width,
-        num_inference_steps=args.steps,
-        seed=args.seed,
-        think=args.think or None,
-        max_tokens=args.max_tokens,
-    )
 
 
 def inputs(request: GenerationRequest) -> list[InferInput]:
@@ -100,23 +70,13 @@ def stream(server: str, model: str, request: GenerationRequest) -> Iterator[Infe
             client.stop_stream(cancel_requests=True)
 
 
-def receive(
-    args: argparse.Namespace, request: GenerationRequest
-) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
-    """The answer or the thinking, and the picture [H, W, 3] with its seed."""
-    with tqdm(desc=args.model, unit="step", leave=False) as bar:
-        for result in stream(args.server, args.model, request):
-            if args.model == ENSEMBLE:
-                yield result.as_numpy("generated_image"), int(result.as_numpy("used_seed")[0])
-                continue
-            event = decode_event(result.as_numpy("event")[0])
-            if isinstance(event, ProgressEvent):
-                bar.total, bar.n = event.steps, event.step
-                bar.refresh()
-            elif isinstance(event, AnswerEvent):
-                yield event
-            elif isinstance(event, PictureEvent):
-                yield result.as_numpy("generated_image"), event.seed
+def receive(args: argparse.Namespace, request: GenerationRequest) -> Iterator[Result]:
+    responses = stream(args.server, args.model, request)
+    if args.model == ENSEMBLE:  # it has no events, so no progress
+        for result in responses:
+            yield result.as_numpy("generated_image"), int(result.as_numpy("used_seed")[0])
+    else:
+        yield from results((answer.as_numpy("event")[0], answer.as_numpy("generated_image")) for answer in responses)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,27 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     if reason := unwritable(args.output):
         return fail(reason)
     try:
-        request = generation_request(args)
+        request = generation_request(args, [path.read_bytes() for path in args.image])
     except OSError as error:
         return fail(f"--image {error.filename}: {error.strerror}")
     try:
-        results = list(receive(args, request))
-        if not results:
+        found = list(receive(args, request))
+        if not found:
             raise InferenceServerException("the reply is empty")
     except InferenceServerException as error:
         return fail(f"{args.model} at {args.server}: {error.message()}")
     except InvalidRequest as error:
         return fail(error.message)
-    status = 0
-    for result in results:
-        if isinstance(result, AnswerEvent):
-            if result.reasoning:
-                print(f"thinking:\n{result.reasoning}", file=sys.stderr)
-            if args.modality == "text":
-                print(result.content)
-            continue
-        status = status or save(*result, args.output)
-    return status
+    return show(found, args)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from numpy.typing import NDArray
-from picture_file import fail, save, unwritable
-from tqdm import tqdm
+import msgspec
+from picture_file import fail, unwritable
+from triton_task import add_arguments, generation_request, results, show
 
 from bagel_triton.errors import InvalidRequest
-from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
-from bagel_triton.request import GenerationRequest, to_tensors
+from bagel_triton.request import to_tensors
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 
@@ -39,37 +36,16 @@ class Refused(Exception):
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
-    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    add_arguments(parser)
     parser.add_argument("--server", "-s", default="http://localhost:8000", help="Triton's URL (default: %(default)s)")
-    parser.add_argument(
-        "--modality", "-m", default="image", choices=["image", "text"], help="what to make (default: %(default)s)"
-    )
-    parser.add_argument("--height", type=int, help="height in pixels")
-    parser.add_argument("--width", type=int, help="width in pixels")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
-    parser.add_argument("--negative", help="negative prompt")
-    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
-    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
     return parser.parse_args(argv)
 
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments ask for; raises InvalidRequest for what Triton would wrap or garble."""
-    fields = {
-        "prompt": args.prompt,
-        "modality": args.modality,
-        "negative_prompt": args.negative,
-        "height": args.height,
-        "width": args.width,
-        "num_inference_steps": args.steps,
-        "seed": args.seed,
-        "think": args.think or None,
-        "max_tokens": args.max_tokens,
-    }
-    to_tensors(GenerationRequest(**fields))
-    return {name: value for name, value in fields.items() if value is not None}
+    request = generation_request(args)
+    to_tensors(request)
+    return {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
 
 
 def responses(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -91,44 +67,20 @@ def responses(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield outputs
 
 
-def receive(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[AnswerEvent | tuple[NDArray[np.uint8], int]]:
-    """The answer or the thinking, and the picture [H, W, 3] with its seed."""
-    with tqdm(desc="bagel", unit="step", leave=False) as bar:
-        for outputs in responses(args.server, body):
-            event = decode_event(outputs["event"])
-            if isinstance(event, ProgressEvent):
-                bar.total, bar.n = event.steps, event.step
-                bar.refresh()
-            elif isinstance(event, AnswerEvent):
-                yield event
-            elif isinstance(event, PictureEvent):
-                pixels = np.array(outputs["generated_image"], dtype=np.uint8)
-                yield pixels.reshape(event.height, event.width, 3), event.seed
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if reason := unwritable(args.output):
         return fail(reason)
     try:
-        body = request_body(args)
-        results = list(receive(args, body))
-        if not results:
+        answers = responses(args.server, request_body(args))
+        found = list(results((answer["event"], answer.get("generated_image")) for answer in answers))
+        if not found:
             raise Refused("the reply is empty")
     except InvalidRequest as error:
         return fail(error.message)
     except (Refused, httpx.HTTPError, httpx.InvalidURL) as error:
         return fail(f"bagel at {args.server}: {error}")
-    status = 0
-    for result in results:
-        if isinstance(result, AnswerEvent):
-            if result.reasoning:
-                print(f"thinking:\n{result.reasoning}", file=sys.stderr)
-            if args.modality == "text":
-                print(result.content)
-            continue
-        status = status or save(*result, args.output)
-    return status
+    return show(found, args)
 
 
 if __name__ == "__main__":

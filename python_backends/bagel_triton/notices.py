@@ -1,23 +1,30 @@
-"""What the supervisor tells ``bagel``: how often something had to be started again, and that it ends.
+"""What the supervisor tells a model: how often something had to be started again, and that it ends.
 
 The supervisor counts reloads, and only a process of Triton can put a number on ``/metrics``.
 And of a tritonserver that is told to stop, no stub hears before every request has ended: a
-long one would be cut off, unanswered. So both are in a file in shared memory.
+long one would be cut off, unanswered. So both are in a file in shared memory. ``bagel`` heeds
+it, or a stage where the server has no ``bagel``: see :attr:`DeployConfig.heeding`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from bagel_triton.engine.metrics import Metrics
 from bagel_triton.liveness import DIRECTORY
 
 SERVER = "tritonserver"
 POLL_S = 0.25
+
+
+class Counters(Protocol):
+    """Counters that may outlive who counts."""
+
+    def count_up_to(self, name: str, total: int, **labels: str) -> None:
+        """``name`` is ``total`` now."""
 
 
 class _Notice(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,21 +56,20 @@ class Notices:
         unfinished.rename(self._path)
 
 
-def heed(prefix: str, metrics: Metrics, closing: threading.Event, directory: Path = DIRECTORY) -> None:
-    """Count reloads, all so far and then each new one, until ``closing``; set that when the server is to stop.
+def heed(prefix: str, counters: Counters, closing: threading.Event, directory: Path = DIRECTORY) -> None:
+    """Tell ``counters`` of the reloads, all so far and then each new one, until ``closing``.
 
-    Where no supervisor runs, nothing is told.
+    That is set when the server is to stop. Where no supervisor runs, nothing is told.
     """
-    path, told = _path(prefix, directory), Counter[str]()
+    path, told = _path(prefix, directory), dict[str, int]()
     while True:
         notice = _read(path)
-        for name, count in notice.reloads.items():
-            if new := count - told[name]:
-                if name == SERVER:
-                    metrics.count("server_restarts", new)
-                else:
-                    metrics.count("stage_reloads", new, stage=name)
-            told[name] = count
+        for name, count in notice.reloads.items() - told.items():
+            if name == SERVER:
+                counters.count_up_to("server_restarts", count)
+            else:
+                counters.count_up_to("stage_reloads", count, stage=name)
+        told = notice.reloads
         if notice.stopping:
             closing.set()
         if closing.wait(POLL_S):

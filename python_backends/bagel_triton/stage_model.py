@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from bagel_triton import triton_io
+from bagel_triton import notices, triton_io
 from bagel_triton.departures import Departures
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
+from bagel_triton.engine.catalogue import SUPERVISOR
 from bagel_triton.engine.job import Job
 from bagel_triton.events import Event
 from bagel_triton.liveness import Announcement, end_with_parent
@@ -44,12 +46,17 @@ class StageModel:
         """Build the engine; an error here is the reason Triton reports."""
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
-        self.metrics = TritonMetrics([args["model_name"]])
-        config = from_environment()
+        config, name = from_environment(), args["model_name"]
+        heeds = name == config.heeding
+        self.metrics = TritonMetrics([name, *([SUPERVISOR] if heeds else [])])
         self.engine = self.build(Parts.open(config))
         self._departures = Departures(self.engine.drop)
+        self._closing = threading.Event()
+        if heeds:
+            heeding = (config.shm_prefix, self.metrics, self._closing)
+            threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
         end_with_parent()
-        self._announcement = Announcement(config.shm_prefix, args["model_name"])
+        self._announcement = Announcement(config.shm_prefix, name)
 
     def build(self, parts: Parts) -> Engine:
         """This stage's engine, which tells ``self.metrics`` of its work."""
@@ -89,6 +96,7 @@ class StageModel:
 
     def finalize(self) -> None:
         """Stop the engine, then send the last answers."""
+        self._closing.set()
         self._departures.close()
         self.engine.close()
         self._outbox.close()

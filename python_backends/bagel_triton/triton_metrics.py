@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 
 
 class TritonMetrics:
-    """The metrics of ``models`` (the models whose work this process does), all there from the start.
+    """The metrics of ``measurers`` (names of the catalogue), all there from the start.
 
     Silent where Triton has metrics switched off. Each update crosses a process boundary, so a
     thread of its own makes them: no step waits.
     """
 
-    def __init__(self, models: Sequence[str]) -> None:
+    def __init__(self, measurers: Sequence[str]) -> None:
         self._families: dict[str, Any] = {}  # kept: Triton drops a metric whose family is collected
         self._metrics: dict[tuple[str, ...], Any] = {}
-        self._known = {metric.name: metric for model in models for metric in CATALOGUE[model]}
+        self._known = {metric.name: metric for name in measurers for metric in CATALOGUE[name]}
         self._updates: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._updates.put(self._make_all)
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -40,6 +40,10 @@ class TritonMetrics:
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """``amount`` more of ``bagel_name_total``."""
         self._updates.put(lambda: self._metric(name, **labels).increment(amount))
+
+    def count_up_to(self, name: str, total: int, **labels: str) -> None:
+        """``bagel_name_total`` is ``total`` now, whatever a process that was killed had made of it."""
+        self._updates.put(lambda: self._count_up_to(self._metric(name, **labels), total))
 
     def observe(self, name: str, seconds: float) -> None:
         """``bagel_name`` took ``seconds`` once."""
@@ -55,6 +59,10 @@ class TritonMetrics:
         for metric in self._known.values():
             for values in itertools.product(*metric.labels.values()):
                 self._metric(metric.name, **dict(zip(metric.labels, values, strict=True)))
+
+    def _count_up_to(self, metric: Any, total: int) -> None:
+        if (new := total - metric.value()) > 0:
+            metric.increment(new)
 
     def _metric(self, name: str, **labels: str) -> Any:
         key = (name, *labels.values())

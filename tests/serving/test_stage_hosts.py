@@ -16,6 +16,7 @@ from bagel_triton.runtime import ports
 from tests.serving.test_cases import assert_recorded
 from tests.serving.test_leaving import LONG, connection
 from tests.serving.test_leaving import until as until_gauge
+from tests.serving.test_metrics import scrape, told
 from tests.support.cases import load_cases
 from tests.support.connectors import require_mooncake
 from tests.support.killing import Load, arguments, descendants, health, kill, until
@@ -102,6 +103,17 @@ def test_a_stage_process_that_is_killed_there_fails_its_requests_and_comes_back(
     kill(hosts.remote, "dit")
     _check_refused(load)
     _check_back(hosts)
+
+
+def test_reloads_there_are_counted_there_and_each_once(hosts: Hosts) -> None:
+    counts = {f'bagel_stage_reloads_total{{stage="{stage}"}}': stage for stage in ("dit", "vae_decode")}
+    before = scrape(hosts.remote)
+    for stage in ("vae_decode", "dit", "dit"):
+        kill(hosts.remote, stage)
+        until(lambda: health(hosts.local) == 503, "a dead stage looks healthy", FAIL_S)
+        until(lambda: health(hosts.local) == 200, "the stage is not back", RELOAD_S)
+    added = {"vae_decode": 1, "dit": 2}
+    told(hosts.remote, {name: before[name] + added[stage] for name, stage in counts.items()})
 
 
 def test_a_server_that_falls_silent_fails_its_requests_too(hosts: Hosts) -> None:

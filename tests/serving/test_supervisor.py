@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from bagel_triton.deploy.topology import BAGEL_SINGLE_STAGE
+from tests.support.waiting import soon
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "data" / "tiny-a"
@@ -97,13 +97,6 @@ def _living(pids: set[int]) -> set[int]:
     return {pid for pid in pids if _parent(pid)[1]}
 
 
-def _eventually(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (held := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return held
-
-
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts a server whose models run the given line when they load."""
@@ -133,7 +126,7 @@ def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server
     server = serve("time.sleep(1)")
     assert server.line("KV connector") == "local (pipeline bagel_single_stage is one process)"
     url = server.line("OpenAI API")
-    assert _eventually(lambda: bool(server.family()), START_S)
+    assert soon(lambda: bool(server.family()), START_S)
     assert httpx.get(f"{url}/health", timeout=30).status_code == 503
     assert server.line("READY") == url
     assert httpx.get(f"{url}/health", timeout=30).status_code == 200
@@ -154,7 +147,7 @@ def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server
 
 def test_it_stops_while_models_load(serve: Callable[..., Server]):
     server = serve("time.sleep(600)")
-    assert _eventually(lambda: len(server.family()) > 1, START_S)
+    assert soon(lambda: len(server.family()) > 1, START_S)
     family = server.family()
     server.process.terminate()
     assert server.process.wait(STOP_S) == 0
@@ -189,7 +182,7 @@ def test_a_killed_supervisor_leaves_no_process_and_the_next_sweeps_its_files(ser
     family = killed.family()
     killed.process.kill()
     killed.process.wait()
-    assert _eventually(lambda: not _living(family), STOP_S)
+    assert soon(lambda: not _living(family), STOP_S)
     assert killed.files() != []
 
     following = serve()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.serving.test_together import essence
 from tests.support.cases import load_cases
+from tests.support.proxy_process import proxy_process
 from tests.support.serving import Server, chat_body
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +40,10 @@ def test_only_bagel_think_thinks_unasked(server: Server, other: Server) -> None:
     assert unasked == (thought if thinks else None)
 
 
-def test_health_names_the_models_of_the_topology(other: Server) -> None:
+def test_health_names_the_models_of_the_topology_also_from_a_proxy_that_was_not_told_of_it(other: Server) -> None:
     health = httpx.get(f"{other.url}/health", trust_env=False)
     assert health.status_code == 200
+    with proxy_process("--triton-grpc", other.grpc) as (_, url):
+        assert httpx.get(f"{url}/health", trust_env=False).json() == health.json()
     single = "bagel_single_stage.yaml" in str(other.process.args)
     assert (set(health.json()["models"]) == {"bagel"}) == single

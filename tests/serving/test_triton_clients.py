@@ -35,10 +35,20 @@ def test_the_http_client_gets_the_proxys_picture(server: Server, tmp_path: Path)
     assert_same(output, server)
 
 
-def run(script: Path, *arguments: str | Path) -> None:
+def test_both_clients_print_the_proxys_answer(server: Server) -> None:
+    asked = ("--modality", "text", "--prompt", "What is on it?", "--max-tokens", "5")
+    by_grpc = run(CLIENTS / "triton_grpc_client.py", "--server", server.grpc, *asked)
+    by_http = run(CLIENTS / "triton_http_client.py", "--server", f"http://{server.http}", *asked)
+    body = {"messages": [{"role": "user", "content": "What is on it?"}], "modalities": ["text"], "max_tokens": 5}
+    answer = server.chat(body).json()["choices"][0]["message"]["content"]
+    assert by_grpc.stdout == by_http.stdout == f"{answer}\n"
+
+
+def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.parametrize("client", ["triton_grpc_client.py", "triton_http_client.py"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.worker import Worker
+from bagel_triton.errors import BagelError
 from bagel_triton.events import ProgressEvent
 
 
@@ -20,6 +21,7 @@ class Count:
 
 
 CountJob = Job[Count, int]
+WAIT_S = 10.0
 
 
 class CountingWorker(Worker[Count, int]):
@@ -73,3 +75,15 @@ class CountingWorker(Worker[Count, int]):
 
     def _forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
+
+
+def submit(worker: CountingWorker, request_id: str, count: Count) -> CountJob:
+    """A job for ``worker``, whose progress nobody follows."""
+    return worker.submit(count, request_id, lambda event: None)
+
+
+def error_of(job: CountJob) -> BagelError:
+    """How ``job`` failed."""
+    error = job.done.exception(WAIT_S)
+    assert isinstance(error, BagelError)
+    return error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
+
+import pytest
+
+from bagel_triton import liveness
 
 PREFIX = "test_1"
 
@@ -47,9 +50,8 @@ class AnnouncedProcess:
         self._process.communicate()
 
 
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether ``condition`` comes to hold."""
-    deadline = time.monotonic() + 10
-    while not (held := condition()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return held
+def announced_in(directory: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Let whoever asks which processes live look for them in ``directory``."""
+    for function in (liveness.watch, liveness.dead_stages):
+        patch.setattr(liveness, function.__name__, functools.partial(function, directory=directory))
+    return directory

@@ -10,18 +10,30 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from bagel_triton.deploy.topology import MODELS
+
 
 class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """``ready`` are the models that are; ``answers`` the self-test's, text or a refusal, by model."""
+    """``ready`` are the models that are, ``unloaded`` those that were; ``answers`` the self-test's, text or a
+    refusal, by model."""
 
     def __init__(self) -> None:
         self.ready: set[str] = set()
+        self.unloaded: set[str] = set()
         self.answers: dict[str, str | ValueError] = {}
         self.asked: list[tuple[str, str]] = []
 
     def ModelReady(self, request: Any, context: Any) -> Any:
         """Whether the test said so."""
         return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
+
+    def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        """Every model of ours; Triton gives a state only to those that it was told to load."""
+        states = dict.fromkeys(self.unloaded, "UNAVAILABLE") | dict.fromkeys(self.ready, "READY")
+        index = service_pb2.RepositoryIndexResponse()
+        for model in MODELS:
+            index.models.add(name=model, state=states.get(model, ""))
+        return index
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         """The answer of each request's model; nothing where there is none."""

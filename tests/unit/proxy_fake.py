@@ -27,7 +27,8 @@ from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.proxy.triton import StageResponse
 from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
 
-SETTINGS = ProxySettings("127.0.0.1:1", ("bagel", "ByteDance-Seed/BAGEL-7B-MoT"), max_body_bytes=10_000)
+NAMES = ("bagel", "ByteDance-Seed/BAGEL-7B-MoT")
+SETTINGS = ProxySettings("127.0.0.1:1", NAMES, max_body_bytes=10_000, models=BAGEL.models)
 PIXELS: NDArray[np.uint8] = np.random.default_rng(3).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 PROGRESS = [StageResponse(ProgressEvent("dit", step, 3)) for step in (1, 2, 3)]
 PICTURE = StageResponse(PictureEvent(0, 32, 48, 7), PIXELS)

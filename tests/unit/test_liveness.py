@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from bagel_triton.liveness import Announcement, dead_stages, processes, region_prefix, watch
-from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
+from tests.support.stage_process import PREFIX, AnnouncedProcess
+from tests.support.waiting import soon
 
 
 def test_a_killed_process_is_dead_before_anyone_waits_for_it(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +15,12 @@ import pytest
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.errors import InvalidRequest, LeaseError, Overloaded, StageUnavailable
+from bagel_triton.errors import Cancelled, InvalidRequest, LeaseError, Overloaded, StageUnavailable
 from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import lease as lease_module
 from bagel_triton.request import GenerationRequest
 from tests.support.runs import generate, generate_together, result_of, think
+from tests.support.waiting import soon
 
 Make = Callable[..., LocalStages]
 SMALL = GenerationRequest(prompt="A cute cat", height=32, width=32, seed=1, num_inference_steps=3)
@@ -38,20 +42,13 @@ def make(checkpoint_dir: Path) -> Iterator[Make]:
         stages.close()
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def _nothing_left(stages: LocalStages) -> bool:
     return stages.thinker.blocks_used == 0 and len(stages.producer.leases) == 0
 
 
 def test_a_picture_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
     generate(local_stages, SMALL)
-    _until(lambda: _nothing_left(local_stages))
+    assert soon(lambda: _nothing_left(local_stages))
 
 
 def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Make) -> None:
@@ -62,14 +59,14 @@ def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Ma
     events.close()  # type: ignore[attr-defined]
     generate(stages, SMALL)
     assert time.monotonic() - start < 3.0  # the rest of the long one takes far longer
-    _until(lambda: _nothing_left(stages))
+    assert soon(lambda: _nothing_left(stages))
 
 
 def test_an_abandoned_requests_contexts_are_taken_back(local_stages: LocalStages) -> None:
     plan, job = think(local_stages, SMALL)
     assert not _nothing_left(local_stages)
     local_stages.abandon(plan.request_id)
-    _until(lambda: _nothing_left(local_stages))
+    assert soon(lambda: _nothing_left(local_stages))
     with pytest.raises(LeaseError, match="has ended"):
         result_of(local_stages.denoise(job))
 
@@ -124,10 +121,25 @@ def test_a_full_arena_is_waited_for(make: Make) -> None:
 def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
     stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16, admission_timeout_s=0.1))
     plan, _ = think(stages, SMALL)  # nobody claims it
-    with pytest.raises(Overloaded, match="the thinker had no room"):
+    with pytest.raises(Overloaded, match=r"had no room for \d+ s: KV blocks wanted: 1, free: 0 of 1$"):
         generate(stages, SMALL)
     stages.abandon(plan.request_id)
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+
+
+def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16))
+    think(stages, SMALL)  # nobody claims it, and the arena has no room for another
+    plan = result_of(stages.expand(SMALL))
+    waits = threading.Event()
+    job = stages.thinker.submit(plan, plan.request_id, lambda event: waits.set())
+    assert waits.wait(10.0)
+    stages.abandon(plan.request_id)
+    with pytest.raises(Cancelled):
+        job.done.result(10.0)
+    left = weakref.ref(job)
+    del job
+    assert soon(lambda: gc.collect() >= 0 and left() is None)
 
 
 def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(
@@ -139,7 +151,7 @@ def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(
     with pytest.raises(Overloaded, match="no KV lease is free"):
         think(stages, SMALL)
     assert len(result_of(stages.denoise(job))) == 1
-    _until(lambda: _nothing_left(stages))
+    assert soon(lambda: _nothing_left(stages))
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
     assert plan.request_id == job.request_id
 

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bagel_triton import notices
-from bagel_triton.engine.metrics import NoMetrics
+from tests.support.waiting import soon
 
 PREFIX = "bagel_triton_1_2"
 
 
-class Counts(NoMetrics):
-    """What was counted, by the metric's name and label."""
+class Counts:
+    """What was told, by the metric's name and label."""
 
     def __init__(self) -> None:
-        self.seen: Counter[str] = Counter()
+        self.seen: dict[str, int] = {}
 
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        self.seen["/".join([name, *labels.values()])] += int(amount)
+    def count_up_to(self, name: str, total: int, **labels: str) -> None:
+        self.seen["/".join([name, *labels.values()])] = total
 
 
 @contextmanager
@@ -35,13 +34,6 @@ def told(directory: Path) -> Iterator[Counts]:
     yield counts
     closing.set()
     thread.join()
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +65,7 @@ def test_where_no_supervisor_counts_nothing_is_told(tmp_path: Path) -> None:
 
 def test_that_the_server_stops_is_heard_and_ends_the_listening(tmp_path: Path) -> None:
     kept, closing = notices.Notices(PREFIX, tmp_path), threading.Event()
-    thread = threading.Thread(target=notices.heed, args=(PREFIX, NoMetrics(), closing, tmp_path))
+    thread = threading.Thread(target=notices.heed, args=(PREFIX, Counts(), closing, tmp_path))
     thread.start()
     assert not closing.wait(0.05)
     kept.stop()

@@ -16,7 +16,7 @@ from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
 from tests.support.kv import GEOMETRY, append, contents_of, new_arena, read
 from tests.support.pictures import png
 from tests.support.runs import generate
-from tests.support.stage_process import soon
+from tests.support.waiting import soon
 
 SIZE = GEOMETRY.block_tokens
 

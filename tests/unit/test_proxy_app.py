@@ -23,6 +23,7 @@ from proxy_fake import (
 from starlette.testclient import TestClient
 
 from bagel_triton import errors
+from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.proxy.app import create_app
 from bagel_triton.request import GenerationRequest
 
@@ -136,9 +137,9 @@ def test_models_are_listed() -> None:
 def test_health_is_200_only_when_every_model_is_ready() -> None:
     reply = http(FakeClient()).get("/health")
     assert (reply.status_code, reply.json()["status"]) == (200, "ready")
-    assert set(reply.json()["models"]) == set(SETTINGS.models)
+    assert set(reply.json()["models"]) == set(BAGEL.models)
 
-    reply = http(FakeClient(ready=dict.fromkeys(SETTINGS.models, True) | {"dit": False})).get("/health")
+    reply = http(FakeClient(ready=dict.fromkeys(BAGEL.models, True) | {"dit": False})).get("/health")
     assert (reply.status_code, reply.json()["message"]) == (503, "not ready: dit")
 
     reply = http(FakeClient(ready=errors.StageUnavailable("Triton is away"))).get("/health")

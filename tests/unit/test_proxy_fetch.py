@@ -3,120 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
-from proxy_fake import FakeClient, chat_body, live_proxy, picture_part
 
 from bagel_triton.proxy.fetch import FetchError, RemotePictures
-
-BODY = bytes(range(256)) * 40
-PUBLIC, DEAD = "93.184.216.34", "93.184.216.35"
-NAMES = {
-    "pictures.example": [PUBLIC],
-    "half-dead.example": [DEAD, PUBLIC],
-    "inside.example": ["10.0.0.8"],
-    "half-inside.example": [PUBLIC, "127.0.0.1"],
-}
-REDIRECTS = {
-    "/absolute": "http://pictures.example/cat.png",
-    "/relative": "cat.png?size=1",
-    "/loopback": "http://127.0.0.1:{port}/cat.png",
-    "/inside": "//inside.example/cat.png",
-    "/file": "file:///etc/passwd",
-    "/3": "/2",
-    "/2": "/1",
-    "/1": "/cat.png",
-    "/4": "/3",
-}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.server.seen.append((self.headers["Host"], self.path))  # type: ignore[attr-defined]
-        if target := REDIRECTS.get(path):
-            self.reply(302, Location=target.format(port=self.server.server_port))  # type: ignore[attr-defined]
-        elif path == "/cat.png":
-            self.reply(200)
-            self.wfile.write(BODY)
-        elif path == "/gzip":
-            self.reply(200, **{"Content-Encoding": "gzip"})
-        elif path == "/endless":
-            self.reply(200)
-            for _ in range(1000):
-                self.wfile.write(BODY)
-        elif path == "/slow":
-            self.reply(200)
-            for _ in range(100):
-                self.wfile.write(b"x")
-                time.sleep(0.05)
-        elif path == "/broken":
-            self.reply(200, **{"Content-Length": "1000000"})
-            self.wfile.write(BODY)
-        else:
-            self.reply(404)
-
-    def reply(self, status: int, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-class Host(ThreadingHTTPServer):
-    """The server; ``seen`` are the host and path of each request, ``reached`` the addresses connected to."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.seen: list[tuple[str, str]] = []
-        self.reached: list[str] = []
-        self.resolved: list[str] = []
-        self.names = dict(NAMES)
-
-    def handle_error(self, *args: object) -> None:
-        pass  # a client that leaves early is part of the tests
-
-    async def resolve(self, host: str, port: int) -> list[str]:
-        self.resolved.append(host)
-        return self.names.get(host, [host])
-
-    def connect(self) -> httpx.AsyncBaseTransport:
-        return Wire(self)
-
-    def remote(self, **limits: float) -> RemotePictures:
-        return RemotePictures(self.resolve, self.connect, **limits)  # type: ignore[arg-type]
-
-
-class Wire(httpx.AsyncHTTPTransport):
-    """Leads every public address to the host, so that only it is ever connected to."""
-
-    def __init__(self, host: Host) -> None:
-        super().__init__()
-        self._host = host
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        self._host.reached.append(request.url.host)
-        port = 1 if request.url.host == DEAD else self._host.server_port
-        request.url = request.url.copy_with(host="127.0.0.1", port=port)
-        return await super().handle_async_request(request)
+from tests.support.picture_host import BODY, DEAD, PUBLIC, Host, serving_pictures
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    with Host() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    with serving_pictures() as serving:
+        yield serving
 
 
 def fetch(host: Host, url: str, **limits: float) -> bytes:
@@ -226,30 +125,3 @@ def test_the_systems_own_names_are_checked(url: str, cause: str) -> None:
     with pytest.raises(FetchError) as caught:
         asyncio.run(RemotePictures().fetch(url))
     assert cause in str(caught.value)
-
-
-def test_a_request_may_name_remote_pictures(host: Host) -> None:
-    urls = ("http://pictures.example/cat.png", "data:image/png;base64,QQ==", "http://pictures.example/absolute")
-    status, backend, reply = ask(host, *urls)
-    assert status == 200, reply
-    assert backend.requests[0].image == (BODY, b"A", BODY)
-
-
-def test_a_remote_picture_that_cannot_be_had_is_never_left_out(host: Host) -> None:
-    status, backend, reply = ask(host, "http://pictures.example/cat.png", "http://pictures.example/loopback")
-    assert status == 400
-    assert reply["error"]["param"] == "messages[0].content[1].image_url"
-    assert reply["error"]["message"] == (
-        "messages[0].content[1].image_url='http://pictures.example/loopback' cannot be fetched: "
-        "127.0.0.1 has the address 127.0.0.1; allowed: public addresses"
-    )
-    assert backend.requests == []
-
-
-def ask(host: Host, *urls: str) -> tuple[int, FakeClient, dict[str, dict[str, str]]]:
-    """Status and reply to a request with pictures, and the backend that it may have reached."""
-    backend = FakeClient()
-    body = chat_body(messages=[{"role": "user", "content": [picture_part(url) for url in urls]}])
-    with live_proxy(backend, host.remote()) as url:
-        reply = httpx.post(f"{url}/v1/chat/completions", json=body, trust_env=False)
-    return reply.status_code, backend, reply.json()

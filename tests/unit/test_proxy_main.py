@@ -3,16 +3,17 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-import subprocess
-import sys
 
 import httpx
 import pytest
 
 from bagel_triton.proxy import main
+from bagel_triton.runtime import ports
 from bagel_triton.runtime.command_error import CommandError
+from tests.support.proxy_process import proxy_process
+from tests.support.triton_service import TritonService, serving
+from tests.support.waiting import soon
 
-PROGRAM = [sys.executable, "-m", "bagel_triton.runtime.cli", "proxy"]
 CHAT = "/v1/chat/completions"
 
 
@@ -42,11 +43,26 @@ def test_a_value_that_is_not_allowed_is_refused(args: tuple[str, ...], text: str
         run(*args)
 
 
+def test_it_is_healthy_once_the_triton_of_a_stage_0_is_there_and_while_all_of_its_models_are() -> None:
+    triton, port = TritonService(), ports.choose({"--triton-grpc-port": 0})["--triton-grpc-port"]
+    with proxy_process("--triton-grpc", f"127.0.0.1:{port}") as (_, url):
+
+        def health() -> httpx.Response:
+            return httpx.get(f"{url}/health", timeout=30, trust_env=False)
+
+        assert health().json()["models"] == {"bagel": False}
+        triton.ready = {"cfg_expand", "thinker", "bagel"}
+        with serving(triton, f"127.0.0.1:{port}"):
+            assert soon(lambda: health().status_code == 200)
+            assert health().json()["models"] == {"cfg_expand": True, "thinker": True, "bagel": True}
+            triton.ready, triton.unloaded = {"bagel"}, {"cfg_expand", "thinker"}
+            assert health().json()["message"] == "not ready: cfg_expand, thinker"
+            triton.ready, triton.unloaded = set(), set()
+            assert health().json()["message"] == "not ready: bagel"
+
+
 def test_it_serves_without_triton_and_stops_on_sigterm() -> None:
-    options = ["--port", "0", "--triton-grpc", "127.0.0.1:1", "--no-remote-images"]
-    with subprocess.Popen([*PROGRAM, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[2]
+    with proxy_process("--triton-grpc", "127.0.0.1:1", "--no-remote-images") as (process, url):
         health = httpx.get(f"{url}/health", timeout=30, trust_env=False)
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]
         refused = httpx.post(url + CHAT, json={"messages": messages}, timeout=30, trust_env=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ from proxy_fake import DONE, ONE_ANSWER, PICTURE, PIXELS, PROGRESS, user_turn
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from bagel_triton import liveness
-from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.errors import BagelError, Internal, InvalidRequest, StageUnavailable
 from bagel_triton.events import encode_event
 from bagel_triton.proxy.settings import ProxySettings
 from bagel_triton.proxy.triton import StageResponse, TritonClient
 from bagel_triton.request import GenerationRequest, from_tensors
-from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
-from tests.support.triton_service import TritonService, serving
+from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 
 Script = list[Any]
 HANG = "hang"
@@ -46,8 +42,8 @@ def refusal(text: str) -> service_pb2.ModelStreamInferResponse:
 
 
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    def __init__(self, script: Script, ready: tuple[str, ...] = BAGEL.models) -> None:
-        self.script, self.ready = script, ready
+    def __init__(self, script: Script) -> None:
+        self.script = script
         self.requests: list[Any] = []
         self.cancelled = asyncio.Event()
 
@@ -64,9 +60,6 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-
-    async def ModelReady(self, request: Any, context: Any) -> Any:
-        return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
 
 
 def play(service: Service, work: Callable[[TritonClient], Awaitable[Any]], **settings: Any) -> Any:
@@ -194,23 +187,6 @@ def test_nothing_at_the_address_is_unavailable() -> None:
     asyncio.run(session())
 
 
-def test_readiness_counts_models_elsewhere_by_their_own_address() -> None:
-    other = TritonService()
-    other.ready = {"dit"}
-
-    async def readiness(client: TritonClient) -> dict[str, bool]:
-        return await client.readiness()
-
-    with serving(other) as address:
-        remote = {"dit": address, "vae_decode": address}
-        ready = play(Service([], ("bagel",)), readiness, models=("bagel",), remote=remote)
-        assert ready == {"bagel": True, "dit": True, "vae_decode": False}
-    assert play(Service([], ("bagel",)), readiness, models=("bagel",), remote={"dit": address}) == {
-        "bagel": True,
-        "dit": False,
-    }
-
-
 def test_a_consumer_that_stops_cancels_the_stream() -> None:
     service = Service([wire(PROGRESS[0]), HANG])
 
@@ -239,17 +215,10 @@ def test_a_consumer_that_is_cancelled_cancels_the_stream() -> None:
     play(service, cancel)
 
 
-def test_readiness_is_told_by_model() -> None:
-    states = play(Service([], ready=("bagel", "dit")), lambda client: client.readiness())
-    assert states == {model: model in ("bagel", "dit") for model in BAGEL.models}
-
-
 @pytest.fixture
 def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where processes announce themselves to the client under test."""
-    for function in (liveness.watch, liveness.dead_stages):
-        monkeypatch.setattr(liveness, function.__name__, functools.partial(function, directory=tmp_path))
-    return tmp_path
+    return announced_in(tmp_path, monkeypatch)
 
 
 def test_an_orchestrator_that_dies_is_not_waited_for(shm: Path) -> None:
@@ -270,11 +239,3 @@ def test_a_silent_orchestrator_that_lives_is_waited_for(shm: Path) -> None:
     with AnnouncedProcess(shm, "bagel"):
         error = failure([wire(PROGRESS[0]), HANG], silence_timeout_s=1.5, shm_prefix=PREFIX)
     assert error.message == "bagel was silent for 1.5 s"
-
-
-def test_a_model_whose_process_died_is_not_ready_whatever_triton_says(shm: Path) -> None:
-    with AnnouncedProcess(shm, "dit") as dit, AnnouncedProcess(shm, "thinker"):
-        dit.kill()
-        assert soon(lambda: bool(liveness.dead_stages(PREFIX)))
-        states = play(Service([]), lambda client: client.readiness(), shm_prefix=PREFIX)
-    assert states == {model: model != "dit" for model in BAGEL.models}

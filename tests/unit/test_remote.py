@@ -9,15 +9,7 @@ import pytest
 
 from bagel_triton.remote import RemoteModels
 from tests.support.triton_service import TritonService, serving
-
-SOON_S = 10.0
-
-
-def _soon(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + SOON_S
-    while not (held := condition()) and time.monotonic() < end:
-        time.sleep(0.01)
-    return held
+from tests.support.waiting import soon
 
 
 @pytest.fixture
@@ -54,7 +46,7 @@ def test_who_waits_while_a_model_is_reloaded_is_told_for_good(
         remote = watched(address)
         dit, decoder = remote.watch("dit"), remote.watch("vae_decode")
         triton.ready = {"vae_decode"}
-        assert _soon(lambda: not dit())
+        assert soon(lambda: not dit())
         triton.ready = {"dit", "vae_decode"}
         time.sleep(1.0)
         assert (dit(), decoder()) == (False, True)
@@ -67,11 +59,11 @@ def test_a_server_that_is_gone_is_found_again(triton: TritonService, watched: Ca
     with serving(triton) as address:
         remote = watched(address)
         before = remote.watch("dit")
-    assert _soon(lambda: not before())
+    assert soon(lambda: not before())
     during = remote.watch("dit")
-    assert _soon(lambda: not during())
+    assert soon(lambda: not during())
     with serving(triton, address):
-        assert _soon(lambda: _lasts(remote.watch("dit")))
+        assert soon(lambda: _lasts(remote.watch("dit")))
 
 
 def _lasts(alive: Callable[[], bool]) -> bool:

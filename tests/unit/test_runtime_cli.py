@@ -1,6 +1,7 @@
 """The command line: what is wrong is one line on stderr and a non-zero exit status."""
 
 import argparse
+import resource
 import shutil
 import socket
 from pathlib import Path
@@ -111,6 +112,33 @@ def test_a_missing_library(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     assert python_library.NAME in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0")
+    assert list(tmp_path.glob("bagel_triton_*")) == []
+
+
+@pytest.mark.parametrize("kind", ["absent", "a file"])
+def test_a_folder_for_temporary_files_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+):
+    folder = tmp_path / kind
+    if kind == "a file":
+        folder.touch()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    assert f"TMPDIR={folder} cannot be used" in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0")
+
+
+def test_a_folder_for_temporary_files_without_room(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * 1024, hard))  # as on a disk with no more left
+    try:
+        error = error_of(capsys, "serve", str(CHECKPOINT), "--port", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"TMPDIR={tmp_path} cannot be used" in error
+    assert "4 MiB" in error
     assert list(tmp_path.glob("bagel_triton_*")) == []
 
 

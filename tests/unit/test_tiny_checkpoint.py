@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from bagel_triton.deploy.config import ConfigError
 from bagel_triton.model.autoencoder import decode
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import SPECIAL_TOKENS, TinyConfig
-from bagel_triton.runtime.tiny_tokenizer import TEXT
+from bagel_triton.runtime.tiny_config import TinyConfig
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "tiny-a"
 LIKE_PUBLISHED = TinyConfig(hidden_size=96, layers=3, heads=6, kv_heads=2, intermediate_size=160)
@@ -142,46 +140,6 @@ def test_the_seed_decides_every_byte(default: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     for name in ("ema.safetensors", "ae.safetensors"):
         assert (default / name).read_bytes() != (tmp_path / "changed" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A cute cat",
-        "  two  spaces,\ttabs \n\nand 12345 don't 'quote'\n",
-        "naïve café, 山の猫, \N{CAT FACE}",
-        "<|im_start|>user\nWhat is it?<|im_end|>\n<|vision_start|><|vision_end|>",
-        TEXT,
-    ],
-)
-def test_tokenizer_gives_back_the_text(default: Path, text: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(default)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids) == text
-
-
-def test_tokenizer_merges_words_of_its_text(default: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(default)
-    ids = tokenizer.encode(TEXT, add_special_tokens=False)
-    assert len(ids) < len(TEXT.encode()) / 2
-    assert max(ids) < len(tokenizer) <= TinyConfig().vocab_size
-
-
-def test_special_tokens_are_single_ids_in_the_published_order(default: Path) -> None:
-    made, published = AutoTokenizer.from_pretrained(default), AutoTokenizer.from_pretrained(PUBLISHED)
-    ids = [made.encode(token, add_special_tokens=False) for token in SPECIAL_TOKENS]
-    assert ids == [[ids[0][0] + offset] for offset in range(len(SPECIAL_TOKENS))]
-    by_id = [sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1]) for tokenizer in (made, published)]
-    assert [token for token, _ in by_id[0]] == [token for token, _ in by_id[1]]
-    assert _fields(default, "llm_config.json")["eos_token_id"] == made.convert_tokens_to_ids("<|im_end|>")
-
-
-@pytest.mark.parametrize("vocab_size", [288, 5000])
-def test_tokens_fit_the_embedding_whatever_its_size(tmp_path: Path, vocab_size: int) -> None:
-    tiny_checkpoint.write(tmp_path / "c", TinyConfig(vocab_size=vocab_size))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
-    assert tokenizer.decode(tokenizer.encode("A cute cat", add_special_tokens=False)) == "A cute cat"
-    assert max(tokenizer.get_vocab().values()) < vocab_size
 
 
 def test_pictures_are_neither_flat_nor_black_and_white(default: Path, other: Path) -> None:

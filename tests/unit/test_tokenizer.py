@@ -80,3 +80,38 @@ def test_a_garbage_vocabulary_is_a_broken_checkpoint(checkpoint_dir: Path, tmp_p
     (broken / "vocab.json").write_text(contents)
     with pytest.raises(CheckpointError, match=r"the tokenizer in .*broken cannot be loaded"):
         Tokenizer(broken)
+
+
+@pytest.mark.parametrize("left", [0, 100, 223])
+def test_merges_that_were_cut_at_the_end_of_a_line_are_a_broken_checkpoint(
+    checkpoint_dir: Path, tmp_path: Path, left: int
+) -> None:
+    broken = _cut(checkpoint_dir, tmp_path / "broken", left)
+    cause = rf"broken/merges.txt has {left} merges; allowed: at least 224, as vocab.json has 480 tokens"
+    with pytest.raises(CheckpointError, match=cause):
+        Tokenizer(broken)
+
+
+def test_merges_are_not_needed_beside_a_tokenizer_json(
+    tokenizer: Tokenizer, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    whole = _cut(checkpoint_dir, tmp_path / "whole", 100)
+    tokenizer.backend.save(str(whole / "tokenizer.json"))
+    assert Tokenizer(whole).encode("A cute cat") == tokenizer.encode("A cute cat")
+
+
+def test_a_special_token_that_the_vocabulary_has_too_needs_no_merge(
+    tokenizer: Tokenizer, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(checkpoint_dir, tmp_path / "whole"))
+    vocabulary = json.loads((whole / "vocab.json").read_text())
+    (whole / "vocab.json").write_text(json.dumps(vocabulary | {"<|im_start|>": tokenizer.start}))
+    assert Tokenizer(whole).encode("A cute cat") == tokenizer.encode("A cute cat")
+
+
+def _cut(checkpoint: Path, copy: Path, left: int) -> Path:
+    """A ``copy`` of a checkpoint that has ``left`` of its merges."""
+    shutil.copytree(checkpoint, copy)
+    head, *merges = (copy / "merges.txt").read_text().splitlines(keepends=True)
+    (copy / "merges.txt").write_text("".join([head, *merges[:left]]))
+    return copy

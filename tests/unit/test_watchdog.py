@@ -14,7 +14,8 @@ from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ReloadError
 from bagel_triton.runtime.tries import MAX_TRIES, STABLE_S
 from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
-from tests.support.stage_process import PREFIX, AnnouncedProcess, soon
+from tests.support.stage_process import PREFIX, AnnouncedProcess
+from tests.support.waiting import soon
 
 
 class Server:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bagel_triton import notices, tracing, triton_io
 from bagel_triton.deploy.config import from_environment
-from bagel_triton.engine.catalogue import CATALOGUE
+from bagel_triton.engine.catalogue import CATALOGUE, SUPERVISOR
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.engine.trace import Span
 from bagel_triton.errors import from_exception
@@ -34,7 +34,7 @@ class TritonPythonModel:
         triton_io.use_triton_log()
         self._outbox, config = triton_io.Outbox(), from_environment()
         one_process = config.topology.one_process
-        self._metrics = TritonMetrics(tuple(CATALOGUE) if one_process else [args["model_name"]])
+        self._metrics = TritonMetrics(tuple(CATALOGUE) if one_process else [args["model_name"], SUPERVISOR])
         self._config, self._shm_prefix, self._local = config.bagel, config.shm_prefix, None
         if one_process:
             from bagel_triton.engine.build import LocalStages  # otherwise this process needs no torch

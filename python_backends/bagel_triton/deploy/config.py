@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from bagel_triton.deploy.topology import TOPOLOGIES, Topology
+from bagel_triton.deploy.topology import ORCHESTRATOR, TOPOLOGIES, Topology
 
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
@@ -200,6 +200,11 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def models(self) -> tuple[str, ...]:
         """The Triton models that this server loads."""
         return self.topology.models if self.stage_id is None else self.topology.models_of(self.stage_id)
+
+    @property
+    def heeding(self) -> str:
+        """The model of this server that heeds its supervisor: see :mod:`bagel_triton.notices`."""
+        return ORCHESTRATOR if ORCHESTRATOR in self.models else self.models[0]
 
     @property
     def own_address(self) -> tuple[str, int] | None:

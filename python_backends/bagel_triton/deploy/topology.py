@@ -92,3 +92,4 @@ BAGEL_SINGLE_STAGE = Topology(
     one_process=True,
 )
 TOPOLOGIES = {topology.name: topology for topology in (BAGEL, BAGEL_THINK, BAGEL_SINGLE_STAGE)}
+MODELS = tuple(dict.fromkeys(model for topology in TOPOLOGIES.values() for model in topology.models))

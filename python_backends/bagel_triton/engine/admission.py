@@ -46,21 +46,32 @@ class Admission:
         if self._next is None or self._next.job is not job:
             self._next = self._prepare(job)
         run = self._next
-        room = self.room(running) - run.blocks
+        free = self.room(running)
+        room = free - run.blocks
         if room < 0 and not run.waits:
             run.waits = True
             self._metrics.count("thinker_kv_waits")
-        if room < 0 or len(running) >= self._config.max_num_seqs:
+        reasons = []
+        if room < 0:
+            reasons.append(f"KV blocks wanted: {run.blocks}, free: {free} of {self._arena.blocks.count}")
+        if len(running) >= (limit := self._config.max_num_seqs):
+            reasons.append(f"it works on thinker.max_num_seqs={limit} requests")
+        if reasons:
             waited = time.monotonic() - job.submitted_at
             if waited > self._config.admission_timeout_s:
                 self._metrics.count("thinker_refused")
-                raise Overloaded(f"the thinker had no room for {waited:.0f} s: {run.blocks} KV blocks wanted")
+                raise Overloaded(f"the thinker had no room for {waited:.0f} s: {'; '.join(reasons)}")
             return False
         for sequence in run.sequences:
             room = self.reuse(run, sequence, room)
         running.append(run)
         self._next = None
         return True
+
+    def forget(self, job: Job[Plan, Thoughts]) -> None:
+        """Drop what was prepared for ``job``, which waits no more."""
+        if self._next is not None and self._next.job is job:
+            self._next = None
 
     def room(self, running: list[ThinkerRun]) -> int:
         """Blocks that are promised to nobody."""

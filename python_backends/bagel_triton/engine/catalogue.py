@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, ORCHESTRATOR, THINKER
 from bagel_triton.errors import STATUSES
 
+SUPERVISOR: Final = "supervisor"
 Kind = Literal["counter", "gauge", "histogram"]
 
 
@@ -45,6 +46,8 @@ _ORCHESTRATOR = (
     Metric("counter", "requests", "requests that ended, by HTTP status", {"status": STATUSES}),
     Metric("gauge", "requests_active", "requests in flight, whatever stage they are at"),
     Metric("histogram", "request_seconds", "time of a whole request that succeeded"),
+)
+_SUPERVISOR = (
     Metric(
         "counter",
         "stage_reloads",
@@ -78,9 +81,10 @@ _DIT = (
     Metric("histogram", "dit_kv_handoff_seconds", "time to copy a request's contexts from the KV arena"),
     Metric("counter", "pictures", "pictures that were denoised"),
 )
-# By the model that measures them; the orchestrator has all of them where it has every engine.
+# By who measures them; the orchestrator has all of them where it has every engine.
 CATALOGUE: Mapping[str, tuple[Metric, ...]] = {
     ORCHESTRATOR: _ORCHESTRATOR,
+    SUPERVISOR: _SUPERVISOR,
     THINKER: _of_engine(THINKER) + _THINKER,
     DIT: _of_engine(DIT) + _DIT,
     DECODER: _of_engine(DECODER),

@@ -91,6 +91,9 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
     def _admit(self, job: ThinkerJob) -> bool:
         return self._admission.admit(job, self._running)
 
+    def _turn_away(self, job: ThinkerJob) -> None:
+        self._admission.forget(job)
+
     # --- one step: a token for every running text, and prefill within the budget ---
 
     def _step(self) -> None:

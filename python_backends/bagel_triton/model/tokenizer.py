@@ -13,6 +13,7 @@ from bagel_triton.model.config import CheckpointError
 START, END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
+BYTES = 256
 
 
 def unwrapped(prompt: str) -> str:
@@ -27,7 +28,7 @@ class Tokenizer:
     """Byte-level BPE of the checkpoint in ``directory``.
 
     Raises:
-        CheckpointError: a file cannot be read, or a special token is missing.
+        CheckpointError: a file cannot be read or was cut off, or a special token is missing.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -37,8 +38,24 @@ class Tokenizer:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
         self.backend = self._tokenizer.backend_tokenizer
+        if not (Path(directory) / "tokenizer.json").exists():  # it would be read instead
+            self._check_merges(Path(directory) / "merges.txt")
         self.start, self.end = self._special(START), self._special(END)
         self.vision_start, self.vision_end = self._special(VISION_START), self._special(VISION_END)
+
+    def _check_merges(self, path: Path) -> None:
+        """Refuse a file that was cut at a line's end: BPE reads it without a word, and makes other tokens of a text.
+
+        A token is a byte's symbol or what some merge makes, and no merge makes two.
+        """
+        merges = sum(not line.startswith(b"#version") for line in path.read_bytes().splitlines())
+        tokens = self.backend.get_vocab_size(with_added_tokens=False)
+        added = self.backend.get_added_tokens_decoder().values()
+        needed = tokens - BYTES - sum(self.backend.model.token_to_id(token.content) is not None for token in added)
+        if merges < needed:
+            raise CheckpointError(
+                f"{path} has {merges} merges; allowed: at least {needed}, as vocab.json has {tokens} tokens"
+            )
 
     def _special(self, token: str) -> int:
         ids = self.encode(token)

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bagel_triton import tracing
+from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.errors import Cancelled, ModelNotFound, StageUnavailable
 from bagel_triton.proxy import schema, stream
 from bagel_triton.proxy.errors import BodyTooLarge, error_response, http_exception, to_bagel_error
@@ -90,7 +91,7 @@ class _Api:
         try:
             models = await self._client.readiness()
         except StageUnavailable as error:
-            models = dict.fromkeys(self._settings.models, False)
+            models = dict.fromkeys(self._settings.models or (ORCHESTRATOR,), False)
             return JSONResponse({"status": "not ready", "models": models, "message": error.message}, 503)
         waiting = [name for name, ready in models.items() if not ready]
         if waiting:

@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bagel_triton.deploy.topology import BAGEL
-
 MIB = 1024 * 1024
 
 
@@ -21,7 +19,8 @@ class ProxySettings:
     grants a stage. ``retry_after_s`` is what a client of an overloaded server is told.
     ``fetch_remote`` lets requests name pictures by ``http`` and ``https`` URLs. ``models``
     are the Triton models that must be ready for the server to be, and ``remote`` those that must
-    be so elsewhere, with the gRPC address of each. Where Triton's processes
+    be so elsewhere, with the gRPC address of each; None where nobody knows which models there
+    are before Triton says so. Where Triton's processes
     run on this host, ``shm_prefix`` is their server's: one that dies is noticed at once.
     """
 
@@ -32,7 +31,7 @@ class ProxySettings:
     ready_timeout_s: float = 5.0
     retry_after_s: int = 1
     fetch_remote: bool = True
-    models: tuple[str, ...] = BAGEL.models
+    models: tuple[str, ...] | None = None
     shm_prefix: str | None = None
     remote: Mapping[str, str] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from bagel_triton import liveness
-from bagel_triton.deploy.topology import ORCHESTRATOR
+from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
 from bagel_triton.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.events import DoneEvent, Event, PictureEvent, decode_event
 from bagel_triton.proxy.settings import ProxySettings
@@ -124,8 +124,9 @@ class TritonClient:
         return _decode(result)
 
     async def readiness(self) -> dict[str, bool]:
-        timeout_s, models, remote = self._settings.ready_timeout_s, self._settings.models, self._settings.remote
+        timeout_s, remote = self._settings.ready_timeout_s, self._settings.remote
         try:
+            models = await self._told_to_load() if self._settings.models is None else self._settings.models
             *states, elsewhere = await asyncio.gather(
                 *(self._triton.is_model_ready(model, client_timeout=timeout_s) for model in models),
                 asyncio.gather(*(self._is_ready_at(address, model) for model, address in remote.items())),
@@ -135,6 +136,15 @@ class TritonClient:
         dead = () if self._settings.shm_prefix is None else liveness.dead_stages(self._settings.shm_prefix)
         here = {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
         return here | dict(zip(remote, elsewhere, strict=True))
+
+    async def _told_to_load(self) -> tuple[str, ...]:
+        """The models of ours that Triton was told to load, and :data:`ORCHESTRATOR` in any case.
+
+        They differ with the topology, and with the stage where each has a server of its own.
+        """
+        index = await self._triton.get_model_repository_index(client_timeout=self._settings.ready_timeout_s)
+        told = {ORCHESTRATOR} | {model.name for model in index.models if model.state}
+        return tuple(model for model in MODELS if model in told)
 
     async def _is_ready_at(self, address: str, model: str) -> bool:
         # By a connection of its own: an old one to a host that has gone and come back may stay silent.

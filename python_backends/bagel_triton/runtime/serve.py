@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import shutil
-import signal
 import socket
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,16 +18,15 @@ from bagel_triton.deploy import deploy_yaml, hosts
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.proxy.settings import ProxySettings, add_fetch_remote
-from bagel_triton.runtime import memory, ports, shared_memory, source_tree, tritonserver
+from bagel_triton.runtime import memory, ports, run_directory, shared_memory, source_tree, tritonserver
 from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.runtime.stop_signals import Stopped, StopSignals
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
     from bagel_triton.model.placement import Placement
 
 ALIASES = ("bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LOG_FILE = "tritonserver.log"
 
 
 @dataclass(frozen=True)
@@ -92,16 +87,17 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the server cannot start, or ended by itself.
     """
     options = ServeOptions(**{field.name: getattr(args, field.name) for field in fields(ServeOptions)})
-    asyncio.run(_serve(options))
+    with StopSignals() as signals:
+        try:
+            asyncio.run(_serve(options, signals))
+        except Stopped:
+            print("stopping", flush=True)
     return 0
 
 
-async def _serve(options: ServeOptions) -> None:
-    stop = asyncio.Event()
-    for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     config = _configuration(options)
-    with _listener(options) as listener:
+    with _listener(options) as listener, run_directory.created() as directory:
         grpc_host, grpc_port = config.own_address or (ports.LOOPBACK, 0)
         http_port, grpc_port, metrics_port = ports.choose(
             {
@@ -122,7 +118,7 @@ async def _serve(options: ServeOptions) -> None:
 
         for prefix in shared_memory.sweep_leftovers():
             print(f"removed the shared memory of a server that died: {prefix}", flush=True)
-        with shared_memory.SharedMemoryPrefix() as shared, _run_directory() as directory:
+        with shared_memory.SharedMemoryPrefix() as shared:
             server = tritonserver.find(directory)
             deploy = msgspec.structs.replace(
                 config, shm_prefix=shared.prefix, device=placement.device, dtype=placement.dtype_name
@@ -144,7 +140,7 @@ async def _serve(options: ServeOptions) -> None:
                 "Triton metrics": f"http://{ports.LOOPBACK}:{metrics_port}/metrics",
                 **({"traces": traces} if (traces := tracing.destination()) else {}),
                 "tritonserver": server.program,
-                "log": directory / LOG_FILE,
+                "log": directory / run_directory.LOG_FILE,
             }
             print(f"bagel-triton {bagel_triton.__version__}")
             print("\n".join(f"  {name:<15} {value}" for name, value in choices.items()), flush=True)
@@ -163,7 +159,7 @@ async def _serve(options: ServeOptions) -> None:
                     environment=server.environment(directory / "deploy.yaml") | {"BAGEL_TRITON_GRPC": grpc},
                     models=deploy.models,
                     http_port=http_port,
-                    log=directory / LOG_FILE,
+                    log=directory / run_directory.LOG_FILE,
                     proxy=None
                     if listener is None
                     else create_app(
@@ -182,7 +178,7 @@ async def _serve(options: ServeOptions) -> None:
                     addresses=dict.fromkeys(deploy.models, grpc) | deploy.remote,
                     verbose=options.verbose,
                 ),
-                stop,
+                signals.awaited(),
             )
 
 
@@ -233,17 +229,3 @@ def _model_repository(options: ServeOptions) -> Path:
     if not options.model_repository.is_dir():
         raise CommandError(f"--model-repository={options.model_repository} is not a folder")
     return options.model_repository.resolve()
-
-
-@contextlib.contextmanager
-def _run_directory() -> Iterator[Path]:
-    """A private folder, removed at the end unless an error leaves a log to be read."""
-    path = Path(tempfile.mkdtemp(prefix="bagel_triton_"))
-    try:
-        yield path
-    except CommandError:
-        if (path / LOG_FILE).exists():
-            raise
-        shutil.rmtree(path)
-        raise
-    shutil.rmtree(path)

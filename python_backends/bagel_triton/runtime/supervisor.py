@@ -23,7 +23,8 @@ from bagel_triton.runtime.command_error import CommandError
 from bagel_triton.runtime.model_repository import ModelRepository
 from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
 from bagel_triton.runtime.tries import Tries
-from bagel_triton.runtime.triton_process import POLL_S, REPORT_EVERY_S, STOP_TIMEOUT_S, TritonProcess
+from bagel_triton.runtime.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
+from bagel_triton.runtime.wait import Wait
 from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
 
 GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
@@ -197,13 +198,10 @@ async def _until_healthy(launch: Launch) -> None:
 
     It may still wait to connect again, after a question that came too early.
     """
-    started = reported = time.monotonic()
+    wait = Wait()
     async with httpx.AsyncClient(base_url=launch.url, trust_env=False, timeout=None) as client:
         while not (answer := await client.get("/health")).is_success:
-            now = time.monotonic()
             away = [model for model, ready in answer.json()["models"].items() if not ready]
-            if now - reported > REPORT_EVERY_S:
-                reported = now
-                waiting = ", ".join(f"{model} at {launch.addresses[model]}" for model in away)
-                print(f"  waiting for {waiting} ({now - started:.0f} s)", flush=True)
+            if wait.due:
+                wait.tell(", ".join(f"{model} at {launch.addresses[model]}" for model in away))
             await asyncio.sleep(POLL_S)

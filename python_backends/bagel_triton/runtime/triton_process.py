@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -16,11 +15,11 @@ import httpx
 from bagel_triton.runtime import child, triton_log
 from bagel_triton.runtime.ports import LOOPBACK
 from bagel_triton.runtime.tritonserver import EXIT_TIMEOUT_S
+from bagel_triton.runtime.wait import Wait
 
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the models
 POLL_S = 0.1
 REAP_S = 0.02
-REPORT_EVERY_S = 10.0
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
@@ -72,19 +71,15 @@ class TritonProcess:
 
     async def until_ready(self) -> None:
         """Wait for every model to be ready, telling now and then which are not."""
-        started = reported = time.monotonic()
-        waiting = list(self._models)
+        wait, waiting = Wait(), list(self._models)
         async with httpx.AsyncClient(base_url=self._url, trust_env=False) as client:
             while waiting:
                 # It does not listen before it has tried to load every model.
                 with contextlib.suppress(httpx.TransportError):
                     waiting = [model for model in waiting if not await _is_ready(client, model)]
-                now = time.monotonic()
-                if waiting and now - reported > REPORT_EVERY_S:
-                    reported = now
+                if waiting and wait.due:
                     loaded = triton_log.loaded_models(self._log)
-                    missing = ", ".join(model for model in waiting if model not in loaded) or "the server itself"
-                    print(f"  waiting for {missing} ({now - started:.0f} s)", flush=True)
+                    wait.tell(", ".join(model for model in waiting if model not in loaded) or "the server itself")
                 await asyncio.sleep(POLL_S)
         self.loaded.set()
 

@@ -1,0 +1,75 @@
+"""What the Triton clients ask for and what they show, whatever protocol is between."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from picture_file import save
+from tqdm import tqdm
+
+from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
+from bagel_triton.request import GenerationRequest
+
+Result = AnswerEvent | tuple[NDArray[np.uint8], int]  # an answer or the thinking; a picture [H, W, 3] and its seed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
+    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    parser.add_argument("--modality", "-m", choices=["image", "text"], help="what to make (default: image)")
+    parser.add_argument("--height", type=int, help="height in pixels")
+    parser.add_argument("--width", type=int, help="width in pixels")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
+    parser.add_argument("--negative", help="negative prompt")
+    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
+
+
+def generation_request(args: argparse.Namespace, pictures: Iterable[bytes] = ()) -> GenerationRequest:
+    """What the arguments ask for, of encoded ``pictures``; what was not given has the server's default."""
+    return GenerationRequest(
+        prompt=args.prompt,
+        image=tuple(pictures) or None,
+        modality=args.modality,
+        negative_prompt=args.negative,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        seed=args.seed,
+        think=args.think or None,
+        max_tokens=args.max_tokens,
+    )
+
+
+def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterator[Result]:
+    """What responses lead to, each an encoded event and the pixels that came with it, if any; shows the progress."""
+    with tqdm(desc="bagel", unit="step", leave=False) as bar:
+        for encoded, pixels in responses:
+            event = decode_event(encoded)
+            if isinstance(event, ProgressEvent):
+                bar.total, bar.n = event.steps, event.step
+                bar.refresh()
+            elif isinstance(event, AnswerEvent):
+                yield event
+            elif isinstance(event, PictureEvent):
+                yield np.asarray(pixels, dtype=np.uint8).reshape(event.height, event.width, 3), event.seed
+
+
+def show(found: Iterable[Result], args: argparse.Namespace) -> int:
+    """Print texts and save the picture; the exit status."""
+    status = 0
+    for result in found:
+        if isinstance(result, AnswerEvent):
+            if result.reasoning:
+                print(f"thinking:\n{result.reasoning}", file=sys.stderr)
+            if args.modality == "text":
+                print(result.content)
+            continue
+        status = status or save(*result, args.output)
+    return status

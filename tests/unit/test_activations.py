@@ -1,0 +1,111 @@
+"""What a step holds for a moment is what was estimated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bagel_triton.bench.gpu import PUBLISHED
+from bagel_triton.contexts import KVGeometry
+from bagel_triton.deploy import activations
+from bagel_triton.kv.store import WorkspaceStep, store_shape
+from bagel_triton.model import strips
+from bagel_triton.model.attention import Span
+from bagel_triton.model.autoencoder import Autoencoder, decode, encode
+from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.crew import Crew
+from bagel_triton.model.linear import ONE_SHARE
+from bagel_triton.model.mot import Transformer, rotary_tables
+from bagel_triton.model.pack import BLOCK_ROWS, Pack
+from bagel_triton.model.placement import Placement
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def peak_bytes(work: Callable[[], object], folder: Path) -> int:
+    """The most that ``work`` holds at a time beyond what there was."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, threads: int):
+    language = LanguageConfig(112, 592, 2, 4, 1, 28, 64, 1e6, 1e-6)
+    transformer = Transformer(language).requires_grad_(False).to(dtype)
+    rows, past, sequences = 256, 40, 6
+    geometry = KVGeometry(2, 1, 28, 16, "float32")
+    stores = [torch.zeros(store_shape(geometry, past + rows), dtype=dtype) for _ in range(sequences)]
+    spans = [Span(index * rows, (index + 1) * rows, index, causal=False) for index in range(sequences)]
+    kv = WorkspaceStep(stores, [[(span.start, span.stop, past)] for span in spans])
+    tokens = rows * sequences
+    gen_rows = tokens - 8  # both experts take part
+
+    def forward() -> torch.Tensor:
+        cos, sin = rotary_tables(torch.arange(tokens), language, dtype)
+        return transformer(torch.ones(tokens, 112, dtype=dtype), Pack(gen_rows, cos, sin, spans, kv, crew))
+
+    crew = Crew(threads)
+    peak = peak_bytes(forward, tmp_path)
+    crew.close()
+    estimated = activations.forward_bytes(language, tokens, Placement(CPU, dtype), threads)
+    # Threads need not be at their peaks at the same time.
+    assert (0.95 if threads == 1 else 0.75) * estimated < peak < 1.1 * estimated
+
+
+def autoencoder_of(widths: list[int], encoder_blocks: int, decoder_blocks: int) -> Autoencoder:
+    """One with random weights."""
+    shapes = {f"decoder.up.{level}.block.0.conv1.weight": (width,) for level, width in enumerate(widths)}
+    shapes |= {f"decoder.up.0.block.{index}.conv1.weight": (widths[0],) for index in range(decoder_blocks)}
+    shapes |= {f"encoder.down.0.block.{index}.conv1.weight": (widths[0],) for index in range(encoder_blocks)}
+    return Autoencoder({**shapes, "decoder.conv_out.weight": (3,), "decoder.conv_in.weight": (widths[-1], 16)})
+
+
+@pytest.mark.parametrize(
+    ("widths", "blocks", "size"),
+    [
+        ([32, 64, 128, 128], (2, 3), (256, 128)),  # the published one, narrower
+        ([32, 32, 64, 64], (1, 2), (128, 256)),
+        ([64, 64, 64, 64], (1, 1), (128, 128)),
+    ],
+)
+def test_the_autoencoder_takes_what_was_estimated(
+    tmp_path: Path, widths: list[int], blocks: tuple[int, int], size: tuple[int, int]
+):
+    autoencoder, (height, width) = autoencoder_of(widths, *blocks), size
+    latent, pixels = torch.ones(1, 16, height // 8, width // 8), torch.ones(height, width, 3)
+    decoding = peak_bytes(lambda: decode(autoencoder, latent), tmp_path)
+    assert decoding == pytest.approx(activations.decode_bytes(autoencoder.decoder, height, width), rel=0.1)
+    encoding = peak_bytes(lambda: encode(autoencoder, pixels), tmp_path)
+    assert encoding == pytest.approx(activations.encode_bytes(autoencoder.encoder, height, width), rel=0.1)
+
+
+def test_on_a_gpu_a_forward_has_no_blocks():
+    language = PUBLISHED.language
+    host, device = (
+        activations.forward_bytes(language, 6000, Placement(where, torch.bfloat16)) for where in (CPU, CUDA)
+    )
+    spare = ONE_SHARE * 2  # what SiLU takes at a time
+    assert device - host == (6000 - BLOCK_ROWS) * (2 * 18944 * 2 + 2 * 3584 * 4) - spare
+
+
+@pytest.mark.parametrize("widths", [[32, 64, 128, 128], [32, 32, 64, 64]])
+def test_strips_take_what_was_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: list[int]):
+    monkeypatch.setattr(strips, "ROWS", 8)
+    monkeypatch.setattr(strips, "WORTH_IT", 0)
+    decoder, latent = autoencoder_of(widths, 2, 3).decoder, torch.ones(1, 16, 32, 16)
+    peak = peak_bytes(lambda: strips.decode_in_strips(decoder, latent), tmp_path)
+    assert peak == pytest.approx(activations.decode_bytes(decoder, 256, 128, tiled=True), rel=0.1)
+    assert peak < 0.5 * activations.decode_bytes(decoder, 256, 128)

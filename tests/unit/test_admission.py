@@ -1,0 +1,48 @@
+"""Those whom the thinker keeps waiting: what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bagel_triton.contexts import Thoughts
+from bagel_triton.deploy.config import ThinkerConfig
+from bagel_triton.engine.admission import Admission
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.job import Job
+from bagel_triton.engine.metrics import NoMetrics
+from bagel_triton.engine.thinker_run import ThinkerRun
+from bagel_triton.errors import Overloaded
+from bagel_triton.kv.prefix_cache import PrefixCache
+from bagel_triton.messages import Plan, Schedule
+from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.request import GenerationRequest
+from tests.support.runs import result_of
+
+Admit = Callable[..., list[ThinkerRun]]
+SMALL = GenerationRequest(prompt="A cute cat", height=32, width=32, seed=1, num_inference_steps=3)
+
+
+@pytest.fixture
+def admit(local_stages: LocalStages, checkpoint_dir: Path) -> Admit:
+    """Asks for the given requests to be let in, one after the other; those that were."""
+    plan = result_of(local_stages.expand(SMALL))
+
+    def ask(*names: str, **limits: float) -> list[ThinkerRun]:
+        arena, config = local_stages.producer.arena, ThinkerConfig(admission_timeout_s=1e-9, **limits)
+        model = Checkpoint(checkpoint_dir).config
+        admission = Admission(model, local_stages.producer, PrefixCache(arena), config, NoMetrics())
+        running: list[ThinkerRun] = []
+        for name in names:
+            admission.admit(Job[Plan, Thoughts](name, plan, lambda event: None, Schedule()), running)
+        return running
+
+    return ask
+
+
+def test_one_too_many_in_flight_is_told_which_limit_it_met(admit: Admit) -> None:
+    assert len(admit("first", "second", max_num_seqs=2)) == 2
+    with pytest.raises(Overloaded, match=r"no room for \d+ s: it works on thinker\.max_num_seqs=1 requests$"):
+        admit("first", "second", max_num_seqs=1)

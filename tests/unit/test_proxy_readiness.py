@@ -1,0 +1,78 @@
+"""Which models are ready, as the proxy hears it from Triton, from other hosts and from the processes themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagel_triton import liveness
+from bagel_triton.deploy.topology import BAGEL
+from bagel_triton.proxy.settings import ProxySettings
+from bagel_triton.proxy.triton import TritonClient
+from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
+from tests.support.triton_service import TritonService, serving
+from tests.support.waiting import soon
+
+
+def readiness(triton: TritonService, **settings: Any) -> dict[str, bool]:
+    """What a proxy of these settings says before ``triton``."""
+
+    async def ask(address: str) -> dict[str, bool]:
+        client = TritonClient(ProxySettings(address, ("bagel",), **settings))
+        try:
+            return await client.readiness()
+        finally:
+            await client.close()
+
+    with serving(triton) as address:
+        return asyncio.run(ask(address))
+
+
+def triton_with(*ready: str, unloaded: tuple[str, ...] = ()) -> TritonService:
+    service = TritonService()
+    service.ready, service.unloaded = set(ready), set(unloaded)
+    return service
+
+
+def test_it_is_told_by_model() -> None:
+    states = readiness(triton_with("bagel", "dit"), models=BAGEL.models)
+    assert states == {model: model in ("bagel", "dit") for model in BAGEL.models}
+
+
+@pytest.mark.parametrize(
+    ("ready", "unloaded", "expected"),
+    [
+        (("bagel",), (), {"bagel": True}),
+        (("cfg_expand", "thinker", "bagel"), (), {"cfg_expand": True, "thinker": True, "bagel": True}),
+        (("thinker", "bagel"), ("cfg_expand",), {"cfg_expand": False, "thinker": True, "bagel": True}),
+        (("dit",), (), {"dit": True, "bagel": False}),
+        ((), (), {"bagel": False}),
+    ],
+)
+def test_who_knows_of_no_models_counts_those_that_triton_was_told_to_load(
+    ready: tuple[str, ...], unloaded: tuple[str, ...], expected: dict[str, bool]
+) -> None:
+    assert readiness(triton_with(*ready, unloaded=unloaded)) == expected
+
+
+def test_models_elsewhere_are_counted_by_their_own_address() -> None:
+    with serving(triton_with("dit")) as address:
+        remote = {"dit": address, "vae_decode": address}
+        states = readiness(triton_with("bagel"), models=("bagel",), remote=remote)
+    assert states == {"bagel": True, "dit": True, "vae_decode": False}
+    gone = readiness(triton_with("bagel"), models=("bagel",), remote={"dit": address})
+    assert gone == {"bagel": True, "dit": False}
+
+
+def test_a_model_whose_process_died_is_not_ready_whatever_triton_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shm = announced_in(tmp_path, monkeypatch)
+    with AnnouncedProcess(shm, "dit") as dit, AnnouncedProcess(shm, "thinker"):
+        dit.kill()
+        assert soon(lambda: bool(liveness.dead_stages(PREFIX)))
+        states = readiness(triton_with(*BAGEL.models), models=BAGEL.models, shm_prefix=PREFIX)
+    assert states == {model: model != "dit" for model in BAGEL.models}
