@@ -46,7 +46,8 @@ class StageModel:
         self._outbox = triton_io.Outbox()
         self.metrics = TritonMetrics([args["model_name"]])
         config = from_environment()
-        self.engine = self.build(Parts.open(config))
+        parts = Parts.open(config)
+        self.engine, self._weights = self.build(parts), parts.weights
         self._departures = Departures(self.engine.drop)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
@@ -91,6 +92,7 @@ class StageModel:
         """Stop the engine, then send the last answers."""
         self._departures.close()
         self.engine.close()
+        self._weights.close()
         self._outbox.close()
         self.metrics.close()
         self._announcement.withdraw()
