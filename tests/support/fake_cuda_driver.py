@@ -1,6 +1,7 @@
 """A CUDA driver of which the virtual memory management works, on files in memory.
 
-It has the names, the arguments and the results of NVIDIA's ``cuda.bindings.driver``.
+It has the names, the arguments and the results of NVIDIA's ``cuda.bindings.driver``, and takes
+the types from there where that is at hand.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class CUresult(enum.IntEnum):
 
 
 class FakeCudaDriver:
-    """One device, and what is allocated, reserved and mapped there; ``refused`` calls fail."""
+    """One device, and what is allocated, reserved and mapped there; ``refused`` calls fail.
+
+    ``bindings`` is NVIDIA's module, whose enumerations and structures are then used.
+    """
 
     CUresult = CUresult
     CUdevice_attribute = enum.IntEnum(
@@ -43,7 +47,12 @@ class FakeCudaDriver:
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
     CUmemAllocationProp = CUmemLocation = CUmemAccessDesc = SimpleNamespace
 
-    def __init__(self) -> None:
+    def __init__(self, bindings: Any = None) -> None:
+        for name in dir(type(self)) if bindings is not None else ():
+            if name.startswith("CU"):
+                setattr(self, name, getattr(bindings, name))
+            elif name.startswith("cu"):
+                assert callable(getattr(bindings, name))
         self.refused: set[str] = set()
         self.lacking: set[int] = set()
         self.read_only = True
@@ -59,80 +68,80 @@ class FakeCudaDriver:
         """How many handles, reservations and mappings there are."""
         return len(self.handles), len(self.reserved), len(self.mapped)
 
-    def _call(self, name: str) -> CUresult:
+    def _call(self, name: str) -> int:
         self.calls.append(name)
-        return CUresult.CUDA_ERROR_NOT_SUPPORTED if name in self.refused else CUresult.CUDA_SUCCESS
+        return self.CUresult.CUDA_ERROR_NOT_SUPPORTED if name in self.refused else self.CUresult.CUDA_SUCCESS
 
     def _new(self, descriptor: int) -> int:
         handle = next(self._numbers)
         self.handles[handle] = descriptor
         return handle
 
-    def cuDeviceGet(self, ordinal: int) -> tuple[CUresult, int]:
+    def cuDeviceGet(self, ordinal: int) -> tuple[int, int]:
         return self._call("cuDeviceGet"), ordinal
 
-    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[CUresult, int]:
+    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
         return self._call("cuDeviceGetAttribute"), int(attribute not in self.lacking)
 
-    def cuMemGetAllocationGranularity(self, properties: Any, option: int) -> tuple[CUresult, int]:
+    def cuMemGetAllocationGranularity(self, properties: Any, option: int) -> tuple[int, int]:
         return self._call("cuMemGetAllocationGranularity"), GRANULARITY
 
-    def cuMemCreate(self, size: int, properties: Any, flags: int) -> tuple[CUresult, int | None]:
+    def cuMemCreate(self, size: int, properties: Any, flags: int) -> tuple[int, int | None]:
         assert size % GRANULARITY == flags == 0
         assert properties.requestedHandleTypes == 1
         if size > CAPACITY:
-            return CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
+            return self.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
         if error := self._call("cuMemCreate"):
             return error, None
         descriptor = os.memfd_create("cuda")
         os.ftruncate(descriptor, size)
-        return CUresult.CUDA_SUCCESS, self._new(descriptor)
+        return self.CUresult.CUDA_SUCCESS, self._new(descriptor)
 
-    def cuMemExportToShareableHandle(self, handle: int, kind: int, flags: int) -> tuple[CUresult, int | None]:
+    def cuMemExportToShareableHandle(self, handle: int, kind: int, flags: int) -> tuple[int, int | None]:
         if error := self._call("cuMemExportToShareableHandle"):
             return error, None
-        return CUresult.CUDA_SUCCESS, os.dup(self.handles[handle])
+        return self.CUresult.CUDA_SUCCESS, os.dup(self.handles[handle])
 
-    def cuMemImportFromShareableHandle(self, descriptor: int, kind: int) -> tuple[CUresult, int | None]:
+    def cuMemImportFromShareableHandle(self, descriptor: int, kind: int) -> tuple[int, int | None]:
         if error := self._call("cuMemImportFromShareableHandle"):
             return error, None
-        return CUresult.CUDA_SUCCESS, self._new(os.dup(descriptor))
+        return self.CUresult.CUDA_SUCCESS, self._new(os.dup(descriptor))
 
-    def cuMemRelease(self, handle: int) -> tuple[CUresult]:
+    def cuMemRelease(self, handle: int) -> tuple[int]:
         os.close(self.handles.pop(handle))
         return (self._call("cuMemRelease"),)
 
-    def cuMemAddressReserve(self, size: int, alignment: int, hint: int, flags: int) -> tuple[CUresult, int | None]:
+    def cuMemAddressReserve(self, size: int, alignment: int, hint: int, flags: int) -> tuple[int, int | None]:
         assert size % GRANULARITY == alignment == hint == flags == 0
         if error := self._call("cuMemAddressReserve"):
             return error, None
         address = next(self._numbers) << 32
         self.reserved[address] = size
-        return CUresult.CUDA_SUCCESS, address
+        return self.CUresult.CUDA_SUCCESS, address
 
-    def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> tuple[CUresult]:
+    def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> tuple[int]:
         assert size == self.reserved[address] == os.fstat(self.handles[handle]).st_size
         if error := self._call("cuMemMap"):
             return (error,)
         self.mapped[address] = os.dup(self.handles[handle]), size
-        return (CUresult.CUDA_SUCCESS,)
+        return (self.CUresult.CUDA_SUCCESS,)
 
-    def cuMemSetAccess(self, address: int, size: int, wanted: list[Any], count: int) -> tuple[CUresult]:
+    def cuMemSetAccess(self, address: int, size: int, wanted: list[Any], count: int) -> tuple[int]:
         (access,) = wanted
         assert (size, count) == (self.mapped[address][1], 1)
         error = self._call("cuMemSetAccess")
         if error or (access.flags == 1 and not self.read_only):
-            return (CUresult.CUDA_ERROR_NOT_SUPPORTED,)
+            return (self.CUresult.CUDA_ERROR_NOT_SUPPORTED,)
         self.access[address] = access.flags
-        return (CUresult.CUDA_SUCCESS,)
+        return (self.CUresult.CUDA_SUCCESS,)
 
-    def cuMemUnmap(self, address: int, size: int) -> tuple[CUresult]:
+    def cuMemUnmap(self, address: int, size: int) -> tuple[int]:
         descriptor, mapped = self.mapped.pop(address)
         assert mapped == size
         os.close(descriptor)
         return (self._call("cuMemUnmap"),)
 
-    def cuMemAddressFree(self, address: int, size: int) -> tuple[CUresult]:
+    def cuMemAddressFree(self, address: int, size: int) -> tuple[int]:
         assert self.reserved.pop(address) == size
         assert address not in self.mapped
         return (self._call("cuMemAddressFree"),)

@@ -17,6 +17,7 @@ from bagel_triton.kv.cuda_pool import CudaPool
 from bagel_triton.model import cuda_memory
 from bagel_triton.model.cuda_memory import CudaMemory, why_not
 from bagel_triton.model.device_weights import DeviceWeights, NotShareable
+from bagel_triton.runtime import available_memory
 from tests.support.fake_cuda_driver import CAPACITY, GRANULARITY, FakeCudaDriver
 from tests.support.weights import FILES, sources
 
@@ -24,9 +25,10 @@ GPU = torch.device("cuda:0")
 NOTHING = (0, 0, 0)
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeCudaDriver:
-    fake, bindings = FakeCudaDriver(), ModuleType("cuda.bindings")
+@pytest.fixture(params=["plain types", "NVIDIA's types"])
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCudaDriver:
+    types = pytest.importorskip("cuda.bindings.driver") if request.param == "NVIDIA's types" else None
+    fake, bindings = FakeCudaDriver(types), ModuleType("cuda.bindings")
     bindings.driver = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
@@ -107,7 +109,7 @@ def test_weights_are_mapped_read_only_where_the_driver_does_that(driver: FakeCud
 def test_a_call_that_fails_while_allocating_leaves_nothing(driver: FakeCudaDriver, call: str) -> None:
     before = descriptors()
     driver.refused = {call}
-    message = f"{call} on cuda:0 failed: <CUresult.CUDA_ERROR_NOT_SUPPORTED: 801>"
+    message = f"{call} on cuda:0 failed: .*CUDA_ERROR_NOT_SUPPORTED"
     with pytest.raises(NotShareable, match=message) as error:
         CudaMemory(GPU).allocate(1000)
     assert (driver.left, descriptors()) == (NOTHING, before)
@@ -136,6 +138,7 @@ def test_a_call_that_fails_while_opening_leaves_nothing(driver: FakeCudaDriver, 
 def test_a_device_that_can_is_found_so_and_keeps_nothing(driver: FakeCudaDriver) -> None:
     before = descriptors()
     assert why_not(GPU) is None
+    assert available_memory._ask_device(GPU) == (CAPACITY, None)
     assert (driver.left, descriptors()) == (NOTHING, before)
 
 
