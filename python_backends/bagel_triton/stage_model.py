@@ -49,7 +49,8 @@ class StageModel:
         config, name = from_environment(), args["model_name"]
         heeds = name == config.heeding
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if heeds else [])])
-        self.engine = self.build(Parts.open(config))
+        parts = Parts.open(config)
+        self.engine, self._weights = self.build(parts), parts.weights
         self._departures = Departures(self.engine.drop)
         self._closing = threading.Event()
         if heeds:
@@ -99,6 +100,7 @@ class StageModel:
         self._closing.set()
         self._departures.close()
         self.engine.close()
+        self._weights.close()
         self._outbox.close()
         self.metrics.close()
         self._announcement.withdraw()

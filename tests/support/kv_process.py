@@ -1,4 +1,4 @@
-"""Either end of a connector in a process of its own, told what to do through a pipe."""
+"""Either end of a connector, or another thing, in a process of its own, told what to do through a pipe."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ class Peer:
         """A producer's lease on a context of the tokens named ``labels``."""
         return decode(self.ask("lend", labels, ttl_s, request_id), ContextHandle)
 
+    def silent(self, seconds: float) -> bool:
+        """Whether no answer comes for so long."""
+        return not self._pipe.poll(seconds)
+
     def kill(self) -> None:
         """SIGKILL, and wait."""
         self.process.kill()
@@ -60,7 +64,10 @@ class Peer:
 
 @contextlib.contextmanager
 def peer(make: Callable[..., Any], *arguments: Any) -> Iterator[Peer]:
-    """A process that owns the producer or consumer that ``make(*arguments)`` returns there."""
+    """A process that owns what ``make(*arguments)`` returns there.
+
+    A producer or a consumer has the commands below; those of anything else are its methods.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # each process then starts without importing torch anew
     ours, theirs = context.Pipe()
@@ -84,7 +91,7 @@ def peer(make: Callable[..., Any], *arguments: Any) -> Iterator[Peer]:
 def _run(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     end = make(*arguments)
-    commands = _Lending(end) if isinstance(end, Producer) else _Reading(end)
+    commands = _Lending(end) if isinstance(end, Producer) else _Reading(end) if isinstance(end, Consumer) else end
     pipe.send("ready")
     with contextlib.suppress(EOFError):  # the test has gone
         while True:

@@ -34,9 +34,14 @@ def config_of(checkpoint: Path, **changes: object) -> DeployConfig:
 
 
 def plan_of(
-    checkpoint: Path = CHECKPOINT, placement: Placement = FLOAT32, side: int = 64, **changes: object
+    checkpoint: Path = CHECKPOINT,
+    placement: Placement = FLOAT32,
+    side: int = 64,
+    shares_weights: bool = True,
+    **changes: object,
 ) -> memory.MemoryPlan:
-    return memory.plan(Checkpoint(checkpoint), config_of(checkpoint, **changes), placement, side, side)
+    config = config_of(checkpoint, **changes)
+    return memory.plan(Checkpoint(checkpoint), config, placement, side, side, shares_weights)
 
 
 def loaded_bytes(module: torch.nn.Module) -> int:
@@ -74,8 +79,13 @@ def test_weights_are_counted_as_often_as_they_are_in_memory():
     assert plan_of().weights == transformer + autoencoder
     assert plan_of().shared == plan_of().stages[0].kv + transformer
     assert plan_of(placement=BFLOAT16).weights == transformer // 2 + autoencoder
-    assert plan_of(placement=Placement(CUDA, torch.float32)).weights == 2 * transformer + 2 * autoencoder
-    assert plan_of(pipeline="bagel_single_stage").weights == transformer + autoencoder
+    on_gpu = Placement(CUDA, torch.float32)
+    assert plan_of(placement=on_gpu).weights == transformer + autoencoder
+    assert plan_of(placement=on_gpu).shared == 0
+    private = plan_of(placement=on_gpu, shares_weights=False)
+    assert (private.weights, private.shared) == (2 * transformer + 2 * autoencoder, 0)
+    for shares in (True, False):
+        assert plan_of(pipeline="bagel_single_stage", shares_weights=shares).weights == transformer + autoencoder
 
 
 def test_the_arena_is_the_one_that_is_made():
@@ -157,7 +167,10 @@ def test_too_little_memory_for_the_weights():
     message = refusal(need, Available(host=need.weights - 1, shared=GIB))
     assert message.endswith("use dtype bfloat16, or use a larger machine")
     placement = Placement(CUDA, torch.float32)
-    message = refusal(plan_of(placement=placement), Available(host=GIB, shared=GIB, device=1), placement)
+    available = Available(host=GIB, shared=GIB, device=1)
+    message = refusal(plan_of(placement=placement), available, placement)
+    assert message.endswith("use dtype bfloat16, or use a larger machine")
+    message = refusal(plan_of(placement=placement, shares_weights=False), available, placement)
     assert message.endswith("use dtype bfloat16, or serve bagel_single_stage")
     # Weights that are in memory once cannot be fewer.
     message = refusal(plan_of(placement=BFLOAT16), Available(host=1, shared=GIB), BFLOAT16)

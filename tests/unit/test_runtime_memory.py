@@ -119,6 +119,29 @@ def test_a_device_can_be_planned_for_that_is_not_here(
     assert "dtype must be one of float32, bfloat16" in capsys.readouterr().err
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, private_weights: str | None) -> None:
+    """Make this a machine with 1 TiB of everything on a GPU, too."""
+    placement = Placement(torch.device("cuda:0"), torch.bfloat16)
+    available = Available(2**40, 2**40, 2**40, private_weights)
+    monkeypatch.setattr(memory, "_placement", lambda config: (placement, True))
+    monkeypatch.setattr(available_memory, "read", lambda placement: available)
+
+
+def test_a_gpu_on_which_weights_cannot_be_shared_is_said_to_be_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    together: list[float] = []
+    for reason in (None, "cuda:0 has no such thing"):
+        on_a_gpu(monkeypatch, reason)
+        assert cli.main(["memory", str(CHECKPOINT)]) == 0
+        out = capsys.readouterr().out
+        together += [float(line.split()[1]) for line in out.splitlines() if line.startswith("together")]
+        assert ("Together, weights that stages share count once." in out) is (reason is None)
+        assert ("They cannot on cuda:0: cuda:0 has no such thing." in out) is (reason is not None)
+    once, twice = together
+    assert twice == pytest.approx(2 * once, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -25,6 +25,7 @@ from bagel_triton.runtime import tiny_checkpoint
 from bagel_triton.runtime.shared_memory import SharedMemoryPrefix, sweep_leftovers
 from bagel_triton.runtime.tiny_config import TinyConfig
 from bagel_triton.shm_file import SHM_DIRECTORY
+from tests.support.weight_holder import mapping
 from tests.support.weights import CPU, FILES, TINY, convert, hold, overwrite, sources
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -125,16 +126,7 @@ def test_weights_stored_in_the_wanted_dtype_are_mapped_from_their_file(tmp_path:
     assert _names(tmp_path) == []
     for module, file in ((autoencoder, "ae.safetensors"), (bagel, "ema.safetensors")):
         addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
-        assert all(_mapped_file(address) == str(TINY / file) for address in addresses)
-
-
-def _mapped_file(address: int) -> str:
-    """The file whose mapping ``address`` is in."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(part, 16) for part in line.split()[0].split("-"))
-        if start <= address < end:
-            return line.split(maxsplit=5)[5]
-    raise AssertionError("not mapped")
+        assert all(mapping(address)[5] == str(TINY / file) for address in addresses)
 
 
 def test_all_in_one_process_needs_no_file(prefix: str) -> None:

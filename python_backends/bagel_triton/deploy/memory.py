@@ -83,12 +83,20 @@ class MemoryPlan:
         return self.weights + self.kv + self.activations
 
 
-def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, height: int, width: int) -> MemoryPlan:
+def plan(
+    checkpoint: Checkpoint,
+    config: DeployConfig,
+    placement: Placement,
+    height: int,
+    width: int,
+    shares_weights: bool = True,
+) -> MemoryPlan:
     """What the stages take that serve ``config`` at ``placement``.
 
     Args:
         height: of every picture, in pixels; the contexts are those of editing such pictures.
         width: likewise.
+        shares_weights: whether the stages' processes can have one copy of the weights there.
     """
     one_process = config.topology.one_process
     model, dtype = checkpoint.config, placement.torch_dtype
@@ -128,14 +136,15 @@ def plan(checkpoint: Checkpoint, config: DeployConfig, placement: Placement, hei
             * activations.decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
         ),
     )
-    share = placement.torch_device.type == "cpu" and not one_process
+    once = one_process or shares_weights or config.stage_id is not None
+    in_files = placement.torch_device.type == "cpu" and not one_process
     weights, shared = 0, arena if _arena_is_shared(config, placement) else 0
     for module, name, loaded_as in (  # two stages have each of them
         (transformer, "vae2llm.weight", dtype),
         (autoencoder, "decoder.conv_in.weight", torch.float32),
     ):
-        weights += module_bytes(module) * (1 if one_process or share or config.stage_id is not None else 2)
-        if share and not _is_stored_as(checkpoint, name, loaded_as):
+        weights += module_bytes(module) * (1 if once else 2)
+        if in_files and not _is_stored_as(checkpoint, name, loaded_as):
             shared += module_bytes(module)
     if config.stage_id is not None:
         stages = tuple(stage for stage in stages if stage.stage in config.models)
@@ -183,11 +192,15 @@ def _is_stored_as(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool
 
 @dataclass(frozen=True)
 class Available:
-    """Bytes that are free: of the machine's memory, of shared memory, and of a CUDA device where one is used."""
+    """Bytes that are free: of the machine's memory, of shared memory, and of a CUDA device where one is used.
+
+    ``private_weights`` is why each process needs a copy of the weights there; None where they can share one.
+    """
 
     host: int
     shared: int
     device: int | None = None
+    private_weights: str | None = None
 
 
 def check(need: MemoryPlan, config: DeployConfig, placement: Placement, available: Available) -> None:

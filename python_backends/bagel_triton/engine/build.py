@@ -34,7 +34,7 @@ from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.cores import release_team
 from bagel_triton.model.placement import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.model.weight_store import WeightStore
+from bagel_triton.model.weight_sharing import SharedWeights, shared_weights
 from bagel_triton.request import GenerationRequest
 
 Task = TypeVar("Task")
@@ -44,36 +44,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parts:
-    """What every stage's engine is built from."""
+    """What every stage's engine is built from; whoever opens it closes ``weights`` after the engine."""
 
     config: DeployConfig
     checkpoint: Checkpoint
     placement: Placement
+    weights: SharedWeights
 
     @classmethod
     def open(cls, config: DeployConfig) -> Parts:
         """Check the checkpoint and resolve the placement; loads no weights."""
-        return cls(config, Checkpoint(config.checkpoint), resolve(config.device, config.dtype))
+        placement = resolve(config.device, config.dtype)
+        weights = shared_weights(config.shm_prefix, placement.torch_device)
+        return cls(config, Checkpoint(config.checkpoint), placement, weights)
 
     def load_bagel(self) -> Bagel:
         """The transformer, its weights shared with the server's other processes."""
-        model = self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self._store)
+        model = self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self.weights)
         release_team()  # whoever loads leaves the computing to an engine
         return model
 
     def load_autoencoder(self) -> Autoencoder:
         """The autoencoder, likewise; it always computes in float32."""
-        return self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self._store)
+        return self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self.weights)
 
     @property
     def kv_geometry(self) -> KVGeometry:
         """The layout of the thinker's arena."""
         block_tokens = self.config.thinker.block_tokens
         return kv_geometry(self.checkpoint.config.language, block_tokens, self.placement.dtype_name)
-
-    @property
-    def _store(self) -> WeightStore:
-        return WeightStore(self.config.shm_prefix)
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""

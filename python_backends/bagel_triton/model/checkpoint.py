@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
-from bagel_triton.model.weight_store import FileIdentity, WeightStore
+from bagel_triton.model.device_weights import on_device
+from bagel_triton.model.weight_layout import FileIdentity
+from bagel_triton.model.weight_sharing import SharedWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,23 +102,24 @@ class Checkpoint:
                 f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
             )
 
-    def load_bagel(self, device: torch.device, dtype: torch.dtype, store: WeightStore | None = None) -> Bagel:
-        """The transformer with its flow head, on ``device`` in ``dtype``; a CPU's weights are in ``store``, if given.
+    def load_bagel(self, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None) -> Bagel:
+        """The transformer with its flow head, on ``device`` in ``dtype``; its weights are in ``shared``, if given.
 
         Raises:
-            MemoryError: the store has no room.
+            MemoryError: there is no room for them.
+            ValueError: ``shared`` is on another device.
         """
         with torch.device("meta"):
             module = Bagel(self.config)
-        return _fill(module, self._weights, device, dtype, store)
+        return _fill(module, self._weights, device, dtype, shared)
 
     def load_autoencoder(
-        self, device: torch.device, dtype: torch.dtype, store: WeightStore | None = None
+        self, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None
     ) -> Autoencoder:
         """The autoencoder, likewise."""
         with torch.device("meta"):
             module = Autoencoder(self._autoencoder.shapes())
-        return _fill(module, self._autoencoder, device, dtype, store)
+        return _fill(module, self._autoencoder, device, dtype, shared)
 
 
 def inspect(directory: str | Path) -> ModelConfig:
@@ -171,14 +174,11 @@ def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def _fill(
-    module: Module, files: TensorFiles, device: torch.device, dtype: torch.dtype, store: WeightStore | None
+    module: Module, files: TensorFiles, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None
 ) -> Module:
-    state = {name: files.tensor(name) for name in module.state_dict()}
-    if store is not None and device.type == "cpu":
-        # What is stored in this dtype stays mapped from its file, whose pages all processes share.
-        other = {name: tensor for name, tensor in state.items() if tensor.dtype != dtype}
-        state.update(store.converted(other, dtype, files.identity))
-    else:
-        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
+    if shared is not None and shared.device != device:
+        raise ValueError(f"device={device}: the shared weights are on {shared.device}")
+    state = {name: files.tensor(name) for name in module.state_dict()}  # mapped, and not read yet
+    state = on_device(state, device, dtype) if shared is None else shared.converted(state, dtype, files.identity)
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()

@@ -38,6 +38,8 @@ class Placement:
 def resolve(device: str, dtype: str) -> Placement:
     """``auto`` device: CUDA where there is one; ``auto`` dtype: float32 on a CPU, bfloat16 on CUDA.
 
+    ``cuda`` becomes ``cuda:0``: what makes a device current, or names it, needs the number.
+
     Raises:
         ValueError: names the value and what is allowed.
     """
@@ -52,4 +54,4 @@ def resolve(device: str, dtype: str) -> Placement:
         dtype = "float32" if kind == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed; allowed: auto, {', '.join(DTYPES)}")
-    return Placement(torch.device(name), DTYPES[dtype])
+    return Placement(torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(name), DTYPES[dtype])

@@ -2,87 +2,33 @@
 
 A CPU computes in float32 and the published weights are bfloat16, so every stage would hold
 a conversion of its own. Weights stored in the wanted dtype need no copy here: the mapped
-pages of the checkpoint's own file are shared already. On CUDA, each process has its own copy.
+pages of the checkpoint's own file are shared already. :mod:`~bagel_triton.model.device_weights`
+has the same for a GPU.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
-import math
 import mmap
 import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
 
+from bagel_triton.model.weight_layout import FileIdentity, Layout
 from bagel_triton.shm_file import SHM_DIRECTORY, reserve
 
 ALIGNMENT = 64  # as torch's own allocations are: the rounding of a matrix product may depend on it
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FileIdentity:
-    """What tells one state of a checkpoint's file from another."""
-
-    path: str
-    size: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """The identity of the file at ``path``, as it is now."""
-        status = path.stat()
-        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor lies: ``offset`` in bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where tensors of one dtype lie in a file of ``size`` bytes; equal sources have equal layouts."""
-
-    dtype: torch.dtype
-    slots: tuple[Slot, ...]
-    size: int
-
-    @classmethod
-    def of(cls, sources: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
-        """``sources`` one after the other, each aligned, in ``dtype``."""
-        slots, end = [], 0
-        for name, tensor in sources.items():
-            offset = -(-end // ALIGNMENT) * ALIGNMENT
-            slots.append(Slot(name, tuple(tensor.shape), offset))
-            end = offset + tensor.numel() * dtype.itemsize
-        return cls(dtype, tuple(slots), end)
-
-    def views(self, contents: Tensor) -> dict[str, Tensor]:
-        """The tensors in ``contents``, uint8 [size], by name."""
-        return {
-            slot.name: contents[slot.offset : slot.offset + math.prod(slot.shape) * self.dtype.itemsize]
-            .view(self.dtype)
-            .view(slot.shape)
-            for slot in self.slots
-        }
-
-
 class WeightStore:
-    """The converted weights of one server, in files named ``PREFIX_weights_KEY``.
+    """The weights of one server's stages on the CPU; converted ones are in files named ``PREFIX_weights_KEY``.
 
     Contents: the key stands for the checkpoint's files (path, size, time of change), the
     tensors and the dtype, so two states of a checkpoint never meet in one file.
@@ -107,25 +53,35 @@ class WeightStore:
     def __init__(self, prefix: str, directory: Path = SHM_DIRECTORY) -> None:
         self._prefix, self._directory = prefix, directory
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def converted(
         self, sources: Mapping[str, Tensor], dtype: torch.dtype, files: tuple[FileIdentity, ...]
     ) -> dict[str, Tensor]:
         """``sources`` in ``dtype``, by name, on the CPU.
 
         ``files`` are those that the sources were read from; sources are read only if no
-        process has converted them yet.
+        process has converted them yet. One that has the dtype is returned as it is: it
+        stays mapped from its file.
         """
-        if not sources:
-            return {}
-        layout = Layout.of(sources, dtype)
-        key = hashlib.sha256(repr((files, layout)).encode()).hexdigest()[:16]
+        as_stored = {name: tensor for name, tensor in sources.items() if tensor.dtype == dtype}
+        other = {name: tensor for name, tensor in sources.items() if tensor.dtype != dtype}
+        if not other:
+            return as_stored
+        layout = Layout.of(other, dtype, ALIGNMENT)
+        key = layout.key(files, "cpu")
         path = self._directory / f"{self._prefix}_weights_{key}"
         while (descriptor := _open_shared(path)) is None:
             self._write(path, layout, sources)
         try:
-            return layout.views(_map(descriptor))
+            return as_stored | layout.views(map_read_only(descriptor))
         finally:
             os.close(descriptor)  # the mapping has its own duplicate, and with it the lock
+
+    def close(self) -> None:
+        """Nothing ends: the files stay for stages that start later."""
 
     def _write(self, path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
         """Make the file at ``path``, or wait for the process that is making it."""
@@ -189,8 +145,7 @@ def _create(path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
             reserve(descriptor, layout.size, "weights")
             unnamed = f"/proc/self/fd/{descriptor}"
             contents = torch.from_file(unnamed, shared=True, size=layout.size, dtype=torch.uint8)
-            for name, target in layout.views(contents).items():
-                target.copy_(sources[name])  # converts without a copy in between
+            layout.fill(contents, sources)
             # Only with a directory's descriptor does os.link follow the link in /proc.
             os.link(unnamed, path.name, dst_dir_fd=directory)
         finally:
@@ -200,7 +155,7 @@ def _create(path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
     log.info("converted %d bytes of weights in %.1f s: %s", layout.size, time.perf_counter() - started, path.name)
 
 
-def _map(descriptor: int) -> Tensor:
+def map_read_only(descriptor: int) -> Tensor:
     """The open file's bytes, read-only: uint8 [size]."""
     mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     with warnings.catch_warnings():

@@ -13,6 +13,8 @@ from bagel_triton.runtime.shared_memory import DIRECTORY
 
 # Heavy modules are imported where they are used: --help must not wait for torch.
 if TYPE_CHECKING:
+    import torch
+
     from bagel_triton.deploy.memory import Available
     from bagel_triton.model.placement import Placement
 
@@ -24,8 +26,10 @@ def read(placement: Placement) -> Available:
     from bagel_triton.deploy.memory import Available
 
     shared = os.statvfs(DIRECTORY)
-    device = _device(placement.torch_device.index or 0) if placement.torch_device.type == "cuda" else None
-    return Available(host(), shared.f_bavail * shared.f_frsize, device)
+    free = host(), shared.f_bavail * shared.f_frsize
+    if placement.torch_device.type == "cpu":
+        return Available(*free)
+    return Available(*free, *_on_device(placement.torch_device))
 
 
 def host(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
@@ -55,13 +59,19 @@ def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
             yield max(0, int(limit) - int((folder / usage_file).read_text()) + cached)
 
 
-def _device(index: int) -> int:
-    """Free bytes of a CUDA device, asked in a process of its own: asking takes memory there until its end."""
+def _on_device(device: torch.device) -> tuple[int, str | None]:
+    """Free bytes of a CUDA device and why its weights cannot be shared, if they cannot.
+
+    Asked in a process of its own: asking takes memory there until its end.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_free_on_device, index).result()
+        return process.submit(_ask_device, device).result()
 
 
-def _free_on_device(index: int) -> int:
+def _ask_device(device: torch.device) -> tuple[int, str | None]:
     import torch
 
-    return torch.cuda.mem_get_info(index)[0]
+    from bagel_triton.model.cuda_memory import why_not
+
+    reason = why_not(device)
+    return torch.cuda.mem_get_info(device)[0], reason

@@ -51,16 +51,20 @@ def run(args: argparse.Namespace) -> int:
         height, width = _size(checkpoint, args.height, args.width)
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
-    need = memory.plan(checkpoint, config, placement, height, width)
+    available = available_memory.read(placement) if here else None
+    private = None if available is None else available.private_weights
+    need = memory.plan(checkpoint, config, placement, height, width, private is None)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"pictures of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
     print(f"KV arena of {config.thinker.kv_tokens} tokens; {together}")
     print(f"\n{table(need)}\n")
     print("The dit's KV are its copies of the contexts of editing such pictures. Activations are estimates.")
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
-    if here:
+    if private is not None and not config.topology.one_process:
+        print(f"They cannot on {placement.device}: {private}.")
+    if available is not None:
         try:
-            memory.check(need, config, placement, available_memory.read(placement))
+            memory.check(need, config, placement, available)
             print("This machine has it.")
         except memory.NotEnoughMemory as error:
             print(f"This machine does not have it: {error}")
@@ -79,8 +83,10 @@ def require(config: DeployConfig) -> None:
 
     try:
         checkpoint, placement = Checkpoint(config.checkpoint), resolve(config.device, config.dtype)
-        need = memory.plan(checkpoint, config, placement, *_size(checkpoint, None, None))
-        memory.check(need, config, placement, available_memory.read(placement))
+        available = available_memory.read(placement)
+        shares_weights = available.private_weights is None
+        need = memory.plan(checkpoint, config, placement, *_size(checkpoint, None, None), shares_weights)
+        memory.check(need, config, placement, available)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
