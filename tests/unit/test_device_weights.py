@@ -23,7 +23,7 @@ from bagel_triton.runtime.tiny_config import TinyConfig
 from bagel_triton.shm_file import SHM_DIRECTORY
 from tests.support.kv_process import Peer, peer
 from tests.support.memfd_memory import MemfdMemory
-from tests.support.stage_process import soon
+from tests.support.waiting import soon
 from tests.support.weight_holder import Counted, CountedWeights, WeightHolder, mapped_file
 from tests.support.weights import CPU, FILES, TINY, sources
 

@@ -38,8 +38,7 @@ class Worker(ABC, Generic[Task, Result]):
     poll_s = 0.02  # how soon a condition without a wake-up, such as a released lease, is noticed
 
     def __init__(self, metrics: Metrics | None = None, max_waiting: int = 256, crew: Crew = ALONE) -> None:
-        self.metrics, self._gauged = metrics or NoMetrics(), dict[str, float]()
-        self._crew = crew
+        self.metrics, self._gauged, self._crew = metrics or NoMetrics(), dict[str, float](), crew
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: Line[Task, Result] = Line(max_waiting)
         self._closing = threading.Event()
@@ -134,8 +133,6 @@ class Worker(ABC, Generic[Task, Result]):
 
     def _forget(self, request_id: str) -> None:
         """Free what a request left behind after its job was done."""
-
-    # --- the loop ---
 
     def _run(self) -> None:
         self._crew.lead()
