@@ -19,7 +19,7 @@ from bagel_triton.model.attention import Span
 from bagel_triton.model.autoencoder import Autoencoder, decode, encode
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.crew import Crew
-from bagel_triton.model.linear import ONE_SHARE
+from bagel_triton.model.linear import CACHED
 from bagel_triton.model.mot import Transformer, rotary_tables
 from bagel_triton.model.pack import BLOCK_ROWS, Pack
 from bagel_triton.model.placement import Placement
@@ -97,7 +97,7 @@ def test_on_a_gpu_a_forward_has_no_blocks():
     host, device = (
         activations.forward_bytes(language, 6000, Placement(where, torch.bfloat16)) for where in (CPU, CUDA)
     )
-    spare = ONE_SHARE * 2  # what SiLU takes at a time
+    spare = CACHED * 2  # what SiLU takes at a time
     assert device - host == (6000 - BLOCK_ROWS) * (2 * 18944 * 2 + 2 * 3584 * 4) - spare
 
 

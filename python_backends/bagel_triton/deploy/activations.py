@@ -8,7 +8,7 @@ from torch import nn
 from bagel_triton.model import strips
 from bagel_triton.model.autoencoder import Decoder, Encoder
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.linear import ONE_SHARE
+from bagel_triton.model.linear import CACHED
 from bagel_triton.model.pack import block_rows
 from bagel_triton.model.placement import Placement
 
@@ -25,7 +25,7 @@ def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, thr
     heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
     rows = min(tokens, block_rows(tokens, threads) * threads) if on_cpu else tokens
     inner = rows * (2 * config.intermediate_size * itemsize + 2 * config.hidden_size * torch.float32.itemsize)
-    spare = min(rows * config.intermediate_size, ONE_SHARE * threads) * itemsize if on_cpu else 0
+    spare = min(rows * config.intermediate_size, CACHED * threads) * itemsize if on_cpu else 0
     return tokens * (2 * config.hidden_size + heads) * itemsize + inner + spare
 
 

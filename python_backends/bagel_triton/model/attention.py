@@ -46,7 +46,7 @@ class StepKV(Protocol):
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence, past and new: [length, kv_heads, head_dim] each.
 
-        Valid until the next round; sequences of one round may be read from several threads.
+        Valid until the next round's are read.
         """
 
 
@@ -64,7 +64,7 @@ def attend(
 
     Args:
         query: [tokens, heads, head_dim], after norm and RoPE.
-        crew: threads that take a sequence's keys, then a head, each.
+        crew: threads that take a head each.
         out: where the result goes, [tokens, heads, head_dim].
 
     Returns:
@@ -81,10 +81,7 @@ def attend(
 def _attend_round(
     query: Tensor, layer: int, spans: Sequence[Span], kv: StepKV, crew: Crew, out: Tensor, one_span: OneSpan
 ) -> None:
-    past: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def read(sequence: int) -> None:
-        past[sequence] = kv.read(layer, sequence)
+    past = {sequence: kv.read(layer, sequence) for sequence in {span.sequence for span in spans}}
 
     def attend_part(part: tuple[Span, slice, slice]) -> None:
         span, heads, kv_heads = part
@@ -92,7 +89,6 @@ def _attend_round(
         rows = slice(span.start, span.stop)
         out[rows, heads] = one_span(query[rows, heads], key, value, span.causal)
 
-    crew.each(read, dict.fromkeys(span.sequence for span in spans))
     crew.each(attend_part, [part for span in spans for part in _parts(span, query, past[span.sequence][0], crew)])
 
 

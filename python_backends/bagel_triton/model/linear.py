@@ -18,6 +18,7 @@ MAX_INNER = 512
 VECTOR = 16  # float32 of the widest registers
 TWO_VECTORS = 64  # of the narrowest numbers, which are what an elementwise operation takes at a time
 ONE_SHARE = 1 << 15  # numbers that an elementwise operation leaves to one thread
+CACHED = 1 << 17  # numbers of each operand that stay in a core's cache from one operation to the next
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -28,6 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     if rows < MIN_ROWS:
         padded = linear(_padded(x), weight, bias)[:rows]
         return padded if out is None else out.copy_(padded)
+    if x.shape[1] <= MAX_INNER:
+        return _product(x, weight, bias, out)
     first, *rest = _pieces(x.shape[1])
     out = _product(x[:, first], weight[:, first], bias, out)
     for piece in rest:
@@ -38,12 +41,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """``x @ weight.T`` on top of what is in ``out`` [rows, out]; x [rows, in], weight [out, in]."""
     rows = len(x)
-    if x.device.type != "cpu":
-        out.addmm_(x, weight.t())
-    elif rows < MIN_ROWS:
+    if x.device.type == "cpu" and rows < MIN_ROWS:
         padded = _padded(out)
         add_linear(_padded(x), weight, padded)
         out.copy_(padded[:rows])
+    elif x.device.type != "cpu" or x.shape[1] <= MAX_INNER:
+        out.addmm_(x, weight.t())
     else:
         for piece in _pieces(x.shape[1]):
             out.addmm_(x[:, piece], weight[:, piece].t())
@@ -76,11 +79,11 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     if gate.device.type != "cpu":
         return F.silu(gate, inplace=True).mul_(up)
     inner = gate.shape[1]
-    rows = max(ONE_SHARE // inner, 1)
-    spare = torch.empty_like(gate[:rows])
+    rows = max((CACHED if torch.get_num_threads() == 1 else ONE_SHARE) // inner, 1)
+    whole_vectors = inner % TWO_VECTORS == 0 and inner <= ONE_SHARE
     for part, factor in zip(gate.split(rows), up.split(rows), strict=True):
-        if inner % TWO_VECTORS == 0 and inner <= ONE_SHARE:
+        if whole_vectors:
             F.silu(part, inplace=True).mul_(factor)
         else:
-            part.div_(torch.neg(part, out=spare[: len(part)]).exp_().add_(1.0)).mul_(factor)
+            part.div_(torch.neg(part).exp_().add_(1.0)).mul_(factor)
     return gate
