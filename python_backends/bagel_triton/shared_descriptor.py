@@ -66,7 +66,8 @@ class SharedDescriptor:
         if self._closing:
             return
         self._closing = True
-        self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread
+        with contextlib.suppress(OSError):  # closed already, where the thread has failed
+            self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread
         self._thread.join()
         os.close(self.descriptor)
 
@@ -89,6 +90,8 @@ class SharedDescriptor:
             log.warning("not given: %s", error)
         except (BrokenPipeError, ConnectionResetError) as error:  # it has died, or passed this process over
             log.info("%s was asked for by a process that went away: %s", self.name, error)
+        except OSError as error:  # this one's failure is not the next one's
+            log.warning("%s could not be given: %s", self.name, error)
 
 
 @contextlib.contextmanager

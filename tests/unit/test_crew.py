@@ -91,8 +91,8 @@ def test_who_leads_and_who_helps_compute_alone_and_others_do_not():
 def test_a_team_is_for_what_is_worth_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(crew_module, "WORTH_A_TEAM", 100)
     crew, here = Crew(2), threading.get_ident()
-    assert crew.together(threading.get_ident, 99) == here
-    assert crew.together(threading.get_ident, 100) != here
+    assert [crew.has_team_for(numbers) for numbers in (99, 100)] == [False, True]
+    assert not ALONE.has_team_for(100)
     assert crew.together(threading.get_ident) != here
     assert ALONE.together(threading.get_ident) == here
     with pytest.raises(ZeroDivisionError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model import attention, pack
+from bagel_triton.model import attention, crew, pack
 from bagel_triton.model.attention import Span
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def _sequence(bagel: Bagel, tokens: int, seed: int) -> Block:
 
 
 @torch.inference_mode()
-def _hidden(bagel: Bagel, sequences: Sequence[Block], crew: Crew = ALONE, all_rows: bool = True) -> list[Tensor]:
+def _hidden(bagel: Bagel, sequences: Sequence[Block], threads: Crew = ALONE, all_rows: bool = True) -> list[Tensor]:
     """Hidden states of each sequence's generation tokens after one packed forward."""
     gen_rows = sum(len(sequence.gen) for sequence in sequences)
     spans, rows, start = [], [], 0
@@ -59,7 +59,7 @@ def _hidden(bagel: Bagel, sequences: Sequence[Block], crew: Crew = ALONE, all_ro
     at = torch.tensor(positions * 2).repeat_interleave(torch.tensor(counts))
     kv = NaiveKV(rows, [NaiveContext() for _ in sequences])
     wanted = None if all_rows else slice(0, gen_rows)
-    packed = Pack(gen_rows, *rotary_tables(at, bagel.config.language, torch.float32), spans, kv, crew, wanted)
+    packed = Pack(gen_rows, *rotary_tables(at, bagel.config.language, torch.float32), spans, kv, threads, wanted)
     hidden = bagel.language_model.model(embeddings, packed)
     return list(hidden[:gen_rows].split(counts[: len(sequences)]))
 
@@ -79,18 +79,32 @@ def test_a_sequence_does_not_depend_on_its_pack(bagel: Bagel, sizes: tuple[int, 
         assert torch.equal(backwards[number], alone), number
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 16])
 @pytest.mark.parametrize("worth", [1, 64, 10**6])
-def test_a_crew_changes_nothing(bagel: Bagel, monkeypatch: pytest.MonkeyPatch, size: int, worth: int) -> None:
+@pytest.mark.parametrize("wide", [True, False], ids=["team", "no-team"])
+def test_a_crew_changes_nothing(
+    bagel: Bagel, monkeypatch: pytest.MonkeyPatch, size: int, worth: int, wide: bool
+) -> None:
     sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((255, 170, 3))]
     alone = _hidden(bagel, sequences)
     monkeypatch.setattr(pack, "WORTH_SHARING", worth)
-    monkeypatch.setattr(attention, "WORTH_SHARING", worth**2)
-    crew = Crew(size)
-    shared = _hidden(bagel, sequences, crew)
-    crew.close()
+    monkeypatch.setattr(attention, "WORTH_SHARING", worth)
+    monkeypatch.setattr(crew, "WORTH_A_TEAM", 0 if wide else 10**9)
+    many = Crew(size)
+    shared = _hidden(bagel, sequences, many)
+    many.close()
     for one, other in zip(shared, alone, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [2, 8, 16, 64])
+@pytest.mark.parametrize("rows", [64, 256, 512, 612, 1000, 3072, 20000])
+def test_nobody_of_a_crew_has_much_more_to_do_than_others(size: int, rows: int) -> None:
+    longest = pack.block_rows(rows, size)
+    assert longest <= pack.BLOCK_ROWS
+    even = max(rows / size, pack.WORTH_SHARING)  # fewer rows than these are not worth a thread
+    rounds = -(-rows // (longest * size))
+    assert rounds * longest <= 2 * even + pack.WORTH_SHARING / 2
 
 
 def test_rows_that_nobody_wants_change_nothing(bagel: Bagel) -> None:
@@ -108,15 +122,15 @@ def test_the_size_of_a_block_changes_nothing(bagel: Bagel, monkeypatch: pytest.M
         assert torch.equal(cut, whole)
 
 
-@pytest.mark.parametrize("crew", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("gen_rows", [0, 1, 7, 20])
-def test_every_row_is_in_one_block_of_its_expert(monkeypatch: pytest.MonkeyPatch, gen_rows: int, crew: int) -> None:
+def test_every_row_is_in_one_block_of_its_expert(monkeypatch: pytest.MonkeyPatch, gen_rows: int, size: int) -> None:
     monkeypatch.setattr(pack, "BLOCK_ROWS", 7)
     monkeypatch.setattr(pack, "WORTH_SHARING", 2)
     tables = torch.empty(20, 1, 4)
     experts = [""] * 20
     seen = [0] * 20
-    shared = Crew(crew)
+    shared = Crew(size)
     shared.close()
     for expert, rows in Pack(gen_rows, tables, tables, [], NaiveKV([], []), shared).blocks:
         assert rows.stop - rows.start <= 7

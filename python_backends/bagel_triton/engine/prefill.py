@@ -107,8 +107,9 @@ class Prefiller:
         hidden = self._model.language_model.model(packed, Pack(gen_rows, cos, sin, spans, kv, self._crew, wanted))
         if not scored:
             return packed.new_empty(0, self._model.config.language.vocab_size)
-        weights = self._model.language_model.lm_head.weight.numel()
-        return self._crew.together(lambda: self._model.logits(hidden[scored]), weights)
+        if self._crew.has_team_for(self._model.language_model.lm_head.weight.numel()):
+            return self._crew.together(lambda: self._model.logits(hidden[scored]))
+        return self._model.logits(hidden[scored])
 
     def _vit_tokens(self, chunk: PictureChunk) -> Tensor:
         """[patches, hidden] of a picture for understanding."""

@@ -15,6 +15,7 @@ from bagel_triton.model.crew import ALONE, Crew
 
 OneSpan = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 WORTH_SHARING = 128 * 128  # scores of a head that are worth a thread of a crew
+LEAST_ROWS = 32  # fewer are not worth it however many keys there are
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _attend_round(
 def _parts(span: Span, query: Tensor, key: Tensor, crew: Crew) -> Iterator[tuple[Span, slice, slice]]:
     """A span with the heads of queries, and those of keys, that one thread takes: all, or one each."""
     heads, kv_heads = query.shape[1], key.shape[1]
-    if crew.size == 1 or (span.stop - span.start) * len(key) < WORTH_SHARING:
+    rows = span.stop - span.start
+    if crew.size == 1 or rows < LEAST_ROWS or rows * len(key) < WORTH_SHARING:
         yield span, slice(0, heads), slice(0, kv_heads)
         return
     for head in range(heads):

@@ -40,7 +40,7 @@ class Crew:
         for thread in self._threads:
             thread.start()
         # Started when it is needed; it alone has a team.
-        self._team = ThreadPoolExecutor(1, "crew-team", torch.set_num_threads, (self._usual,))
+        self._team = ThreadPoolExecutor(1, "crew-team", _compute_with, (self._usual, self._usual))
 
     @classmethod
     def of(cls, device: torch.device) -> Crew:
@@ -50,7 +50,7 @@ class Crew:
     def lead(self) -> None:
         """From here on, the calling thread's operations leave the cores to the crew's other threads."""
         if self.size > 1:
-            _compute_alone(self._usual)
+            _compute_with(1, self._usual)
 
     def each(self, task: Callable[[Item], None], items: Iterable[Item]) -> None:
         """``task`` of every item, begun in the order given; back when all are done.
@@ -68,12 +68,16 @@ class Crew:
         if work.errors:
             raise work.errors[0]
 
-    def together(self, task: Callable[[], Value], numbers: int | None = None) -> Value:
+    def has_team_for(self, numbers: int) -> bool:
+        """Whether operations that read as many numbers are worth all threads within each of them."""
+        return self.size > 1 and numbers >= WORTH_A_TEAM
+
+    def together(self, task: Callable[[], Value]) -> Value:
         """What ``task`` returns or raises, all threads within each of its operations: for what has no rows to share.
 
-        With ``numbers``, only if operations that read as many are worth it.
+        It is not to call :meth:`each`.
         """
-        if self.size == 1 or (numbers is not None and numbers < WORTH_A_TEAM):
+        if self.size == 1:
             return task()
         return self._team.submit(self._with_team, task, torch.is_inference_mode_enabled()).result()
 
@@ -93,7 +97,7 @@ class Crew:
         self._team.shutdown()
 
     def _run(self) -> None:
-        _compute_alone(self._usual)
+        _compute_with(1, self._usual)
         while (work := self._rounds.get()) is not None:
             with torch.inference_mode(work.inference):
                 work.run()
@@ -126,14 +130,18 @@ class _Round(Generic[Item]):
                 self._items.clear()
 
 
-ALONE = Crew(1)
+def _compute_with(threads: int, others: int) -> None:
+    """The calling thread's operations use ``threads`` from here on, those of later threads ``others``.
 
-
-def _compute_alone(others: int) -> None:
-    """The calling thread's operations use no other thread from here on; those of later threads ``others``."""
+    A thread whose very first operation comes while this runs takes its number for its own, as
+    torch has one for all to begin with: engines are built before others compute.
+    """
     with _setting:
         torch.get_num_threads()  # a thread's first operation would set the number anew
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         restore = threading.Thread(target=torch.set_num_threads, args=(others,))  # what a new thread begins with
         restore.start()
         restore.join()
+
+
+ALONE = Crew(1)

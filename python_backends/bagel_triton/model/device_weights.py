@@ -103,7 +103,8 @@ class DeviceWeights:
             self._held.popitem()[1].close()
 
     def _contents(self, layout: Layout, sources: Mapping[str, Tensor], files: tuple[FileIdentity, ...]) -> Tensor:
-        name = f"{self._prefix}_weights_{layout.key(files, self._memory.name)}"
+        # Users have names of their own: all of them see all names, and share nothing.
+        name = f"{self._prefix}_{os.geteuid()}_weights_{layout.key(files, self._memory.name)}"
         started = time.perf_counter()
         if name not in self._held:
             self._held[name] = SharedDescriptor(name, lambda: self._load(layout, sources))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bagel_triton.model.attention import attend
 from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.crew import ALONE, Crew
 from bagel_triton.model.linear import add_linear, linear, silu_product
 from bagel_triton.model.pack import GEN, UND, Block, Pack
 
@@ -181,12 +182,15 @@ class Transformer(nn.Module):
     def forward(self, embeddings: Tensor, pack: Pack) -> Tensor:
         """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
         x = torch.empty_like(embeddings)  # which the layers work in
-        shared = len(pack.blocks) > 1
-        weights = self._config.hidden_size * self._config.intermediate_size
-        pack.crew.together(partial(self._run, embeddings, x, pack), 0 if shared else weights)
+        if pack.keeps_crew_busy or not pack.crew.has_team_for(
+            self._config.hidden_size * self._config.intermediate_size
+        ):
+            self._run(embeddings, x, pack, pack.crew)
+        else:
+            pack.crew.together(partial(self._run, embeddings, x, pack, ALONE))
         return x
 
-    def _run(self, embeddings: Tensor, x: Tensor, pack: Pack) -> None:
+    def _run(self, embeddings: Tensor, x: Tensor, pack: Pack, crew: Crew) -> None:
         layers: Sequence[Layer] = self.layers  # type: ignore[assignment]
         room = Room(self._config, x, pack)
 
@@ -200,10 +204,10 @@ class Transformer(nn.Module):
             if index + 1 < len(layers):
                 layers[index + 1].project(index + 1, block, x, pack, room)
 
-        pack.crew.each(begin, pack.blocks)
+        crew.each(begin, pack.blocks)
         for index in range(len(layers)):
             last = index + 1 == len(layers)
             spans = [span for span in pack.spans if not last or pack.leads_on(span)]
-            attend(room.projected[0], index, spans, pack.kv, pack.crew, room.attended)
+            attend(room.projected[0], index, spans, pack.kv, crew, room.attended)
             blocks = [block for block in pack.blocks if not last or pack.leads_on(block[1])]
-            pack.crew.each(partial(pass_on, index), blocks)
+            crew.each(partial(pass_on, index), blocks)

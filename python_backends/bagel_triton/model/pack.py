@@ -34,6 +34,11 @@ class Pack:
     crew: Crew = ALONE
     wanted: slice | None = None
 
+    @property
+    def keeps_crew_busy(self) -> bool:
+        """Whether there are rows for everyone."""
+        return len(self.cos) >= self.crew.size * WORTH_SHARING
+
     def leads_on(self, rows: slice | Span) -> bool:
         """Whether the last layer has to finish some of these rows."""
         return self.wanted is None or (rows.start < self.wanted.stop and rows.stop > self.wanted.start)
@@ -51,10 +56,10 @@ class Pack:
 
 
 def block_rows(rows: int, crew: int) -> int:
-    """Rows of a block on a CPU: few enough for the cache, and as many blocks for each of a crew where they pay."""
-    if crew == 1 or rows < crew * WORTH_SHARING:
+    """Rows of a block on a CPU: few enough for the cache, and as many blocks for each of a crew if there are enough."""
+    if crew == 1:
         return BLOCK_ROWS
     # Whoever took the other expert's few rows first gets the last block, which is shorter by their cost.
     rows += WORTH_SHARING
     rounds = -(-rows // (BLOCK_ROWS * crew))
-    return -(-rows // (rounds * crew))
+    return -(-rows // min(rounds * crew, max(rows // WORTH_SHARING, 1)))
