@@ -19,6 +19,7 @@ from bagel_triton.model.flow import initial_noise
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.request import GenerationRequest
 from tests.support.cases import Case, load_cases
+from tests.support.exact import assert_same
 from tests.support.kv import claim
 from tests.support.naive import NaiveBagel
 from tests.support.runs import generate, generate_together, think
@@ -114,9 +115,9 @@ def test_a_picture_does_not_depend_on_who_shared_its_batch(checkpoint: str, requ
         together = generate_together(stages, MIXED)
         for number, (ours, expected) in enumerate(zip(together, alone, strict=True)):
             for latents, before in zip(ours.latents, expected.latents, strict=True):
-                assert torch.equal(latents.tokens, before.tokens), number
+                assert_same(latents.tokens, before.tokens, number)
             for pixels, before in zip(ours.pixels, expected.pixels, strict=True):
-                assert torch.equal(pixels, before), number
+                assert_same(pixels, before, number)
     stages.close()
 
 

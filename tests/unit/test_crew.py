@@ -11,6 +11,7 @@ import torch
 from bagel_triton.model import crew as crew_module
 from bagel_triton.model.crew import ALONE, Crew
 from bagel_triton.model.linear import linear
+from tests.support.exact import assert_same
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -123,5 +124,6 @@ def test_a_product_does_not_depend_on_the_threads_that_compute_it():
             x = torch.randn(rows, inner, generator=generator)
             results = [crew.together(lambda x=x, weight=weight: linear(x, weight))]
             crew.each(lambda _, x=x, weight=weight, results=results: results.append(linear(x, weight)), range(2))
-            assert all(torch.equal(results[0], other) for other in results[1:]), (inner, outer, rows)
+            for other in results[1:]:
+                assert_same(results[0], other, (inner, outer, rows))
     crew.close()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bagel_triton.model.linear import add_linear, linear, silu_product
+from tests.support.exact import assert_same
 
 ROWS = 600
 # 100 and 385 are no multiples of a vector; 1408 and 3584 are inner sizes of published models.
@@ -32,7 +33,7 @@ def test_a_row_does_not_depend_on_its_batch(inner: int, outer: int, biased: bool
     for count in COUNTS:
         for start in {0, 1, 5, ROWS - count} & set(range(ROWS - count + 1)):
             part = linear(x[start : start + count], weight, bias if biased else None)
-            assert torch.equal(part, full[start : start + count]), (count, start)
+            assert_same(part, full[start : start + count], (count, start))
 
 
 @pytest.mark.parametrize(("inner", "outer"), SHAPES)
@@ -74,7 +75,7 @@ def test_an_added_product_is_the_sum_and_does_not_depend_on_its_batch(inner: int
         for start in {0, 5, ROWS - count} & set(range(ROWS - count + 1)):
             room = before.clone()
             add_linear(x[start : start + count], weight, room[start : start + count])
-            assert torch.equal(room[start : start + count], full[start : start + count]), (count, start)
+            assert_same(room[start : start + count], full[start : start + count], (count, start))
             assert torch.equal(room[:start], before[:start])
             assert torch.equal(room[start + count :], before[start + count :])
 

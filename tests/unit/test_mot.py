@@ -17,6 +17,7 @@ from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.crew import ALONE, Crew
 from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
 from bagel_triton.model.pack import GEN, UND, Pack
+from tests.support.exact import assert_same
 from tests.support.naive import NaiveContext, NaiveKV
 
 
@@ -75,8 +76,8 @@ def test_a_sequence_does_not_depend_on_its_pack(bagel: Bagel, sizes: tuple[int, 
     backwards = _hidden(bagel, sequences[::-1])[::-1]
     for number, sequence in enumerate(sequences):
         (alone,) = _hidden(bagel, [sequence])
-        assert torch.equal(together[number], alone), number
-        assert torch.equal(backwards[number], alone), number
+        assert_same(together[number], alone, number)
+        assert_same(backwards[number], alone, number)
 
 
 @pytest.mark.parametrize("size", [2, 3, 16])
@@ -94,7 +95,7 @@ def test_a_crew_changes_nothing(
     shared = _hidden(bagel, sequences, many)
     many.close()
     for one, other in zip(shared, alone, strict=True):
-        assert torch.equal(one, other)
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
@@ -110,7 +111,7 @@ def test_nobody_of_a_crew_has_much_more_to_do_than_others(size: int, rows: int) 
 def test_rows_that_nobody_wants_change_nothing(bagel: Bagel) -> None:
     sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((25, 48, 9))]
     for one, other in zip(_hidden(bagel, sequences, all_rows=False), _hidden(bagel, sequences), strict=True):
-        assert torch.equal(one, other)
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("block_rows", [1, 7, 64])
@@ -119,7 +120,7 @@ def test_the_size_of_a_block_changes_nothing(bagel: Bagel, monkeypatch: pytest.M
     usual = _hidden(bagel, sequences)
     monkeypatch.setattr(pack, "BLOCK_ROWS", block_rows)
     for cut, whole in zip(_hidden(bagel, sequences), usual, strict=True):
-        assert torch.equal(cut, whole)
+        assert_same(cut, whole)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -56,7 +56,7 @@ class DeviceMemory(Protocol):
 
 
 class DeviceWeights:
-    """The weights of one server's stages on a device, under names ``PREFIX_weights_KEY``.
+    """The weights of one server's stages on a device, under names ``PREFIX_UID_weights_KEY``.
 
     Contents: the key stands for the checkpoint's files, the tensors, the dtype and the device.
 

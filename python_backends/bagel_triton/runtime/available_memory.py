@@ -73,5 +73,7 @@ def _ask_device(device: torch.device) -> tuple[int, str | None]:
 
     from bagel_triton.model.cuda_memory import why_not
 
-    reason = why_not(device)
-    return torch.cuda.mem_get_info(device)[0], reason
+    try:
+        return torch.cuda.mem_get_info(device)[0], why_not(device)
+    except RuntimeError as error:  # a GPU that is full, or gone
+        raise ValueError(f"device={str(device)!r} does not answer: {str(error).splitlines()[0]}") from error
