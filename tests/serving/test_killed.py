@@ -16,6 +16,7 @@ import pytest
 
 from bagel_triton.deploy.topology import BAGEL, ENSEMBLE
 from tests.serving.test_together import EIGHT, picture_body
+from tests.support.exact import same_picture
 from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
 from tests.support.serving import Server
 
@@ -81,7 +82,7 @@ def _check_recovery(server: Server, killed: int, before: dict[str, Any], picture
         return replaced and health(server) == 200
 
     print(f"back after {until(back, 'the stage is not back', RELOAD_S):.1f} s")
-    assert np.array_equal(server.pictures(REFERENCE)[0], picture)
+    assert same_picture(server.pictures(REFERENCE)[0], picture)
     until(lambda: _idle(server), "something is left in a stage", IDLE_S)
     assert _state(server) == before
 

@@ -17,6 +17,7 @@ from bagel_triton import liveness
 from bagel_triton.request import GenerationRequest
 from tests.serving.test_leaving import LONG, Asking, until
 from tests.serving.test_together import EIGHT, picture_body, until_idle
+from tests.support.exact import same_picture
 from tests.support.serving import Server, generate, infer
 
 SMALL = GenerationRequest(prompt="A cat", height=32, width=32, seed=1, num_inference_steps=3)
@@ -106,7 +107,7 @@ def test_an_impossible_message_is_refused_and_the_next_request_is_right(
     with pytest.raises(InferenceServerException, match=error):
         send(server, model, name, message)
     withdraw(server, message)
-    assert np.array_equal(server.pictures(body)[0], wanted)
+    assert same_picture(server.pictures(body)[0], wanted)
 
 
 def test_an_impossible_message_does_not_disturb_those_at_work_or_in_line(server: Server) -> None:
