@@ -51,7 +51,7 @@ AT: dict[str, list[dict[str, Any]]] = {
         }
     ],
 }
-AT["bagel"] = AT["dit"] + AT["thinker"]
+AT["bagel"] = AT["dit"] + 3 * AT["thinker"]  # which wait for each other: both stages are busy for long
 
 
 @pytest.fixture(scope="module")

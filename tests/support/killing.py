@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -23,11 +24,10 @@ SHARED_MEMORY = Path("/dev/shm")
 def descendants(pid: int) -> list[int]:
     """Process ids below ``pid``."""
     direct: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            direct += map(int, path.read_text().split())
-        except OSError:  # a thread or process that has just ended
-            continue
+    with contextlib.suppress(OSError):  # a process that has just ended
+        for path in list(Path(f"/proc/{pid}/task").glob("*/children")):
+            with contextlib.suppress(OSError):  # a thread that has
+                direct += map(int, path.read_text().split())
     return direct + [grandchild for child in direct for grandchild in descendants(child)]
 
 
