@@ -15,8 +15,7 @@ class Departures:
     """Has jobs dropped whose client has gone.
 
     Triton's own clients may call a stage, with nobody to send a cancellation on their behalf.
-    One thread asks for all of them: the question goes to another process. (Of a client of an
-    ensemble Triton tells the stages nothing.)
+    One thread asks for all of them: the question goes to another process.
     """
 
     def __init__(self, drop: Callable[[Job[Any, Any]], None]) -> None:

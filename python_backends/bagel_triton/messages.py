@@ -184,3 +184,10 @@ class Plan(Message, frozen=True):
             raise ValueError("branches must begin with gen and name none twice")
         if lost := [plan.same_as for plan in self.branches if plan.same_as not in (None, *own)]:
             raise ValueError(f"a branch is the same as {lost[0]}, which has no context")
+
+
+class Pulse(Message, frozen=True):
+    """What a stage at work sends the ensemble that it is a step of, for the next step to look at."""
+
+    stage: str
+    request_id: str

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from bagel_triton import notices, triton_io
+from bagel_triton import notices, triton_call, triton_io
 from bagel_triton.departures import Departures
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts
@@ -15,7 +15,7 @@ from bagel_triton.engine.catalogue import SUPERVISOR
 from bagel_triton.engine.job import Job
 from bagel_triton.events import Event
 from bagel_triton.liveness import Announcement, end_with_parent
-from bagel_triton.messages import Schedule
+from bagel_triton.messages import Pulse, Schedule
 from bagel_triton.request import Arrays
 from bagel_triton.triton_metrics import TritonMetrics
 
@@ -37,7 +37,8 @@ class StageModel:
     """A decoupled model around an engine: ``execute`` queues and returns.
 
     A model sets ``build`` and ``accept``. Every stage takes the optional BYTES input
-    ``cancel``, a request id to drop, and answers it with nothing but the final flag.
+    ``cancel``, a request id to drop, and answers it with nothing but the final flag; so it
+    does a ``pulse`` that comes alone.
     """
 
     engine: Any
@@ -47,6 +48,7 @@ class StageModel:
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
         config, name = from_environment(), args["model_name"]
+        self._name = name
         heeds = name == config.heeding
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if heeds else [])])
         parts = Parts.open(config)
@@ -68,10 +70,23 @@ class StageModel:
         raise NotImplementedError
 
     def work(self, task: Any, request_id: str, inputs: Arrays, reply: triton_io.Reply, schedule: Schedule) -> Any:
-        """The engine's job for ``task``, dropped when the client goes; its events go to a client that asked."""
+        """The engine's job for ``task``, dropped when the client goes; its events go to a client that asked.
+
+        Triton does not tell an ensemble's running step that its client has gone, only the steps
+        that it starts afterwards. So a running step makes it start one, time and again: its
+        ``pulse`` goes to the next stage, which sees whether the ensemble is cancelled (``_heed``).
+        """
         job = self.engine.submit(task, request_id, self.listener(inputs, reply), schedule)
-        self._departures.watch(job, reply.cancelled)
+        gone = reply.pulsing(Pulse(self._name, request_id)) if reply.in_ensemble else reply.cancelled
+        self._departures.watch(job, gone)
         return job
+
+    def _heed(self, pulse: Pulse, reply: triton_io.Reply) -> None:
+        """Have the stage before drop its request, if the ensemble that passed on the pulse is cancelled."""
+        if reply.cancelled(0.0):
+            where = (triton_call.own_address(), pulse.stage, pulse.request_id)
+            threading.Thread(target=triton_call.drop, args=where).start()
+        reply.finish()
 
     def listener(self, inputs: Arrays, reply: triton_io.Reply) -> Callable[[Event], None]:
         """Where the engine's events go: to the client that set ``progress``, else nowhere.
@@ -90,6 +105,8 @@ class StageModel:
                 if "cancel" in inputs:
                     self.engine.cancel(triton_io.text_of(inputs, "cancel"))
                     reply.finish()
+                elif inputs.keys() == {"pulse"}:
+                    self._heed(triton_io.message_of(inputs, "pulse", Pulse), reply)
                 else:
                     self.accept(inputs, reply)
             except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 
 import grpc
@@ -13,10 +15,30 @@ from bagel_triton.errors import BagelError, StageUnavailable, from_text
 from bagel_triton.remote import CHANNEL_ARGS
 from bagel_triton.request import Array, Arrays
 
+GRPC_VARIABLE, DEFAULT_GRPC = "BAGEL_TRITON_GRPC", "127.0.0.1:8001"
+DROP_S = 2.0  # a cancellation takes milliseconds, unless its stage dies meanwhile
+log = logging.getLogger(__name__)
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # nobody cancels but who stops listening
 
 
-def call(address: str, model: str, arrays: Arrays, outputs: Sequence[str], request_id: str) -> Iterator[Arrays]:
+def own_address() -> str:
+    """Where this server's own gRPC is."""
+    return os.environ.get(GRPC_VARIABLE, DEFAULT_GRPC)
+
+
+def drop(address: str, stage: str, request_id: str) -> None:
+    """Tell ``stage`` at ``address`` to drop a request; one that cannot be told is logged."""
+    inputs = {"cancel": np.array([request_id.encode()], dtype=np.object_)}
+    try:
+        for _ in call(address, stage, inputs, [], request_id, DROP_S):
+            pass
+    except BagelError as error:
+        log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message)
+
+
+def call(
+    address: str, model: str, arrays: Arrays, outputs: Sequence[str], request_id: str, timeout_s: float | None = None
+) -> Iterator[Arrays]:
     """Responses of ``model`` at ``address``, as arrays by name; closing the iterator cancels the request.
 
     Not by tritonclient's own streams: stopped with a cancellation, one leaves a thread and
@@ -27,7 +49,7 @@ def call(address: str, model: str, arrays: Arrays, outputs: Sequence[str], reque
     """
     with grpc.insecure_channel(address, options=CHANNEL_ARGS) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        stream = stub.ModelStreamInfer(iter([_request(model, arrays, outputs, request_id)]))
+        stream = stub.ModelStreamInfer(iter([_request(model, arrays, outputs, request_id)]), timeout=timeout_s)
         try:
             for answer in stream:
                 if answer.error_message:

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 from bagel_triton import tracing
 from bagel_triton.errors import BagelError, InvalidRequest, from_exception
 from bagel_triton.events import Event, StageStats, encode_event, encode_stats
-from bagel_triton.messages import Message, decode, encode
+from bagel_triton.messages import Message, Pulse, decode, encode
 from bagel_triton.request import REQUEST_TENSORS, Array, Arrays
 
 M = TypeVar("M", bound=Message)
@@ -140,20 +140,23 @@ class Reply:
 
     def __init__(self, request: Any, outbox: Outbox) -> None:
         self.request_id: str = request.request_id()
+        asked = request.requested_output_names()  # who names none has asked for every one
+        self.in_ensemble: bool = "pulse" in asked and "event" not in asked
+        self._closing: Arrays = {}  # what every response to an ensemble carries, the last one too
         self._sender = request.get_response_sender()
         self._outbox = outbox
         self._cancelled, self._asked_at = False, time.monotonic()
         self._ended, self._ending = False, threading.Lock()
 
-    def cancelled(self) -> bool:
-        """Whether the client has cancelled the request, as of at most ``CANCEL_POLL_S`` ago.
+    def cancelled(self, at_most_s: float = CANCEL_POLL_S) -> bool:
+        """Whether the client has cancelled the request, as of at most ``at_most_s`` ago.
 
         Triton answers this from another process, over the queue that carries responses: it is
         asked seldom, by one thread at a time, and not after the last response, with which it
         forgets the request.
         """
         now = time.monotonic()
-        if not self._cancelled and now - self._asked_at > CANCEL_POLL_S:
+        if not self._cancelled and now - self._asked_at >= at_most_s:
             self._asked_at = now
             with self._ending, _ASKING:
                 self._cancelled = not self._ended and bool(self._sender.is_cancelled())
@@ -167,9 +170,23 @@ class Reply:
         """An event, in the output ``event``."""
         self.send({"event": bytes_array(encode_event(event))})
 
+    def pulsing(self, pulse: Pulse) -> Callable[[], bool]:
+        """``cancelled`` for a step of an ensemble: every call sends it ``pulse``, which is no answer."""
+        self._closing = {"pulse": message_array(pulse)}
+
+        def send() -> None:
+            if not self._ended:
+                self._sender.send(response(self._closing))
+
+        def gone() -> bool:
+            self._outbox.put(send)
+            return self.cancelled()
+
+        return gone
+
     def finish(self, arrays: Arrays | None = None) -> None:
         """The last response, with or without outputs."""
-        self._end(lambda: () if arrays is None else (response(arrays),))
+        self._end(lambda: () if arrays is None else (response({**arrays, **self._closing}),))
 
     def fail(self, error: BaseException) -> None:
         """An error as the last response."""

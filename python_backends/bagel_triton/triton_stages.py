@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,17 +12,14 @@ from bagel_triton import liveness, triton_io
 from bagel_triton.contexts import DenoiseJob, Thoughts
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.visit import Visit
-from bagel_triton.errors import BagelError, Internal
+from bagel_triton.errors import Internal
 from bagel_triton.events import Stage, decode_event, decode_stats
 from bagel_triton.messages import Plan, decode
 from bagel_triton.remote import RemoteModels
 from bagel_triton.request import Array, Arrays
-from bagel_triton.triton_call import call
+from bagel_triton.triton_call import call, drop, own_address
 
 Result = TypeVar("Result")
-GRPC_VARIABLE, DEFAULT_GRPC = "BAGEL_TRITON_GRPC", "127.0.0.1:8001"  # this server's own
-ABANDON_S = 2.0  # a cancellation takes milliseconds, unless its stage dies meanwhile
-log = logging.getLogger(__name__)
 
 
 class TritonStages:
@@ -37,7 +31,7 @@ class TritonStages:
 
     def __init__(self, parent: Any, shm_prefix: str, remote: RemoteModels) -> None:
         self._shm_prefix, self._remote = shm_prefix, remote
-        self._address = os.environ.get(GRPC_VARIABLE, DEFAULT_GRPC)
+        self._address = own_address()
         self._request_id: str = parent.request_id()  # the plan's, once there is a plan
 
     def expand(self, request: Arrays) -> Visit[Plan]:
@@ -63,20 +57,14 @@ class TritonStages:
         """Tell the stages that hold something: Triton does not pass a cancellation on."""
         # A stage that died holds nothing any more, and a call of it would hang.
         living = [stage for stage in (DECODER, DIT, THINKER) if self._watch(stage)()]
-        calls = [threading.Thread(target=self._cancel, args=(stage, request_id), daemon=True) for stage in living]
-        deadline = time.monotonic() + ABANDON_S
+        calls = [threading.Thread(target=drop, args=(self._at(stage), stage, request_id)) for stage in living]
         for thread in calls:
             thread.start()
         for thread in calls:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join()
 
-    def _cancel(self, stage: str, request_id: str) -> None:
-        inputs = {"cancel": triton_io.bytes_array(request_id.encode())}
-        try:
-            for _ in call(self._remote.addresses.get(stage, self._address), stage, inputs, [], request_id):
-                pass
-        except BagelError as error:
-            log.warning("%s could not be told to drop request %s: %s", stage, request_id, error.message)
+    def _at(self, stage: str) -> str:
+        return self._remote.addresses.get(stage, self._address)
 
     def _watch(self, stage: Stage) -> Callable[[], bool]:
         if stage in self._remote.addresses:
@@ -91,7 +79,7 @@ class TritonStages:
         result: Callable[[Arrays], Result],
     ) -> Visit[Result]:
         visit: Visit[Result] = Visit(stage, self._watch(stage))
-        address = self._remote.addresses.get(stage, self._address)
+        address = self._at(stage)
 
         def read() -> None:
             answered = False

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import tritonclient.grpc as triton
 
-from bagel_triton.request import GenerationRequest
+from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 from tests.serving.test_together import EIGHT, picture_body, until_idle
 from tests.support.exact import same_picture
 from tests.support.serving import ANSWER_S, STOP_S, Server, generate, infer, reply_pictures
@@ -90,6 +90,40 @@ def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
         until(server, "bagel_dit_active", 0)
         assert server.gauge("bagel_dit_cancelled_total") >= 1
         assert time.monotonic() - started < 3, "the work ran to its end"
+    until_idle(server)
+
+
+@contextlib.contextmanager
+def ensemble_call(server: Server, request: GenerationRequest) -> Iterator[None]:
+    """A call of the ensemble, cancelled when the block ends."""
+    with triton.InferenceServerClient(server.grpc) as client:
+        client.start_stream(lambda result, error: None)
+        inputs = []
+        for name, array in to_tensors(request).items():
+            inputs.append(triton.InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype))
+            inputs[-1].set_data_from_numpy(array)
+        client.async_stream_infer("bagel_text2img", inputs)
+        yield
+        client.stop_stream(cancel_requests=True)
+
+
+def test_a_client_of_the_ensemble_that_leaves_stops_the_work(server: Server) -> None:
+    request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
+    with ensemble_call(server, request):
+        until(server, "bagel_dit_active", 1)
+    started = time.monotonic()
+    until(server, "bagel_dit_active", 0)
+    assert time.monotonic() - started < 3, "the work ran to its end"
+    until_idle(server)
+
+
+def test_a_client_of_the_ensemble_that_leaves_a_full_thinker_leaves_its_line(server: Server) -> None:
+    with connection(server, THINKING), connection(server, THINKING):  # one has nearly all the arena
+        until(server, "bagel_thinker_waiting", 1)
+        with ensemble_call(server, GenerationRequest(prompt="A cat", height=64, num_inference_steps=4)):
+            until(server, "bagel_thinker_waiting", 2)
+        until(server, "bagel_thinker_waiting", 1)
+        assert server.gauge("bagel_thinker_active") == 1, "its turn came"
     until_idle(server)
 
 
