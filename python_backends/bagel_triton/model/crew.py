@@ -28,13 +28,16 @@ _setting = threading.Lock()
 class Crew:
     """``size`` threads, whoever calls :meth:`each` one of them.
 
-    Each of a crew of two or more computes without a team of its own; so must the caller, who
-    is to :meth:`lead`, or its team takes the others' cores while it waits.
+    Each of a crew of two or more computes without a team of its own, that is, without OpenMP
+    threads within an operation; so must the caller, who is to :meth:`lead`, or its team takes
+    the others' cores while it waits. What has no rows to share runs :meth:`together` instead,
+    on one thread that has a team.
     Threads: the methods from one thread at a time.
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self._usual = size, torch.get_num_threads()
+        self.size = size
+        self._usual = torch.get_num_threads()  # of an operation, on threads that nobody told otherwise
         self._rounds: queue.SimpleQueue[_Round[Any] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, name=f"crew-{n}", daemon=True) for n in range(1, size)]
         for thread in self._threads:

@@ -35,15 +35,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` [..., size]."""
+    def forward(self, x: Tensor, room: Tensor | None = None) -> Tensor:
+        """Normalise ``x`` [..., size]; the result may be in ``room``, which may be ``x`` itself."""
         if x.device.type != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # torch composes it of six passes on a CPU; this is three.
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square_() / x.shape[-1]).add_(self.eps).rsqrt_()
-        normed: Tensor = (x * scale).to(x.dtype)
-        return normed.mul_(self.weight)
+        return torch.mul(x, scale, out=torch.empty_like(x) if room is None else room).mul_(self.weight)
 
 
 def rotary_tables(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,7 @@ class Attention(nn.Module):
             projection, flat = getattr(self, f"{name}_proj{expert}"), place.flatten(1)
             heads = _apply(projection, x, flat if name == "v" else None).view_as(place)
             if name != "v":
-                rotate(getattr(self, f"{name}_norm{expert}")(heads), *tables, out=place)
+                rotate(getattr(self, f"{name}_norm{expert}")(heads, heads), *tables, out=place)
 
     def merge(self, expert: str, attended: Tensor, residual: Tensor) -> None:
         """Add what all heads found, [rows, heads * head_dim], to ``residual`` [rows, hidden]."""
@@ -122,7 +121,7 @@ def _apply(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
 class Room:
     """Memory that the layers of one forward use one after the other, so that none has to ask for its own."""
 
-    def __init__(self, config: LanguageConfig, x: Tensor, pack: Pack) -> None:
+    def __init__(self, config: LanguageConfig, x: Tensor, pack: Pack, crew: Crew) -> None:
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         #: queries, keys and values of all rows
         self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
@@ -130,7 +129,7 @@ class Room:
         rows = max((block.stop - block.start for _, block in pack.blocks), default=0)
         #: of an MLP, a set for each of the crew: whoever works takes one and puts it back
         self.inner = deque(
-            tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(pack.crew.size)
+            tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(crew.size)
         )
 
 
@@ -182,17 +181,16 @@ class Transformer(nn.Module):
     def forward(self, embeddings: Tensor, pack: Pack) -> Tensor:
         """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
         x = torch.empty_like(embeddings)  # which the layers work in
-        if pack.keeps_crew_busy or not pack.crew.has_team_for(
-            self._config.hidden_size * self._config.intermediate_size
-        ):
+        largest = self._config.hidden_size * self._config.intermediate_size
+        if pack.keeps_crew_busy or not pack.crew.has_team_for(largest):
             self._run(embeddings, x, pack, pack.crew)
         else:
-            pack.crew.together(partial(self._run, embeddings, x, pack, ALONE))
+            pack.crew.together(lambda: self._run(embeddings, x, pack, ALONE))
         return x
 
     def _run(self, embeddings: Tensor, x: Tensor, pack: Pack, crew: Crew) -> None:
         layers: Sequence[Layer] = self.layers  # type: ignore[assignment]
-        room = Room(self._config, x, pack)
+        room = Room(self._config, x, pack, crew)
 
         def begin(block: Block) -> None:
             _, rows = block
