@@ -8,34 +8,9 @@ Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
 from __future__ import annotations
 
 import re
-import reprlib
 from typing import ClassVar
 
-MAX_SHOWN = 120  # characters of a user's own words in an error
-
-
-def shortened(text: str) -> str:
-    """``text``, cut where it is too long for an error."""
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
-
-
-class _Repr(reprlib.Repr):
-    """``repr`` that looks at no more of a large value than is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlist = self.maxtuple = self.maxdict = self.maxother = self.maxlong = 2 * MAX_SHOWN
-
-    def repr_str(self, value: str, level: int) -> str:
-        return repr(value[: MAX_SHOWN + 1])
-
-
-_repr = _Repr()
-
-
-def shown(value: object) -> str:
-    """``value`` as an error shows it."""
-    return shortened(_repr.repr(value[: MAX_SHOWN + 1] if isinstance(value, bytes) else value))
+from bagel_triton.excerpt import shortened, shown
 
 
 class BagelError(Exception):

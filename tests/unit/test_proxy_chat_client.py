@@ -137,7 +137,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     ("args", "text"),
     [
         (("-p", "\udcff"), "the server said no (400): the body is not JSON: "),
-        (("-m", "text2text", "--temperature", "nan"), "the server said no (400): temperature=nan is not allowed"),
+        (("-m", "text2text", "--temperature", "nan"), "the server said no (400): temperature=NaN is not allowed"),
     ],
 )
 def test_what_json_cannot_carry_is_refused_by_the_server(tmp_path: Path, args: tuple[str, ...], text: str) -> None:

@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bagel_triton.errors import BagelError, InvalidRequest, Overloaded, from_exception, shortened
+from bagel_triton.errors import BagelError, InvalidRequest, Overloaded, from_exception
+from bagel_triton.excerpt import shortened
 
 log = logging.getLogger(__name__)
 MAX_LOGGED = 1000  # characters

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from bagel_triton.errors import InvalidRequest, shortened
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.excerpt import shortened
 
 _Context = Mapping[str, Any]
 _UNKNOWN_FIELD = "unknown_field"
