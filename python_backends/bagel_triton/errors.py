@@ -7,10 +7,14 @@ Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 from bagel_triton.excerpt import shortened, shown
+
+NEAR = 0.75  # how alike two names are, at least, for one to be a slip of the other
 
 
 class BagelError(Exception):
@@ -50,6 +54,14 @@ class InvalidRequest(BagelError):
     def meaningless(cls, param: str, value: object, where: str, allowed: str) -> InvalidRequest:
         """An error for a field that says nothing about what is asked for."""
         return cls(f"{param}={shown(value)} has no meaning {where}; allowed: {allowed}", param)
+
+    @classmethod
+    def unknown(cls, param: str, name: str, known: Iterable[str]) -> InvalidRequest:
+        """An error for a field ``name``, at ``param``, that is none of ``known``; it suggests the nearest."""
+        allowed = list(known)
+        near = difflib.get_close_matches(shortened(name), allowed, n=1, cutoff=NEAR)
+        suggestion = f"did you mean {near[0]}? " if near else ""
+        return cls(f"{shortened(param)} is not a known field; {suggestion}allowed: {', '.join(allowed)}", param)
 
 
 class ModelNotFound(InvalidRequest):

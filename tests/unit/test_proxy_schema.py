@@ -113,6 +113,8 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
         "max_tokens and max_completion_tokens are both given; allowed: one of them",
     ),
     ({"max_tokens": 1, "extra_body": {"max_completion_tokens": 1}}, "extra_body.max_completion_tokens", "both given"),
+    ({"heigth": 64}, "heigth", "heigth is not a known field; did you mean height? allowed: cache, cfg_img_scale, "),
+    ({"extra_body": {"Seed": 4}}, "extra_body.Seed", "is not a known field; did you mean seed? allowed: "),
     ({"prompt": "x"}, "prompt", "prompt is not a known field; allowed: "),
     ({"image": "x"}, "image", "image is not a known field"),
 ]
