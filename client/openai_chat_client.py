@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Ask a BAGEL server for pictures or text over its OpenAI chat API.
 
-Needs httpx and tqdm, nothing of the server's. Pictures are saved; text is printed on
-standard output as it comes, thinking and progress on standard error.
+Needs httpx, tqdm and the files beside it, nothing of the server's. Pictures are saved; text is printed
+on standard output as it comes, thinking and progress on standard error.
 
     python openai_chat_client.py --prompt "A cute cat" --output cat.png
     python openai_chat_client.py -m img2img -i cat.png -p "Make the cat stand up" --think --negative "blurry"
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tqdm import tqdm
+from screen import Screen
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
@@ -130,57 +130,6 @@ def reason(answer: bytes) -> str:
         return str(json.loads(answer)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return answer.decode(errors="replace").strip()[:200]
-
-
-class Screen:
-    """Shows a reply: answers on standard output, everything else on standard error.
-
-    All is shown as it comes, but several answers come interleaved: they wait for the end.
-    """
-
-    def __init__(self, several: bool) -> None:
-        self._several = several
-        self._waiting: list[tuple[int, str, str]] = []
-        self._heading = ""
-        self._out = sys.stdout
-        self._end = ""  # the last character on the current line
-        self._bar: tqdm[Any] | None = None
-
-    def text(self, choice: int, heading: str, piece: str) -> None:
-        if self._several:
-            self._waiting.append((choice, f"{heading} {choice + 1}", piece))
-        else:
-            self._show(heading, piece)
-
-    def progress(self, stage: str, step: int, steps: int) -> None:
-        if self._bar is None:
-            self._end_line()
-            self._bar = tqdm(unit="step", leave=False)
-        self._bar.total, self._bar.n = steps, step
-        self._bar.set_description(stage)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        for _, heading, piece in sorted(self._waiting, key=lambda waiting: waiting[0]):
-            self._show(heading, piece)
-        self._end_line()
-
-    def _show(self, heading: str, piece: str) -> None:
-        if heading != self._heading:
-            self._end_line()
-            self._heading = heading
-            self._out = sys.stdout if heading.startswith("answer") else sys.stderr
-            if heading != "answer":
-                print(f"{heading}:", file=self._out)
-        self._out.write(piece)
-        self._out.flush()
-        self._end = piece[-1]
-
-    def _end_line(self) -> None:
-        if self._end not in ("", "\n"):
-            print(file=self._out, flush=True)
-        self._end = ""
 
 
 def receive(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

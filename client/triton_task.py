@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from picture_file import save
-from tqdm import tqdm
+from progress_bar import ProgressBar
 
 from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
 from bagel_triton.request import GenerationRequest
@@ -49,12 +50,11 @@ def generation_request(args: argparse.Namespace, pictures: Iterable[bytes] = ())
 
 def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterator[Result]:
     """What responses lead to, each an encoded event and the pixels that came with it, if any; shows the progress."""
-    with tqdm(desc="bagel", unit="step", leave=False) as bar:
+    with contextlib.closing(ProgressBar()) as bar:
         for encoded, pixels in responses:
             event = decode_event(encoded)
             if isinstance(event, ProgressEvent):
-                bar.total, bar.n = event.steps, event.step
-                bar.refresh()
+                bar.show(event.stage, event.step, event.steps)
             elif isinstance(event, AnswerEvent):
                 yield event
             elif isinstance(event, PictureEvent):

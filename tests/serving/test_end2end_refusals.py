@@ -21,6 +21,7 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as when it is run
     spec.loader.exec_module(script)
     monkeypatch.chdir(tmp_path)
 
