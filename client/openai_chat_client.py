@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 from screen import Screen
+from server_address import http_url
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
@@ -39,7 +40,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
     parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
-    parser.add_argument("--server", "-s", default="http://localhost:8091", help="server URL (default: %(default)s)")
+    server = "URL or HOST:PORT (default: %(default)s)"
+    parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8091", help=server)
     parser.add_argument("--image-url", "-i", action="append", default=[], help="a URL or a local file; repeatable")
     parser.add_argument("--modality", "-m", default="text2img", choices=OUTPUT_OF, help="task (default: %(default)s)")
     sides = f"in pixels (default: {SIDE} for text2img, the input picture's own for img2img)"
@@ -103,7 +105,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
 
 def chunks(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The chunks of the streamed reply; raises Refused when the server says no."""
-    url = httpx.URL(f"{server.rstrip('/')}/v1/chat/completions")
+    url = httpx.URL(f"{server}/v1/chat/completions")
     with (
         httpx.Client(timeout=TIMEOUT, trust_env=url.host not in LOOPBACK) as client,
         # Written so, NaN and half a character too get to the server, which says what is wrong with them.

@@ -95,6 +95,12 @@ def test_a_refusal_has_no_bar_before_it(tmp_path: Path) -> None:
         assert on_a_terminal("-s", url, cwd=tmp_path) == "the server said no (400): no\r\n"
 
 
+def test_a_server_may_be_named_by_host_and_port(tmp_path: Path) -> None:
+    with live_proxy(FakeClient()) as url:
+        done = run_client("-s", url.removeprefix("http://"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_text_is_printed_and_only_text_goes_to_standard_output(tmp_path: Path) -> None:
     backend = FakeClient(*ONE_ANSWER)
     with live_proxy(backend) as url:
@@ -194,6 +200,7 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
     [
         (("-o", "missing/cat.png"), 1, "cannot write missing/cat.png: missing is not a folder"),
         (("-s", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
+        (("-s", "localhost"), 2, "argument --server/-s: 'localhost' is not allowed; allowed: HOST:PORT, http://HOST:"),
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
         (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),
         (("-m", "img2img", "-i", "missing.png"), 1, "--image-url missing.png: No such file or directory"),
