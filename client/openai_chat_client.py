@@ -48,9 +48,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, help=f"height {sides}")
     parser.add_argument("--width", type=int, help=f"width {sides}")
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS})")
+    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another picture")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     parser.add_argument("--negative", help="negative prompt")
     parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--max-think-tokens", type=int, help="longest thinking in tokens")
     parser.add_argument("--n", type=int, help="number of pictures, saved as NAME-1, NAME-2, or of sampled answers")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, help="sample the text; greedy without it")
@@ -86,8 +88,10 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
         "height": args.height,
         "width": args.width,
         "num_inference_steps": args.steps,
+        "cache": args.cache,
         "negative_prompt": args.negative or None,
         "think": args.think or None,
+        "max_think_tokens": args.max_think_tokens,
         "n": args.n,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,

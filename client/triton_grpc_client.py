@@ -37,7 +37,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input picture; may be repeated")
     args = parser.parse_args(argv)
     if args.model == ENSEMBLE:
-        for option in ("modality", "image", "think", "max_tokens"):
+        for option in ("modality", "image", "think", "max_think_tokens", "max_tokens"):
             if getattr(args, option):
                 parser.error(f"--model {ENSEMBLE} takes no --{option.replace('_', '-')}")
     return args

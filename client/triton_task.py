@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="height in pixels")
     parser.add_argument("--width", type=int, help="width in pixels")
     parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another picture")
     parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
     parser.add_argument("--negative", help="negative prompt")
     parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--max-think-tokens", type=int, help="longest thinking in tokens")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
 
 
@@ -42,8 +44,10 @@ def generation_request(args: argparse.Namespace, pictures: Iterable[bytes] = ())
         height=args.height,
         width=args.width,
         num_inference_steps=args.steps,
+        cache=args.cache,
         seed=args.seed,
         think=args.think or None,
+        max_think_tokens=args.max_think_tokens,
         max_tokens=args.max_tokens,
     )
 

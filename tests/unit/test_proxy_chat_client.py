@@ -101,6 +101,14 @@ def test_a_server_may_be_named_by_host_and_port(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_bounds_of_thinking_and_skipped_steps_are_asked_for(tmp_path: Path) -> None:
+    backend = FakeClient(*THOUGHT_PICTURES)
+    with live_proxy(backend) as url:
+        run_client("-s", url, "--think", "--max-think-tokens", "9", "--cache", "taylorseer", cwd=tmp_path)
+    [request] = backend.requests
+    assert (request.think, request.max_think_tokens, request.cache) == (True, 9, "taylorseer")
+
+
 def test_text_is_printed_and_only_text_goes_to_standard_output(tmp_path: Path) -> None:
     backend = FakeClient(*ONE_ANSWER)
     with live_proxy(backend) as url:

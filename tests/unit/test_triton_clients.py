@@ -1,4 +1,4 @@
-"""The Triton clients' arguments: where the server is."""
+"""The Triton clients' arguments: where the server is, and what is asked of it."""
 
 from __future__ import annotations
 
@@ -68,3 +68,17 @@ def test_what_one_protocol_has_and_the_other_has_not_is_refused(
         client.main(["--server", text])
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith(f"argument --server/-s: {text!r} is not allowed; allowed: {allowed}\n")
+
+
+@pytest.mark.parametrize("client", [HTTP], indirect=True)
+def test_bounds_of_thinking_and_skipped_steps_are_asked_for(client: ModuleType) -> None:
+    body = client.request_body(client.arguments(["--think", "--max-think-tokens", "9", "--cache", "taylorseer"]))
+    assert body == {"prompt": "A cute cat", "think": True, "max_think_tokens": 9, "cache": "taylorseer"}
+
+
+@pytest.mark.parametrize("client", [GRPC], indirect=True)
+def test_the_ensemble_thinks_nothing(client: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        client.main(["--model", "bagel_text2img", "--max-think-tokens", "9"])
+    assert ended.value.code == 2
+    assert "--model bagel_text2img takes no --max-think-tokens" in capsys.readouterr().err
