@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
-from tqdm import tqdm
+from progress_bar import ProgressBar
 
 from bagel_triton import defaults
 from bagel_triton.engine.pipeline import Picture
@@ -167,9 +167,7 @@ def option_of(param: str) -> str:
 class Results:
     """Writes and prints what comes; ``steps`` is the number of progress steps of a prompt."""
 
-    def __init__(
-        self, prompts: list[str], steps: int, save: Callable[[str, Tensor], Path], bar: tqdm[NoReturn]
-    ) -> None:
+    def __init__(self, prompts: list[str], steps: int, save: Callable[[str, Tensor], Path], bar: ProgressBar) -> None:
         self.done: dict[int, DoneEvent] = {}
         self._steps, self._save, self._bar = steps, save, bar
         self._lines = [[f"[{index}] {prompt}"] for index, prompt in enumerate(prompts)]
@@ -185,18 +183,18 @@ class Results:
         elif isinstance(item, DoneEvent):
             self.done[index] = item
             self._advance(index, self._steps)
-            tqdm.write("\n".join(lines))
+            self._bar.write("\n".join(lines))
         elif isinstance(item, BagelError):
+            self._bar.write(f"end2end: error: prompt {index}: {item.message}", file=sys.stderr)
             self._advance(index, self._steps)
-            tqdm.write(f"end2end: error: prompt {index}: {item.message}", file=sys.stderr)
         elif isinstance(item, Picture):
             event = item.event  # a file a picture: INDEX.png, then INDEX_1.png, ...
             path = self._save(f"{index}_{event.index}" if event.index else f"{index}", item.pixels)
             lines.append(f"picture   {path}, {event.width}x{event.height} pixels, seed {event.seed}")
 
     def _advance(self, index: int, step: int) -> None:
-        self._bar.update(step - self._step[index])
         self._step[index] = step
+        self._bar.show("batch", sum(self._step), self._steps * len(self._step))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
         steps = (common.num_inference_steps or FLOW.num_inference_steps) - 1 if common.modality == "image" else 1
         unit = "step" if common.modality == "image" else "prompt"
         with (
-            tqdm(total=steps * len(prompts), desc=args.modality, unit=unit, leave=False) as bar,
+            contextlib.closing(ProgressBar(unit)) as bar,
             contextlib.closing(offline.run_batch(stages, requests, silence_s, config.bagel.max_inflight)) as items,
         ):
             results = Results(prompts, steps, partial(offline.save_png, args.output), bar)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Ask a BAGEL server for pictures or text over its OpenAI chat API.
 
-Needs httpx and tqdm, nothing of the server's. Pictures are saved; text is printed on
-standard output as it comes, thinking and progress on standard error.
+Needs httpx, tqdm and the files beside it, nothing of the server's. Pictures are saved; text is printed
+on standard output as it comes, thinking and progress on standard error.
 
     python openai_chat_client.py --prompt "A cute cat" --output cat.png
     python openai_chat_client.py -m img2img -i cat.png -p "Make the cat stand up" --think --negative "blurry"
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tqdm import tqdm
+from screen import Screen
+from server_address import http_url
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
@@ -39,16 +40,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
     parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
-    parser.add_argument("--server", "-s", default="http://localhost:8091", help="server URL (default: %(default)s)")
+    server = "URL or HOST:PORT (default: %(default)s)"
+    parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8091", help=server)
     parser.add_argument("--image-url", "-i", action="append", default=[], help="a URL or a local file; repeatable")
     parser.add_argument("--modality", "-m", default="text2img", choices=OUTPUT_OF, help="task (default: %(default)s)")
     sides = f"in pixels (default: {SIDE} for text2img, the input picture's own for img2img)"
     parser.add_argument("--height", type=int, help=f"height {sides}")
     parser.add_argument("--width", type=int, help=f"width {sides}")
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS})")
+    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another picture")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     parser.add_argument("--negative", help="negative prompt")
     parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--max-think-tokens", type=int, help="longest thinking in tokens")
     parser.add_argument("--n", type=int, help="number of pictures, saved as NAME-1, NAME-2, or of sampled answers")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, help="sample the text; greedy without it")
@@ -84,8 +88,10 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
         "height": args.height,
         "width": args.width,
         "num_inference_steps": args.steps,
+        "cache": args.cache,
         "negative_prompt": args.negative or None,
         "think": args.think or None,
+        "max_think_tokens": args.max_think_tokens,
         "n": args.n,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
@@ -103,7 +109,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
 
 def chunks(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The chunks of the streamed reply; raises Refused when the server says no."""
-    url = httpx.URL(f"{server.rstrip('/')}/v1/chat/completions")
+    url = httpx.URL(f"{server}/v1/chat/completions")
     with (
         httpx.Client(timeout=TIMEOUT, trust_env=url.host not in LOOPBACK) as client,
         # Written so, NaN and half a character too get to the server, which says what is wrong with them.
@@ -130,57 +136,6 @@ def reason(answer: bytes) -> str:
         return str(json.loads(answer)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return answer.decode(errors="replace").strip()[:200]
-
-
-class Screen:
-    """Shows a reply: answers on standard output, everything else on standard error.
-
-    All is shown as it comes, but several answers come interleaved: they wait for the end.
-    """
-
-    def __init__(self, several: bool) -> None:
-        self._several = several
-        self._waiting: list[tuple[int, str, str]] = []
-        self._heading = ""
-        self._out = sys.stdout
-        self._end = ""  # the last character on the current line
-        self._bar: tqdm[Any] | None = None
-
-    def text(self, choice: int, heading: str, piece: str) -> None:
-        if self._several:
-            self._waiting.append((choice, f"{heading} {choice + 1}", piece))
-        else:
-            self._show(heading, piece)
-
-    def progress(self, stage: str, step: int, steps: int) -> None:
-        if self._bar is None:
-            self._end_line()
-            self._bar = tqdm(unit="step", leave=False)
-        self._bar.total, self._bar.n = steps, step
-        self._bar.set_description(stage)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        for _, heading, piece in sorted(self._waiting, key=lambda waiting: waiting[0]):
-            self._show(heading, piece)
-        self._end_line()
-
-    def _show(self, heading: str, piece: str) -> None:
-        if heading != self._heading:
-            self._end_line()
-            self._heading = heading
-            self._out = sys.stdout if heading.startswith("answer") else sys.stderr
-            if heading != "answer":
-                print(f"{heading}:", file=self._out)
-        self._out.write(piece)
-        self._out.flush()
-        self._end = piece[-1]
-
-    def _end_line(self) -> None:
-        if self._end not in ("", "\n"):
-            print(file=self._out, flush=True)
-        self._end = ""
 
 
 def receive(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ask Triton itself for a picture or an answer, over a gRPC stream, without the OpenAI proxy.
 
-python triton_grpc_client.py --prompt "A cute cat" --server localhost:8001
+python triton_grpc_client.py --prompt "A cute cat" --server localhost:8001 --output cat.png
 python triton_grpc_client.py --image cat.png --prompt "Make the cat stand up" --think
 python triton_grpc_client.py --modality text --image cat.png --prompt "What is this?"
 python triton_grpc_client.py --model bagel_text2img
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from picture_file import fail, unwritable
+from server_address import grpc_address
 from triton_task import Result, add_arguments, generation_request, results, show
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
@@ -30,12 +31,13 @@ ENSEMBLE = "bagel_text2img"
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--server", "-s", default="localhost:8001", help="Triton's gRPC address (default: %(default)s)")
+    server = "Triton's gRPC port, HOST:PORT or a URL (default: %(default)s)"
+    parser.add_argument("--server", "-s", type=grpc_address, default="localhost:8001", help=server)
     parser.add_argument("--model", default="bagel", choices=["bagel", ENSEMBLE], help="pipeline (default: %(default)s)")
     parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input picture; may be repeated")
     args = parser.parse_args(argv)
     if args.model == ENSEMBLE:
-        for option in ("modality", "image", "think", "max_tokens"):
+        for option in ("modality", "image", "think", "max_think_tokens", "max_tokens"):
             if getattr(args, option):
                 parser.error(f"--model {ENSEMBLE} takes no --{option.replace('_', '-')}")
     return args

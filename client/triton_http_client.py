@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import msgspec
 from picture_file import fail, unwritable
+from server_address import http_url
 from triton_task import add_arguments, generation_request, results, show
 
 from bagel_triton.errors import InvalidRequest
@@ -37,7 +38,8 @@ class Refused(Exception):
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--server", "-s", default="http://localhost:8000", help="Triton's URL (default: %(default)s)")
+    server = "Triton's HTTP port, HOST:PORT or a URL (default: %(default)s)"
+    parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8000", help=server)
     return parser.parse_args(argv)
 
 
@@ -50,7 +52,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
 
 def responses(server: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The output tensors of each response, flat, as JSON; raises Refused on an error."""
-    url = f"{server.rstrip('/')}/v2/models/bagel/generate_stream"
+    url = f"{server}/v2/models/bagel/generate_stream"
     # Triton is on this host or network: http_proxy of the environment is not for it.
     with httpx.stream("POST", url, json=body, timeout=TIMEOUT, trust_env=False) as answer:
         for line in answer.iter_lines():

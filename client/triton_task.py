@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from picture_file import save
-from tqdm import tqdm
+from progress_bar import ProgressBar
 
 from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
 from bagel_triton.request import GenerationRequest
@@ -25,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="height in pixels")
     parser.add_argument("--width", type=int, help="width in pixels")
     parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another picture")
     parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
     parser.add_argument("--negative", help="negative prompt")
     parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--max-think-tokens", type=int, help="longest thinking in tokens")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
 
 
@@ -41,20 +44,21 @@ def generation_request(args: argparse.Namespace, pictures: Iterable[bytes] = ())
         height=args.height,
         width=args.width,
         num_inference_steps=args.steps,
+        cache=args.cache,
         seed=args.seed,
         think=args.think or None,
+        max_think_tokens=args.max_think_tokens,
         max_tokens=args.max_tokens,
     )
 
 
 def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterator[Result]:
     """What responses lead to, each an encoded event and the pixels that came with it, if any; shows the progress."""
-    with tqdm(desc="bagel", unit="step", leave=False) as bar:
+    with contextlib.closing(ProgressBar()) as bar:
         for encoded, pixels in responses:
             event = decode_event(encoded)
             if isinstance(event, ProgressEvent):
-                bar.total, bar.n = event.steps, event.step
-                bar.refresh()
+                bar.show(event.stage, event.step, event.steps)
             elif isinstance(event, AnswerEvent):
                 yield event
             elif isinstance(event, PictureEvent):

@@ -7,35 +7,14 @@ Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
 
 from __future__ import annotations
 
+import difflib
 import re
-import reprlib
+from collections.abc import Iterable
 from typing import ClassVar
 
-MAX_SHOWN = 120  # characters of a user's own words in an error
+from bagel_triton.excerpt import shortened, shown
 
-
-def shortened(text: str) -> str:
-    """``text``, cut where it is too long for an error."""
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
-
-
-class _Repr(reprlib.Repr):
-    """``repr`` that looks at no more of a large value than is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlist = self.maxtuple = self.maxdict = self.maxother = self.maxlong = 2 * MAX_SHOWN
-
-    def repr_str(self, value: str, level: int) -> str:
-        return repr(value[: MAX_SHOWN + 1])
-
-
-_repr = _Repr()
-
-
-def shown(value: object) -> str:
-    """``value`` as an error shows it."""
-    return shortened(_repr.repr(value[: MAX_SHOWN + 1] if isinstance(value, bytes) else value))
+NEAR = 0.75  # how alike two names are, at least, for one to be a slip of the other
 
 
 class BagelError(Exception):
@@ -75,6 +54,14 @@ class InvalidRequest(BagelError):
     def meaningless(cls, param: str, value: object, where: str, allowed: str) -> InvalidRequest:
         """An error for a field that says nothing about what is asked for."""
         return cls(f"{param}={shown(value)} has no meaning {where}; allowed: {allowed}", param)
+
+    @classmethod
+    def unknown(cls, param: str, name: str, known: Iterable[str]) -> InvalidRequest:
+        """An error for a field ``name``, at ``param``, that is none of ``known``; it suggests the nearest."""
+        allowed = list(known)
+        near = difflib.get_close_matches(shortened(name), allowed, n=1, cutoff=NEAR)
+        suggestion = f"did you mean {near[0]}? " if near else ""
+        return cls(f"{shortened(param)} is not a known field; {suggestion}allowed: {', '.join(allowed)}", param)
 
 
 class ModelNotFound(InvalidRequest):

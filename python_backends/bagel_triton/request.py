@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from bagel_triton.errors import InvalidRequest, shortened
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.excerpt import shortened
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]  # tensors by name, as Triton carries them
@@ -191,5 +192,5 @@ def _item(name: str, item: Any) -> Any:
         try:
             return item.decode()
         except UnicodeDecodeError as error:
-            raise InvalidRequest.value(name, item, "UTF-8 text") from error
+            raise InvalidRequest.value(name, item, f"UTF-8 text (byte {error.start} is none)") from error
     return item

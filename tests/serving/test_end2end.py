@@ -34,7 +34,7 @@ class Runner:
 
     def good(self, *arguments: str) -> str:
         done = self(*arguments)
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 
     def pixels(self, name: str) -> np.ndarray:

@@ -31,13 +31,13 @@ def test_the_grpc_client_gets_the_proxys_picture(server: Server, model: str, tmp
 
 def test_the_http_client_gets_the_proxys_picture(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
-    run(CLIENTS / "triton_http_client.py", "--server", f"http://{server.http}", "--output", output, *ARGUMENTS)
+    run(CLIENTS / "triton_http_client.py", "--server", server.http, "--output", output, *ARGUMENTS)
     assert_same(output, server)
 
 
 def test_both_clients_print_the_proxys_answer(server: Server) -> None:
     asked = ("--modality", "text", "--prompt", "What is on it?", "--max-tokens", "5")
-    by_grpc = run(CLIENTS / "triton_grpc_client.py", "--server", server.grpc, *asked)
+    by_grpc = run(CLIENTS / "triton_grpc_client.py", "--server", f"http://{server.grpc}", *asked)
     by_http = run(CLIENTS / "triton_http_client.py", "--server", f"http://{server.http}", *asked)
     body = {"messages": [{"role": "user", "content": "What is on it?"}], "modalities": ["text"], "max_tokens": 5}
     answer = server.chat(body).json()["choices"][0]["message"]["content"]
@@ -69,8 +69,8 @@ def test_what_cannot_be_sent_or_written_is_one_line(
     command = [sys.executable, CLIENTS / client, "--server", address, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith(line)
+    [said] = done.stderr.splitlines()
+    assert said.endswith(line)
 
 
 def assert_same(output: Path, server: Server) -> None:

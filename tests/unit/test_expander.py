@@ -180,7 +180,7 @@ MARKS = (
         (
             {"prompt": "x", "stop": ("x" * 1000,)},
             "stop",
-            f"stop=({'x' * 1000!r}"[:122] + "... has no meaning for image output; allowed: only with text output",
+            f'stop=["{"x" * 1000}'[:122] + "... has no meaning for image output; allowed: only with text output",
         ),
     ],
 )

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,29 @@ from bagel_triton.request import GenerationRequest
 SCRIPT = Path(__file__).parents[2] / "client" / "openai_chat_client.py"
 
 
-def run_client(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_client(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     # The client is for people who have nothing of the server's.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(SCRIPT), *args]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60, check=False
+    )
+
+
+def on_a_terminal(*args: str, cwd: Path) -> str:
+    """What the client shows where its standard error is a terminal."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 80))
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        try:
+            run_client(*args, cwd=cwd, stderr=its)
+        finally:
+            os.close(its)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal's end, when nobody can write to it any more
+            while piece := screen.read(4096):
+                shown += piece
+    return shown.decode()
 
 
 def test_it_saves_the_picture_and_says_where_and_how_long(tmp_path: Path) -> None:
@@ -47,7 +68,7 @@ def test_it_saves_the_picture_and_says_where_and_how_long(tmp_path: Path) -> Non
         "total",
     ):
         assert shown in done.stdout
-    assert "3/3" in done.stderr
+    assert done.stderr == ""
     assert backend.requests == [
         GenerationRequest(
             messages=(user_turn("<|im_start|>A dog<|im_end|>"),),
@@ -59,6 +80,33 @@ def test_it_saves_the_picture_and_says_where_and_how_long(tmp_path: Path) -> Non
             seed=42,
         )
     ]
+
+
+def test_progress_is_a_bar_on_a_terminal_and_taken_away_at_the_end(tmp_path: Path) -> None:
+    with live_proxy(FakeClient()) as url:
+        shown = on_a_terminal("-s", url, cwd=tmp_path)
+    assert "3/3" in shown
+    assert "\n" not in shown
+    assert shown.endswith("\r")
+
+
+def test_a_refusal_has_no_bar_before_it(tmp_path: Path) -> None:
+    with live_proxy(FakeClient(InvalidRequest("no"))) as url:
+        assert on_a_terminal("-s", url, cwd=tmp_path) == "the server said no (400): no\r\n"
+
+
+def test_a_server_may_be_named_by_host_and_port(tmp_path: Path) -> None:
+    with live_proxy(FakeClient()) as url:
+        done = run_client("-s", url.removeprefix("http://"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bounds_of_thinking_and_skipped_steps_are_asked_for(tmp_path: Path) -> None:
+    backend = FakeClient(*THOUGHT_PICTURES)
+    with live_proxy(backend) as url:
+        run_client("-s", url, "--think", "--max-think-tokens", "9", "--cache", "taylorseer", cwd=tmp_path)
+    [request] = backend.requests
+    assert (request.think, request.max_think_tokens, request.cache) == (True, 9, "taylorseer")
 
 
 def test_text_is_printed_and_only_text_goes_to_standard_output(tmp_path: Path) -> None:
@@ -137,7 +185,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     ("args", "text"),
     [
         (("-p", "\udcff"), "the server said no (400): the body is not JSON: "),
-        (("-m", "text2text", "--temperature", "nan"), "the server said no (400): temperature=nan is not allowed"),
+        (("-m", "text2text", "--temperature", "nan"), "the server said no (400): temperature=NaN is not allowed"),
     ],
 )
 def test_what_json_cannot_carry_is_refused_by_the_server(tmp_path: Path, args: tuple[str, ...], text: str) -> None:
@@ -160,6 +208,7 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
     [
         (("-o", "missing/cat.png"), 1, "cannot write missing/cat.png: missing is not a folder"),
         (("-s", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
+        (("-s", "localhost"), 2, "argument --server/-s: 'localhost' is not allowed; allowed: HOST:PORT, http://HOST:"),
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
         (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),
         (("-m", "img2img", "-i", "missing.png"), 1, "--image-url missing.png: No such file or directory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import socket
 import time
@@ -16,6 +17,7 @@ from proxy_fake import (
     PICTURE,
     PNG_URL,
     PROGRESS,
+    SETTINGS,
     THOUGHT_PICTURES,
     FakeClient,
     chat_body,
@@ -23,9 +25,11 @@ from proxy_fake import (
     live_proxy,
     picture_part,
 )
+from starlette.testclient import TestClient
 from tritonclient.utils import InferenceServerException
 
 from bagel_triton import errors
+from bagel_triton.proxy.app import create_app
 from bagel_triton.proxy.errors import MAX_LOGGED
 
 
@@ -217,3 +221,13 @@ def test_the_router_refuses_in_the_same_shape(method: str, path: str, status: in
     assert reply.status_code == status
     assert text in reply.json()["error"]["message"]
     assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("url", "where"), [("http://127.0.0.1:8002/metrics", "http://127.0.0.1:8002/metrics"), (None, "its metrics port")]
+)
+def test_who_looks_for_metrics_here_is_told_where_they_are(url: str | None, where: str) -> None:
+    app = create_app(dataclasses.replace(SETTINGS, metrics_url=url), FakeClient())
+    reply = TestClient(app).get("/metrics")
+    assert reply.status_code == 404
+    assert reply.json()["error"]["message"] == f"GET /metrics: Not Found; Triton has the metrics, at {where}"

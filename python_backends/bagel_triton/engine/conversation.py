@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bagel_triton.defaults import Modality
-from bagel_triton.errors import InvalidRequest, shown
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.excerpt import shown
 from bagel_triton.messages import Segment, TextSegment
 from bagel_triton.model.tokenizer import IMAGE_PAD, START, Tokenizer, unwrapped
 from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn

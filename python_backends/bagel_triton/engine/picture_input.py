@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bagel_triton.defaults import MAX_INPUT_PICTURES, MAX_PICTURE_BYTES, Modality
-from bagel_triton.errors import InvalidRequest, shortened, shown
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.excerpt import shortened, shown
 from bagel_triton.messages import Segment, VaeSegment, VitSegment
 from bagel_triton.model.picture import VAE_RULE, VIT_RULE, flattened, to_bytes
 

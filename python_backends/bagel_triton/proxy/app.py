@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,7 +43,7 @@ def create_app(
             Route("/v1/models", api.models, methods=["GET"]),
             Route("/health", api.health, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: http_exception},
+        exception_handlers={HTTPException: partial(http_exception, metrics_url=settings.metrics_url)},
         lifespan=api.lifespan,
     )
 

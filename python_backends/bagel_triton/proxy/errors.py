@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bagel_triton.errors import BagelError, InvalidRequest, Overloaded, from_exception, shortened
+from bagel_triton.errors import BagelError, InvalidRequest, Overloaded, from_exception
+from bagel_triton.excerpt import shortened
 
 log = logging.getLogger(__name__)
 MAX_LOGGED = 1000  # characters
@@ -66,12 +67,17 @@ def error_response(error: BagelError, retry_after_s: int) -> Response:
     return _json(error_body(error), error.http_status, headers)
 
 
-async def http_exception(request: Request, error: Exception) -> Response:
-    """What the router refuses (no such path, wrong method), in the same shape."""
+async def http_exception(request: Request, error: Exception, metrics_url: str | None = None) -> Response:
+    """What the router refuses (no such path, wrong method), in the same shape.
+
+    ``metrics_url`` is where Triton's metrics are, for who looks for them here; None where that is not known.
+    """
     assert isinstance(error, HTTPException)
     message = f"{request.method} {shortened(request.url.path)}: {error.detail}"
     if allowed := (error.headers or {}).get("Allow"):
         message += f"; allowed: {allowed}"
+    if request.url.path == "/metrics":
+        message += f"; Triton has the metrics, at {metrics_url or 'its metrics port'}"
     return _json(error_body(InvalidRequest(message)), error.status_code, error.headers)
 
 

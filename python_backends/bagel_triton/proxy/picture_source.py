@@ -9,7 +9,8 @@ import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bagel_triton.errors import InvalidRequest, shortened, shown
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.excerpt import shortened, shown
 from bagel_triton.proxy.fetch import SCHEMES, FetchError, RemotePictures
 
 _WHITESPACE = b" \t\r\n\f"

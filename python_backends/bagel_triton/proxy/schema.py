@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from bagel_triton.defaults import MAX_MESSAGES
-from bagel_triton.errors import InvalidRequest, shortened
+from bagel_triton.errors import InvalidRequest
+from bagel_triton.excerpt import shortened
 from bagel_triton.proxy.violation import not_allowed, to_invalid_request, unknown_field
 from bagel_triton.request import GenerationRequest
 

@@ -22,6 +22,7 @@ class ProxySettings:
     be so elsewhere, with the gRPC address of each; None where nobody knows which models there
     are before Triton says so. Where Triton's processes
     run on this host, ``shm_prefix`` is their server's: one that dies is noticed at once.
+    ``metrics_url`` is where Triton's metrics are, if that is known, for those who look for them here.
     """
 
     triton_grpc: str
@@ -34,6 +35,7 @@ class ProxySettings:
     models: tuple[str, ...] | None = None
     shm_prefix: str | None = None
     remote: Mapping[str, str] = field(default_factory=dict)
+    metrics_url: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

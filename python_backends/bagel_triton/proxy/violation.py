@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from bagel_triton.errors import InvalidRequest, shortened
+from bagel_triton.errors import InvalidRequest
 
 _Context = Mapping[str, Any]
 _UNKNOWN_FIELD = "unknown_field"
@@ -49,9 +49,8 @@ def to_invalid_request(error: ValidationError) -> InvalidRequest:
     if kind == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {context['error']}")
     if kind == _UNKNOWN_FIELD:
-        param = path((*location, context["name"]))
-        known = ", ".join(sorted(context["known"]))
-        return InvalidRequest(f"{shortened(param)} is not a known field; allowed: {known}", param)
+        name = context["name"]
+        return InvalidRequest.unknown(path((*location, name)), name, sorted(context["known"]))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         location = (*location, "type")
     if kind == "missing" and isinstance(location[-1], int):  # an element, and the input is the list

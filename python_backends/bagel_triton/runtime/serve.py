@@ -109,6 +109,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         ).values()
         grpc = f"{grpc_host}:{grpc_port}"
         url = grpc if listener is None else ports.base_url(listener)
+        metrics_url = f"http://{ports.LOOPBACK}:{metrics_port}/metrics"
         placement = _check(config)
         connector = _connector(config, placement)
         repository = _model_repository(options)
@@ -137,7 +138,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "OpenAI API": "none (headless)" if listener is None else url,
                 "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
                 "Triton gRPC": grpc,
-                "Triton metrics": f"http://{ports.LOOPBACK}:{metrics_port}/metrics",
+                "Triton metrics": metrics_url,
                 **({"traces": traces} if (traces := tracing.destination()) else {}),
                 "tritonserver": server.program,
                 "log": directory / run_directory.LOG_FILE,
@@ -170,6 +171,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                             models=deploy.models,
                             shm_prefix=shared.prefix,
                             remote=deploy.remote,
+                            metrics_url=metrics_url,
                         )
                     ),
                     shared=shared,
