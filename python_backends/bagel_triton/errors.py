@@ -1,8 +1,8 @@
 """Every error a client can meet, typed where it happens and mapped once.
 
 Triton carries an error between models and to clients as one string, so each
-error has a text form, ``Kind(param): message``, that survives being wrapped by
-Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
+error has a text form, ``GRPC_STATUS: Kind(param): message``, that survives being
+wrapped by Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ from typing import ClassVar
 
 from bagel_triton.excerpt import shortened, shown
 
+# Triton's codes where they are not gRPC's; it has none for a full queue or for a deadline.
+_TRITON_CODES = {
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "RESOURCE_EXHAUSTED": "UNAVAILABLE",
+    "DEADLINE_EXCEEDED": "CANCELLED",
+}
 NEAR = 0.75  # how alike two names are, at least, for one to be a slip of the other
 
 
@@ -22,7 +28,7 @@ class BagelError(Exception):
 
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
-    triton_code: ClassVar[str] = "INTERNAL"
+    grpc_status: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -33,9 +39,14 @@ class BagelError(Exception):
     def kind(self) -> str:
         return type(self).__name__
 
+    @property
+    def triton_code(self) -> str:
+        """The nearest that Triton has to ``grpc_status``."""
+        return _TRITON_CODES.get(self.grpc_status, self.grpc_status)
+
     def to_text(self) -> str:
-        """The form that travels through Triton."""
-        return f"{self.kind}({self.param or ''}): {self.message}"
+        """The form that travels through Triton, whose streams carry no status and whose codes are fewer than gRPC's."""
+        return f"{self.grpc_status}: {self.kind}({self.param or ''}): {self.message}"
 
 
 class InvalidRequest(BagelError):
@@ -43,7 +54,7 @@ class InvalidRequest(BagelError):
 
     http_status = 400
     openai_type = "invalid_request_error"
-    triton_code = "INVALID_ARG"
+    grpc_status = "INVALID_ARGUMENT"
 
     @classmethod
     def value(cls, param: str, value: object, allowed: str) -> InvalidRequest:
@@ -68,7 +79,7 @@ class ModelNotFound(InvalidRequest):
     """The request names a model that is not served here."""
 
     http_status = 404
-    triton_code = "NOT_FOUND"
+    grpc_status = "NOT_FOUND"
 
 
 class Overloaded(BagelError):
@@ -76,7 +87,7 @@ class Overloaded(BagelError):
 
     http_status = 429
     openai_type = "rate_limit_error"
-    triton_code = "UNAVAILABLE"
+    grpc_status = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineExceeded(BagelError):
@@ -84,7 +95,7 @@ class DeadlineExceeded(BagelError):
 
     http_status = 504
     openai_type = "timeout_error"
-    triton_code = "CANCELLED"
+    grpc_status = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(BagelError):
@@ -92,7 +103,7 @@ class Cancelled(BagelError):
 
     http_status = 499
     openai_type = "cancelled"
-    triton_code = "CANCELLED"
+    grpc_status = "CANCELLED"
 
 
 class StageUnavailable(BagelError):
@@ -100,7 +111,7 @@ class StageUnavailable(BagelError):
 
     http_status = 503
     openai_type = "service_unavailable_error"
-    triton_code = "UNAVAILABLE"
+    grpc_status = "UNAVAILABLE"
 
 
 class LeaseError(BagelError):
@@ -111,7 +122,7 @@ class LeaseError(BagelError):
 
     http_status = 503
     openai_type = "service_unavailable_error"
-    triton_code = "UNAVAILABLE"
+    grpc_status = "UNAVAILABLE"
 
 
 class Internal(BagelError):

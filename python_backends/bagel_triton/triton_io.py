@@ -66,7 +66,7 @@ def refuse_parameters(request: Any) -> None:
     for name in parameters_of(request):
         known = name.startswith("triton_") or name in TRITON_PARAMETERS or name.lower() in tracing.HEADERS
         if not known:
-            raise InvalidRequest(f"{name} is not a field; allowed: {', '.join(REQUEST_TENSORS)}", name)
+            raise InvalidRequest.unknown(name, name, REQUEST_TENSORS)
 
 
 def text_of(arrays: Arrays, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import socket
 import threading
 import time
@@ -93,16 +94,20 @@ def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
     until_idle(server)
 
 
+def triton_inputs(request: GenerationRequest) -> list[triton.InferInput]:
+    inputs = []
+    for name, array in to_tensors(request).items():
+        inputs.append(triton.InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs
+
+
 @contextlib.contextmanager
 def ensemble_call(server: Server, request: GenerationRequest) -> Iterator[None]:
     """A call of the ensemble, cancelled when the block ends."""
     with triton.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: None)
-        inputs = []
-        for name, array in to_tensors(request).items():
-            inputs.append(triton.InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype))
-            inputs[-1].set_data_from_numpy(array)
-        client.async_stream_infer("bagel_text2img", inputs)
+        client.async_stream_infer("bagel_text2img", triton_inputs(request))
         yield
         client.stop_stream(cancel_requests=True)
 
@@ -148,6 +153,27 @@ def test_of_a_burst_each_is_answered_or_clearly_refused(server: Server) -> None:
     assert len(answered) >= 200
     assert all(same_picture(reply_pictures(reply.json())[0], wanted) for reply in answered)
     assert all(int(reply.headers["retry-after"]) > 0 for reply in refused)
+    until_idle(server)
+
+
+def test_of_a_burst_over_grpc_each_is_answered_or_told_that_there_is_no_room(server: Server) -> None:
+    inputs = triton_inputs(GenerationRequest(prompt="x", height=32, width=32, num_inference_steps=10, seed=1))
+    ends: queue.Queue[str] = queue.Queue()
+
+    def ended(result: triton.InferResult | None, error: Exception | None) -> None:
+        if result is None:
+            ends.put(str(error))
+        elif result.get_response().parameters["triton_final_response"].bool_param:
+            ends.put("answered")
+
+    with triton.InferenceServerClient(server.grpc) as client:
+        client.start_stream(ended)
+        for _ in range(600):
+            client.async_stream_infer("bagel", inputs, enable_empty_final_response=True)
+        outcomes = [ends.get(timeout=ANSWER_S) for _ in range(600)]
+    refused = [outcome for outcome in outcomes if outcome != "answered"]
+    assert 0 < len(refused) <= 600 - 200
+    assert all("RESOURCE_EXHAUSTED: Overloaded(): " in outcome for outcome in refused)
     until_idle(server)
 
 

@@ -90,7 +90,10 @@ def test_a_misspelt_field_is_refused(server: Server) -> None:
     url = f"http://{server.http}/v2/models/bagel/generate_stream"
     answer = httpx.post(url, json=body, timeout=60, trust_env=False)
     events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data")]
-    assert "InvalidRequest(heigth): heigth is not a field; allowed: prompt, " in events[-1]["error"]
+    assert (
+        "InvalidRequest(heigth): heigth is not a known field; did you mean height? allowed: prompt, "
+        in events[-1]["error"]
+    )
 
 
 def test_perf_analyzer_measures_the_ensemble(server: Server, tmp_path: Path) -> None:
