@@ -56,8 +56,7 @@ class StageModel:
         self._departures = Departures(self.engine.drop)
         self._closing = threading.Event()
         if heeds:
-            heeding = (config.shm_prefix, self.metrics, self._closing)
-            threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
+            notices.start_heeding(config.shm_prefix, self.metrics, self._closing)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, name)
 
