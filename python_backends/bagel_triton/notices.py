@@ -56,6 +56,11 @@ class Notices:
         unfinished.rename(self._path)
 
 
+def start_heeding(prefix: str, counters: Counters, closing: threading.Event) -> None:
+    """:func:`heed`, on a thread of its own."""
+    threading.Thread(target=heed, args=(prefix, counters, closing), name="notices", daemon=True).start()
+
+
 def heed(prefix: str, counters: Counters, closing: threading.Event, directory: Path = DIRECTORY) -> None:
     """Tell ``counters`` of the reloads, all so far and then each new one, until ``closing``.
 

@@ -56,8 +56,7 @@ class StageModel:
         self._departures = Departures(self.engine.drop)
         self._closing = threading.Event()
         if heeds:
-            heeding = (config.shm_prefix, self.metrics, self._closing)
-            threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
+            notices.start_heeding(config.shm_prefix, self.metrics, self._closing)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, name)
 
@@ -74,14 +73,14 @@ class StageModel:
 
         Triton does not tell an ensemble's running step that its client has gone, only the steps
         that it starts afterwards. So a running step makes it start one, time and again: its
-        ``pulse`` goes to the next stage, which sees whether the ensemble is cancelled (``_heed``).
+        ``pulse`` goes to the next stage, which sees whether the ensemble is cancelled (``_on_pulse``).
         """
         job = self.engine.submit(task, request_id, self.listener(inputs, reply), schedule)
         gone = reply.pulsing(Pulse(self._name, request_id)) if reply.in_ensemble else reply.cancelled
         self._departures.watch(job, gone)
         return job
 
-    def _heed(self, pulse: Pulse, reply: triton_io.Reply) -> None:
+    def _on_pulse(self, pulse: Pulse, reply: triton_io.Reply) -> None:
         """Have the stage before drop its request, if the ensemble that passed on the pulse is cancelled."""
         if reply.cancelled(0.0):
             where = (triton_call.own_address(), pulse.stage, pulse.request_id)
@@ -106,7 +105,7 @@ class StageModel:
                     self.engine.cancel(triton_io.text_of(inputs, "cancel"))
                     reply.finish()
                 elif inputs.keys() == {"pulse"}:
-                    self._heed(triton_io.message_of(inputs, "pulse", Pulse), reply)
+                    self._on_pulse(triton_io.message_of(inputs, "pulse", Pulse), reply)
                 else:
                     self.accept(inputs, reply)
             except Exception as error:

@@ -142,7 +142,7 @@ class Reply:
         self.request_id: str = request.request_id()
         asked = request.requested_output_names()  # who names none has asked for every one
         self.in_ensemble: bool = "pulse" in asked and "event" not in asked
-        self._closing: Arrays = {}  # what every response to an ensemble carries, the last one too
+        self._pulse: Arrays = {}  # what every response to an ensemble carries, the last one too
         self._sender = request.get_response_sender()
         self._outbox = outbox
         self._cancelled, self._asked_at = False, time.monotonic()
@@ -172,11 +172,11 @@ class Reply:
 
     def pulsing(self, pulse: Pulse) -> Callable[[], bool]:
         """``cancelled`` for a step of an ensemble: every call sends it ``pulse``, which is no answer."""
-        self._closing = {"pulse": message_array(pulse)}
+        self._pulse = {"pulse": message_array(pulse)}
 
         def send() -> None:
             if not self._ended:
-                self._sender.send(response(self._closing))
+                self._sender.send(response(self._pulse))
 
         def gone() -> bool:
             self._outbox.put(send)
@@ -186,7 +186,7 @@ class Reply:
 
     def finish(self, arrays: Arrays | None = None) -> None:
         """The last response, with or without outputs."""
-        self._end(lambda: () if arrays is None else (response({**arrays, **self._closing}),))
+        self._end(lambda: () if arrays is None else (response({**arrays, **self._pulse}),))
 
     def fail(self, error: BaseException) -> None:
         """An error as the last response."""

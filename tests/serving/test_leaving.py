@@ -113,12 +113,14 @@ def ensemble_call(server: Server, request: GenerationRequest) -> Iterator[None]:
 
 
 def test_a_client_of_the_ensemble_that_leaves_stops_the_work(server: Server) -> None:
+    pictures = server.gauge("bagel_pictures_total")
     request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
     with ensemble_call(server, request):
         until(server, "bagel_dit_active", 1)
     started = time.monotonic()
     until(server, "bagel_dit_active", 0)
     assert time.monotonic() - started < 3, "the work ran to its end"
+    assert server.gauge("bagel_pictures_total") == pictures, "the picture was finished"
     until_idle(server)
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +39,14 @@ FAIL_S, RELOAD_S, CLIENT_S = 15.0, 120.0, 120.0
 
 @dataclass
 class Hosts:
-    """The server of stage 0, and what starts that of stage 1; ``remote`` is the latest of those."""
+    """The server of stage 0, and what starts that of stage 1; ``remote`` is the latest of those.
+
+    All end with ``running``, whatever became of the others.
+    """
 
     checkpoint: Path
     deploy: Path
+    running: ExitStack
 
     def __post_init__(self) -> None:
         with ThreadPoolExecutor(1) as other:  # in whatever order they come up
@@ -53,7 +58,8 @@ class Hosts:
         self.remote = self._start("1", "--headless")
 
     def _start(self, stage: str, *options: str) -> Server:
-        return Server(self.checkpoint, "--deploy-config", str(self.deploy), "--stage-id", stage, *options)
+        server = Server(self.checkpoint, "--deploy-config", str(self.deploy), "--stage-id", stage, *options)
+        return self.running.enter_context(server)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +69,12 @@ def hosts(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     deploy = folder / "deploy.yaml"
     port = ports.choose({"--grpc": 0}, {"--grpc": REMOTE})["--grpc"]
     deploy.write_text(DEPLOY.replace("ADDRESS", f"{REMOTE}:{port}"))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.setenv("TMPDIR", str(folder))  # a server that is killed leaves its folder there
-        running = Hosts(checkpoint_dir, deploy)
-        yield running
-    assert running.local.stop() == 0
-    assert running.remote.stop() == 0
+        served = Hosts(checkpoint_dir, deploy, running)
+        yield served
+        assert served.local.stop() == 0
+        assert served.remote.stop() == 0
 
 
 def test_each_server_says_what_it_serves(hosts: Hosts) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
+T = TypeVar("T")
 SOON_S = 10.0
 
 
@@ -14,3 +17,12 @@ def soon(condition: Callable[[], bool], seconds: float = SOON_S) -> bool:
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.005)
     return held
+
+
+def on_a_thread(work: Callable[[], T]) -> T:
+    """What ``work`` returns on a thread of its own."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,19 +11,12 @@ from bagel_triton.engine.build import LocalStages
 from bagel_triton.model.cores import release_team
 from bagel_triton.request import GenerationRequest
 from tests.support.runs import generate
+from tests.support.waiting import on_a_thread, soon
 
 
 def threads() -> int:
     """Threads of this process, OpenMP's included."""
     return len(list(Path("/proc/self/task").iterdir()))
-
-
-def on_a_thread(work: Callable[[], int]) -> int:
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(work()))
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread is a team of its own")
@@ -53,7 +43,4 @@ def test_idle_engines_have_no_team(local_stages: LocalStages):
     before = threads()
     generate(local_stages, request)
     release_team()
-    deadline = time.monotonic() + 10
-    while threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)  # until every engine has noticed that it is idle
-    assert threads() == before
+    assert soon(lambda: threads() == before)  # every engine has to notice that it is idle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from bagel_triton.model import crew as crew_module
 from bagel_triton.model.crew import ALONE, Crew
 from bagel_triton.model.linear import linear
 from tests.support.exact import assert_same
+from tests.support.waiting import on_a_thread
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -19,14 +20,6 @@ def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
     crew = Crew(request.param)
     yield crew
     crew.close()
-
-
-def on_a_thread(work: Callable[[], int]) -> int:
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(work()))
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 50])

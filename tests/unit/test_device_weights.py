@@ -91,26 +91,20 @@ def test_processes_that_start_at_once_load_once(prefix: str) -> None:
         assert all(one.ask("differing") == [] for one in stages)
 
 
-def test_weights_are_given_when_their_copies_are_complete(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, True], ids=["complete", "killed"])
+def test_one_that_waits_is_given_complete_weights_or_loads_them(prefix: str, tmp_path: Path, killed: bool) -> None:
     gate = tmp_path / "gate"
     with stage(prefix, MemfdMemory(gate=gate)) as first, stage(prefix) as second:
         first.tell("load")
         assert soon(gate.exists)
         second.tell("load")
         assert second.silent(0.3)
-        gate.unlink()
-        assert (first.answer(), second.answer()) == (TENSORS, 0)
-
-
-def test_one_that_waits_loads_where_the_first_is_killed(prefix: str, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    with stage(prefix, MemfdMemory(gate=gate)) as first, stage(prefix) as second:
-        first.tell("load")
-        assert soon(gate.exists)
-        second.tell("load")
-        assert second.silent(0.3)
-        first.kill()
-        assert second.answer() == TENSORS
+        if killed:
+            first.kill()
+        else:
+            gate.unlink()
+            assert first.answer() == TENSORS
+        assert second.answer() == (TENSORS if killed else 0)
         assert second.ask("differing") == []
 
 

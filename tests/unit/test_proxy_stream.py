@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +29,7 @@ from bagel_triton.errors import StageUnavailable
 from bagel_triton.proxy.reply import new_header
 from bagel_triton.proxy.stream import EventStream, chunks
 from bagel_triton.request import GenerationRequest
+from tests.support.waiting import soon
 
 
 def events(url: str, **fields: object) -> list[Any]:
@@ -112,10 +112,7 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool, script: tuple[ob
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection((address.hostname, address.port)) as connection:
             connection.sendall(head.encode() + body)
-            deadline = time.monotonic() + 10
-            while not backend.requests and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert backend.requests
+            assert soon(lambda: bool(backend.requests))
             assert not backend.cancelled.wait(0.1)
         assert backend.cancelled.wait(10)
 

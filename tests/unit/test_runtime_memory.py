@@ -142,6 +142,19 @@ def test_a_gpu_on_which_weights_cannot_be_shared_is_said_to_be_one(
     assert twice == pytest.approx(2 * once, abs=0.01)
 
 
+def test_a_gpu_that_does_not_answer_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def fail(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCompile with more switches")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    monkeypatch.setattr(available_memory, "_on_device", available_memory._ask_device)  # here, where it is made to fail
+    placement = Placement(torch.device("cuda:0"), torch.bfloat16)
+    monkeypatch.setattr(memory, "_placement", lambda config: (placement, True))
+    assert cli.main(["memory", str(CHECKPOINT)]) == 1
+    error = "device='cuda:0' does not answer: CUDA error: out of memory"
+    assert capsys.readouterr().err == f"bagel-triton: error: {error}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

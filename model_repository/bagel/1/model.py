@@ -43,8 +43,7 @@ class TritonPythonModel:
         self._remote = RemoteModels(config.remote)
         self._tracing = tracing.from_environment()
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
-        heeding = (config.shm_prefix, self._metrics, self._closing)
-        threading.Thread(target=notices.heed, args=heeding, daemon=True).start()
+        notices.start_heeding(config.shm_prefix, self._metrics, self._closing)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 

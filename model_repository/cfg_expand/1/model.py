@@ -6,7 +6,7 @@ from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts, build_expander
 from bagel_triton.events import StageStats, encode_stats
-from bagel_triton.liveness import Announcement
+from bagel_triton.liveness import Announcement, end_with_parent
 from bagel_triton.request import from_tensors
 from bagel_triton.stage_model import timed
 
@@ -19,6 +19,7 @@ class TritonPythonModel:
         triton_io.use_triton_log()
         config = from_environment()
         self._expander = build_expander(Parts.open(config))
+        end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """The published geometry on a GPU: steps against its matrix rate, text against its memory, whole pictures.
 
 The weights are random and made on the device, so no checkpoint is needed but a tiny one's
-tokenizer. Not run yet: no GPU was at hand.
+tokenizer.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ class Parts:
 
     def load_autoencoder(self) -> Autoencoder:
         """The autoencoder, likewise; it always computes in float32."""
-        return self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self.weights)
+        autoencoder = self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self.weights)
+        release_team()
+        return autoencoder
 
     @property
     def kv_geometry(self) -> KVGeometry:

@@ -36,7 +36,7 @@ def _of_engine(stage: str) -> tuple[Metric, ...]:
         Metric("histogram", f"{stage}_queue_seconds", f"time a request waited in line for {stage}"),
         Metric("histogram", f"{stage}_step_seconds", f"time of one step of {stage}, of all requests in it"),
         Metric(
-            "counter", f"{stage}_refused", f"requests refused because the line for {stage}, or its memory, was full"
+            "counter", f"{stage}_refused", f"requests refused because the line for {stage}, or {stage} itself, was full"
         ),
         Metric("counter", f"{stage}_cancelled", f"requests dropped at {stage} because their client had gone"),
     )

@@ -1,7 +1,7 @@
 """One allocation on a GPU that other processes may map: CUDA IPC, by NVIDIA's own Python bindings.
 
 It is made with ``cudaMalloc``, outside torch's caching allocator: an IPC handle stands for a
-whole allocation, and torch's may be cut up, moved or freed at any time. Not run on a GPU yet.
+whole allocation, and torch's may be cut up, moved or freed at any time.
 """
 
 from __future__ import annotations

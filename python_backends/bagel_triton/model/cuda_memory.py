@@ -5,8 +5,9 @@ mapping, handle and descriptor of it is gone, in whatever process, so it matters
 whether the exporter still lives; with the handles of CUDA IPC, as contexts use them, it would.
 
 Access: mappings are read-only where the driver grants that. It has a flag for it and does not
-promise to honour it on every device, so nothing relies on it. Not run on a GPU yet; the order
-of the calls, and what happens where one fails, is tested against a driver made of files.
+promise to honour it on every device, so nothing relies on it.
+
+Where a call of the driver fails, nothing that was made before it is left.
 """
 
 from __future__ import annotations

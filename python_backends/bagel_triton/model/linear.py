@@ -2,9 +2,9 @@
 
 A CPU matrix product chooses its kernel, and with it the order of its sums, by the
 number of rows: few rows, or a long inner dimension, round differently. Two rules, which
-cost 2 % of a product at most, make every row bit-identical whatever it is packed with:
-never fewer than ``MIN_ROWS`` rows, never more than ``MAX_INNER`` of the inner
-dimension at once. ``tests/unit/test_linear.py`` holds the machine it runs on to it.
+cost 2 % of a product at most, make every row bit-identical whatever it is packed with,
+on a CPU with AVX-512: never fewer than ``MIN_ROWS`` rows, never more than ``MAX_INNER`` of
+the inner dimension at once. ``tests/unit/test_linear.py`` holds the machine it runs on to it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table.
 
     Raises:
-        CommandError: the checkpoint or an argument is wrong.
+        CommandError: the checkpoint or an argument is wrong, or the device does not answer.
     """
     from bagel_triton.deploy import memory
     from bagel_triton.model.checkpoint import Checkpoint
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
         placement, here = _placement(config)
         checkpoint = Checkpoint(args.checkpoint)
         height, width = _size(checkpoint, args.height, args.width)
+        available = available_memory.read(placement) if here else None
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
-    available = available_memory.read(placement) if here else None
     private = None if available is None else available.private_weights
     need = memory.plan(checkpoint, config, placement, height, width, private is None)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")

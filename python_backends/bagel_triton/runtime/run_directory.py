@@ -25,6 +25,7 @@ def created() -> Iterator[Path]:
     """
     path, keep = _make(), False
     try:
+        _try_room(path)
         yield path
     except Exception:
         keep = (path / LOG_FILE).exists()
@@ -38,22 +39,19 @@ def _make() -> Path:
     # Python goes on with another folder where the variable names one that cannot be used.
     parent = os.environ.get(VARIABLE)
     try:
-        path = Path(tempfile.mkdtemp(prefix="bagel_triton_", dir=parent or tempfile.gettempdir())).absolute()
+        return Path(tempfile.mkdtemp(prefix="bagel_triton_", dir=parent or tempfile.gettempdir())).absolute()
     except OSError as error:
         raise _unusable(parent, error) from error
-    try:
-        _try_room(path)
-    except OSError as error:
-        shutil.rmtree(path)
-        raise _unusable(str(path.parent), error) from error
-    return path
 
 
 def _try_room(path: Path) -> None:
     """Reserve the room and give it back: unlike a count of free bytes, this heeds quotas too."""
-    with (path / "room").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, ROOM)
-    (path / "room").unlink()
+    try:
+        with (path / "room").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, ROOM)
+        (path / "room").unlink()
+    except OSError as error:
+        raise _unusable(str(path.parent), error) from error
 
 
 def _unusable(parent: str | None, error: OSError) -> CommandError:

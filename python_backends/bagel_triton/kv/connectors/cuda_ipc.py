@@ -1,4 +1,4 @@
-"""``cuda_ipc``: the arena is memory of one GPU that both stages map. Not run on a GPU yet.
+"""``cuda_ipc``: the arena is memory of one GPU that both stages map.
 
 The producer allocates one pool and exports it once; the consumer opens it once and keeps it.
 The GPU is named by its UUID, since processes may number the GPUs they see differently. The
