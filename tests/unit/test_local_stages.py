@@ -147,9 +147,12 @@ def test_a_full_lease_table_fails_the_requests_that_find_it_full_and_no_other(
 ) -> None:
     monkeypatch.setattr(lease_module, "SLOTS", 1)
     stages = make()
+    counted: list[str] = []
+    monkeypatch.setattr(stages.thinker.metrics, "count", lambda name, *labels: counted.append(name))
     plan, job = think(stages, SMALL)
     with pytest.raises(Overloaded, match="no KV lease is free"):
         think(stages, SMALL)
+    assert counted.count("thinker_refused") == 1
     assert len(result_of(stages.denoise(job))) == 1
     assert soon(lambda: _nothing_left(stages))
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)

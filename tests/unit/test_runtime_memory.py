@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.deploy.memory import Available
 from bagel_triton.model.placement import Placement
 from bagel_triton.runtime import available_memory, cli, memory
+from bagel_triton.runtime.available_memory import _ask_device
 from bagel_triton.runtime.command_error import CommandError
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
@@ -142,17 +145,31 @@ def test_a_gpu_on_which_weights_cannot_be_shared_is_said_to_be_one(
     assert twice == pytest.approx(2 * once, abs=0.01)
 
 
-def test_a_gpu_that_does_not_answer_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    def fail(device: torch.device) -> tuple[int, int]:
-        raise RuntimeError("CUDA error: out of memory\nCompile with more switches")
+def _fail(device: torch.device) -> tuple[int, str | None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", _out_of_memory)
+        return _ask_device(device)
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
-    monkeypatch.setattr(available_memory, "_on_device", available_memory._ask_device)  # here, where it is made to fail
+
+def _out_of_memory(device: torch.device) -> tuple[int, int]:
+    raise RuntimeError("CUDA error: out of memory\nCompile with more switches")
+
+
+def _die(device: torch.device) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason"), [(_fail, "CUDA error: out of memory"), (_die, "the process that asked it died")]
+)
+def test_a_gpu_that_does_not_answer_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ask: object, reason: str
+):
+    monkeypatch.setattr(available_memory, "_ask_device", ask)
     placement = Placement(torch.device("cuda:0"), torch.bfloat16)
     monkeypatch.setattr(memory, "_placement", lambda config: (placement, True))
     assert cli.main(["memory", str(CHECKPOINT)]) == 1
-    error = "device='cuda:0' does not answer: CUDA error: out of memory"
-    assert capsys.readouterr().err == f"bagel-triton: error: {error}\n"
+    assert capsys.readouterr().err == f"bagel-triton: error: device='cuda:0' does not answer: {reason}\n"
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
                 handles.append(handle)
         except ArenaFull as error:
             self._producer.leases.withdraw(plan.request_id)
+            self.metrics.count("thinker_refused")
             raise Overloaded(f"no KV lease is free: {error}") from error
         index: dict[Branch, int] = {handle.branch: number for number, handle in enumerate(handles)}
         branches = tuple(BranchContext(b.branch, index[b.same_as or b.branch]) for b in plan.branches)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,10 @@ def _on_device(device: torch.device) -> tuple[int, str | None]:
     Asked in a process of its own: asking takes memory there until its end.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_ask_device, device).result()
+        try:
+            return process.submit(_ask_device, device).result()
+        except BrokenProcessPool as error:  # a driver that crashes, or too little memory to start with
+            raise ValueError(f"device={str(device)!r} does not answer: the process that asked it died") from error
 
 
 def _ask_device(device: torch.device) -> tuple[int, str | None]:
