@@ -64,14 +64,21 @@ def connection(server: Server, body: dict[str, object]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def cut_short(server: Server, stage: str) -> Iterator[None]:
+    """One request is dropped at ``stage``: its client leaves in the block, and no picture comes of it."""
+    counters = ("bagel_pictures_total", f"bagel_{stage}_cancelled_total")
+    pictures, cancelled = (server.gauge(counter) for counter in counters)
+    yield
+    until(server, f"bagel_{stage}_active", 0)
+    assert [server.gauge(counter) for counter in counters] == [pictures, cancelled + 1]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize(
-    ("body", "gauge"), [(LONG, "bagel_dit_active"), (THINKING, "bagel_thinker_active")], ids=["dit", "thinker"]
-)
-def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, object], gauge: str, stream: bool) -> None:
-    with connection(server, {**body, "stream": stream}):
-        until(server, gauge, 1)
-    until(server, gauge, 0)
+@pytest.mark.parametrize(("body", "stage"), [(LONG, "dit"), (THINKING, "thinker")], ids=["dit", "thinker"])
+def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, object], stage: str, stream: bool) -> None:
+    with cut_short(server, stage), connection(server, {**body, "stream": stream}):
+        until(server, f"bagel_{stage}_active", 1)
     until_idle(server)
     assert len(server.pictures(picture_body(EIGHT[1], seed=1))) == 1
 
@@ -82,15 +89,11 @@ def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
     answer = infer(server.grpc, "thinker", {"plan": answer.last("plan")}, {"plan": "BYTES"})
     contexts = triton.InferInput("contexts", [1], "BYTES")
     contexts.set_data_from_numpy(answer.last("contexts"))
-    with triton.InferenceServerClient(server.grpc) as client:
+    with cut_short(server, "dit"), triton.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: None)
         client.async_stream_infer("dit", [contexts])
         until(server, "bagel_dit_active", 1)
         client.stop_stream(cancel_requests=True)
-        started = time.monotonic()
-        until(server, "bagel_dit_active", 0)
-        assert server.gauge("bagel_dit_cancelled_total") >= 1
-        assert time.monotonic() - started < 3, "the work ran to its end"
     until_idle(server)
 
 
@@ -113,14 +116,9 @@ def ensemble_call(server: Server, request: GenerationRequest) -> Iterator[None]:
 
 
 def test_a_client_of_the_ensemble_that_leaves_stops_the_work(server: Server) -> None:
-    pictures = server.gauge("bagel_pictures_total")
     request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
-    with ensemble_call(server, request):
+    with cut_short(server, "dit"), ensemble_call(server, request):
         until(server, "bagel_dit_active", 1)
-    started = time.monotonic()
-    until(server, "bagel_dit_active", 0)
-    assert time.monotonic() - started < 3, "the work ran to its end"
-    assert server.gauge("bagel_pictures_total") == pictures, "the picture was finished"
     until_idle(server)
 
 
