@@ -58,6 +58,14 @@ def test_the_choice_and_its_reason(config: DeployConfig, device: str, chosen: st
     assert str(choose(config, device)) == chosen
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("name", ["bagel", "bagel_think", "bagel_single_stage"])
+def test_the_files_to_start_from_serve_on_either_device(name: str, device: str) -> None:
+    config = load(Path(__file__).parents[2] / "build" / "deploy" / f"{name}.yaml", "checkpoint")
+    assert config.device == "auto"
+    assert choose(config, device) == choose(DeployConfig("checkpoint", name), device)
+
+
 @pytest.mark.parametrize(
     ("config", "device", "message"),
     [

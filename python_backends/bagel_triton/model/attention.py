@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from bagel_triton.model.crew import ALONE, Crew
 OneSpan = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 WORTH_SHARING = 128 * 128  # scores of a head that are worth a thread of a crew
 LEAST_ROWS = 32  # fewer are not worth it however many keys there are
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,18 @@ class StepKV(Protocol):
 
 def backend_name(device: torch.device, dtype: torch.dtype) -> str:
     """``flash-attn`` where it can run (CUDA, half precision, importable), else ``torch-sdpa``."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("flash_attn"):
-        return "flash-attn"
-    return "torch-sdpa"
+    on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "flash-attn" if on_gpu and _flash_attn() is not None else "torch-sdpa"
+
+
+@cache
+def _flash_attn() -> Any:
+    """flash-attn's function of a batch; None where it is not installed, or not built for this torch."""
+    try:
+        return importlib.import_module("flash_attn").flash_attn_func
+    except (ImportError, AttributeError) as error:
+        log.info("torch computes the attention, as flash-attn cannot be loaded: %s", error)
+    return None
 
 
 def attend(
@@ -119,7 +131,6 @@ def _sdpa_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> 
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    from flash_attn import flash_attn_func  # GPU only, hence optional
-
-    out: Tensor = flash_attn_func(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), causal=causal)
+    """As :func:`_sdpa_attention`: where there are fewer rows than keys, ``causal`` has the last ones meet."""
+    out: Tensor = _flash_attn()(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), causal=causal)
     return out.squeeze(0)

@@ -1,0 +1,116 @@
+"""Memory that passes between processes by handle, through a runtime that is none; types and constants are NVIDIA's."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from bagel_triton.kv.connectors.base import ConnectorUnavailable
+from bagel_triton.kv.cuda_pool import CudaPool
+
+GPU = torch.device("cuda:0")
+FREE = 1 << 20
+HANDLE = bytes(range(64))  # a zero comes first, and ends nothing
+
+
+class FakeRuntime:
+    """One device of ``FREE`` bytes; ``refused`` calls fail."""
+
+    def __init__(self, bindings: Any) -> None:
+        self._bindings, self.refused, self.calls = bindings, set[str](), list[str]()
+        self.allocated: dict[int, int] = {}  # pointer to size
+        self.opened: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:  # types, constants, and the names of errors
+        return getattr(self._bindings, name)
+
+    def _result(self, call: str) -> Any:
+        self.calls.append(call)
+        errors = self._bindings.cudaError_t
+        return errors.cudaErrorInsufficientDriver if call in self.refused else errors.cudaSuccess
+
+    def cudaSetDevice(self, device: int) -> tuple[Any]:
+        assert device == 0
+        return (self._result("cudaSetDevice"),)
+
+    def cudaMalloc(self, size: int) -> tuple[Any, int | None]:
+        if size > FREE:
+            return self._bindings.cudaError_t.cudaErrorMemoryAllocation, None
+        pointer = 0x7F0000000000 + len(self.allocated)
+        self.allocated[pointer] = size
+        return self._result("cudaMalloc"), pointer
+
+    def cudaIpcGetMemHandle(self, pointer: int) -> tuple[Any, Any]:
+        assert pointer in self.allocated
+        handle = self._bindings.cudaIpcMemHandle_t()
+        ctypes.memmove(handle.getPtr(), HANDLE, len(HANDLE))
+        return self._result("cudaIpcGetMemHandle"), handle
+
+    def cudaIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[Any, int | None]:
+        assert flags == self._bindings.cudaIpcMemLazyEnablePeerAccess == 1
+        assert ctypes.string_at(handle.getPtr(), len(HANDLE)) == HANDLE
+        error = self._result("cudaIpcOpenMemHandle")
+        if error != self._bindings.cudaError_t.cudaSuccess:
+            return error, None
+        self.opened.append(0x7E0000000000)
+        return error, self.opened[-1]
+
+    def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Any]:
+        self.opened.remove(pointer)
+        return (self._result("cudaIpcCloseMemHandle"),)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime(pytest.importorskip("cuda.bindings.runtime"))
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: fake.calls.append(f"torch uses {device}"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: fake.calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
+    monkeypatch.setattr(CudaPool, "tensor", lambda pool: torch.ones(pool.size, dtype=torch.uint8))
+    return fake
+
+
+def test_an_allocation_passes_by_its_handle_and_is_closed_by_its_reader(runtime: FakeRuntime) -> None:
+    pool = CudaPool.allocate(GPU, 1000)
+    assert runtime.calls == ["torch uses cuda:0", "cudaSetDevice", "cudaMalloc", "synchronize"]
+    handle = pool.export()
+    assert handle == HANDLE
+    opened = CudaPool.open(GPU, handle, pool.size)
+    assert ([opened.pointer], opened.size) == (runtime.opened, 1000)
+    runtime.calls.clear()
+    opened.close()
+    assert runtime.opened == []
+    assert runtime.calls[-2:] == ["synchronize", "cudaIpcCloseMemHandle"]  # a copy may still be reading
+
+
+def test_the_memory_is_shown_to_torch_as_bytes() -> None:
+    shown = CudaPool(GPU, 0x7F0000000000, 24).__cuda_array_interface__
+    assert (shown["shape"], shown["typestr"], shown["data"]) == ((24,), "|u1", (0x7F0000000000, False))
+
+
+def test_a_full_gpu_is_an_error_that_says_what_to_lower(runtime: FakeRuntime) -> None:
+    message = f"cuda:0 has no room for {FREE + 1} bytes of contexts; {FREE} are free: lower kv_tokens"
+    with pytest.raises(MemoryError, match=message):
+        CudaPool.allocate(GPU, FREE + 1)
+
+
+@pytest.mark.parametrize("call", ["cudaSetDevice", "cudaMalloc", "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"])
+def test_a_call_that_fails_is_named_with_its_error(runtime: FakeRuntime, call: str) -> None:
+    runtime.refused = {call}
+    with pytest.raises(ConnectorUnavailable, match=f"{call} failed: cudaErrorInsufficientDriver"):
+        CudaPool.open(GPU, CudaPool.allocate(GPU, 1000).export(), 1000)
+
+
+def test_a_handle_of_another_length_is_refused(runtime: FakeRuntime) -> None:
+    with pytest.raises(ConnectorUnavailable, match="a CUDA IPC handle has 64 bytes, not 63"):
+        CudaPool.open(GPU, HANDLE[:63], 1000)
+    assert runtime.calls == []
