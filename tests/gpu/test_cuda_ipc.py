@@ -14,9 +14,9 @@ import torch
 from bagel_triton.contexts import ContextHandle, CudaAddress, KVGeometry
 from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import ArenaFull
-from bagel_triton.kv.cuda_pool import device_of, device_uuid
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.messages import decode, encode
+from bagel_triton.model.cuda_bytes import device_of, device_uuid
 from tests.support.connectors import Ends
 from tests.support.kv import contents_of
 from tests.support.kv_process import Peer, peer

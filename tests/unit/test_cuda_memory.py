@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.kv.cuda_pool import CudaPool
 from bagel_triton.model import cuda_memory
+from bagel_triton.model.cuda_bytes import CudaBytes
 from bagel_triton.model.cuda_memory import CudaMemory, why_not
 from bagel_triton.model.device_weights import DeviceWeights, NotShareable
 from bagel_triton.runtime import available_memory
@@ -34,7 +34,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> F
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: fake.calls.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (CAPACITY, CAPACITY))
-    monkeypatch.setattr(CudaPool, "tensor", lambda pool: fake.bytes_at(pool.pointer, pool.size, pool))
+    monkeypatch.setattr(CudaBytes, "tensor", lambda mapping: fake.bytes_at(mapping.pointer, mapping.size, mapping))
     monkeypatch.setattr(cuda_memory, "device_uuid", lambda device: f"GPU-of-{device}")
     return fake
 

@@ -11,9 +11,9 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
+from bagel_triton.model.cuda_bytes import CudaBytes
 
 HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; the bindings show a handle's address, not all of them its bytes
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -31,28 +31,12 @@ def refuse_expandable_segments() -> None:
             raise ConnectorUnavailable(f"{variable}={value!r}: connector=cuda_ipc needs expandable_segments:False")
 
 
-def device_uuid(device: torch.device) -> str:
-    """What names a GPU alike in every process, however each of them numbers those it sees."""
-    return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def device_of(uuid: str) -> torch.device | None:
-    """The GPU of that UUID as this process numbers it; None where it is not visible here."""
-    for index in range(torch.cuda.device_count()):
-        if device_uuid(torch.device("cuda", index)) == uuid:
-            return torch.device("cuda", index)
-    return None
-
-
-class CudaPool:
-    """``size`` bytes at ``pointer`` on ``device``, allocated here or mapped from another process.
+class CudaPool(CudaBytes):
+    """A pool allocated here, or mapped from another process.
 
     An allocation is never freed before its process ends: to free what another process has
     mapped is undefined, and there is no telling whether one has.
     """
-
-    def __init__(self, device: torch.device, pointer: int, size: int) -> None:
-        self.device, self.pointer, self.size = device, pointer, size
 
     @classmethod
     def allocate(cls, device: torch.device, size: int) -> CudaPool:
@@ -90,15 +74,6 @@ class CudaPool:
         error, handle = runtime.cudaIpcGetMemHandle(self.pointer)
         _check(runtime, "cudaIpcGetMemHandle", error)
         return ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
-
-    def tensor(self) -> Tensor:
-        """The memory as uint8 [size]; no copy, and valid as long as the pool."""
-        return torch.as_tensor(self, device=self.device)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        # Bytes, because the interface knows no bfloat16.
-        return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "strides": None, "version": 3}
 
     def close(self) -> None:
         """End a mapping that :meth:`open` made; its tensors must be gone."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagel_triton.kv.cuda_pool import CudaPool, device_uuid
+from bagel_triton.model.cuda_bytes import CudaBytes, device_uuid
 from bagel_triton.model.device_weights import NotShareable
 
 log = logging.getLogger(__name__)
@@ -127,15 +127,15 @@ class _Gpu:
             self.call("cuMemMap", pointer, extent, 0, handle, 0)
             try:
                 self._allow(pointer, extent, read_only)
-                pool = CudaPool(self.device, pointer, size)
-                contents = pool.tensor()  # which keeps the pool
+                mapping = CudaBytes(self.device, pointer, size)
+                contents = mapping.tensor()
             except BaseException:
                 self.call("cuMemUnmap", pointer, extent)
                 raise
         except BaseException:
             self.call("cuMemAddressFree", pointer, extent)
             raise
-        weakref.finalize(pool, self._unmap, pointer, extent).atexit = False
+        weakref.finalize(mapping, self._unmap, pointer, extent).atexit = False
         return contents
 
     def _allow(self, pointer: int, extent: int, read_only: bool) -> None:

@@ -19,9 +19,10 @@ from bagel_triton.errors import LeaseError
 from bagel_triton.kv.arena import KVArena
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, MappedConsumer, Producer
 from bagel_triton.kv.connectors.shm import SharedWords, new_name
-from bagel_triton.kv.cuda_pool import CudaPool, device_of, device_uuid, refuse_expandable_segments
+from bagel_triton.kv.cuda_pool import CudaPool, refuse_expandable_segments
 from bagel_triton.kv.lease import LeaseBook, LeaseTable
 from bagel_triton.kv.store import store_shape, token_bytes
+from bagel_triton.model.cuda_bytes import device_of, device_uuid
 
 
 class CudaIpcProducer(Producer):
