@@ -81,7 +81,7 @@ def told(expander: Expander, tokenizer: Tokenizer, request: GenerationRequest) -
         ),
         (
             f"<|im_start|>See {PAD}{PAD} there<|im_end|>",
-            ["<|im_start|>See<|im_end|>", "SMALL", "LARGE", "<|im_start|>there<|im_end|>"],
+            ["<|im_start|>See ", "SMALL", "LARGE", " there<|im_end|>"],
         ),
         (
             f"<|im_start|>user\n{PAD}\n{PAD}What?<|im_end|>\n<|im_start|>assistant\n",
@@ -94,6 +94,16 @@ def test_pictures_come_first_or_where_the_prompt_marks_them(
 ) -> None:
     request = GenerationRequest(prompt, (SMALL, LARGE), modality="text")
     assert told(expander, tokenizer, request) == segments
+
+
+def test_a_wrapped_prompt_is_what_it_wraps_for_a_picture_and_stands_as_it_is_for_a_text(
+    expander: Expander, tokenizer: Tokenizer
+) -> None:
+    bare, wrapped = "What is this?", "<|im_start|>What is this?<|im_end|>"
+    pictures = [expander.expand(GenerationRequest(prompt, seed=1)) for prompt in (bare, wrapped)]
+    assert pictures[0].branches == pictures[1].branches
+    answers = [expander.expand(GenerationRequest(prompt, modality="text")).decoding for prompt in (bare, wrapped)]
+    assert [answer and answer.first_token for answer in answers] == [tokenizer.start, tokenizer.end]
 
 
 def test_pictures_of_earlier_messages_go_where_those_mark_them(expander: Expander, tokenizer: Tokenizer) -> None:

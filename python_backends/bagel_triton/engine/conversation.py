@@ -76,29 +76,35 @@ def converse(
     *before, prompt = (
         segment
         for number, (turn, param) in enumerate(zip(turns, params, strict=True), 1)
-        for segment in _laid_out(turn, pictures, tokenizer, param, is_last=number == len(turns))
+        for segment in _laid_out(turn, pictures, tokenizer, wanted, param, is_last=number == len(turns))
     )
     assert isinstance(prompt, TextSegment), "the last turn ends with a text"
-    continues = wanted == "text" and START in unwrapped(_text(turns[-1]))
+    continues = wanted == "text" and START in _text(turns[-1])
     return Conversation(tuple(before), prompt, continues)
 
 
 def _laid_out(
-    turn: Turn, pictures: Sequence[Sequence[Segment]], tokenizer: Tokenizer, param: str, is_last: bool
+    turn: Turn,
+    pictures: Sequence[Sequence[Segment]],
+    tokenizer: Tokenizer,
+    wanted: Modality,
+    param: str,
+    is_last: bool,
 ) -> list[Segment]:
     """The pictures of ``turn``, then its text; or each picture where an image pad in the text marks it.
 
-    A chat template's output stands as it is. Of any other text, what is between the pictures
-    are segments of their own.
+    A text with markers of its own stands as it is; where a picture is wanted, one that is only
+    wrapped in them means what they wrap. Of any other text, what is between the pictures are
+    segments of their own.
     """
     text = _text(turn)
     groups = [pictures[part.index] for part in turn.parts if isinstance(part, PicturePart)]
-    inner = unwrapped(text)
+    inner = unwrapped(text) if wanted == "image" else text
     verbatim = START in inner
     pieces = inner.split(IMAGE_PAD)
     marks = len(pieces) - 1
     if not marks:
-        if not inner.strip() and (is_last or text or not groups):
+        if not unwrapped(text).strip() and (is_last or text or not groups):
             beside = " beside the pictures" if groups else ""
             raise InvalidRequest.value(param, text, f"a text that is not empty{beside}")
         pieces = [*[""] * len(groups), inner]
