@@ -175,11 +175,21 @@ def test_a_missing_field_is_named(broken: Path, field: str) -> None:
         ("llm_config.json", "num_key_value_heads", 4),
         ("config.json", "latent_patch_size", "two"),
         ("config.json", "vae_config", None),
+        ("llm_config.json", "head_dim", 15),
+        ("llm_config.json", "num_hidden_layers", 2),  # of three that it holds
+        ("vit_config.json", "num_hidden_layers", 4),  # it holds two, one fewer than 3
+        ("llm_config.json", "hidden_act", "gelu"),
+        ("llm_config.json", "rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("llm_config.json", "use_sliding_window", True),
+        ("vit_config.json", "hidden_act", "quick_gelu"),
+        ("config.json", "connector_act", "relu"),
+        ("config.json", "interpolate_pos", True),
+        ("config.json", "visual_gen", False),
     ],
 )
 def test_a_field_that_makes_no_sense_is_named(broken: Path, file: str, field: str, value: object) -> None:
     _edit_json(broken / file, lambda fields: fields.update({field: value}))
-    with pytest.raises(CheckpointError, match=field):
+    with pytest.raises(CheckpointError, match=rf"{file}.*{field}"):
         inspect(broken)
 
 

@@ -53,6 +53,26 @@ def test_a_prompt_in_chat_form_stands_as_it_is(tokenizer: Tokenizer, prompt: str
     assert token_ids.count(tokenizer.end) == prompt.count("<|im_end|>")
 
 
+def test_a_special_token_with_another_id_than_the_file_says_is_named(checkpoint_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_dir, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "tokenizer_config.json"
+    fields = json.loads(file.read_text())
+    added = fields["added_tokens_decoder"]
+    fields["added_tokens_decoder"] = {str(int(token_id) + 7): token for token_id, token in added.items()}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_config\.json: <\|endoftext\|> has the id 487, and is read as 480"
+    ):
+        Tokenizer(tmp_path)
+
+
+def test_embeddings_with_fewer_rows_than_there_are_tokens_are_named(checkpoint_dir: Path) -> None:
+    largest = max(Tokenizer(checkpoint_dir).backend.get_vocab(with_added_tokens=True).values())
+    Tokenizer(checkpoint_dir, largest + 1)
+    with pytest.raises(CheckpointError, match=f"the tokenizer has ids to {largest}; vocab_size={largest}"):
+        Tokenizer(checkpoint_dir, largest)
+
+
 def test_the_picture_markers_are_two_single_tokens(tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
     special = json.loads((checkpoint_dir.parent / "cases-a" / "cases.json").read_text())["special_ids"]
     assert (tokenizer.start, tokenizer.end) == (special["bos_token_id"], special["eos_token_id"])
@@ -100,12 +120,13 @@ def test_merges_are_not_needed_beside_a_tokenizer_json(
     assert Tokenizer(whole).encode("A cute cat") == tokenizer.encode("A cute cat")
 
 
-def test_a_special_token_that_the_vocabulary_has_too_needs_no_merge(
+def test_special_tokens_that_the_vocabulary_has_too_need_no_merges(
     tokenizer: Tokenizer, checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     whole = Path(shutil.copytree(checkpoint_dir, tmp_path / "whole"))
     vocabulary = json.loads((whole / "vocab.json").read_text())
-    (whole / "vocab.json").write_text(json.dumps(vocabulary | {"<|im_start|>": tokenizer.start}))
+    added = {token.content: token_id for token_id, token in tokenizer.backend.get_added_tokens_decoder().items()}
+    (whole / "vocab.json").write_text(json.dumps(vocabulary | added))
     assert Tokenizer(whole).encode("A cute cat") == tokenizer.encode("A cute cat")
 
 

@@ -78,7 +78,7 @@ class Parts:
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
-        return Tokenizer(Path(self.config.checkpoint))
+        return Tokenizer(Path(self.config.checkpoint), self.checkpoint.config.language.vocab_size)
 
 
 def build_expander(parts: Parts) -> Expander:

@@ -25,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "ema.safetensors"
 AUTOENCODER_FILE = "ae.safetensors"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+LANGUAGE_LAYER = "language_model.model.layers.{}.input_layernorm.weight"
+VIT_LAYER = "vit_model.vision_model.encoder.layers.{}.layer_norm1.weight"
 
 
 class TensorFiles:
@@ -89,8 +91,11 @@ class Checkpoint:
         self.config = ModelConfig(
             language=LanguageConfig.read(_fields(self.directory / "llm_config.json")),
             latent=LatentConfig.read(model, shapes["latent_pos_embed.pos_embed"][0]),
-            vit=VitConfig.read(vit, model, _vit_layers(shapes)),
+            vit=VitConfig.read(vit, model, _layers(VIT_LAYER, shapes)),
         )
+        held, said = _layers(LANGUAGE_LAYER, shapes), self.config.language.num_layers
+        if held > said:
+            raise CheckpointError(f"llm_config.json: num_hidden_layers={said}, and the checkpoint holds {held}")
         with torch.device("meta"):
             _check_shapes(Bagel(self.config), shapes)
             autoencoder = Autoencoder(self._autoencoder.shapes())
@@ -131,9 +136,9 @@ def inspect(directory: str | Path) -> ModelConfig:
     return Checkpoint(directory).config
 
 
-def _vit_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    pattern = "vit_model.vision_model.encoder.layers.{}.layer_norm1.weight"
-    return next(index for index in itertools.count() if pattern.format(index) not in shapes)
+def _layers(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many layers there are from the first on: ``name`` is that of a tensor that each has."""
+    return next(index for index in itertools.count() if name.format(index) not in shapes)
 
 
 def _weight_files(directory: Path) -> list[Path]:

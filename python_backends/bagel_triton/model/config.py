@@ -41,6 +41,11 @@ class Fields:
             raise self._error(name, value, "an integer above 0")
         return int(value)
 
+    def only(self, name: str, served: object) -> None:
+        """Refuse any other value than ``served`` of a field that need not be there."""
+        if self.has(name) and self._fields[name] != served:
+            raise self._error(name, self._fields[name], repr(served))
+
     def section(self, name: str) -> Fields:
         """An object inside this one."""
         value = self._fields.get(name)
@@ -71,15 +76,21 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
-                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+                f"llm_config.json: num_attention_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise CheckpointError(f"head_dim={self.head_dim} is odd; rotary embedding needs an even one")
+            raise CheckpointError(
+                f"llm_config.json: hidden_size={self.hidden_size} of num_attention_heads={self.num_heads} has "
+                f"head_dim={self.head_dim}; rotary embedding needs an even one"
+            )
 
     @classmethod
     def read(cls, fields: Fields) -> LanguageConfig:
         """From ``llm_config.json``."""
         heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        for name, served in (("hidden_act", "silu"), ("rope_scaling", None), ("use_sliding_window", False)):
+            fields.only(name, served)
         return cls(
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size"),
@@ -165,6 +176,10 @@ class VitConfig:
     @classmethod
     def read(cls, vit: Fields, model: Fields, num_layers: int) -> VitConfig:
         """From ``vit_config.json``, ``config.json`` and the layers counted in the checkpoint."""
+        vit.only("hidden_act", "gelu_pytorch_tanh")
+        vit.only("num_hidden_layers", num_layers + 1)
+        for name, served in (("connector_act", "gelu_pytorch_tanh"), ("interpolate_pos", False), ("visual_gen", True)):
+            model.only(name, served)
         return cls(
             hidden_size=vit.integer("hidden_size"),
             intermediate_size=vit.integer("intermediate_size"),

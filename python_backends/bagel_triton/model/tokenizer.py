@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -28,10 +29,11 @@ class Tokenizer:
     """Byte-level BPE of the checkpoint in ``directory``.
 
     Raises:
-        CheckpointError: a file cannot be read or was cut off, or a special token is missing.
+        CheckpointError: a file cannot be read or was cut off, a special token is missing, has another
+            id than the file says or, given ``vocab_size``, no row in the model's embeddings.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, vocab_size: int | None = None) -> None:
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # the tokenizers library raises the base class itself
@@ -42,6 +44,7 @@ class Tokenizer:
             self._check_merges(Path(directory) / "merges.txt")
         self.start, self.end = self._special(START), self._special(END)
         self.vision_start, self.vision_end = self._special(VISION_START), self._special(VISION_END)
+        self._check_added_tokens(Path(directory) / "tokenizer_config.json", vocab_size)
 
     def _check_merges(self, path: Path) -> None:
         """Refuse a file that was cut at a line's end: BPE reads it without a word, and makes other tokens of a text.
@@ -56,6 +59,17 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path} has {merges} merges; allowed: at least {needed}, as vocab.json has {tokens} tokens"
             )
+
+    def _check_added_tokens(self, path: Path, vocab_size: int | None) -> None:
+        """Refuse ids that the model was not trained with: where the file leaves a gap they are given out anew."""
+        said = json.loads(path.read_text()).get("added_tokens_decoder", {}) if path.is_file() else {}
+        for token_id, token in said.items():
+            given = self.backend.token_to_id(token["content"])
+            if given != int(token_id):
+                raise CheckpointError(f"{path}: {token['content']} has the id {token_id}, and is read as {given}")
+        largest = max(self.backend.get_vocab(with_added_tokens=True).values())
+        if vocab_size is not None and largest >= vocab_size:
+            raise CheckpointError(f"{path.parent}: the tokenizer has ids to {largest}; vocab_size={vocab_size}")
 
     def _special(self, token: str) -> int:
         ids = self.encode(token)

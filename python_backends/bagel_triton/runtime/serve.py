@@ -210,8 +210,8 @@ def _check(config: DeployConfig) -> Placement:
     from bagel_triton.model.tokenizer import Tokenizer
 
     try:
-        inspect(config.checkpoint)
-        Tokenizer(config.checkpoint)  # else every stage would find out for itself, minutes later
+        model = inspect(config.checkpoint)
+        Tokenizer(config.checkpoint, model.language.vocab_size)  # else each stage would find out, minutes later
         return resolve(config.device, config.dtype)
     except ValueError as error:
         raise CommandError(str(error)) from error
