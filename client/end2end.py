@@ -153,6 +153,8 @@ def configuration(args: argparse.Namespace) -> DeployConfig:
     from bagel_triton.deploy.config import DeployConfig
 
     config = deploy_yaml.load(args.deploy_config, args.model) if args.deploy_config else DeployConfig(args.model)
+    if config.addresses:
+        raise CommandError(f"--deploy-config {args.deploy_config} puts stages on other hosts; here is one process")
     given = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name) is not None}
     return msgspec.structs.replace(config, **given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -16,8 +17,8 @@ class ProgressBar:
 
     def show(self, name: str, done: int, total: int) -> None:
         if self._bar is None:
-            # None: only on a terminal
-            self._bar = tqdm(desc=name, total=total, unit=self._unit, leave=False, disable=None)
+            hidden = True if sys.stderr is None else None  # None: only on a terminal
+            self._bar = tqdm(desc=name, total=total, unit=self._unit, leave=False, disable=hidden)
         self._bar.total, self._bar.n = total, done
         self._bar.set_description(name)
 

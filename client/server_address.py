@@ -27,8 +27,10 @@ def _parts(text: str, schemes: tuple[str, ...]) -> SplitResult | None:
     has_scheme = "://" in text
     try:
         parts = urlsplit(text if has_scheme else f"{schemes[0]}://{text}")
-        named = parts.hostname and (has_scheme or parts.port)
-    except ValueError:  # a port that is no number, half an IPv6 address
+        port = parts.port
+        named = parts.hostname and (has_scheme or port)
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is none, half an IPv6 address, a name that no host can have
         return None
     strange = parts.scheme not in schemes or parts.query or parts.fragment or any(map(str.isspace, text))
     return parts if named and not strange else None

@@ -10,9 +10,10 @@ python triton_grpc_client.py --model bagel_text2img
 from __future__ import annotations
 
 import argparse
+import contextlib
 import queue
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def inputs(request: GenerationRequest) -> list[InferInput]:
     ]
 
 
-def stream(server: str, model: str, request: GenerationRequest) -> Iterator[InferResult]:
+def stream(server: str, model: str, request: GenerationRequest) -> Generator[InferResult]:
     """Responses of a decoupled model until its final flag; raises InferenceServerException."""
     answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     with InferenceServerClient(server) as client:
@@ -73,11 +74,11 @@ def stream(server: str, model: str, request: GenerationRequest) -> Iterator[Infe
 
 
 def receive(args: argparse.Namespace, request: GenerationRequest) -> Iterator[Result]:
-    responses = stream(args.server, args.model, request)
-    if args.model == ENSEMBLE:  # it has no events, so no progress
-        for result in responses:
-            yield result.as_numpy("generated_image"), int(result.as_numpy("used_seed")[0])
-    else:
+    with contextlib.closing(stream(args.server, args.model, request)) as responses:
+        if args.model == ENSEMBLE:  # it has no events, so no progress
+            for result in responses:
+                yield result.as_numpy("generated_image"), int(result.as_numpy("used_seed")[0])
+            return
         yield from results((answer.as_numpy("event")[0], answer.as_numpy("generated_image")) for answer in responses)
 
 

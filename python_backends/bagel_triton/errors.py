@@ -46,7 +46,8 @@ class BagelError(Exception):
 
     def to_text(self) -> str:
         """The form that travels through Triton, whose streams carry no status and whose codes are fewer than gRPC's."""
-        return f"{self.grpc_status}: {self.kind}({self.param or ''}): {self.message}"
+        param = re.sub(r"[()\n]", "?", self.param or "")  # a user's own words, which end where these do
+        return f"{self.grpc_status}: {self.kind}({param}): {self.message}"
 
 
 class InvalidRequest(BagelError):

@@ -125,6 +125,12 @@ REQUEST_TENSORS: dict[str, TensorSpec] = {
     "priority": TensorSpec("INT32"),
     "timeout": TensorSpec("FP64"),
 }
+# Those that the ensemble takes: its config.pbtxt names them.
+ENSEMBLE_FIELDS = (
+    *("prompt", "negative_prompt", "height", "width", "num_inference_steps", "seed"),
+    *("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min", "timestep_shift"),
+    *("cache", "priority", "timeout"),
+)
 _TURNS: msgspec.json.Decoder[tuple[Turn, ...]] = msgspec.json.Decoder(tuple[Turn, ...])
 
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from bagel_triton import notices, triton_call, triton_io
+from bagel_triton import liveness, notices, triton_call, triton_io
 from bagel_triton.departures import Departures
 from bagel_triton.deploy.config import from_environment
+from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.engine.build import Parts
 from bagel_triton.engine.catalogue import SUPERVISOR
 from bagel_triton.engine.job import Job
@@ -18,6 +19,8 @@ from bagel_triton.liveness import Announcement, end_with_parent
 from bagel_triton.messages import Pulse, Schedule
 from bagel_triton.request import Arrays
 from bagel_triton.triton_metrics import TritonMetrics
+
+NEXT = {THINKER: DIT, DIT: DECODER}  # in the ensemble
 
 
 class Engine(Protocol):
@@ -48,7 +51,7 @@ class StageModel:
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
         config, name = from_environment(), args["model_name"]
-        self._name = name
+        self._name, self._shm_prefix = name, config.shm_prefix
         heeds = name == config.heeding
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if heeds else [])])
         parts = Parts.open(config)
@@ -76,7 +79,9 @@ class StageModel:
         ``pulse`` goes to the next stage, which sees whether the ensemble is cancelled (``_on_pulse``).
         """
         job = self.engine.submit(task, request_id, self.listener(inputs, reply), schedule)
-        gone = reply.pulsing(Pulse(self._name, request_id)) if reply.in_ensemble else reply.cancelled
+        gone: Callable[[], bool] = reply.cancelled
+        if reply.in_ensemble:
+            gone = reply.pulsing(Pulse(self._name, request_id), liveness.watch(self._shm_prefix, NEXT[self._name]))
         self._departures.watch(job, gone)
         return job
 

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from bagel_triton import tracing
-from bagel_triton.errors import BagelError, InvalidRequest, from_exception
+from bagel_triton.errors import BagelError, Cancelled, InvalidRequest, from_exception
 from bagel_triton.events import Event, StageStats, encode_event, encode_stats
 from bagel_triton.messages import Message, Pulse, decode, encode
 from bagel_triton.request import REQUEST_TENSORS, Array, Arrays
@@ -57,21 +57,30 @@ def parameters_of(request: Any) -> dict[str, Any]:
     return dict(json.loads(request.parameters() or "{}"))
 
 
-def refuse_parameters(request: Any) -> None:
+def refuse_parameters(request: Any, allowed: Collection[str]) -> None:
     """Refuse what Triton made a request parameter of: a field that is no input of the model.
 
     Raises:
-        InvalidRequest: names the field and the inputs there are.
+        InvalidRequest: names the field and the ``allowed`` ones.
     """
     for name in parameters_of(request):
         known = name.startswith("triton_") or name in TRITON_PARAMETERS or name.lower() in tracing.HEADERS
+        if not known and name in REQUEST_TENSORS:
+            raise InvalidRequest(f"{name} is no field of this model; allowed: {', '.join(allowed)}", name)
         if not known:
-            raise InvalidRequest.unknown(name, name, REQUEST_TENSORS)
+            raise InvalidRequest.unknown(name, name, allowed)
 
 
 def text_of(arrays: Arrays, name: str) -> str:
-    """The text in a BYTES [1] input."""
-    return bytes(arrays[name].reshape(-1)[0]).decode()
+    """The text in a BYTES [1] input.
+
+    Raises:
+        InvalidRequest: it is not UTF-8.
+    """
+    try:
+        return bytes(arrays[name].reshape(-1)[0]).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"input {name} is not UTF-8: {error}", name) from error
 
 
 def message_of(arrays: Arrays, name: str, kind: type[M]) -> M:
@@ -170,8 +179,8 @@ class Reply:
         """An event, in the output ``event``."""
         self.send({"event": bytes_array(encode_event(event))})
 
-    def pulsing(self, pulse: Pulse) -> Callable[[], bool]:
-        """``cancelled`` for a step of an ensemble: every call sends it ``pulse``, which is no answer."""
+    def pulsing(self, pulse: Pulse, taken: Callable[[], bool]) -> Callable[[], bool]:
+        """``cancelled`` for a step of an ensemble: a call sends ``pulse``, which is no answer, if it is ``taken``."""
         self._pulse = {"pulse": message_array(pulse)}
 
         def send() -> None:
@@ -179,7 +188,8 @@ class Reply:
                 self._sender.send(response(self._pulse))
 
         def gone() -> bool:
-            self._outbox.put(send)
+            if taken():
+                self._outbox.put(send)
             return self.cancelled()
 
         return gone
@@ -189,9 +199,12 @@ class Reply:
         self._end(lambda: () if arrays is None else (response({**arrays, **self._pulse}),))
 
     def fail(self, error: BaseException) -> None:
-        """An error as the last response."""
+        """An error as the last response; to an ensemble whose client has gone, none."""
         if not isinstance(error, BagelError):
             log.error("a request failed", exc_info=error)
+        if self.in_ensemble and isinstance(error, Cancelled):
+            self.finish()
+            return
         self._end(lambda: (error_response(error),))
 
     def _end(self, last: Callable[[], tuple[Any, ...]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,23 @@ def test_a_misspelt_field_is_refused(server: Server) -> None:
         "InvalidRequest(heigth): heigth is not a known field; did you mean height? allowed: prompt, "
         in events[-1]["error"]
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("think", "think is no field of this model"), ("heigth", "did you mean height?")]
+)
+def test_the_ensemble_names_the_fields_that_it_has(server: Server, field: str, message: str) -> None:
+    url = f"http://{server.http}/v2/models/bagel_text2img/generate"
+    error = httpx.post(url, json={"prompt": "A cute cat", field: 1}, timeout=60, trust_env=False).json()["error"]
+    inputs = (
+        (Path(__file__).parents[2] / "model_repository/bagel_text2img/config.pbtxt")
+        .read_text()
+        .partition("output [")[0]
+    )
+    fields = re.findall(r'name: "(\w+)"\n    data_type', inputs)
+    assert len(fields) > 10
+    assert message in error
+    assert error.endswith(f"allowed: {', '.join(fields)}")
 
 
 def test_perf_analyzer_measures_the_ensemble(server: Server, tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ def test_an_error_before_the_first_event_has_its_status_and_openais_shape(
     assert reply.json() == {"error": {"message": expected, "type": kind, "param": param, "code": code}}
 
 
+@pytest.mark.parametrize("param", ["Overloaded(): x", "a\nb(c)", "image[0]"])
+def test_an_error_is_read_back_whatever_its_field_is_called(param: str) -> None:
+    error = errors.from_text(f"in ensemble 'x', {errors.InvalidRequest('no such thing', param).to_text()}")
+    assert isinstance(error, errors.InvalidRequest)
+    assert error.message == "no such thing"
+
+
 @pytest.mark.parametrize(
     ("text", "status"),
     [

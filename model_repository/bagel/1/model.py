@@ -16,7 +16,7 @@ from bagel_triton.events import encode_event
 from bagel_triton.in_flight import InFlight
 from bagel_triton.liveness import Announcement, end_with_parent
 from bagel_triton.remote import RemoteModels
-from bagel_triton.request import from_tensors
+from bagel_triton.request import REQUEST_TENSORS, from_tensors
 from bagel_triton.triton_metrics import TritonMetrics
 from bagel_triton.triton_stages import TritonStages
 
@@ -66,7 +66,7 @@ class TritonPythonModel:
         self._metrics.count("requests", status=str(status))
 
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
-        triton_io.refuse_parameters(request)
+        triton_io.refuse_parameters(request, REQUEST_TENSORS)
         inputs: Any = triton_io.arrays_of(request)
         stages: Any = self._local or TritonStages(request, self._shm_prefix, self._remote)
         if self._local:

@@ -7,7 +7,7 @@ from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import Parts, build_expander
 from bagel_triton.events import StageStats, encode_stats
 from bagel_triton.liveness import Announcement, end_with_parent
-from bagel_triton.request import from_tensors
+from bagel_triton.request import ENSEMBLE_FIELDS, from_tensors
 from bagel_triton.stage_model import timed
 
 
@@ -29,7 +29,7 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         seconds = timed()
         try:
-            triton_io.refuse_parameters(request)
+            triton_io.refuse_parameters(request, ENSEMBLE_FIELDS)
             plan = self._expander.expand(from_tensors(triton_io.arrays_of(request)), request.request_id())
         except Exception as error:
             return triton_io.error_response(error)

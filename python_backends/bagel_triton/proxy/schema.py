@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from bagel_triton.defaults import MAX_MESSAGES
+from bagel_triton.defaults import MAX_MESSAGES, MAX_STOPS
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.excerpt import shortened
 from bagel_triton.proxy.violation import not_allowed, to_invalid_request, unknown_field
@@ -85,7 +85,7 @@ class ChatMessage(StrictModel):
     """
 
     role: Literal["user", "system", "assistant", "developer"]
-    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES), BeforeValidator(_to_parts)]
+    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)]
     reasoning_content: str | None = None
 
 
@@ -95,6 +95,7 @@ class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
+MAX_MODALITIES = 8  # more than there are
 _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
 
 
@@ -110,6 +111,8 @@ def _to_texts(stop: Any) -> Any:
         return [stop]
     if stop is not None and not isinstance(stop, list):
         raise not_allowed("a text or a list of texts")
+    if stop is not None and len(stop) > MAX_STOPS:  # before each of them is looked at
+        raise not_allowed(f"at most {MAX_STOPS} texts")
     return stop
 
 
@@ -136,9 +139,9 @@ else:
 class ChatBody(GenerationFields):
     """A request body; ``null`` means not given, as in OpenAI's API."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: str | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(max_length=MAX_MODALITIES, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     extra_body: GenerationFields | None = None

@@ -39,7 +39,19 @@ def test_a_server_is_named_by_its_address_or_its_url(client: ModuleType, text: s
 @pytest.mark.parametrize("client", [GRPC, HTTP], indirect=True)
 @pytest.mark.parametrize(
     "text",
-    ["", "localhost", "8001", "localhost:x", "localhost:70000", "::1:8001", "[::1:8001", "ftp://localhost:80", "a b:1"],
+    [
+        "",
+        "localhost",
+        "8001",
+        "localhost:x",
+        "localhost:70000",
+        "::1:8001",
+        "[::1:8001",
+        "ftp://localhost:80",
+        "a b:1",
+        "http://h:70000",
+        "a..b:1",
+    ],
 )
 def test_what_names_no_server_is_refused_with_the_forms_there_are(
     client: ModuleType, text: str, capsys: pytest.CaptureFixture[str]
