@@ -18,13 +18,14 @@ def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, thr
 
     A token has its embedding, residual, query, what that attended to, key, value and rotary
     tables. The rows of a block for each of ``threads``, which is all rows where there is a GPU,
-    have two vectors of the inner width and two hidden ones, in float32 while they are normed,
-    besides.
+    have two vectors of the inner width and a normed one besides; while it is normed, two copies in
+    float32 where it is of another type.
     """
     itemsize, on_cpu = placement.torch_dtype.itemsize, placement.torch_device.type == "cpu"
     heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
     rows = min(tokens, block_rows(tokens, threads) * threads) if on_cpu else tokens
-    inner = rows * (2 * config.intermediate_size * itemsize + 2 * config.hidden_size * torch.float32.itemsize)
+    copies = 0 if placement.torch_dtype == torch.float32 else 2 * torch.float32.itemsize
+    inner = rows * (2 * config.intermediate_size * itemsize + config.hidden_size * max(itemsize, copies))
     spare = min(rows * config.intermediate_size, CACHED * threads) * itemsize if on_cpu else 0
     return tokens * (2 * config.hidden_size + heads) * itemsize + inner + spare
 
