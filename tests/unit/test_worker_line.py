@@ -46,8 +46,9 @@ def test_waiting_and_working_are_timed_apart() -> None:
     worker.pace.release()
     _, second_stats = second.done.result(WAIT_S)
     elapsed = time.monotonic() - start
-    assert first_stats.queue_s + first_stats.run_s >= 0.09
-    assert second_stats.queue_s >= first_stats.run_s > first_stats.queue_s
+    assert first_stats.queue_s < first_stats.run_s
+    assert first_stats.run_s >= 0.09
+    assert second_stats.queue_s >= 0.09
     assert second_stats.run_s >= 0.05
     assert second_stats.queue_s + second_stats.run_s <= elapsed
     assert first_stats.stage == "dit"
