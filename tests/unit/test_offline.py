@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine import offline
 from bagel_triton.engine.offline import run_batch, save_png, stats_table
 from bagel_triton.engine.pipeline import Picture
 from bagel_triton.engine.visit import Visit
@@ -92,3 +97,30 @@ def test_a_stage_that_a_request_did_not_visit_took_no_time_of_it():
         ["3", "0.000", "2.000", "0.500", "4.000", "6.500"],
         ["all", "0.250", "3.000", "0.500", "4.000", "7.750"],
     ]
+
+
+class Loading:
+    """Stages whose loading takes its time and takes every error for its own."""
+
+    def __init__(self, closed: list[bool], deaf: bool) -> None:
+        self._closed = closed
+        if deaf:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        with contextlib.suppress(Exception):
+            time.sleep(0.1 if deaf else 60)
+
+    def close(self) -> None:
+        self._closed.append(True)
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["interrupted", "too late to be interrupted"])
+def test_loading_ends_at_its_limit_whatever_it_catches(
+    deaf: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(offline, "LocalStages", lambda config: Loading(closed, deaf))
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match=r"loading took longer than 0\.05 s"):
+        offline.load(DeployConfig(str(tmp_path)), 0.05)
+    assert closed == [True] * deaf  # what was loaded after all is not left behind
+    assert signal.getsignal(signal.SIGALRM) is before

@@ -50,22 +50,37 @@ def load(config: DeployConfig, timeout_s: float) -> LocalStages:
         ValueError: the checkpoint or the configuration is wrong.
     """
     thinker = msgspec.structs.replace(config.thinker, lease_ttl_s=math.inf, admission_timeout_s=math.inf)
-    with _time_limit(timeout_s):
-        return LocalStages(msgspec.structs.replace(config, thinker=thinker))
+    with contextlib.ExitStack() as unless_late:
+        with _time_limit(timeout_s):
+            stages = LocalStages(msgspec.structs.replace(config, thinker=thinker))
+            unless_late.callback(stages.close)
+        unless_late.pop_all()
+    return stages
+
+
+class _Expired(BaseException):
+    """No ``Exception``, so that what is interrupted cannot take it for an error of its own."""
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     def expire(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"loading took longer than {seconds:g} s")
+        raise _Expired
 
+    deadline = time.monotonic() + seconds
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        with contextlib.suppress(_Expired):
+            try:
+                yield
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    # The clock decides: a signal that comes in a finalizer is lost there.
+    if time.monotonic() >= deadline:
+        raise TimeoutError(f"loading took longer than {seconds:g} s")
 
 
 def run_batch(
