@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -129,9 +128,3 @@ class StageModel:
 
 def _ignore(event: Event) -> None:
     """Nobody listens."""
-
-
-def timed() -> Callable[[], float]:
-    """Seconds since this call, when called."""
-    start = time.perf_counter()
-    return lambda: time.perf_counter() - start

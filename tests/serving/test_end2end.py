@@ -6,31 +6,35 @@ import os
 import re
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "client" / "end2end.py"
-CHECKPOINT = ROOT / "tests" / "data" / "tiny-a"
+from tests.support.offline_script import CHECKPOINT, ROOT, SCRIPT, OfflineScript
+
 SMALL = ("--height", "64", "--width", "96", "--steps", "4", "--seed", "7")
 
 
+@dataclass(frozen=True)
+class Done:
+    """What came of a run."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 class Runner:
-    """Runs the script in a folder of its own."""
+    """Runs the script in a folder of its own, in this process."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, script: OfflineScript, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._script, self._capsys = script.folder, script, capsys
 
-    def __call__(self, *arguments: str, model: Path | str = CHECKPOINT) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "error", str(SCRIPT), "--model", str(model), *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "python_backends"), "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+    def __call__(self, *arguments: str) -> Done:
+        return Done(self._script("--device", "cpu", *arguments), *self._capsys.readouterr())
 
     def good(self, *arguments: str) -> str:
         done = self(*arguments)
@@ -44,8 +48,8 @@ class Runner:
 
 
 @pytest.fixture
-def end2end(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
+def end2end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(OfflineScript(tmp_path, monkeypatch), capsys)
 
 
 @pytest.fixture
@@ -59,6 +63,24 @@ def blocks(out: str) -> dict[int, str]:
     """What was printed for each prompt."""
     found = re.findall(r"^\[(\d+)\] (.*?)(?=^\[\d+\]|\Z)", out, re.MULTILINE | re.DOTALL)
     return {int(index): text for index, text in found}
+
+
+def test_it_runs_on_its_own(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(SCRIPT),
+        "--model",
+        str(CHECKPOINT),
+        "--prompts",
+        "A cute cat",
+        *SMALL,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python_backends"), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("[0] A cute cat\npicture   bagel_output/0.png, 96x64 pixels, seed 7")
 
 
 def test_many_prompts_become_a_picture_each(end2end: Runner):
@@ -153,9 +175,7 @@ def test_a_prompt_waits_for_its_turn_as_long_as_it_takes(end2end: Runner):
 
 
 def test_a_batch_without_progress_is_given_up(end2end: Runner):
-    start = time.monotonic()
     done = end2end("--prompts", "A cute cat", "A red fox", "--steps", "900", "--batch-timeout", "0.0001")
-    assert time.monotonic() - start < 60
     assert done.returncode == 1
     for index in range(2):
         assert f"prompt {index}: nothing in the batch made progress for 0.0001 s" in done.stderr

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "client" / "end2end.py"
-CHECKPOINT = ROOT / "tests" / "data" / "tiny-a"
+from tests.support.offline_script import CHECKPOINT, OfflineScript
+
 Refusal = Callable[..., str]
 
 
 @pytest.fixture
 def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
     """The one line of an error that no prompt could have avoided, from the script's own ``main``."""
-    spec = importlib.util.spec_from_file_location("end2end", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as when it is run
-    spec.loader.exec_module(script)
-    monkeypatch.chdir(tmp_path)
+    script = OfflineScript(tmp_path, monkeypatch)
 
     def refuse(*arguments: str, status: int = 1, model: Path | str = CHECKPOINT) -> str:
-        try:
-            found = script.main(["--model", str(model), *arguments])
-        except SystemExit as exit_:
-            found = exit_.code
+        found = script(*arguments, model=model)
         out, error = capsys.readouterr()
         assert (found, out) == (status, "")
         assert error.startswith("end2end: error: ")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.weight_layout import FileIdentity
+from bagel_triton.model.file_identity import FileIdentity
 from bagel_triton.model.weight_sharing import SharedWeights
 
 

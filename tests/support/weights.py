@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bagel_triton.bench.process_memory import ProcessMemory
 from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.weight_layout import FileIdentity
+from bagel_triton.model.file_identity import FileIdentity
 from bagel_triton.model.weight_store import WeightStore
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-a"

@@ -24,7 +24,7 @@ from bagel_triton.bench.figure import Figure, median, repeated, table
 from bagel_triton.bench.setting import Setting, denoise_job, picture_request
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.sequence import MARKERS
+from bagel_triton.engine.token_count import MARKERS
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig, VitConfig
 from bagel_triton.model.crew import Crew

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -224,7 +226,7 @@ def test_any_negative_prompt_is_a_text_but_the_empty_one_is_none(
 def test_more_text_than_fits_is_refused_at_once(expander: Expander, fields: dict[str, object], param: str) -> None:
     started = time.monotonic()
     refusal = refused(expander, **fields)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 3.0
     assert refusal.param == param
     assert "is not allowed; allowed: at most " in refusal.message
     assert len(refusal.message) < 200
@@ -233,3 +235,22 @@ def test_more_text_than_fits_is_refused_at_once(expander: Expander, fields: dict
 def test_a_megabyte_of_text_is_still_looked_at(expander: Expander) -> None:
     plan = expander.expand(GenerationRequest("<|im_start|>" * (MAX_TEXT_BYTES // 12)))
     assert plan.usage.prompt_tokens == MAX_TEXT_BYTES // 12
+
+
+def test_planning_needs_no_torch(checkpoint_dir: Path) -> None:
+    """The planner's processes start sooner and are smaller for it."""
+    program = """
+import io, sys
+from PIL import Image
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.expander import Expander
+from bagel_triton.request import GenerationRequest
+
+Image.new("RGB", (64, 32)).save(picture := io.BytesIO(), "PNG")
+plan = Expander.open(DeployConfig(sys.argv[1])).expand(GenerationRequest("A cat", (picture.getvalue(),)))
+print(plan.flow.height, "torch" in sys.modules)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(checkpoint_dir)], capture_output=True, text=True, check=False
+    )
+    assert (run.stdout, run.stderr) == ("512 False\n", "")

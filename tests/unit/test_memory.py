@@ -14,8 +14,9 @@ from bagel_triton.bench.gpu import PUBLISHED
 from bagel_triton.deploy import memory
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.deploy.memory import Available, NotEnoughMemory
-from bagel_triton.engine.build import LocalStages, Parts, build_expander
-from bagel_triton.engine.sequence import segment_tokens
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.expander import Expander
+from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.placement import Placement
@@ -119,7 +120,7 @@ def test_contexts_are_those_of_an_edit(height: int, width: int):
     picture = io.BytesIO()
     Image.new("RGB", (width, height)).save(picture, "PNG")
     request = GenerationRequest(prompt="Make it night", image=(picture.getvalue(),))
-    branches = build_expander(Parts.open(config)).expand(request).branches
+    branches = Expander.open(config).expand(request).branches
     model = Checkpoint(CHECKPOINT).config
     gen, cfg_text, cfg_img = (sum(segment_tokens(part, model) for part in branch.segments) for branch in branches)
     longer = memory.PROMPT_TOKENS - cfg_img  # the prompt that is planned for is a long one

@@ -127,10 +127,10 @@ def test_a_collector_that_is_not_well_costs_no_time(
         for number in range(200):
             with traces.request({}) as span, span.child("dit", time.time()):
                 span.note({"number": number})
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 5.0
         time.sleep(0.1)
         started = time.monotonic()
         traces.close()
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 5.0
     assert caplog.text.count(f"spans are lost, the collector at http://{address}") == (1 if refuses else 0)
     assert "Traceback" not in caplog.text

@@ -49,7 +49,7 @@ def test_waiting_and_working_are_timed_apart() -> None:
     assert first_stats.queue_s < first_stats.run_s
     assert first_stats.run_s >= 0.09
     assert second_stats.queue_s >= 0.09
-    assert second_stats.run_s >= 0.05
+    assert second_stats.run_s > 0
     assert second_stats.queue_s + second_stats.run_s <= elapsed
     assert first_stats.stage == "dit"
     worker.close()

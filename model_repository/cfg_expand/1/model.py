@@ -1,14 +1,14 @@
 """Triton's rim of the planning stage: a request's tensors in, its plan out."""
 
+import time
 from typing import Any
 
 from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
-from bagel_triton.engine.build import Parts, build_expander
+from bagel_triton.engine.expander import Expander
 from bagel_triton.events import StageStats, encode_stats
 from bagel_triton.liveness import Announcement, end_with_parent
 from bagel_triton.request import ENSEMBLE_FIELDS, from_tensors
-from bagel_triton.stage_model import timed
 
 
 class TritonPythonModel:
@@ -18,7 +18,7 @@ class TritonPythonModel:
         """Load the tokenizer and the checkpoint's geometry."""
         triton_io.use_triton_log()
         config = from_environment()
-        self._expander = build_expander(Parts.open(config))
+        self._expander = Expander.open(config)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
@@ -27,16 +27,17 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        seconds = timed()
+        started = time.perf_counter()
         try:
             triton_io.refuse_parameters(request, ENSEMBLE_FIELDS)
             plan = self._expander.expand(from_tensors(triton_io.arrays_of(request)), request.request_id())
         except Exception as error:
             return triton_io.error_response(error)
+        stats = StageStats("cfg_expand", 0.0, time.perf_counter() - started)
         return triton_io.response(
             {
                 "plan": triton_io.message_array(plan),
-                "stats": triton_io.bytes_array(encode_stats(StageStats("cfg_expand", 0.0, seconds()))),
+                "stats": triton_io.bytes_array(encode_stats(stats)),
             }
         )
 

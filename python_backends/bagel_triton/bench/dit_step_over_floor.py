@@ -16,7 +16,7 @@ from bagel_triton.bench.figure import Figure, median
 from bagel_triton.bench.setting import Setting, denoise_job, picture_request
 from bagel_triton.contexts import DenoiseJob
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.sequence import MARKERS
+from bagel_triton.engine.token_count import MARKERS
 from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.cores import release_team
 

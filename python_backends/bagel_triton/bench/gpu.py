@@ -23,7 +23,7 @@ from bagel_triton.bench.figure import Figure, median, repeated
 from bagel_triton.bench.setting import WAIT_S, Setting, answer, denoise_job, picture_request
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages, Models
-from bagel_triton.engine.sequence import MARKERS
+from bagel_triton.engine.token_count import MARKERS
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig, VitConfig

@@ -15,17 +15,18 @@ from torch import nn
 
 from bagel_triton.deploy import activations
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.sequence import segment_tokens
 from bagel_triton.engine.thinker import kv_geometry
+from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.events import Stage
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.messages import VaeSegment, VitSegment
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.checkpoint import AUTOENCODER_FILE, Checkpoint, TensorFiles
+from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.model.checkpoint_files import AUTOENCODER_FILE, TensorFiles
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
-from bagel_triton.model.picture import VAE_RULE, VIT_RULE
 from bagel_triton.model.placement import Placement
+from bagel_triton.model.resize import VAE_RULE, VIT_RULE
 
 PROMPT_TOKENS = 256  # of a long prompt
 BRANCHES = 3

@@ -81,13 +81,6 @@ class Parts:
         return Tokenizer(Path(self.config.checkpoint), self.checkpoint.config.language.vocab_size)
 
 
-def build_expander(parts: Parts) -> Expander:
-    """``cfg_expand``'s planner."""
-    config = parts.config
-    defaults = config.topology.think_by_default, config.bagel.request_timeout_s
-    return Expander(parts.checkpoint.config, parts.tokenizer(), *defaults)
-
-
 def build_thinker(parts: Parts, metrics: Metrics | None = None) -> ThinkerEngine:
     """The thinker with an arena that the DiT can read."""
     config, place = parts.config, parts.placement

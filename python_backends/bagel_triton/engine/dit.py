@@ -14,7 +14,7 @@ from bagel_triton.deploy.config import DitConfig
 from bagel_triton.engine.flow_run import FlowRun, Latents
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.metrics import Metrics
-from bagel_triton.engine.sequence import MARKERS
+from bagel_triton.engine.token_count import MARKERS
 from bagel_triton.engine.worker import Worker
 from bagel_triton.errors import InvalidRequest, LeaseError
 from bagel_triton.events import ProgressEvent

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import msgspec
 
 from bagel_triton import defaults
+from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.conversation import Conversation, converse, turns_of
 from bagel_triton.engine.picture_input import picture_segments
-from bagel_triton.engine.sequence import segment_tokens
+from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.messages import Branch, BranchPlan, Decoding, Plan, Segment, TextSegment, Usage
+from bagel_triton.model.checkpoint_files import CheckpointFiles
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer
 from bagel_triton.request import GenerationRequest
@@ -42,6 +44,17 @@ class Expander:
     ) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._think, self._timeout_s = think_by_default, timeout_s
+
+    @classmethod
+    def open(cls, config: DeployConfig) -> Expander:
+        """The planner of ``config``'s checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is wrong.
+        """
+        model = CheckpointFiles(config.checkpoint).config
+        tokenizer = Tokenizer(config.checkpoint, model.language.vocab_size)
+        return cls(model, tokenizer, config.topology.think_by_default, config.bagel.request_timeout_s)
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.

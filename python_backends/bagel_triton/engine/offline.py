@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import LocalStages, Parts, build_expander
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.expander import Expander
 from bagel_triton.engine.pipeline import LatentsT, Picture, Pipeline, PixelsT, RequestT, Stages
 from bagel_triton.errors import BagelError, Cancelled, StageUnavailable, from_exception
 from bagel_triton.events import DoneEvent, Event, ProgressEvent, StageStats
@@ -36,7 +37,7 @@ def check(config: DeployConfig, request: GenerationRequest) -> None:
         InvalidRequest: names the field, its value and what is allowed.
         ValueError: the checkpoint or the configuration is wrong.
     """
-    build_expander(Parts.open(config)).expand(msgspec.structs.replace(request, prompt="any"))
+    Expander.open(config).expand(msgspec.structs.replace(request, prompt="any"))
 
 
 def load(config: DeployConfig, timeout_s: float) -> LocalStages:

@@ -12,7 +12,7 @@ from bagel_triton.defaults import MAX_INPUT_PICTURES, MAX_PICTURE_BYTES, Modalit
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.excerpt import shortened, shown
 from bagel_triton.messages import Segment, VaeSegment, VitSegment
-from bagel_triton.model.picture import VAE_RULE, VIT_RULE, flattened, to_bytes
+from bagel_triton.model.resize import VAE_RULE, VIT_RULE, flattened, to_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64 * 2**20

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bagel_triton.engine.encodings import EncodingCache
-from bagel_triton.engine.sequence import MARKERS, Chunk, PictureChunk, TextChunk
+from bagel_triton.engine.sequence import Chunk, PictureChunk, TextChunk
+from bagel_triton.engine.token_count import MARKERS
 from bagel_triton.kv.arena import KVArena
 from bagel_triton.kv.store import PagedStep
 from bagel_triton.messages import VaeSegment, VitSegment

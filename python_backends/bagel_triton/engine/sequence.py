@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.kv.arena import Context, KVArena
 from bagel_triton.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
 from bagel_triton.model.config import ModelConfig
 
 TEXT_CHUNK = 512
-MARKERS = 2  # <|vision_start|> and <|vision_end|> around a picture's tokens
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,6 @@ class PictureChunk:
 
 
 Chunk = TextChunk | PictureChunk
-
-
-def segment_tokens(segment: Segment, config: ModelConfig) -> int:
-    """Tokens that ``segment`` adds to a context."""
-    if isinstance(segment, TextSegment):
-        return len(segment.token_ids)
-    stride = config.latent.stride if isinstance(segment, VaeSegment) else config.vit.patch_size
-    return (segment.height // stride) * (segment.width // stride) + MARKERS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bagel_triton.model.weight_layout import FileIdentity, Layout
+from bagel_triton.model.file_identity import FileIdentity
+from bagel_triton.model.weight_layout import Layout
 from bagel_triton.shared_descriptor import SharedDescriptor
 
 log = logging.getLogger(__name__)

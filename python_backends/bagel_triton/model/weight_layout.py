@@ -6,26 +6,12 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class FileIdentity:
-    """What tells one state of a checkpoint's file from another."""
-
-    path: str
-    size: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """The identity of the file at ``path``, as it is now."""
-        status = path.stat()
-        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns)
+from bagel_triton.model.file_identity import FileIdentity
 
 
 @dataclass(frozen=True)

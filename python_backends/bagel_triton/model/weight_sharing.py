@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model.device_weights import DeviceWeights
-from bagel_triton.model.weight_layout import FileIdentity
+from bagel_triton.model.file_identity import FileIdentity
 from bagel_triton.model.weight_store import WeightStore
 
 

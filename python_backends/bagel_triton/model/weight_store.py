@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagel_triton.model.weight_layout import FileIdentity, Layout
+from bagel_triton.model.file_identity import FileIdentity
+from bagel_triton.model.weight_layout import Layout
 from bagel_triton.shm_file import SHM_DIRECTORY, reserve
 
 ALIGNMENT = 64  # as torch's own allocations are: the rounding of a matrix product may depend on it

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bagel_triton.deploy.config import ConfigError
-from bagel_triton.model.checkpoint import AUTOENCODER_FILE, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from bagel_triton.model.checkpoint_files import AUTOENCODER_FILE, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
 from bagel_triton.runtime import tiny_tokenizer
 from bagel_triton.runtime.tiny_config import CONFIG_FILES, TinyConfig, json_files
 from bagel_triton.runtime.tiny_weights import autoencoder_tensors, bagel_tensors
