@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
-from transformers import Qwen2Tokenizer
 
 from bagel_triton.messages import TextSegment
 from bagel_triton.model.config import CheckpointError
@@ -34,6 +33,8 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path, vocab_size: int | None = None) -> None:
+        from transformers import Qwen2Tokenizer  # half of a start, which not every stage needs
+
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # the tokenizers library raises the base class itself
