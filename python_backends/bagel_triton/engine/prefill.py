@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeGuard
 
 import torch
@@ -75,6 +76,7 @@ class Prefiller:
             ArenaFull: before anything was computed; contexts extended so far stay so.
         """
         gen, und = _Rows(), _Rows()
+        texts = self._embedded([chunk.token_ids for chunk in chunks if isinstance(chunk, TextChunk)])
         gen_rows = sum(chunk.tokens - MARKERS for chunk in chunks if _is_vae(chunk))
         spans: list[Span] = []
         scored: list[int] = []
@@ -83,7 +85,7 @@ class Prefiller:
             slots = context.extend(chunk.tokens)
             if isinstance(chunk, TextChunk):
                 context.next_position += chunk.tokens
-                embeddings = self._model.embed_text(torch.tensor(chunk.token_ids, device=self._model.device))
+                embeddings = next(texts)
                 positions: Sequence[int] = range(position, context.next_position)
             else:
                 context.next_position += 1  # one position for the whole block
@@ -111,6 +113,11 @@ class Prefiller:
         if self._crew.has_team_for(self._model.language_model.lm_head.weight.numel()):
             return self._crew.together(lambda: self._model.logits(hidden[scored]))
         return self._model.logits(hidden[scored])
+
+    def _embedded(self, texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """[tokens, hidden] of each text, looked up all at once: a step of many short ones is many trips to a GPU."""
+        token_ids = torch.tensor([*chain.from_iterable(texts)], dtype=torch.long, device=self._model.device)
+        return iter(self._model.embed_text(token_ids).split([len(text) for text in texts]))
 
     def _vit_tokens(self, chunk: PictureChunk) -> Tensor:
         """[patches, hidden] of a picture for understanding."""

@@ -124,11 +124,12 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
                 active.job.fail(error)
 
     def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor) -> None:
-        for (active, decoder), scores in zip(decoders, logits, strict=True):
+        best = logits.argmax(dim=-1).tolist()  # of all at once: on a GPU each question waits for the device
+        for (active, decoder), scores, token_id in zip(decoders, logits, best, strict=True):
             if active.job.done.done():  # another of its texts failed
                 continue
             try:
-                events = decoder.take(decoder.choose(scores))
+                events = decoder.take(decoder.choose(scores, token_id))
             except Exception as error:  # its own failure, not that of those that share the step
                 self._drop(active.job)
                 active.job.fail(error)

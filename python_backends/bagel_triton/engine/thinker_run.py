@@ -43,9 +43,11 @@ class TextDecoder:
         self.first_at = self.first_at or self.last_at
         return list(self.growing.push(token_id))
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token for ``logits`` [vocabulary]."""
+    def choose(self, logits: Tensor, best: int) -> int:
+        """The next token for ``logits`` [vocabulary], of which number ``best`` is the largest."""
         how = self.decoding
+        if how.temperature == 0.0 and how.repetition_penalty == 1.0:
+            return best
         if how.repetition_penalty != 1.0:
             seen = torch.tensor(sorted(set(self.seen)), device=logits.device)
             logits = penalised(logits, seen, how.repetition_penalty)
