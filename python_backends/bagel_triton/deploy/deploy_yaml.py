@@ -15,6 +15,7 @@ from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, D
 from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
 from bagel_triton.deploy.hosts import check_address
 from bagel_triton.deploy.topology import TOPOLOGIES, Topology
+from bagel_triton.deploy.unknown_fields import refuse_unknown
 
 _BATCH_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "max_waiting")  # of each stage
 _THINKER_FIELDS = (
@@ -67,9 +68,9 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
         ConfigError: not readable, an unknown field, or a value that is not allowed.
     """
     try:
-        user = msgspec.yaml.decode(path.read_bytes(), type=DeployYaml)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(f"deploy YAML {path}: {error}") from error
+        user = _read(path)
+    except (OSError, msgspec.DecodeError, ConfigError) as error:
+        raise ConfigError(f"deploy YAML {path}: {' '.join(str(error).split())}") from error
     if user.pipeline not in TOPOLOGIES:
         raise ConfigError(f"pipeline={user.pipeline!r} is not allowed; allowed: {', '.join(TOPOLOGIES)}")
     topology = TOPOLOGIES[user.pipeline]
@@ -89,6 +90,18 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
         else BagelConfig(request_timeout_s=user.request_timeout_s),
         addresses={section.stage_id: section.address for section in user.stages if section.address is not None},
     )
+
+
+def _read(path: Path) -> DeployYaml:
+    written = msgspec.yaml.decode(path.read_bytes())
+    refuse_unknown("", written, DeployYaml)
+    if isinstance(written, dict):
+        stages, connectors = written.get("stages"), written.get("connectors")
+        for index, section in enumerate(stages if isinstance(stages, list) else ()):
+            refuse_unknown(f"stages[{index}]", section, StageSection)
+        for name, spec in connectors.items() if isinstance(connectors, dict) else ():
+            refuse_unknown(f"connectors.{name}", spec, ConnectorSpec)
+    return msgspec.convert(written, DeployYaml)
 
 
 def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
