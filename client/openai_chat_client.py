@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 from screen import Screen
-from server_address import http_url
+from server_address import http_url, without_login
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
@@ -186,9 +186,8 @@ def main(argv: list[str] | None = None) -> int:
         pictures, last = receive(args)
         save(args.output, pictures)
     except (Refused, httpx.InvalidURL, httpx.HTTPError) as error:
-        print(
-            f"no answer from {args.server}: {error}" if isinstance(error, httpx.HTTPError) else error, file=sys.stderr
-        )
+        server = without_login(args.server)
+        print(f"no answer from {server}: {error}" if isinstance(error, httpx.HTTPError) else error, file=sys.stderr)
         return 1
     out = sys.stdout if pictures else sys.stderr  # only the text goes where text is wanted
     print(f"seed     {'none, greedy' if last['seed'] is None else last['seed']}", file=out)

@@ -14,6 +14,12 @@ def http_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
+def without_login(url: str) -> str:
+    """``url`` as it may be shown: a password in it is nobody else's business."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def grpc_address(text: str) -> str:
     """The HOST:PORT that ``text`` is, with or without a scheme; raises ArgumentTypeError."""
     parts = _parts(text, ("grpc", "http"))

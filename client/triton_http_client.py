@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import msgspec
 from picture_file import fail, unwritable
-from server_address import http_url
+from server_address import http_url, without_login
 from triton_task import add_arguments, generation_request, results, show
 
 from bagel_triton.errors import InvalidRequest
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     except InvalidRequest as error:
         return fail(error.message)
     except (Refused, httpx.HTTPError, httpx.InvalidURL) as error:
-        return fail(f"bagel at {args.server}: {error}")
+        return fail(f"bagel at {without_login(args.server)}: {error}")
     return show(found, args)
 
 

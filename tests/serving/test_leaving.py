@@ -183,9 +183,13 @@ def own_server(checkpoint_dir: Path) -> Iterator[Server]:
         yield running
 
 
-def test_sigterm_during_a_request_leaves_nothing(own_server: Server) -> None:
-    asking = Asking(own_server, LONG)
-    until(own_server, "bagel_dit_active", 1)
+def test_sigterm_during_requests_ends_them_and_leaves_nothing(own_server: Server) -> None:
+    asking, told = Asking(own_server, LONG), queue.Queue[str]()
+    client = triton.InferenceServerClient(own_server.grpc)
+    client.start_stream(lambda result, error: told.put(str(error)))
+    long = GenerationRequest(prompt="x", height=512, width=512, num_inference_steps=1000, seed=2)
+    client.async_stream_infer("bagel", triton_inputs(long))
+    until(own_server, "bagel_dit_active", 2)
     prefix = f"bagel_triton_{own_server.process.pid}_"
     assert list(Path("/dev/shm").glob(f"{prefix}*"))
     family = _descendants(own_server.process.pid)
@@ -198,6 +202,9 @@ def test_sigterm_during_a_request_leaves_nothing(own_server: Server) -> None:
     asking.join(10)
     assert not asking.is_alive(), "the client was left waiting"
     assert asking.status == 503
+    client.close()
+    heard = [told.get() for _ in range(told.qsize())]
+    assert any("UNAVAILABLE: StageUnavailable(): the server is stopping" in one for one in heard), heard[-2:]
 
 
 def _descendants(pid: int) -> list[int]:

@@ -208,6 +208,7 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
     [
         (("-o", "missing/cat.png"), 1, "cannot write missing/cat.png: missing is not a folder"),
         (("-s", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
+        (("-s", "http://me:secret@127.0.0.1:1/api"), 1, "no answer from http://127.0.0.1:1/api: "),
         (("-s", "localhost"), 2, "argument --server/-s: 'localhost' is not allowed; allowed: HOST:PORT, http://HOST:"),
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
         (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),

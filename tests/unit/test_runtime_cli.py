@@ -1,9 +1,13 @@
 """The command line: what is wrong is one line on stderr and a non-zero exit status."""
 
 import argparse
+import os
 import resource
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,16 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
         cli.main([command, "--help"])
     assert exit_.value.code == 0
     assert f"usage: bagel-triton {command}" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word():
+    """As `head` does."""
+    closed, output = os.pipe()
+    os.close(closed)
+    command = [sys.executable, "-m", "bagel_triton.runtime.cli", "memory", str(CHECKPOINT)]
+    run = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(output)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):

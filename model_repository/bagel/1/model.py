@@ -11,7 +11,7 @@ from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.catalogue import CATALOGUE, SUPERVISOR
 from bagel_triton.engine.pipeline import Picture, Pipeline
 from bagel_triton.engine.trace import Span
-from bagel_triton.errors import from_exception
+from bagel_triton.errors import Cancelled, StageUnavailable, from_exception
 from bagel_triton.events import encode_event
 from bagel_triton.in_flight import InFlight
 from bagel_triton.liveness import Announcement, end_with_parent
@@ -60,7 +60,9 @@ class TritonPythonModel:
                 span.note({"request_id": reply.request_id} if reply.request_id else {})
                 self._answer(request, reply, span)
             self._metrics.observe("request_seconds", time.monotonic() - started)
-        except Exception as error:
+        except Exception as caught:
+            ends = isinstance(caught, Cancelled) and self._closing.is_set()
+            error = StageUnavailable("the server is stopping") if ends else caught
             reply.fail(error)
             status = from_exception(error).http_status
         self._metrics.count("requests", status=str(status))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -12,7 +14,7 @@ import bagel_triton
 from bagel_triton.runtime.command_error import CommandError
 
 PROGRAM = "bagel-triton"
-INTERRUPTED = 130
+INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class Command(NamedTuple):
@@ -58,11 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert module is not None, "argparse knows the commands and accepts no option before them"
     try:
         status: int = module.run(args)
+        sys.stdout.flush()
     except CommandError as error:
         _say(str(error))
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # who reads the output has enough of it, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left of it may go
+        return OUTPUT_CLOSED
     return status
 
 
