@@ -44,6 +44,17 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
+def end_when(lost: threading.Event) -> None:
+    """End this process soon after ``lost`` is set, so that the watchdog starts another."""
+
+    def watch() -> None:
+        lost.wait()
+        time.sleep(LAST_WORDS_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_when_lost", daemon=True).start()
+
+
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a file says: who, and which files in shared memory Triton made for it alone."""
 

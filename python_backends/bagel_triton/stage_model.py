@@ -14,7 +14,7 @@ from bagel_triton.engine.build import Parts
 from bagel_triton.engine.catalogue import SUPERVISOR
 from bagel_triton.engine.job import Job
 from bagel_triton.events import Event
-from bagel_triton.liveness import Announcement, end_with_parent
+from bagel_triton.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.messages import Pulse, Schedule
 from bagel_triton.request import Arrays
 from bagel_triton.triton_metrics import TritonMetrics
@@ -24,6 +24,8 @@ NEXT = {THINKER: DIT, DIT: DECODER}  # in the ensemble
 
 class Engine(Protocol):
     """What a stage model needs of its engine."""
+
+    lost: threading.Event
 
     def cancel(self, request_id: str) -> None:
         """Drop what a request has here."""
@@ -60,6 +62,7 @@ class StageModel:
         if heeds:
             notices.start_heeding(config.shm_prefix, self.metrics, self._closing)
         end_with_parent()
+        end_when(self.engine.lost)
         self._announcement = Announcement(config.shm_prefix, name)
 
     def build(self, parts: Parts) -> Engine:

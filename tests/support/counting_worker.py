@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import torch
+
 from bagel_triton.engine.job import Job
 from bagel_triton.engine.worker import Worker
 from bagel_triton.errors import BagelError
 from bagel_triton.events import ProgressEvent
+from bagel_triton.model.device_loss import CPU
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class CountingWorker(Worker[Count, int]):
 
     stage = "dit"
 
-    def __init__(self, capacity: int = 8, max_waiting: int = 256) -> None:
-        super().__init__(max_waiting=max_waiting)
+    def __init__(self, capacity: int = 8, max_waiting: int = 256, device: torch.device = CPU) -> None:
+        super().__init__(max_waiting=max_waiting, device=device)
         self.pace = threading.Semaphore(0)
         self._free = threading.Event()
         self.batches: list[list[str]] = []

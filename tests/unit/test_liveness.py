@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from bagel_triton.liveness import Announcement, dead_stages, processes, region_prefix, watch
@@ -70,3 +72,16 @@ def test_what_triton_made_for_a_dead_process_is_removed_with_its_file(tmp_path: 
     process.remove()
     assert list(tmp_path.iterdir()) == [others]
     announcement.withdraw()
+
+
+def test_a_process_that_lost_its_device_ends_to_be_replaced() -> None:
+    program = """
+import threading
+from bagel_triton import liveness
+liveness.LAST_WORDS_S = 0.0
+lost = threading.Event()
+liveness.end_when(lost)
+lost.set()
+threading.Event().wait(60)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 1

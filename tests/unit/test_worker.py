@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from bagel_triton.errors import (
     BagelError,
@@ -131,3 +132,35 @@ def test_closing_fails_the_rest_and_refuses_more() -> None:
         assert isinstance(error, StageUnavailable)
         assert error.message == "dit is shutting down"
     assert worker.dropped == ["active"]
+
+
+def cuda_says(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    def synchronize(device: torch.device) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+def test_a_device_that_is_lost_ends_it_and_nobody_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_says(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    worker = CountingWorker(capacity=1, device=torch.device("cuda", 0))
+    jobs = [submit(worker, "active", Count(5, fails_at=2)), submit(worker, "waiting", Count(1))]
+    worker.free_run()
+    for error in map(error_of, jobs):
+        assert isinstance(error, StageUnavailable)
+        assert error.message == "dit lost its device and starts again"
+    assert worker.lost.is_set()
+    assert isinstance(error_of(submit(worker, "later", Count(1))), StageUnavailable)
+    worker.close()
+    assert worker.dropped == []  # what was on the device went with it
+
+
+def test_an_error_that_left_the_device_well_is_one_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_says(monkeypatch, None)
+    worker = CountingWorker(device=torch.device("cuda", 0))
+    worker.free_run()
+    assert error_of(submit(worker, "broken", Count(5, fails_at=2))).message == "RuntimeError: a number is missing"
+    assert submit(worker, "later", Count(1)).done.result(WAIT_S)[0] == 1
+    assert not worker.lost.is_set()
+    worker.close()

@@ -14,7 +14,7 @@ from bagel_triton.engine.trace import Span
 from bagel_triton.errors import Cancelled, StageUnavailable, from_exception
 from bagel_triton.events import encode_event
 from bagel_triton.in_flight import InFlight
-from bagel_triton.liveness import Announcement, end_with_parent
+from bagel_triton.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.remote import RemoteModels
 from bagel_triton.request import REQUEST_TENSORS, from_tensors
 from bagel_triton.triton_metrics import TritonMetrics
@@ -40,6 +40,8 @@ class TritonPythonModel:
             from bagel_triton.engine.build import LocalStages  # otherwise this process needs no torch
 
             self._local = LocalStages(config, self._metrics)
+            for engine in (self._local.thinker, self._local.dit, self._local.decoder):
+                end_when(engine.lost)
         self._remote = RemoteModels(config.remote)
         self._tracing = tracing.from_environment()
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)

@@ -28,10 +28,11 @@ class DecoderEngine(Worker[Latents, Tensor]):
     def __init__(
         self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig, metrics: Metrics | None = None
     ) -> None:
-        super().__init__(metrics, config.max_waiting)
+        device = next(autoencoder.parameters()).device
+        super().__init__(metrics, config.max_waiting, device=device)
         self._autoencoder, self._latent, self._config = autoencoder, latent, config
         # On a CPU a convolution's rounding depends on the batch, and batching gains nothing.
-        on_cpu = next(autoencoder.parameters()).device.type == "cpu"
+        on_cpu = device.type == "cpu"
         self._limit = 1 if on_cpu else config.max_batch_size
         self._batch: list[DecodeJob] = []
         self.start()

@@ -52,7 +52,7 @@ class DitEngine(Worker[DenoiseJob, Sequence[Latents]]):
         arena_tokens: int,
         metrics: Metrics | None = None,
     ) -> None:
-        super().__init__(metrics, config.max_waiting, Crew.of(model.device))
+        super().__init__(metrics, config.max_waiting, Crew.of(model.device), model.device)
         self._model, self._consumer, self._config = model, consumer, config
         self._geometry, self._arena_tokens = geometry, arena_tokens
         self._runs: list[FlowRun] = []

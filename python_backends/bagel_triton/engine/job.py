@@ -1,4 +1,4 @@
-"""One request's visit to a stage, as the stage's engine sees it."""
+"""One request's visit to a stage, as the stage's engine sees it, and a question to that engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,22 @@ from bagel_triton.messages import Schedule
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 log = logging.getLogger(__name__)
+
+
+class Call(Generic[Value]):
+    """A question to an engine, answered on its thread by ``function``."""
+
+    def __init__(self, function: Callable[[], Value]) -> None:
+        self._function, self.future = function, Future[Value]()
+
+    def run(self) -> None:
+        """Resolve ``future``."""
+        try:
+            self.future.set_result(self._function())
+        except Exception as error:
+            self.future.set_exception(error)
 
 
 @dataclass(eq=False)

@@ -33,3 +33,16 @@ class NoMetrics:
 
     def observe(self, name: str, seconds: float) -> None:
         """Do nothing."""
+
+
+class ChangedGauges:
+    """Gauges that are only told where they changed: setting one at every step would be most of what is told."""
+
+    def __init__(self, metrics: Metrics, prefix: str) -> None:
+        self._metrics, self._prefix, self._values = metrics, prefix, dict[str, float]()
+
+    def __call__(self, name: str, value: float) -> None:
+        """``name``, behind the prefix, is ``value`` now."""
+        if self._values.get(name) != value:
+            self._values[name] = value
+            self._metrics.gauge(f"{self._prefix}{name}", value)

@@ -56,7 +56,7 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
         config: ThinkerConfig,
         metrics: Metrics | None = None,
     ) -> None:
-        super().__init__(metrics, config.max_waiting, Crew.of(model.device))
+        super().__init__(metrics, config.max_waiting, Crew.of(model.device), model.device)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
@@ -120,6 +120,7 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
             try:
                 self._next_phase(active)
             except Exception as error:
+                self._ends_with(error)
                 self._drop(active.job)
                 active.job.fail(error)
 
@@ -131,6 +132,7 @@ class ThinkerEngine(Worker[Plan, Thoughts]):
             try:
                 events = decoder.take(decoder.choose(scores, token_id))
             except Exception as error:  # its own failure, not that of those that share the step
+                self._ends_with(error)
                 self._drop(active.job)
                 active.job.fail(error)
                 continue

@@ -9,18 +9,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Generic
 
-from bagel_triton.engine.job import Job, Result, Task
+import torch
+
+from bagel_triton.engine.job import Call, Job, Result, Task, Value
 from bagel_triton.engine.line import Line
-from bagel_triton.engine.metrics import Metrics, NoMetrics
+from bagel_triton.engine.metrics import ChangedGauges, Metrics, NoMetrics
 from bagel_triton.errors import BagelError, Cancelled, DeadlineExceeded, Overloaded, StageUnavailable
 from bagel_triton.events import Event, ProgressEvent, Stage
 from bagel_triton.messages import Schedule
 from bagel_triton.model.cores import release_team
 from bagel_triton.model.crew import ALONE, Crew
+from bagel_triton.model.device_loss import CPU, is_lost
 
-Value = TypeVar("Value")
 KEEP_S, SIGN_OF_LIFE_S = 0.05, 1.0
 log = logging.getLogger(__name__)
 
@@ -37,11 +39,14 @@ class Worker(ABC, Generic[Task, Result]):
     stage: Stage
     poll_s = 0.02  # how soon a condition without a wake-up, such as a released lease, is noticed
 
-    def __init__(self, metrics: Metrics | None = None, max_waiting: int = 256, crew: Crew = ALONE) -> None:
-        self.metrics, self._gauged, self._crew = metrics or NoMetrics(), dict[str, float](), crew
+    def __init__(
+        self, metrics: Metrics | None = None, max_waiting: int = 256, crew: Crew = ALONE, device: torch.device = CPU
+    ) -> None:
+        self.metrics, self._crew, self._device = metrics or NoMetrics(), crew, device
+        self.gauge = ChangedGauges(self.metrics, f"{self.stage}_")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: Line[Task, Result] = Line(max_waiting)
-        self._closing = threading.Event()
+        self._closing, self.lost = threading.Event(), threading.Event()  # lost: its device is, for this process
         self._closed, self._closing_lock = False, threading.Lock()
         self._told_at = self._kept_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"{self.stage}-engine", daemon=True)
@@ -73,20 +78,13 @@ class Worker(ABC, Generic[Task, Result]):
 
     def call(self, function: Callable[[], Value]) -> Future[Value]:
         """What ``function`` returns or raises, run between steps on the worker's thread; from any thread."""
-        future: Future[Value] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-
+        call = Call(function)
         with self._closing_lock:
-            if not self._closed:
-                self._inbox.put(run)
-                return future
-        future.set_exception(StageUnavailable(f"{self.stage} is shutting down"))
-        return future
+            if self._closed:
+                call.future.set_exception(StageUnavailable(f"{self.stage} is shutting down"))
+            else:
+                self._inbox.put(call.run)
+        return call.future
 
     def cancel(self, request_id: str) -> None:
         """Drop what ``request_id`` has here, waiting or active; from any thread."""
@@ -136,13 +134,21 @@ class Worker(ABC, Generic[Task, Result]):
 
     def _run(self) -> None:
         self._crew.lead()
-        while not self._closing.is_set():
+        while not self._closing.is_set() and not self.lost.is_set():
             try:
                 self._turn()
             except Exception as error:
                 log.exception("%s: a step failed", self.stage)
-                self._fail_active(error)
+                if not self._ends_with(error):
+                    self._fail_active(error)
         self._shut_down()
+
+    def _ends_with(self, error: Exception) -> bool:
+        """Whether this worker ends, as ``error`` came of a device that no later step can use."""
+        if not isinstance(error, BagelError) and is_lost(self._device):
+            log.error("%s: %s is lost to this process", self.stage, self._device)
+            self.lost.set()
+        return self.lost.is_set()
 
     def _turn(self) -> None:
         """Take in, admit, and step; or wait, where there is nothing to step."""
@@ -180,12 +186,6 @@ class Worker(ABC, Generic[Task, Result]):
     def _keep(self, job: Job[Task, Result]) -> None:
         """See that what a waiting job needs is still there when its turn comes; a BagelError fails it."""
 
-    def gauge(self, name: str, value: float) -> None:
-        """Set the gauge ``STAGE_name`` where it changed."""
-        if self._gauged.get(name) != value:
-            self._gauged[name] = value
-            self.metrics.gauge(f"{self.stage}_{name}", value)
-
     def _expire(self) -> None:
         """Fail every job whose time is up, waiting or active."""
         for job in [job for job in self._jobs if job.expired]:
@@ -218,6 +218,7 @@ class Worker(ABC, Generic[Task, Result]):
                 job.started_at = time.monotonic()
                 self.metrics.observe(f"{self.stage}_queue_seconds", job.started_at - job.submitted_at)
             except Exception as error:
+                self._ends_with(error)
                 self._turn_away(job)
                 job.fail(error)
             self._waiting.remove(job)
@@ -242,8 +243,8 @@ class Worker(ABC, Generic[Task, Result]):
         with self._closing_lock:
             self._closed = True
         self._drain(0.0)
-        error = StageUnavailable(f"{self.stage} is shutting down")
-        self._fail_active(error)
-        for job in self._waiting:
-            self._remove(job)
-            job.fail(error)
+        reason = "lost its device and starts again" if self.lost.is_set() else "is shutting down"
+        for job in self._jobs:
+            if not self.lost.is_set():  # else to free what it holds there would fail, too
+                self._remove(job)
+            job.fail(StageUnavailable(f"{self.stage} {reason}"))
