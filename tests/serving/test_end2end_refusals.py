@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bagel_triton.engine import offline
 from tests.support.offline_script import CHECKPOINT, OfflineScript
 
 Refusal = Callable[..., str]
@@ -29,8 +31,9 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return refuse
 
 
-def test_loading_has_a_time_limit(refusal: Refusal):
-    assert "loading took longer than 0.001 s" in refusal("--prompts", "A cute cat", "--init-timeout", "0.001")
+def test_loading_has_a_time_limit(refusal: Refusal, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(offline, "LocalStages", lambda config: time.sleep(60))
+    assert "loading took longer than 0.05 s" in refusal("--prompts", "A cute cat", "--init-timeout", "0.05")
 
 
 @pytest.mark.parametrize(

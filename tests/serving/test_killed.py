@@ -18,7 +18,7 @@ from bagel_triton.deploy.topology import BAGEL, ENSEMBLE
 from tests.serving.test_together import EIGHT, picture_body
 from tests.support.exact import same_picture
 from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
-from tests.support.serving import Server
+from tests.support.serving import ENDLESS_TEXT, Server
 
 STAGES = tuple(model for model in BAGEL.models if model != ENSEMBLE)
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "0"))
@@ -40,16 +40,7 @@ MIXED: list[dict[str, Any]] = [
 # A load that is sure to be at the stage: many steps, many tokens, or (where visits are short) many requests.
 AT: dict[str, list[dict[str, Any]]] = {
     "dit": [picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
-    "thinker": [
-        {
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "modalities": ["text"],
-            "max_tokens": 3000,
-            "n": 10,
-            "temperature": 2.0,
-            "repetition_penalty": 2.0,
-        }
-    ],
+    "thinker": [ENDLESS_TEXT],
 }
 AT["bagel"] = AT["dit"] + 3 * AT["thinker"]  # which wait for each other: both stages are busy for long
 

@@ -20,17 +20,9 @@ import tritonclient.grpc as triton
 from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 from tests.serving.test_together import EIGHT, picture_body, until_idle
 from tests.support.exact import same_picture
-from tests.support.serving import ANSWER_S, STOP_S, Server, generate, infer, reply_pictures
+from tests.support.serving import ANSWER_S, ENDLESS_TEXT, STOP_S, Server, generate, infer, reply_pictures
 
 LONG = picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
-THINKING = {  # ten random texts: it takes thousands of tokens until the last one ends by chance
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-    "modalities": ["text"],
-    "max_tokens": 3000,
-    "n": 10,
-    "temperature": 2.0,
-    "repetition_penalty": 2.0,
-}
 
 
 def until(server: Server, gauge: str, value: float) -> None:
@@ -75,7 +67,7 @@ def cut_short(server: Server, stage: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize(("body", "stage"), [(LONG, "dit"), (THINKING, "thinker")], ids=["dit", "thinker"])
+@pytest.mark.parametrize(("body", "stage"), [(LONG, "dit"), (ENDLESS_TEXT, "thinker")], ids=["dit", "thinker"])
 def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, object], stage: str, stream: bool) -> None:
     with cut_short(server, stage), connection(server, {**body, "stream": stream}):
         until(server, f"bagel_{stage}_active", 1)
@@ -123,7 +115,7 @@ def test_a_client_of_the_ensemble_that_leaves_stops_the_work(server: Server) -> 
 
 
 def test_a_client_of_the_ensemble_that_leaves_a_full_thinker_leaves_its_line(server: Server) -> None:
-    with connection(server, THINKING), connection(server, THINKING):  # one has nearly all the arena
+    with connection(server, ENDLESS_TEXT), connection(server, ENDLESS_TEXT):  # one has nearly all the arena
         until(server, "bagel_thinker_waiting", 1)
         with ensemble_call(server, GenerationRequest(prompt="A cat", height=64, num_inference_steps=4)):
             until(server, "bagel_thinker_waiting", 2)

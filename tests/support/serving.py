@@ -25,6 +25,14 @@ from PIL import Image
 from bagel_triton.request import REQUEST_TENSORS, Arrays, GenerationRequest, to_tensors
 
 START_S, STOP_S, ANSWER_S = 180, 15, 120
+ENDLESS_TEXT = {  # what was said becomes so likely that nothing else is: it runs to its limit, nearly all of the arena
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "modalities": ["text"],
+    "max_tokens": 3000,
+    "n": 10,
+    "temperature": 1.0,
+    "repetition_penalty": 0.01,
+}
 
 
 class Server:
