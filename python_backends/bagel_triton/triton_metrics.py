@@ -50,9 +50,14 @@ class TritonMetrics:
         self._updates.put(lambda: self._metric(name).observe(seconds))
 
     def close(self) -> None:
-        """Make the updates that are queued, then stop."""
+        """Make the updates that are queued, then stop.
+
+        Metrics that outlive their model's ``finalize`` take its process down with a segmentation fault.
+        """
         self._updates.put(None)
         self._thread.join()
+        self._metrics.clear()
+        self._families.clear()
 
     def _make_all(self) -> None:
         """A series that is missing until something happens looks like one that was renamed, and has no rate."""
