@@ -45,8 +45,8 @@ FLOW = defaults.TEXT2IMG
 # Fields of the request by option. What is not given keeps the server's default for the modality.
 REQUEST_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--steps": ("num_inference_steps", {"type": int, "help": f"denoising steps (default: {FLOW.num_inference_steps})"}),
-    "--height": ("height", {"type": int, "help": f"pixels (default: {FLOW.side}, or the input picture's)"}),
-    "--width": ("width", {"type": int, "help": f"pixels (default: {FLOW.side}, or the input picture's)"}),
+    "--height": ("height", {"type": int, "help": f"pixels (default: {FLOW.side}, or the resized input's)"}),
+    "--width": ("width", {"type": int, "help": f"pixels (default: {FLOW.side}, or the resized input's)"}),
     "--negative": ("negative_prompt", {"metavar": "TEXT", "help": "negative prompt"}),
     "--seed": ("seed", {"type": int, "help": "of every prompt's first result (default: a random one each)"}),
     "--n": ("n", {"type": int, "help": "pictures or sampled answers a prompt (default: 1)"}),

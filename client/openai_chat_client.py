@@ -44,7 +44,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8091", help=server)
     parser.add_argument("--image-url", "-i", action="append", default=[], help="a URL or a local file; repeatable")
     parser.add_argument("--modality", "-m", default="text2img", choices=OUTPUT_OF, help="task (default: %(default)s)")
-    sides = f"in pixels (default: {SIDE} for text2img, the input picture's own for img2img)"
+    sides = f"in pixels (default: {SIDE} for text2img, that of the resized input picture for img2img)"
     parser.add_argument("--height", type=int, help=f"height {sides}")
     parser.add_argument("--width", type=int, help=f"width {sides}")
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS})")

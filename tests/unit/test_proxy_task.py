@@ -88,6 +88,21 @@ def test_a_data_url_may_be_written_in_any_valid_way(url: str) -> None:
     assert generation(chat_body(messages=pictures(url))).image == (b"AB",)
 
 
+def test_what_asks_for_nothing_that_the_model_cannot_do_is_taken() -> None:
+    nothing = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logprobs": False,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "store": False,
+        "metadata": None,
+    }
+    assert generation(chat_body(**nothing)) == generation(chat_body())
+
+
 IMAGE_URL = "messages[0].content[1].image_url"
 
 
@@ -109,6 +124,18 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ),
     ({"modalities": ["image", "image"]}, "modalities", "is not allowed"),
     ({"modalities": [1]}, "modalities[0]", "modalities[0]=1 is not allowed; allowed: a text"),
+    # what the model cannot do
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty=0.5 is not allowed; allowed: 0"),
+    ({"presence_penalty": False}, "presence_penalty", "presence_penalty=false is not allowed; allowed: 0"),
+    ({"logprobs": True}, "logprobs", "logprobs=true is not allowed; allowed: false"),
+    (
+        {"response_format": {"type": "json_object"}},
+        "response_format",
+        'response_format={"type": "json_object"} is not allowed; allowed: {"type": "text"}',
+    ),
+    ({"tools": [{"type": "function"}]}, "tools", 'tools=[{"type": "function"}] is not allowed; allowed: []'),
+    ({"tool_choice": "auto"}, "tool_choice", "tool_choice='auto' is not allowed; allowed: \"none\""),
+    ({"extra_body": {"logprobs": False}}, "extra_body.logprobs", "extra_body.logprobs is not a known field"),
     # messages
     ({"messages": []}, "messages", "messages=[] is not allowed; allowed: at least 1 elements"),
     ({"messages": [message()] * 3000}, "messages", "is not allowed; allowed: at most 2048 elements"),

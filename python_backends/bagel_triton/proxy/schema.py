@@ -25,6 +25,7 @@ from pydantic import (
 from bagel_triton.defaults import MAX_MESSAGES, MAX_STOPS
 from bagel_triton.errors import InvalidRequest
 from bagel_triton.excerpt import shortened
+from bagel_triton.proxy.neutral_fields import NEUTRAL, NEUTRAL_FIELDS
 from bagel_triton.proxy.violation import not_allowed, to_invalid_request, unknown_field
 from bagel_triton.request import GenerationRequest
 
@@ -40,7 +41,7 @@ class StrictModel(BaseModel):
         if isinstance(value, dict):
             for name in value:
                 if name not in cls.model_fields:
-                    raise unknown_field(name, list(cls.model_fields))
+                    raise unknown_field(name, [known for known in cls.model_fields if known not in NEUTRAL])
         return value
 
 
@@ -132,11 +133,15 @@ if TYPE_CHECKING:
 
     class GenerationFields(StrictModel):
         """The fields of ``GenerationRequest`` except those that say the conversation."""
+
+    class _OpenAIFields(GenerationFields):
+        """And those that may only ask for nothing."""
 else:
     GenerationFields = create_model("GenerationFields", __base__=StrictModel, **_GENERATION_FIELDS)
+    _OpenAIFields = create_model("OpenAIFields", __base__=GenerationFields, **NEUTRAL_FIELDS)
 
 
-class ChatBody(GenerationFields):
+class ChatBody(_OpenAIFields):
     """A request body; ``null`` means not given, as in OpenAI's API."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
