@@ -36,8 +36,9 @@ def refuse_unknown(where: str, section: object, known: type[msgspec.Struct]) -> 
         return
     allowed = [field.name for field in msgspec.structs.fields(known)]
     for name in section:
+        if name in allowed:
+            continue
         path = f"{where}.{name}" if where else str(name)
-        if name in _REASONS and name not in allowed:
+        if name in _REASONS:
             raise ConfigError(f"{path} has no meaning here: {_REASONS[name]}; remove it")
-        if name not in allowed:
-            raise ConfigError(InvalidRequest.unknown(path, str(name), allowed).message)
+        raise ConfigError(InvalidRequest.unknown(path, str(name), allowed).message)

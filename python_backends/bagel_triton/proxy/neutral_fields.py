@@ -10,7 +10,7 @@ from pydantic import BeforeValidator
 
 from bagel_triton.proxy.violation import not_allowed
 
-# The one value of each that asks for nothing; null does neither.
+# The one value of each, besides null, that asks for nothing.
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
     "logit_bias": {},
