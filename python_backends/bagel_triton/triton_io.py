@@ -107,9 +107,14 @@ def message_array(message: Message) -> Array:
     return bytes_array(encode(message))
 
 
-def response(arrays: Arrays) -> Any:
-    """A response with these outputs."""
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
+def response(arrays: Arrays, requested: Collection[str] = ()) -> Any:
+    """A response with those of ``arrays`` that are ``requested``; with all of them if none is named.
+
+    Triton drops other outputs itself, but until 24.12 it frees their NumPy arrays without
+    holding the GIL, which corrupts the heap (python_backend pull request 390).
+    """
+    wanted = {name: array for name, array in arrays.items() if not requested or name in requested}
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in wanted.items()])
 
 
 def error_response(error: BaseException) -> Any:
@@ -149,8 +154,8 @@ class Reply:
 
     def __init__(self, request: Any, outbox: Outbox) -> None:
         self.request_id: str = request.request_id()
-        asked = request.requested_output_names()  # who names none has asked for every one
-        self.in_ensemble: bool = "pulse" in asked and "event" not in asked
+        self._requested: frozenset[str] = frozenset(request.requested_output_names())
+        self.in_ensemble: bool = "pulse" in self._requested and "event" not in self._requested
         self._pulse: Arrays = {}  # what every response to an ensemble carries, the last one too
         self._sender = request.get_response_sender()
         self._outbox = outbox
@@ -173,7 +178,8 @@ class Reply:
 
     def send(self, arrays: Arrays) -> None:
         """One response of several."""
-        self._outbox.put(lambda: self._sender.send(response(arrays)))
+        if not self._requested or not self._requested.isdisjoint(arrays):
+            self._outbox.put(lambda: self._sender.send(response(arrays, self._requested)))
 
     def event(self, event: Event) -> None:
         """An event, in the output ``event``."""
@@ -196,7 +202,7 @@ class Reply:
 
     def finish(self, arrays: Arrays | None = None) -> None:
         """The last response, with or without outputs."""
-        self._end(lambda: () if arrays is None else (response({**arrays, **self._pulse}),))
+        self._end(lambda: () if arrays is None else (response({**arrays, **self._pulse}, self._requested),))
 
     def fail(self, error: BaseException) -> None:
         """An error as the last response; to an ensemble whose client has gone, none."""

@@ -38,7 +38,8 @@ class TritonPythonModel:
             {
                 "plan": triton_io.message_array(plan),
                 "stats": triton_io.bytes_array(encode_stats(stats)),
-            }
+            },
+            request.requested_output_names(),
         )
 
     def finalize(self) -> None:

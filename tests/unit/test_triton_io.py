@@ -1,0 +1,71 @@
+"""Responses of the Triton models, with a stand-in for Triton's own module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@dataclass
+class FakeSender:
+    """Records the outputs of each response."""
+
+    sent: list[list[str]] = field(default_factory=list)
+
+    def send(self, *response: Any, flags: int = 0) -> None:
+        self.sent += [[tensor.name for tensor in one.tensors] for one in response]
+
+
+@dataclass
+class FakeRequest:
+    """A request for the outputs ``requested``; for all of them where that is empty."""
+
+    requested: list[str]
+    sender: FakeSender = field(default_factory=FakeSender)
+
+    def request_id(self) -> str:
+        return "r1"
+
+    def requested_output_names(self) -> list[str]:
+        return self.requested
+
+    def get_response_sender(self) -> FakeSender:
+        return self.sender
+
+
+@pytest.fixture
+def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    pb_utils = SimpleNamespace(
+        Tensor=lambda name, array: SimpleNamespace(name=name, array=array),
+        InferenceResponse=lambda tensors, error=None: SimpleNamespace(tensors=tensors),
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils)  # type: ignore[arg-type]
+    monkeypatch.delitem(sys.modules, "bagel_triton.triton_io", raising=False)
+    yield importlib.import_module("bagel_triton.triton_io")
+    del sys.modules["bagel_triton.triton_io"]
+
+
+def sent(triton_io: ModuleType, requested: list[str]) -> list[list[str]]:
+    request, outbox = FakeRequest(requested), triton_io.Outbox()
+    reply = triton_io.Reply(request, outbox)
+    reply.send({"event": np.zeros(1)})
+    reply.finish({"thoughts": np.zeros(1), "contexts": np.zeros(1)})
+    outbox.close()
+    return request.sender.sent
+
+
+def test_a_response_has_only_the_outputs_that_were_requested(triton_io: ModuleType) -> None:
+    assert sent(triton_io, ["thoughts"]) == [["thoughts"]]
+    assert sent(triton_io, ["event", "contexts"]) == [["event"], ["contexts"]]
+
+
+def test_a_request_that_names_no_output_gets_all(triton_io: ModuleType) -> None:
+    assert sent(triton_io, []) == [["event"], ["thoughts", "contexts"]]
