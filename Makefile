@@ -11,10 +11,10 @@ setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
 
 # Remade when its maker changes; real checkpoints are never touched.
-$(TINY): $(wildcard python_backends/bagel_triton/runtime/tiny_*.py) | setup
+$(TINY): $(wildcard python_backends/bagel_triton/weights/tiny/*.py) | setup
 	$(BIN)/bagel-triton tiny-checkpoint --force $@
 
-demo: $(TINY) ## one picture through the whole server, on free ports
+demo: $(TINY) ## one image through the whole server, on free ports
 	$(BIN)/bagel-triton demo $(TINY) --output .cache/demo.png
 
 serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by default)
@@ -27,7 +27,7 @@ test-all: setup ## those that take minutes, too: every case between two hosts, e
 	$(BIN)/python -m pytest -m "long or not long"
 
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
-	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bagel_triton.bench $(BENCH_ARGS)
+	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bench $(BENCH_ARGS)
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff check

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from progress_bar import ProgressBar
 
-from bagel_triton import defaults
-from bagel_triton.engine.pipeline import Picture
-from bagel_triton.errors import BagelError, InvalidRequest
-from bagel_triton.events import AnswerEvent, DoneEvent, Event, ProgressEvent
-from bagel_triton.request import GenerationRequest
-from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.pipeline.pipeline import GeneratedImage
+from bagel_triton.protocol import validation as defaults
+from bagel_triton.protocol.errors import BagelError, InvalidRequest
+from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ProgressEvent
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.serving.command_error import CommandError
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ REQUEST_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--width": ("width", {"type": int, "help": f"pixels (default: {FLOW.side}, or the resized input's)"}),
     "--negative": ("negative_prompt", {"metavar": "TEXT", "help": "negative prompt"}),
     "--seed": ("seed", {"type": int, "help": "of every prompt's first result (default: a random one each)"}),
-    "--n": ("n", {"type": int, "help": "pictures or sampled answers a prompt (default: 1)"}),
+    "--n": ("n", {"type": int, "help": "images or sampled answers a prompt (default: 1)"}),
     "--cfg-text-scale": ("cfg_text_scale", {"type": float, "metavar": "SCALE", "help": "guidance by the text"}),
-    "--cfg-img-scale": ("cfg_img_scale", {"type": float, "metavar": "SCALE", "help": "guidance by the picture"}),
+    "--cfg-img-scale": ("cfg_img_scale", {"type": float, "metavar": "SCALE", "help": "guidance by the image"}),
     "--cfg-interval": ("cfg_interval", {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}),
     "--cfg-renorm-type": ("cfg_renorm_type", {"metavar": "TYPE", "help": "global, channel or text_channel"}),
     "--cfg-renorm-min": ("cfg_renorm_min", {"type": float, "metavar": "MIN", "help": "from 0 to 1"}),
@@ -85,8 +85,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompts", nargs="+", metavar="PROMPT")
     prompts.add_argument("--txt-prompts", type=Path, metavar="FILE", help="one prompt a line; empty lines are skipped")
     parser.add_argument("--image-path", type=Path, nargs="+", metavar="FILE", help="input, for img2img and img2text")
-    parser.add_argument("--think", action="store_true", default=None, help="think before each picture or answer")
-    parser.add_argument("--output", "-o", type=Path, default="bagel_output", help="pictures' folder (%(default)s)")
+    parser.add_argument("--think", action="store_true", default=None, help="think before each image or answer")
+    parser.add_argument("--output", "-o", type=Path, default="bagel_output", help="images' folder (%(default)s)")
     for option, (field, how) in REQUEST_OPTIONS.items():
         parser.add_argument(option, dest=field, **how)
     parser.add_argument("--deploy-config", "--stage-configs-path", type=Path, metavar="YAML", help="deploy YAML")
@@ -105,9 +105,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{option} has no meaning here: {reason}")
     if args.worker_backend != "process":
         parser.error(f"--worker-backend={args.worker_backend} is not there: {NO_RAY}; allowed: process")
-    takes_picture = args.modality.startswith("img2")
-    if takes_picture != (args.image_path is not None):
-        parser.error(f"--modality {args.modality} {'needs' if takes_picture else 'takes no'} --image-path")
+    takes_image = args.modality.startswith("img2")
+    if takes_image != (args.image_path is not None):
+        parser.error(f"--modality {args.modality} {'needs' if takes_image else 'takes no'} --image-path")
     for name in ("init_timeout", "batch_timeout"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')}={value} is not allowed; allowed: seconds > 0")
@@ -139,8 +139,8 @@ def common_request(args: argparse.Namespace) -> GenerationRequest:
     fields = {field: getattr(args, field) for field, _ in REQUEST_OPTIONS.values()}
     if fields["cfg_interval"] is not None:
         fields["cfg_interval"] = tuple(fields["cfg_interval"])
-    pictures = tuple(file_bytes("--image-path", path) for path in args.image_path or ())
-    return GenerationRequest(image=pictures or None, modality=OUTPUT_OF[args.modality], think=args.think, **fields)
+    images = tuple(file_bytes("--image-path", path) for path in args.image_path or ())
+    return GenerationRequest(image=images or None, modality=OUTPUT_OF[args.modality], think=args.think, **fields)
 
 
 def configuration(args: argparse.Namespace) -> DeployConfig:
@@ -149,7 +149,7 @@ def configuration(args: argparse.Namespace) -> DeployConfig:
             f"--model {args.model} is not a folder; download the checkpoint first, "
             f"for example: hf download {HUB_NAME} --local-dir {HUB_NAME}"
         )
-    from bagel_triton.deploy import deploy_yaml
+    from bagel_triton.deploy import yaml as deploy_yaml
     from bagel_triton.deploy.config import DeployConfig
 
     config = deploy_yaml.load(args.deploy_config, args.model) if args.deploy_config else DeployConfig(args.model)
@@ -175,7 +175,7 @@ class Results:
         self._lines = [[f"[{index}] {prompt}"] for index, prompt in enumerate(prompts)]
         self._step = [0] * len(prompts)
 
-    def take(self, index: int, item: Event | Picture[Tensor] | BagelError) -> None:
+    def take(self, index: int, item: Event | GeneratedImage[Tensor] | BagelError) -> None:
         lines = self._lines[index]
         if isinstance(item, ProgressEvent) and item.stage == "dit":
             self._advance(index, item.step)
@@ -189,10 +189,10 @@ class Results:
         elif isinstance(item, BagelError):
             self._bar.write(f"end2end: error: prompt {index}: {item.message}", file=sys.stderr)
             self._advance(index, self._steps)
-        elif isinstance(item, Picture):
-            event = item.event  # a file a picture: INDEX.png, then INDEX_1.png, ...
+        elif isinstance(item, GeneratedImage):
+            event = item.event  # a file an image: INDEX.png, then INDEX_1.png, ...
             path = self._save(f"{index}_{event.index}" if event.index else f"{index}", item.pixels)
-            lines.append(f"picture   {path}, {event.width}x{event.height} pixels, seed {event.seed}")
+            lines.append(f"image   {path}, {event.width}x{event.height} pixels, seed {event.seed}")
 
     def _advance(self, index: int, step: int) -> None:
         self._step[index] = step
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     if common.modality == "image":
         args.output.mkdir(parents=True, exist_ok=True)
 
-    from bagel_triton.engine import offline
+    from bagel_triton.pipeline import offline
 
     try:
         offline.check(config, common)

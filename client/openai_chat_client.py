@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Ask a BAGEL server for pictures or text over its OpenAI chat API.
+"""Ask a BAGEL server for images or text over its OpenAI chat API.
 
-Needs httpx, tqdm and the files beside it, nothing of the server's. Pictures are saved; text is printed
+Needs httpx, tqdm and the files beside it, nothing of the server's. Images are saved; text is printed
 on standard output as it comes, thinking and progress on standard error.
 
     python openai_chat_client.py --prompt "A cute cat" --output cat.png
@@ -39,27 +39,27 @@ class Refused(Exception):
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
-    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="image (default: %(default)s)")
     server = "URL or HOST:PORT (default: %(default)s)"
     parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8091", help=server)
     parser.add_argument("--image-url", "-i", action="append", default=[], help="a URL or a local file; repeatable")
     parser.add_argument("--modality", "-m", default="text2img", choices=OUTPUT_OF, help="task (default: %(default)s)")
-    sides = f"in pixels (default: {SIDE} for text2img, that of the resized input picture for img2img)"
+    sides = f"in pixels (default: {SIDE} for text2img, that of the resized input image for img2img)"
     parser.add_argument("--height", type=int, help=f"height {sides}")
     parser.add_argument("--width", type=int, help=f"width {sides}")
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS})")
-    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another picture")
+    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another image")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     parser.add_argument("--negative", help="negative prompt")
-    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--think", action="store_true", help="think before the image or the answer")
     parser.add_argument("--max-think-tokens", type=int, help="longest thinking in tokens")
-    parser.add_argument("--n", type=int, help="number of pictures, saved as NAME-1, NAME-2, or of sampled answers")
+    parser.add_argument("--n", type=int, help="number of images, saved as NAME-1, NAME-2, or of sampled answers")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, help="sample the text; greedy without it")
     args = parser.parse_args(argv)
-    takes_picture = args.modality.startswith("img2")
-    if takes_picture != bool(args.image_url):
-        parser.error(f"--modality {args.modality} {'needs' if takes_picture else 'takes no'} --image-url")
+    takes_image = args.modality.startswith("img2")
+    if takes_image != bool(args.image_url):
+        parser.error(f"--modality {args.modality} {'needs' if takes_image else 'takes no'} --image-url")
     return args
 
 
@@ -69,7 +69,7 @@ def image_url(source: str) -> str:
         return source
     mime, _ = mimetypes.guess_type(source)
     if mime is None or not mime.startswith("image/"):
-        raise Refused(f"--image-url {source}: not a URL, and not the name of a picture file")
+        raise Refused(f"--image-url {source}: not a URL, and not the name of an image file")
     try:
         data = Path(source).read_bytes()
     except OSError as error:
@@ -82,7 +82,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     content += [{"type": "image_url", "image_url": {"url": image_url(source)}} for source in args.image_url]
     output = OUTPUT_OF[args.modality]
     defaults = {"num_inference_steps": STEPS} if output == "image" else {}
-    if args.modality == "text2img":  # an edited picture keeps its size
+    if args.modality == "text2img":  # an edited image keeps its size
         defaults |= {"height": SIDE, "width": SIDE}
     given = {
         "height": args.height,
@@ -139,8 +139,8 @@ def reason(answer: bytes) -> str:
 
 
 def receive(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The pictures, and the last chunk, which has the seed and the timings."""
-    pictures: list[dict[str, Any]] = []
+    """The images, and the last chunk, which has the seed and the timings."""
+    images: list[dict[str, Any]] = []
     chunk: dict[str, Any] = {}
     screen = Screen(several=OUTPUT_OF[args.modality] == "text" and (args.n or 1) > 1)
     try:
@@ -153,29 +153,29 @@ def receive(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
                     screen.text(index, "thinking", thought)
                 content = delta.get("content")
                 if isinstance(content, list):
-                    pictures += content
+                    images += content
                 elif content:
                     screen.text(index, "answer", content)
                 if choice["finish_reason"] == "length":
                     screen.text(index, "note", "the answer was cut at the token limit")
     finally:
         screen.close()
-    if not pictures and OUTPUT_OF[args.modality] == "image":
-        raise Refused("the server sent no picture")
-    return pictures, chunk
+    if not images and OUTPUT_OF[args.modality] == "image":
+        raise Refused("the server sent no image")
+    return images, chunk
 
 
-def save(output: Path, pictures: list[dict[str, Any]]) -> None:
-    """Write the pictures and say where; raises Refused where that cannot be."""
-    for number, picture in enumerate(pictures, 1):
-        path = output.with_stem(f"{output.stem}-{number}") if len(pictures) > 1 else output
-        png = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+def save(output: Path, images: list[dict[str, Any]]) -> None:
+    """Write the images and say where; raises Refused where that cannot be."""
+    for number, image in enumerate(images, 1):
+        path = output.with_stem(f"{output.stem}-{number}") if len(images) > 1 else output
+        png = base64.b64decode(image["image_url"]["url"].partition(",")[2])
         try:
             path.write_bytes(png)
         except OSError as error:
             raise Refused(f"cannot write {path}: {error.strerror}") from error
         width, height = struct.unpack(">II", png[16:24])
-        print(f"picture  {path}, {width}x{height} pixels, {len(png) / 1024:.1f} KB, seed {picture['seed']}")
+        print(f"image  {path}, {width}x{height} pixels, {len(png) / 1024:.1f} KB, seed {image['seed']}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,13 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.output.parent.is_dir():
             raise Refused(f"cannot write {args.output}: {args.output.parent} is not a folder")
-        pictures, last = receive(args)
-        save(args.output, pictures)
+        images, last = receive(args)
+        save(args.output, images)
     except (Refused, httpx.InvalidURL, httpx.HTTPError) as error:
         server = without_login(args.server)
         print(f"no answer from {server}: {error}" if isinstance(error, httpx.HTTPError) else error, file=sys.stderr)
         return 1
-    out = sys.stdout if pictures else sys.stderr  # only the text goes where text is wanted
+    out = sys.stdout if images else sys.stderr  # only the text goes where text is wanted
     print(f"seed     {'none, greedy' if last['seed'] is None else last['seed']}", file=out)
     for stage, spent in last["metrics"]["stages"].items():
         print(f"{stage:<12} {spent['run_s']:8.3f} s  (queued {spent['queue_s']:.3f} s)", file=out)

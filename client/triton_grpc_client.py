@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask Triton itself for a picture or an answer, over a gRPC stream, without the OpenAI proxy.
+"""Ask Triton itself for an image or an answer, over a gRPC stream, without the OpenAI proxy.
 
 python triton_grpc_client.py --prompt "A cute cat" --server localhost:8001 --output cat.png
 python triton_grpc_client.py --image cat.png --prompt "Make the cat stand up" --think
@@ -17,14 +17,14 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from picture_file import fail, unwritable
+from image_file import fail, unwritable
 from server_address import grpc_address
 from triton_task import Result, add_arguments, generation_request, results, show
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
 
 ENSEMBLE = "bagel_text2img"
 
@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     server = "Triton's gRPC port, HOST:PORT or a URL (default: %(default)s)"
     parser.add_argument("--server", "-s", type=grpc_address, default="localhost:8001", help=server)
     parser.add_argument("--model", default="bagel", choices=["bagel", ENSEMBLE], help="pipeline (default: %(default)s)")
-    parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input picture; may be repeated")
+    parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input image; may be repeated")
     args = parser.parse_args(argv)
     if args.model == ENSEMBLE:
         for option in ("modality", "image", "think", "max_think_tokens", "max_tokens"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask Triton itself for a picture or an answer, over HTTP ``generate_stream``, without the OpenAI proxy.
+"""Ask Triton itself for an image or an answer, over HTTP ``generate_stream``, without the OpenAI proxy.
 
     python triton_http_client.py --prompt "A cute cat" --server http://localhost:8000
     python triton_http_client.py --modality text --prompt "What is the capital of France?"
@@ -8,7 +8,7 @@ The same by hand, one JSON object per event:
 
     curl -N localhost:8000/v2/models/bagel/generate_stream -d '{"prompt": "A cute cat", "seed": 42}'
 
-Input pictures are bytes, which this protocol's JSON cannot carry: triton_grpc_client.py sends them.
+Input images are bytes, which this protocol's JSON cannot carry: triton_grpc_client.py sends them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 import httpx
 import msgspec
-from picture_file import fail, unwritable
+from image_file import fail, unwritable
 from server_address import http_url, without_login
 from triton_task import add_arguments, generation_request, results, show
 
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.request import to_tensors
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.request import to_tensors
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 

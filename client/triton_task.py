@@ -9,36 +9,36 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from image_file import save
 from numpy.typing import ArrayLike, NDArray
-from picture_file import save
 from progress_bar import ProgressBar
 
-from bagel_triton.events import AnswerEvent, PictureEvent, ProgressEvent, decode_event
-from bagel_triton.request import GenerationRequest
+from bagel_triton.protocol.events import AnswerEvent, ImageEvent, ProgressEvent, decode_event
+from bagel_triton.protocol.request import GenerationRequest
 
-Result = AnswerEvent | tuple[NDArray[np.uint8], int]  # an answer or the thinking; a picture [H, W, 3] and its seed
+Result = AnswerEvent | tuple[NDArray[np.uint8], int]  # an answer or the thinking; an image [H, W, 3] and its seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
-    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="picture (default: %(default)s)")
+    parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="image (default: %(default)s)")
     parser.add_argument("--modality", "-m", choices=["image", "text"], help="what to make (default: image)")
     parser.add_argument("--height", type=int, help="height in pixels")
     parser.add_argument("--width", type=int, help="width in pixels")
     parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another picture")
+    parser.add_argument("--cache", help="taylorseer skips some of the steps: faster, and another image")
     parser.add_argument("--seed", type=int, help="random seed; drawn where none is given")
     parser.add_argument("--negative", help="negative prompt")
-    parser.add_argument("--think", action="store_true", help="think before the picture or the answer")
+    parser.add_argument("--think", action="store_true", help="think before the image or the answer")
     parser.add_argument("--max-think-tokens", type=int, help="longest thinking in tokens")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
 
 
-def generation_request(args: argparse.Namespace, pictures: Iterable[bytes] = ()) -> GenerationRequest:
-    """What the arguments ask for, of encoded ``pictures``; what was not given has the server's default."""
+def generation_request(args: argparse.Namespace, images: Iterable[bytes] = ()) -> GenerationRequest:
+    """What the arguments ask for, of encoded ``images``; what was not given has the server's default."""
     return GenerationRequest(
         prompt=args.prompt,
-        image=tuple(pictures) or None,
+        image=tuple(images) or None,
         modality=args.modality,
         negative_prompt=args.negative,
         height=args.height,
@@ -61,12 +61,12 @@ def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterat
                 bar.show(event.stage, event.step, event.steps)
             elif isinstance(event, AnswerEvent):
                 yield event
-            elif isinstance(event, PictureEvent):
+            elif isinstance(event, ImageEvent):
                 yield np.asarray(pixels, dtype=np.uint8).reshape(event.height, event.width, 3), event.seed
 
 
 def show(found: Iterable[Result], args: argparse.Namespace) -> int:
-    """Print texts and save the picture; the exit status."""
+    """Print texts and save the image; the exit status."""
     status = 0
     for result in found:
         if isinstance(result, AnswerEvent):

@@ -10,8 +10,8 @@ import pytest
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import TinyConfig
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.cases import Case, load_cases
 
 DATA = Path(__file__).parent / "data"

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle, CudaAddress, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import ArenaFull
+from bagel_triton.ipc.cuda_memory import device_of, device_uuid
+from bagel_triton.kv.block_pool import KVCacheFull
 from bagel_triton.kv.store import token_bytes
-from bagel_triton.messages import decode, encode
-from bagel_triton.model.cuda_bytes import device_of, device_uuid
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import CudaAddress, KVGeometry, KVHandle, decode, encode
 from tests.support.connectors import Ends
 from tests.support.kv import contents_of
 from tests.support.kv_process import Peer, peer
@@ -96,7 +95,7 @@ def test_a_producer_that_was_restarted_is_mapped_anew() -> None:
 def test_a_full_pool_is_one_error_and_empties_again() -> None:
     with _both(_ends(blocks=4)) as (producer, consumer):
         handle = producer.lend(range(16))
-        with pytest.raises(ArenaFull):
+        with pytest.raises(KVCacheFull):
             producer.lend(range(1))
         consumer.ask("claim", encode(handle))
         producer.ask("reclaim")
@@ -122,4 +121,4 @@ def test_what_is_claimed_was_written_before_and_is_not_written_over_while_it_is_
             if len(pending) == 2:
                 handle, written = pending.pop(0)
                 right, _ = consumer.ask("check_random", handle, written, "cuda:0")
-                assert right, f"lease {decode(handle, ContextHandle).lease} was read before or after its time"
+                assert right, f"lease {decode(handle, KVHandle).lease} was read before or after its time"

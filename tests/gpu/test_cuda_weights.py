@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.bench.weight_sharing import measure
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.cuda_memory import CudaMemory, why_not
-from bagel_triton.model.weight_sharing import shared_weights
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import TinyConfig
+from bagel_triton.ipc.cuda_memory import CudaMemory, why_not
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.sharing import shared_weights
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
+from bench.weight_sharing import measure
 from tests.support.kv_process import Peer, peer
 from tests.support.weight_holder import WeightHolder
 from tests.support.weights import TINY

@@ -10,8 +10,8 @@ import torch
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.model.attention import Span, attend
-from bagel_triton.request import GenerationRequest
+from bagel_triton.model.attention import QuerySpan, attend
+from bagel_triton.protocol.request import GenerationRequest
 from tests.support.cases import Case, load_cases
 from tests.support.nearness import mean_levels, relative_rms
 from tests.support.runs import generate, generate_together, result_of
@@ -43,11 +43,11 @@ def stages(dtype: str) -> Iterator[LocalStages]:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.height], ids=lambda case: case.name)
-def test_a_picture_is_near_the_one_recorded(stages: LocalStages, dtype: str, case: Case) -> None:
+def test_a_image_is_near_the_one_recorded(stages: LocalStages, dtype: str, case: Case) -> None:
     run = generate(stages, case.request)
     assert run.latents[0].tokens.device == stages.producer.arena.store.device == GPU
     assert relative_rms(run.latents[0].tokens, case.tensors()["latent"]) < RMS[dtype]
-    assert mean_levels(run.pixels[0], case.picture()) < LEVELS[dtype]
+    assert mean_levels(run.pixels[0], case.image()) < LEVELS[dtype]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.height], ids=lambda case: case.name)
@@ -67,7 +67,7 @@ def test_a_text_is_sampled_from_its_seed(stages: LocalStages) -> None:
     assert first[0].content != first[1].content
 
 
-def test_pictures_made_together_are_near_those_made_alone(stages: LocalStages, dtype: str) -> None:
+def test_images_made_together_are_near_those_made_alone(stages: LocalStages, dtype: str) -> None:
     """They share forwards, decodings, and an arena whose blocks are not consecutive by then."""
     prompts = ("A cute cat", "A cute cat that sits on a table", "A futuristic city " * 9)
     requests = [
@@ -92,7 +92,7 @@ def test_attention_is_the_cpus(dtype: torch.dtype, rows: int, length: int, causa
     generator = torch.Generator().manual_seed(rows)
     query = torch.randn(rows, 28, 128, generator=generator)
     key, value = (torch.randn(length, 4, 128, generator=generator) for _ in range(2))
-    spans = [Span(0, rows, 0, causal)]
+    spans = [QuerySpan(0, rows, 0, causal)]
     expected = attend(query, 0, spans, FixedKV([(key, value)]))
     ours = attend(query.to(GPU, dtype), 0, spans, FixedKV([(key.to(GPU, dtype), value.to(GPU, dtype))]))
     assert ours.dtype == dtype

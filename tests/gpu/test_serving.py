@@ -44,12 +44,12 @@ def test_it_says_what_it_runs_on(server: Server) -> None:
     assert ("local" if one_process else "cuda_ipc") in said
 
 
-def test_pictures_asked_for_together_are_near_those_recorded(server: Server) -> None:
+def test_images_asked_for_together_are_near_those_recorded(server: Server) -> None:
     bodies = [chat_body(CASES[name].request) for name in ASKED]
     with ThreadPoolExecutor(len(ASKED)) as clients:
-        answers = list(clients.map(server.pictures, bodies))
+        answers = list(clients.map(server.images, bodies))
     for name, (pixels,) in zip(ASKED, answers, strict=True):
-        assert mean_levels(torch.from_numpy(pixels), CASES[name].picture()) < LEVELS, name
+        assert mean_levels(torch.from_numpy(pixels), CASES[name].image()) < LEVELS, name
 
 
 def test_a_text_is_answered(server: Server) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.kv.connectors.local import LocalConsumer
-from bagel_triton.messages import Branch, BranchPlan, Plan, TextSegment, VaeSegment, VitSegment
+from bagel_triton.protocol.messages import Branch, BranchPlan, Plan, TextSegment, VaeSegment, VitSegment
 from tests.support.cases import Case, load_cases
 from tests.support.kv import claim
 from tests.support.runs import result_of
 
 CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
-PICTURES = [case for case in CASES if case.height and not case.plain]
+IMAGES = [case for case in CASES if case.height and not case.plain]
 TEXTS = [case for case in CASES if not case.height]
 TOLERANCE = 2e-5
 
@@ -33,8 +33,8 @@ def plan_of(stages: LocalStages, case: Case) -> Plan:
     return result_of(stages.expand(case.request))
 
 
-@named(PICTURES)
-def test_contexts_latents_and_picture(local_stages: LocalStages, case: Case) -> None:
+@named(IMAGES)
+def test_contexts_latents_and_image(local_stages: LocalStages, case: Case) -> None:
     expected = case.tensors()
     thoughts = result_of(local_stages.think(plan_of(local_stages, case)))
     assert [answer.reasoning for answer in thoughts.answers] == ([] if case.text is None else [case.text])
@@ -46,12 +46,12 @@ def test_contexts_latents_and_picture(local_stages: LocalStages, case: Case) -> 
         assert handle.next_position == int(expected[f"rope.{context.branch}"])
     (latents,) = result_of(local_stages.denoise(job))
     assert distance(latents.tokens, expected["latent"]) < TOLERANCE
-    difference = (result_of(local_stages.decode(latents, "")).int() - case.picture().int()).abs()
+    difference = (result_of(local_stages.decode(latents, "")).int() - case.image().int()).abs()
     assert int(difference.max()) <= 2
     assert float((difference == 0).float().mean()) >= 0.99
 
 
-@named(PICTURES)
+@named(IMAGES)
 def test_keys_and_values(local_stages: LocalStages, case: Case) -> None:
     job = result_of(local_stages.think(plan_of(local_stages, case))).job
     assert job is not None

@@ -1,4 +1,4 @@
-"""Text to picture against the recorded numbers of the model authors' code, and against itself alone."""
+"""Text to image against the recorded numbers of the model authors' code, and against itself alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import DenoiseJob
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
 from bagel_triton.kv.connectors.local import LocalConsumer
-from bagel_triton.messages import Branch, Plan
-from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.flow import initial_noise
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.request import GenerationRequest
+from bagel_triton.protocol.messages import Branch, DenoiseJob, Plan
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.cases import Case, load_cases
 from tests.support.exact import assert_same
 from tests.support.kv import claim
@@ -65,10 +64,10 @@ def test_the_noise_is_that_recorded(case: Case) -> None:
 
 
 @each_case
-def test_latents_and_pictures_are_those_recorded(local_stages: LocalStages, case: Case) -> None:
+def test_latents_and_images_are_those_recorded(local_stages: LocalStages, case: Case) -> None:
     run = generate(local_stages, case.request)
     assert _distance(run.latents[0].tokens, case.tensors()["latent"]) < TOLERANCE
-    difference = (run.pixels[0].int() - case.picture().int()).abs()
+    difference = (run.pixels[0].int() - case.image().int()).abs()
     assert run.pixels[0].shape == (case.height, case.width, 3)
     assert int(difference.max()) <= 2
     assert float((difference == 0).float().mean()) >= 0.99
@@ -81,7 +80,7 @@ MIXED = [
     GenerationRequest(prompt="A futuristic city", height=16, width=16, seed=3, cfg_text_scale=1.0),
     GenerationRequest(
         prompt="A beautiful sunset over mountains",
-        negative_prompt="A blurry picture",
+        negative_prompt="A blurry image",
         height=64,
         width=176,
         seed=4,
@@ -107,7 +106,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("checkpoint", ["checkpoint_dir", "other_checkpoint"])
-def test_a_picture_does_not_depend_on_who_shared_its_batch(checkpoint: str, request: pytest.FixtureRequest) -> None:
+def test_a_image_does_not_depend_on_who_shared_its_batch(checkpoint: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(checkpoint)
     stages = LocalStages(DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32"))
     alone = [generate(stages, one) for one in MIXED]
@@ -151,22 +150,22 @@ def test_the_packed_flow_is_the_plain_loop(checkpoint: str, number: int, request
 def test_a_negative_prompt_stands_in_the_text_free_branch(local_stages: LocalStages, checkpoint_dir: Path) -> None:
     base = GenerationRequest(prompt="A cute cat", height=64, width=96, seed=3, num_inference_steps=6)
     plain = generate(local_stages, base)
-    negative = generate(local_stages, msgspec.structs.replace(base, negative_prompt="A blurry picture"))
+    negative = generate(local_stages, msgspec.structs.replace(base, negative_prompt="A blurry image"))
     again = generate(
-        local_stages, msgspec.structs.replace(base, negative_prompt="<|im_start|>A blurry picture<|im_end|>")
+        local_stages, msgspec.structs.replace(base, negative_prompt="<|im_start|>A blurry image<|im_end|>")
     )
     tokenizer = Tokenizer(checkpoint_dir)
     bagel = Checkpoint(checkpoint_dir).load_bagel(torch.device("cpu"), torch.float32)
     naive = NaiveBagel(bagel, (tokenizer.vision_start, tokenizer.vision_end))
     prompt = naive.prefill(tokenizer.segment("A cute cat").token_ids)
-    text_free = naive.prefill([tokenizer.start, *tokenizer.encode("A blurry picture"), tokenizer.end])
+    text_free = naive.prefill([tokenizer.start, *tokenizer.encode("A blurry image"), tokenizer.end])
     contexts = {Branch.GEN: prompt, Branch.CFG_TEXT: text_free, Branch.CFG_IMG: prompt}
     assert plain.plan.flow is not None
     assert _distance(negative.latents[0].tokens, naive.latents(plain.plan.flow, contexts)) < ROUNDING
     assert torch.equal(again.latents[0].tokens, negative.latents[0].tokens)
     assert _distance(negative.latents[0].tokens, plain.latents[0].tokens) > 1e-3
     tokens = negative.plan.usage.prompt_tokens - plain.plan.usage.prompt_tokens
-    assert tokens == len(tokenizer.encode("A blurry picture")) + 2
+    assert tokens == len(tokenizer.encode("A blurry image")) + 2
 
 
 def test_a_prompt_prefilled_in_pieces_is_the_same_prompt(local_stages: LocalStages, checkpoint_dir: Path) -> None:

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_triton.contexts import Thoughts
-from bagel_triton.messages import Plan, decode
-from bagel_triton.request import REQUEST_TENSORS, to_tensors
+from bagel_triton.protocol.messages import Plan, ThinkerOutput, decode
+from bagel_triton.protocol.request import REQUEST_TENSORS, to_tensors
 from tests.support.cases import Case, load_cases
-from tests.support.serving import Server, chat_body, generate, infer, reply_pictures
+from tests.support.serving import Server, chat_body, generate, infer, reply_images
 
 CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
 PLAIN = [case for case in CASES if case.plain]
-PICTURES = [case for case in CASES if case.height]
+IMAGES = [case for case in CASES if case.height]
 TEXTS = [case for case in CASES if not case.height]
 TOLERANCE = 2e-5
 
@@ -26,7 +25,7 @@ def named(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 def assert_recorded(pixels: np.ndarray, case: Case) -> None:
-    expected = case.picture().numpy()
+    expected = case.image().numpy()
     assert pixels.shape == expected.shape
     difference = np.abs(pixels.astype(int) - expected)
     assert difference.max() <= 2
@@ -40,7 +39,7 @@ def test_stage_by_stage(server: Server, case: Case) -> None:
     plan = decode(planned[0], Plan)
     assert plan.branches[0].segments[0].token_ids == case.prompt_ids
     thought = infer(server.grpc, "thinker", {"plan": planned}, {"plan": "BYTES"})
-    job = decode(thought.last("thoughts")[0], Thoughts).job
+    job = decode(thought.last("thoughts")[0], ThinkerOutput).job
     assert job is not None
     assert len(thought.last("contexts")[0]) < 2048, "contexts are handles, never keys and values"
     flow = infer(server.grpc, "dit", {"contexts": thought.last("contexts")}, {"contexts": "BYTES"})
@@ -59,8 +58,8 @@ def test_ensemble(server: Server, case: Case) -> None:
     assert answer.last("used_seed").tolist() == [case.request.seed]
 
 
-@named(PICTURES)
-def test_bagel_pictures(server: Server, case: Case) -> None:
+@named(IMAGES)
+def test_bagel_images(server: Server, case: Case) -> None:
     answer = generate(server.grpc, "bagel", case.request)
     assert_recorded(answer.last("generated_image"), case)
     steps = [event["step"] for event in answer.events if event["type"] == "progress"]
@@ -77,10 +76,10 @@ def test_bagel_texts(server: Server, case: Case) -> None:
     assert "".join(event["text"] for event in answer.events if event["type"] == "text") == case.text
 
 
-@named(PICTURES)
-def test_proxy_pictures(server: Server, case: Case) -> None:
+@named(IMAGES)
+def test_proxy_images(server: Server, case: Case) -> None:
     reply = server.chat(chat_body(case.request)).json()
-    (pixels,) = reply_pictures(reply)
+    (pixels,) = reply_images(reply)
     assert_recorded(pixels, case)
     assert reply["seed"] == case.request.seed
     assert reply["choices"][0]["finish_reason"] == "stop"

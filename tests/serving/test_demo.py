@@ -1,4 +1,4 @@
-"""``bagel-triton demo``: a picture and its timings, nothing left behind, one line when it cannot."""
+"""``bagel-triton demo``: an image and its timings, nothing left behind, one line when it cannot."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ STOP_S = 20
 
 
 def demo(checkpoint: Path, directory: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bagel_triton.runtime.cli", "demo", str(checkpoint), *options]
+    command = [sys.executable, "-m", "bagel_triton.serving.cli", "demo", str(checkpoint), *options]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -25,14 +25,14 @@ def demo(checkpoint: Path, directory: Path, *options: str) -> subprocess.Popen[s
     )
 
 
-def test_it_makes_a_picture_and_shows_where_and_how_long(tmp_path: Path):
-    picture = tmp_path / "cat.png"
-    with demo(CHECKPOINT, tmp_path, "--output", str(picture), "--height", "48", "--width", "64", "--steps", "3") as run:
+def test_it_makes_a_image_and_shows_where_and_how_long(tmp_path: Path):
+    image = tmp_path / "cat.png"
+    with demo(CHECKPOINT, tmp_path, "--output", str(image), "--height", "48", "--width", "64", "--steps", "3") as run:
         out, errors = run.communicate(timeout=180)
     assert (run.returncode, errors) == (0, "")
-    with Image.open(picture) as image:
+    with Image.open(image) as image:
         assert image.size == (64, 48)
-    assert f"picture: {picture}" in out
+    assert f"image: {image}" in out
     for stage in ("cfg_expand", "thinker", "dit", "vae_decode"):
         assert any(line.startswith(stage) and " s" in line for line in out.splitlines()), stage
     assert list(tmp_path.glob("bagel_triton_*")) == []

@@ -42,9 +42,9 @@ class Runner:
         return done.stdout
 
     def pixels(self, name: str) -> np.ndarray:
-        with Image.open(self.folder / "bagel_output" / name) as picture:
-            assert (picture.format, picture.mode) == ("PNG", "RGB")
-            return np.asarray(picture)
+        with Image.open(self.folder / "bagel_output" / name) as image:
+            assert (image.format, image.mode) == ("PNG", "RGB")
+            return np.asarray(image)
 
 
 @pytest.fixture
@@ -80,37 +80,37 @@ def test_it_runs_on_its_own(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "python_backends"), "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("[0] A cute cat\npicture   bagel_output/0.png, 96x64 pixels, seed 7")
+    assert run.stdout.startswith("[0] A cute cat\nimage   bagel_output/0.png, 96x64 pixels, seed 7")
 
 
-def test_many_prompts_become_a_picture_each(end2end: Runner):
+def test_many_prompts_become_a_image_each(end2end: Runner):
     out = end2end.good("--prompts", "A cute cat", "A red fox", "A house", *SMALL)
     printed = blocks(out)
     assert sorted(printed) == [0, 1, 2]
-    assert printed[1].startswith("A red fox\npicture   bagel_output/1.png, 96x64 pixels, seed 7")
-    pictures = [end2end.pixels(f"{index}.png") for index in range(3)]
-    assert pictures[0].shape == (64, 96, 3)
-    assert not np.array_equal(pictures[0], pictures[1])
-    # A picture does not depend on what it was made with, and none is written over.
+    assert printed[1].startswith("A red fox\nimage   bagel_output/1.png, 96x64 pixels, seed 7")
+    images = [end2end.pixels(f"{index}.png") for index in range(3)]
+    assert images[0].shape == (64, 96, 3)
+    assert not np.array_equal(images[0], images[1])
+    # An image does not depend on what it was made with, and none is written over.
     assert "bagel_output/0-2.png" in end2end.good("--modality", "text2img", "--prompts", "A red fox", *SMALL)
-    assert np.array_equal(end2end.pixels("0-2.png"), pictures[1])
-    assert np.array_equal(end2end.pixels("0.png"), pictures[0])
+    assert np.array_equal(end2end.pixels("0-2.png"), images[1])
+    assert np.array_equal(end2end.pixels("0.png"), images[0])
 
 
-def test_pictures_of_one_prompt_have_seeds_in_a_row(end2end: Runner):
+def test_images_of_one_prompt_have_seeds_in_a_row(end2end: Runner):
     out = end2end.good("--prompts", "A cute cat", "--n", "2", "--output", "bagel_output", *SMALL)
     assert "0.png, 96x64 pixels, seed 7" in out
     assert "0_1.png, 96x64 pixels, seed 8" in out
     assert not np.array_equal(end2end.pixels("0.png"), end2end.pixels("0_1.png"))
 
 
-def test_thinking_comes_with_a_picture(end2end: Runner):
+def test_thinking_comes_with_a_image(end2end: Runner):
     out = end2end.good("--prompts", "A cute cat", "--think", "--max-think-tokens", "8", *SMALL)
     assert re.search(r"^thinking  \S", out, re.MULTILINE)
     assert end2end.pixels("0.png").shape == (64, 96, 3)
 
 
-def test_a_picture_is_edited_in_its_own_size(end2end: Runner, photo: Path):
+def test_a_image_is_edited_in_its_own_size(end2end: Runner, photo: Path):
     guidance = ("--cfg-text-scale", "3", "--cfg-img-scale", "1.5", "--cfg-interval", "0", "1", "--cache", "taylorseer")
     end2end.good(
         "--modality", "img2img", "--image-path", str(photo), "--prompts", "Make it night", "--steps", "3", *guidance
@@ -118,7 +118,7 @@ def test_a_picture_is_edited_in_its_own_size(end2end: Runner, photo: Path):
     assert end2end.pixels("0.png").shape == (512, 640, 3)
 
 
-def test_a_picture_is_described(end2end: Runner, photo: Path):
+def test_a_image_is_described(end2end: Runner, photo: Path):
     arguments = ("--modality", "img2text", "--prompts", "What is this?", "--max-tokens", "8")
     out = end2end.good(*arguments, "--image-path", str(photo))
     assert re.search(r"^\[0\] What is this\?\nanswer    \S", out, re.MULTILINE)

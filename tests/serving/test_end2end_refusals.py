@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.engine import offline
+from bagel_triton.pipeline import offline
 from tests.support.offline_script import CHECKPOINT, OfflineScript
 
 Refusal = Callable[..., str]

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from bagel_triton.deploy.topology import BAGEL, ENSEMBLE
-from tests.serving.test_together import EIGHT, picture_body
-from tests.support.exact import same_picture
+from tests.serving.test_together import EIGHT, image_body
+from tests.support.exact import same_image
 from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
 from tests.support.serving import ENDLESS_TEXT, Server
 
 STAGES = tuple(model for model in BAGEL.models if model != ENSEMBLE)
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "0"))
-REFERENCE = picture_body(EIGHT[1], seed=1)
+REFERENCE = image_body(EIGHT[1], seed=1)
 # The killed stage's requests fail within FAIL_S; those at the others go on, and CLIENT_S is for a slow machine.
 NOTICE_S, FAIL_S, RELOAD_S, CLIENT_S, IDLE_S = 15.0, 15.0, 120.0, 120.0, 30.0
 MIXED: list[dict[str, Any]] = [
-    picture_body({**EIGHT[0], "num_inference_steps": 150}, seed=1),
-    picture_body({**EIGHT[2], "think": True, "max_think_tokens": 40}, seed=2),
-    *(picture_body(fields, seed) for seed, fields in enumerate(EIGHT[1:], start=3)),
+    image_body({**EIGHT[0], "num_inference_steps": 150}, seed=1),
+    image_body({**EIGHT[2], "think": True, "max_think_tokens": 40}, seed=2),
+    *(image_body(fields, seed) for seed, fields in enumerate(EIGHT[1:], start=3)),
     {
         "messages": [{"role": "user", "content": "Hello"}],
         "modalities": ["text"],
@@ -39,7 +39,7 @@ MIXED: list[dict[str, Any]] = [
 ]
 # A load that is sure to be at the stage: many steps, many tokens, or (where visits are short) many requests.
 AT: dict[str, list[dict[str, Any]]] = {
-    "dit": [picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
+    "dit": [image_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
     "thinker": [ENDLESS_TEXT],
 }
 AT["bagel"] = AT["dit"] + 3 * AT["thinker"]  # which wait for each other: both stages are busy for long
@@ -56,8 +56,8 @@ def own_server(checkpoint_dir: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def picture(own_server: Server) -> np.ndarray:
-    return own_server.pictures(REFERENCE)[0]
+def image(own_server: Server) -> np.ndarray:
+    return own_server.images(REFERENCE)[0]
 
 
 def _idle(server: Server) -> bool:
@@ -65,7 +65,7 @@ def _idle(server: Server) -> bool:
     return not any(server.gauge(f"bagel_{name}") for name in names)
 
 
-def _check_recovery(server: Server, killed: int, before: dict[str, Any], picture: np.ndarray) -> None:
+def _check_recovery(server: Server, killed: int, before: dict[str, Any], image: np.ndarray) -> None:
     """It is well again: healthy, the same answer as ever, idle, and nothing left over."""
 
     def back() -> bool:
@@ -73,7 +73,7 @@ def _check_recovery(server: Server, killed: int, before: dict[str, Any], picture
         return replaced and health(server) == 200
 
     print(f"back after {until(back, 'the stage is not back', RELOAD_S):.1f} s")
-    assert same_picture(server.pictures(REFERENCE)[0], picture)
+    assert same_image(server.images(REFERENCE)[0], image)
     until(lambda: _idle(server), "something is left in a stage", IDLE_S)
     assert _state(server) == before
 
@@ -83,7 +83,7 @@ def _state(server: Server) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["dit", "thinker", "bagel"])
-def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, picture: np.ndarray, stage: str) -> None:
+def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, image: np.ndarray, stage: str) -> None:
     before = _state(own_server)
     load = Load(own_server, AT[stage], CLIENT_S)
     busy = [gauge for name, gauge in (("dit", "dit_active"), ("thinker", "thinker_active")) if stage in (name, "bagel")]
@@ -97,13 +97,13 @@ def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, picture: np
         # Of what it holds at that moment, a lock may bring down tritonserver itself, which is then started again.
         assert re.match(f"{stage} died|Triton at .* cannot be reached", ended.reply["error"]["message"])
         assert ended.at - at < FAIL_S
-    _check_recovery(own_server, killed, before, picture)
+    _check_recovery(own_server, killed, before, image)
 
 
 @pytest.mark.parametrize(
     "stage", [stage if stage == "dit" else pytest.param(stage, marks=pytest.mark.long) for stage in STAGES]
 )
-def test_a_stage_killed_while_idle_comes_back(own_server: Server, picture: np.ndarray, stage: str) -> None:
+def test_a_stage_killed_while_idle_comes_back(own_server: Server, image: np.ndarray, stage: str) -> None:
     before = _state(own_server)
     killed = kill(own_server, stage)
     until(lambda: health(own_server) == 503, "a dead stage looks healthy", NOTICE_S)
@@ -112,11 +112,11 @@ def test_a_stage_killed_while_idle_comes_back(own_server: Server, picture: np.nd
     response = own_server.chat(REFERENCE)
     assert response.status_code == 503 or stage == "cfg_expand", response.text
     assert time.monotonic() - asked < FAIL_S
-    _check_recovery(own_server, killed, before, picture)
+    _check_recovery(own_server, killed, before, image)
 
 
 @pytest.mark.long
-def test_a_tritonserver_that_crashes_is_started_again(own_server: Server, picture: np.ndarray) -> None:
+def test_a_tritonserver_that_crashes_is_started_again(own_server: Server, image: np.ndarray) -> None:
     before = _state(own_server)
     load = Load(own_server, AT["bagel"], CLIENT_S)
     until(lambda: bool(own_server.gauge("bagel_dit_active")), "dit is not at work", CLIENT_S)
@@ -127,12 +127,12 @@ def test_a_tritonserver_that_crashes_is_started_again(own_server: Server, pictur
         assert ended.status == 503, ended.reply
         assert ended.at - at < FAIL_S
     assert health(own_server) == 503
-    _check_recovery(own_server, killed, before, picture)
+    _check_recovery(own_server, killed, before, image)
 
 
 @pytest.mark.skipif(not KILLS, reason="a long run: set BAGEL_TRITON_KILLS to a number of kills")
 @pytest.mark.timeout(60 * (KILLS + 5))
-def test_random_kills_under_a_mixed_load(own_server: Server, picture: np.ndarray) -> None:
+def test_random_kills_under_a_mixed_load(own_server: Server, image: np.ndarray) -> None:
     chance = random.Random(0)
     before = _state(own_server)
     outcomes = []
@@ -149,6 +149,6 @@ def test_random_kills_under_a_mixed_load(own_server: Server, picture: np.ndarray
             outcomes.append((ended.status, ended.at - at, ended.reply.get("error")))
         slowest = {status: max((s for x, s, _ in outcomes if x == status), default=0.0) for status in (200, 503)}
         print(f"kill {number} of {stage}: {statuses}, slowest so far {slowest}")
-        _check_recovery(own_server, killed, before, picture)
+        _check_recovery(own_server, killed, before, image)
     refused = [(seconds, error) for status, seconds, error in outcomes if status == 503]
     assert max((seconds for seconds, _ in refused), default=0.0) < IDLE_S, refused

@@ -17,12 +17,12 @@ import httpx
 import pytest
 import tritonclient.grpc as triton
 
-from bagel_triton.request import REQUEST_TENSORS, GenerationRequest, to_tensors
-from tests.serving.test_together import EIGHT, picture_body, until_idle
-from tests.support.exact import same_picture
-from tests.support.serving import ANSWER_S, ENDLESS_TEXT, STOP_S, Server, generate, infer, reply_pictures
+from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+from tests.serving.test_together import EIGHT, image_body, until_idle
+from tests.support.exact import same_image
+from tests.support.serving import ANSWER_S, ENDLESS_TEXT, STOP_S, Server, generate, infer, reply_images
 
-LONG = picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
+LONG = image_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
 
 
 def until(server: Server, gauge: str, value: float) -> None:
@@ -58,12 +58,12 @@ def connection(server: Server, body: dict[str, object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cut_short(server: Server, stage: str) -> Iterator[None]:
-    """One request is dropped at ``stage``: its client leaves in the block, and no picture comes of it."""
-    counters = ("bagel_pictures_total", f"bagel_{stage}_cancelled_total")
-    pictures, cancelled = (server.gauge(counter) for counter in counters)
+    """One request is dropped at ``stage``: its client leaves in the block, and no image comes of it."""
+    counters = ("bagel_images_total", f"bagel_{stage}_cancelled_total")
+    images, cancelled = (server.gauge(counter) for counter in counters)
     yield
     until(server, f"bagel_{stage}_active", 0)
-    assert [server.gauge(counter) for counter in counters] == [pictures, cancelled + 1]
+    assert [server.gauge(counter) for counter in counters] == [images, cancelled + 1]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
@@ -72,7 +72,7 @@ def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, obj
     with cut_short(server, stage), connection(server, {**body, "stream": stream}):
         until(server, f"bagel_{stage}_active", 1)
     until_idle(server)
-    assert len(server.pictures(picture_body(EIGHT[1], seed=1))) == 1
+    assert len(server.images(image_body(EIGHT[1], seed=1))) == 1
 
 
 def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
@@ -133,8 +133,8 @@ def test_a_request_ends_at_its_timeout_and_its_work_with_it(server: Server) -> N
 
 
 def test_of_a_burst_each_is_answered_or_clearly_refused(server: Server) -> None:
-    body = picture_body({"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 2}, seed=1)
-    wanted = server.pictures(body)[0]
+    body = image_body({"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 2}, seed=1)
+    wanted = server.images(body)[0]
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(timeout=ANSWER_S, trust_env=False, limits=limits) as client, ThreadPoolExecutor(300) as pool:
         url = f"{server.url}/v1/chat/completions"
@@ -143,7 +143,7 @@ def test_of_a_burst_each_is_answered_or_clearly_refused(server: Server) -> None:
     refused = [reply for reply in replies if reply.status_code == 429]
     assert len(answered) + len(refused) == 300
     assert len(answered) >= 200
-    assert all(same_picture(reply_pictures(reply.json())[0], wanted) for reply in answered)
+    assert all(same_image(reply_images(reply.json())[0], wanted) for reply in answered)
     assert all(int(reply.headers["retry-after"]) > 0 for reply in refused)
     until_idle(server)
 

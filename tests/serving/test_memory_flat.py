@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.serving.test_together import picture_body
+from tests.serving.test_together import image_body
 from tests.support.killing import arguments, descendants, shared_files
 from tests.support.serving import Server
 from tests.support.waiting import soon
 
 WARM_UP, REQUESTS, AT_ONCE = 150, 500, 4
 GROWN_MB = 12.0  # what an allocator's thread may keep at a time; a kilobyte lost a request would be 0.5
-PICTURE = {"prompt": "A cute cat", "height": 32, "width": 32, "num_inference_steps": 3}
+IMAGE = {"prompt": "A cute cat", "height": 32, "width": 32, "num_inference_steps": 3}
 TEXT = {"messages": [{"role": "user", "content": "hi"}], "modalities": ["text"], "max_tokens": 4}
 
 
@@ -28,12 +28,12 @@ def own_server(checkpoint_dir: Path) -> Iterator[Server]:
 
 
 def body(number: int) -> dict[str, Any]:
-    """Texts, pictures, and pictures after a thought, each with a seed of its own."""
+    """Texts, images, and images after a thought, each with a seed of its own."""
     if number % 3 == 0:
         return {**TEXT, "temperature": 1.0, "seed": number}
     if number % 3 == 1:
-        return picture_body(PICTURE, seed=number)
-    return picture_body({**PICTURE, "think": True, "max_think_tokens": 5}, seed=number)
+        return image_body(IMAGE, seed=number)
+    return image_body({**IMAGE, "think": True, "max_think_tokens": 5}, seed=number)
 
 
 def megabytes(server: Server) -> dict[str, float]:

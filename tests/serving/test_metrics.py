@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from bagel_triton.engine.catalogue import CATALOGUE, Metric
-from bagel_triton.engine.metrics import SECONDS
-from tests.serving.test_together import picture_body
+from bagel_triton.telemetry.metric_defs import CATALOGUE, Metric
+from bagel_triton.telemetry.metrics import SECONDS
+from tests.serving.test_together import image_body
 from tests.support.killing import arguments, health, kill, until
 from tests.support.serving import Server
 
 METRICS = [metric for metrics in CATALOGUE.values() for metric in metrics]
-PICTURE = picture_body({"prompt": "A cute cat", "height": 64, "width": 64, "num_inference_steps": 4}, seed=1)
+IMAGE = image_body({"prompt": "A cute cat", "height": 64, "width": 64, "num_inference_steps": 4}, seed=1)
 TEXT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hello"}],
     "modalities": ["text"],
@@ -72,14 +72,14 @@ def test_every_metric_is_there_before_the_first_request_and_no_other(fresh: Serv
         assert f"# HELP {metric.exposed} {metric.meaning}\n# TYPE {metric.exposed} {metric.kind}\n" in text
 
 
-def test_a_picture_and_a_text_are_counted_once_where_they_went(fresh: Server) -> None:
-    usage = [fresh.chat(body).json()["usage"] for body in (PICTURE, TEXT)]
+def test_a_image_and_a_text_are_counted_once_where_they_went(fresh: Server) -> None:
+    usage = [fresh.chat(body).json()["usage"] for body in (IMAGE, TEXT)]
     tokens = usage[1]["completion_tokens"]
     found = told(
         fresh,
         {
             'bagel_requests_total{status="200"}': 2,
-            "bagel_pictures_total": 1,
+            "bagel_images_total": 1,
             "bagel_generated_tokens_total": tokens,
             "bagel_prompt_tokens_total": sum(one["prompt_tokens"] for one in usage),
             "bagel_request_seconds_count": 2,
@@ -96,9 +96,9 @@ def test_a_picture_and_a_text_are_counted_once_where_they_went(fresh: Server) ->
             "bagel_thinker_kv_leases": 0,
         },
     )
-    fresh.chat(PICTURE)
+    fresh.chat(IMAGE)
     assert found["bagel_thinker_prefix_hit_tokens_total"] < found["bagel_thinker_prefix_query_tokens_total"]
-    again = told(fresh, {"bagel_pictures_total": 2})
+    again = told(fresh, {"bagel_images_total": 2})
     assert again["bagel_thinker_prefix_hit_tokens_total"] > found["bagel_thinker_prefix_hit_tokens_total"]
 
 
@@ -117,7 +117,7 @@ def test_a_histogram_has_prometheus_buckets(fresh: Server) -> None:
 
 
 def test_a_refused_request_is_counted_and_not_timed(fresh: Server) -> None:
-    assert fresh.chat({**PICTURE, "height": 63}).status_code == 400
+    assert fresh.chat({**IMAGE, "height": 63}).status_code == 400
     found = told(fresh, {'bagel_requests_total{status="400"}': 1})
     assert found["bagel_request_seconds_count"] == 3
 
@@ -125,14 +125,14 @@ def test_a_refused_request_is_counted_and_not_timed(fresh: Server) -> None:
 def test_a_reloaded_stage_counts_on_and_its_reload_is_counted(fresh: Server) -> None:
     before = scrape(fresh)
     _replace(fresh, "dit")
-    assert fresh.chat(PICTURE).status_code == 200
+    assert fresh.chat(IMAGE).status_code == 200
     found = told(
         fresh,
         {
             'bagel_stage_reloads_total{stage="dit"}': 1,
             'bagel_stage_reloads_total{stage="thinker"}': 0,
             "bagel_server_restarts_total": 0,
-            "bagel_pictures_total": before["bagel_pictures_total"] + 1,
+            "bagel_images_total": before["bagel_images_total"] + 1,
             "bagel_dit_step_seconds_count": before["bagel_dit_step_seconds_count"] + 3,
             "bagel_thinker_queue_seconds_count": before["bagel_thinker_queue_seconds_count"] + 1,
             "bagel_dit_active": 0,
@@ -148,7 +148,7 @@ def test_a_new_tritonserver_counts_from_zero_but_for_what_the_supervisor_counts(
     _replace(fresh, "bagel")
     found = told(fresh, {"bagel_server_restarts_total": 1, reloads: before[reloads] + 1})
     assert found.keys() == before.keys()
-    assert found["bagel_pictures_total"] == found["bagel_request_seconds_count"] == 0
+    assert found["bagel_images_total"] == found["bagel_request_seconds_count"] == 0
 
 
 def _replace(server: Server, stage: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.serving import Server, reply_pictures
+from tests.support.serving import Server, reply_images
 
 CLIENT = Path(__file__).parents[2] / "client" / "openai_chat_client.py"
 CURL = Path(__file__).parents[1] / "data" / "curl"  # the bodies as printed; ${IMAGE_BASE64} is the shell's
@@ -39,10 +39,10 @@ def curl(server: Server, body: str, tmp_path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("body", [TEXT2IMG, IMG2IMG], ids=["text2img", "img2img"])
-def test_curl_for_a_picture(server: Server, body: str, tmp_path: Path) -> None:
-    (picture,) = reply_pictures(curl(server, body, tmp_path))
-    assert picture.shape == (512, 512, 3)
-    assert picture.std() > 0
+def test_curl_for_a_image(server: Server, body: str, tmp_path: Path) -> None:
+    (image,) = reply_images(curl(server, body, tmp_path))
+    assert image.shape == (512, 512, 3)
+    assert image.std() > 0
 
 
 @pytest.mark.parametrize("body", [IMG2TEXT, TEXT2TEXT], ids=["img2text", "text2text"])
@@ -57,8 +57,8 @@ def test_curl_for_a_text(server: Server, body: str, tmp_path: Path) -> None:
 
 def test_a_bare_prompt_is_the_wrapped_one(server: Server, tmp_path: Path) -> None:
     small = TEXT2IMG.replace("512", "64").replace("50", "5")
-    wrapped = reply_pictures(curl(server, small, tmp_path))
-    bare = reply_pictures(curl(server, small.replace("<|im_start|>", "").replace("<|im_end|>", ""), tmp_path))
+    wrapped = reply_images(curl(server, small, tmp_path))
+    bare = reply_images(curl(server, small.replace("<|im_start|>", "").replace("<|im_end|>", ""), tmp_path))
     assert np.array_equal(wrapped, bare)
 
 
@@ -67,24 +67,24 @@ def client(server: Server, *arguments: str | Path) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+def image_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
-def test_the_client_makes_a_picture(server: Server, tmp_path: Path) -> None:
+def test_the_client_makes_a_image(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     run = client(server, "-p", "A cute cat", "-o", output, "--height", "64", "--width", "96", "--steps", "5")
     assert run.returncode == 0, run.stderr
-    assert picture_size(output) == (96, 64)
+    assert image_size(output) == (96, 64)
     assert str(output) in run.stdout
 
 
-def test_the_client_edits_a_picture(server: Server, tmp_path: Path) -> None:
+def test_the_client_edits_a_image(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     run = client(server, "-m", "img2img", "-i", CAT, "-p", "Make the cat stand up", "-o", output, "--steps", "3")
     assert run.returncode == 0, run.stderr
-    assert picture_size(output) == (688, 512), "without a size the picture keeps its own, resized"
+    assert image_size(output) == (688, 512), "without a size the image keeps its own, resized"
 
 
 @pytest.mark.parametrize("arguments", [["-m", "img2text", "-i", CAT], ["-m", "text2text"]])

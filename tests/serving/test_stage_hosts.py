@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.runtime import ports
+from bagel_triton.serving import ports
 from tests.serving.test_cases import assert_recorded
 from tests.serving.test_leaving import LONG, connection
 from tests.serving.test_leaving import until as until_gauge
@@ -21,7 +21,7 @@ from tests.serving.test_metrics import scrape, told
 from tests.support.cases import load_cases
 from tests.support.connectors import require_mooncake
 from tests.support.killing import Load, arguments, descendants, health, kill, until
-from tests.support.serving import Server, chat_body, reply_pictures
+from tests.support.serving import Server, chat_body, reply_images
 
 REMOTE = "127.0.0.2"
 CASES = {case.name: case for case in load_cases(Path(__file__).parents[1] / "data" / "cases-a")}
@@ -91,7 +91,7 @@ def test_recorded_cases_agree(hosts: Hosts, name: str) -> None:
     case = CASES[name]
     response = hosts.local.chat(chat_body(case.request))
     assert response.status_code == 200, response.text
-    (pixels,) = reply_pictures(response.json())
+    (pixels,) = reply_images(response.json())
     assert_recorded(pixels, case)
     assert response.json()["choices"][0]["message"].get("reasoning_content") == case.text
 
@@ -161,4 +161,4 @@ def _check_refused(load: Load) -> None:
 def _check_back(hosts: Hosts) -> None:
     until(lambda: health(hosts.local) == 200, "the stage is not back", RELOAD_S)
     case = CASES["t2i_default"]
-    assert_recorded(hosts.local.pictures(chat_body(case.request))[0], case)
+    assert_recorded(hosts.local.images(chat_body(case.request))[0], case)

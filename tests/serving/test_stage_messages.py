@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from bagel_triton import liveness
-from bagel_triton.request import GenerationRequest
+from bagel_triton.ipc import liveness
+from bagel_triton.protocol.request import GenerationRequest
 from tests.serving.test_leaving import LONG, Asking, until
-from tests.serving.test_together import EIGHT, picture_body, until_idle
-from tests.support.exact import same_picture
+from tests.serving.test_together import EIGHT, image_body, until_idle
+from tests.support.exact import same_image
 from tests.support.serving import Server, generate, infer
 
 SMALL = GenerationRequest(prompt="A cat", height=32, width=32, seed=1, num_inference_steps=3)
@@ -49,7 +49,7 @@ def job_of(server: Server) -> dict[str, Any]:
     return unpacked(infer(server.grpc, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("contexts"))
 
 
-def picture(kind: str, height: int, width: int) -> dict[str, Any]:
+def image(kind: str, height: int, width: int) -> dict[str, Any]:
     return {"type": kind, "height": height, "width": width, "pixels": bytes(height * width * 3)}
 
 
@@ -69,17 +69,17 @@ PLANS: dict[str, tuple[Change, str]] = {
     "a token beyond the vocabulary": (segment(type="text", token_ids=[10**6]), "token ids below"),
     "a negative token": (segment(type="text", token_ids=[-1]), "not a Plan"),
     "no token": (segment(type="text", token_ids=[]), "not a Plan"),
-    "a picture beyond the position table": (segment(**picture("vit", 14, 9800)), "multiples of 14"),
-    "a picture between two patches": (segment(**picture("vit", 15, 15)), "multiples of 14"),
+    "an image beyond the position table": (segment(**image("vit", 14, 9800)), "multiples of 14"),
+    "an image between two patches": (segment(**image("vit", 15, 15)), "multiples of 14"),
     "pixels that are missing": (segment(type="vit", height=14, width=14, pixels=b""), "not a Plan"),
-    "a picture of one branch alone": (
-        lambda plan: plan["branches"][1]["segments"].append(picture("vae", 32, 32)),
+    "an image of one branch alone": (
+        lambda plan: plan["branches"][1]["segments"].append(image("vae", 32, 32)),
         "those of gen",
     ),
     "negative counts": (lambda plan: plan["usage"].update(prompt_tokens=-5), "not a Plan"),
 }
 JOBS: dict[str, tuple[Change, str]] = {
-    "20,000 pictures": (lambda job: job["flow"].update(num_pictures=20000), "not a DenoiseJob"),
+    "20,000 images": (lambda job: job["flow"].update(num_images=20000), "not a DenoiseJob"),
     "200,000 steps": (lambda job: job["flow"].update(num_inference_steps=200000), "not a DenoiseJob"),
     "a scale that overflows": (lambda job: job["flow"].update(cfg_text_scale=1e308), "not a DenoiseJob"),
     "a side beyond the position table": (lambda job: job["flow"].update(height=16 * 10**6), "height=16000000"),
@@ -100,14 +100,14 @@ JOBS: dict[str, tuple[Change, str]] = {
 def test_an_impossible_message_is_refused_and_the_next_request_is_right(
     server: Server, model: str, name: str, change: Change, error: str
 ) -> None:
-    body = picture_body(EIGHT[1], seed=1)
-    wanted = server.pictures(body)[0]
+    body = image_body(EIGHT[1], seed=1)
+    wanted = server.images(body)[0]
     message = plan_of(server) if model == "thinker" else job_of(server)
     change(message)
     with pytest.raises(InferenceServerException, match=error):
         send(server, model, name, message)
     withdraw(server, message)
-    assert same_picture(server.pictures(body)[0], wanted)
+    assert same_image(server.images(body)[0], wanted)
 
 
 def test_an_impossible_message_does_not_disturb_those_at_work_or_in_line(server: Server) -> None:
@@ -152,7 +152,7 @@ def test_self_tests_take_no_block_that_is_promised(server: Server) -> None:
 
 def test_nothing_grows_with_the_requests_served(server: Server) -> None:
     text = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-    body = picture_body({"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 2}, seed=1)
+    body = image_body({"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 2}, seed=1)
 
     def serve(count: int) -> dict[str, int]:
         for _ in range(count):

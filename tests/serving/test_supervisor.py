@@ -44,7 +44,7 @@ class Server:
 
     def __init__(self, repository: Path, directory: Path) -> None:
         self.directory = directory
-        command = [sys.executable, "-m", "bagel_triton.runtime.cli", "serve", str(CHECKPOINT), "--port", "0"]
+        command = [sys.executable, "-m", "bagel_triton.serving.cli", "serve", str(CHECKPOINT), "--port", "0"]
         command += ["--deploy-config", str(DEPLOY)]
         self.errors = directory / "stderr"
         with self.errors.open("w") as errors:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from tests.support.cases import load_cases
-from tests.support.exact import same_picture
-from tests.support.serving import Server, chat_body, reply_pictures
+from tests.support.exact import same_image
+from tests.support.serving import Server, chat_body, reply_images
 
 CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
 SIXTEEN = [case for case in CASES if case.name not in ("edit_alpha_two_pictures", "edit_default")]  # of every kind
@@ -29,14 +29,14 @@ EIGHT: list[dict[str, Any]] = [
 ]
 
 
-def picture_body(fields: dict[str, Any], seed: int) -> dict[str, Any]:
+def image_body(fields: dict[str, Any], seed: int) -> dict[str, Any]:
     fields = dict(fields)
     messages = [{"role": "user", "content": fields.pop("prompt")}]
     return {"messages": messages, "modalities": ["image"], "seed": seed, **fields}
 
 
 def essence(reply: dict[str, Any]) -> list[Any]:
-    """What a reply says, without pictures, ids and timings: texts, reasons, counts."""
+    """What a reply says, without images, ids and timings: texts, reasons, counts."""
     contents: list[Any] = []
     for choice in reply["choices"]:
         content = choice["message"]["content"]
@@ -49,24 +49,24 @@ def assert_same_reply(one: dict[str, Any], other: dict[str, Any], what: object =
     """Both say the same and show the same."""
     assert essence(one) == essence(other), what
     if isinstance(one["choices"][0]["message"]["content"], list):
-        for ours, theirs in zip(reply_pictures(one), reply_pictures(other), strict=True):
-            assert same_picture(ours, theirs), what
+        for ours, theirs in zip(reply_images(one), reply_images(other), strict=True):
+            assert same_image(ours, theirs), what
 
 
-def test_eight_pictures_at_once_are_those_made_alone(server: Server) -> None:
-    bodies = [picture_body(fields, seed) for seed, fields in enumerate(EIGHT)]
-    alone = [server.pictures(body)[0] for body in bodies]
+def test_eight_images_at_once_are_those_made_alone(server: Server) -> None:
+    bodies = [image_body(fields, seed) for seed, fields in enumerate(EIGHT)]
+    alone = [server.images(body)[0] for body in bodies]
     finished: list[int] = []
 
     def ask(index: int) -> np.ndarray:
-        picture = server.pictures(bodies[index])[0]
+        image = server.images(bodies[index])[0]
         finished.append(index)
-        return picture
+        return image
 
     with ThreadPoolExecutor(len(bodies)) as pool:
         together = list(pool.map(ask, range(len(bodies))))
     for index, (one, other) in enumerate(zip(alone, together, strict=True)):
-        assert same_picture(one, other), f"request {index} differs from itself alone"
+        assert same_image(one, other), f"request {index} differs from itself alone"
     assert finished[0] != 0, "short requests wait for the long one"
     assert finished != sorted(finished)
 
@@ -84,13 +84,13 @@ def test_a_mixed_load_twice_is_what_each_gets_alone(server: Server) -> None:
     until_idle(server)
 
 
-def test_n_pictures_are_those_of_their_seeds(server: Server) -> None:
-    body = picture_body(EIGHT[1], seed=40)
-    singles = [server.pictures({**body, "seed": seed})[0] for seed in (40, 41, 42)]
-    three = server.pictures({**body, "n": 3})
+def test_n_images_are_those_of_their_seeds(server: Server) -> None:
+    body = image_body(EIGHT[1], seed=40)
+    singles = [server.images({**body, "seed": seed})[0] for seed in (40, 41, 42)]
+    three = server.images({**body, "n": 3})
     assert len(three) == 3
     for one, other in zip(singles, three, strict=True):
-        assert same_picture(one, other)
+        assert same_image(one, other)
     assert not np.array_equal(three[0], three[1])
 
 

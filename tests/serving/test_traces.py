@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from tests.serving.test_together import EIGHT, picture_body
+from tests.serving.test_together import EIGHT, image_body
 from tests.support.collector import Collector, Span, collecting
 from tests.support.killing import until
 from tests.support.serving import ANSWER_S, Server
 
 STAGES = ["cfg_expand", "thinker", "dit", "vae_decode"]
-PICTURE = picture_body(EIGHT[1], seed=1)
-LONG = picture_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
+IMAGE = image_body(EIGHT[1], seed=1)
+LONG = image_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
 TEXT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hello"}],
     "modalities": ["text"],
@@ -60,19 +60,23 @@ def _whole(collector: Collector, trace: str) -> tuple[Span, list[Span]]:
     return request, [span for span in spans if span is not request]
 
 
-def test_a_picture_is_a_span_a_stage_under_the_clients(traced: Server, collector: Collector) -> None:
+def test_a_image_is_a_span_a_stage_under_the_clients(traced: Server, collector: Collector) -> None:
     trace, parent = _ids()
-    reply = traced.chat(PICTURE, {"traceparent": _traceparent(trace, parent)})
+    reply = traced.chat(IMAGE, {"traceparent": _traceparent(trace, parent)})
     assert reply.status_code == 200
     request, stages = _whole(collector, trace)
     assert request.parent == parent
     assert request.service == "bagel-triton"
     assert not request.failed
-    facts = request.attributes
-    assert facts["bagel.request_id"] == reply.json()["id"]
-    assert (facts["bagel.modality"], facts["bagel.status"]) == ("image", 200)
-    assert (facts["bagel.height"], facts["bagel.width"], facts["bagel.num_inference_steps"]) == (64, 64, 4)
-    assert facts["bagel.prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
+    attributes = request.attributes
+    assert attributes["bagel.request_id"] == reply.json()["id"]
+    assert (attributes["bagel.modality"], attributes["bagel.status"]) == ("image", 200)
+    assert (attributes["bagel.height"], attributes["bagel.width"], attributes["bagel.num_inference_steps"]) == (
+        64,
+        64,
+        4,
+    )
+    assert attributes["bagel.prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
     assert [span.name for span in stages] == STAGES
     assert {span.parent for span in stages} == {request.id}
     timings = reply.json()["metrics"]["stages"]
@@ -83,7 +87,7 @@ def test_a_picture_is_a_span_a_stage_under_the_clients(traced: Server, collector
     assert stages[2].attributes["bagel.num_inference_steps"] == 4
 
 
-def test_a_text_has_its_tokens_and_no_span_of_a_picture(traced: Server, collector: Collector) -> None:
+def test_a_text_has_its_tokens_and_no_span_of_a_image(traced: Server, collector: Collector) -> None:
     trace, parent = _ids()
     reply = traced.chat(TEXT, {"traceparent": _traceparent(trace, parent)}).json()
     request, stages = _whole(collector, trace)
@@ -93,17 +97,17 @@ def test_a_text_has_its_tokens_and_no_span_of_a_picture(traced: Server, collecto
     assert stages[1].attributes["bagel.text_tokens"] == reply["usage"]["completion_tokens"]
 
 
-def test_each_of_several_pictures_is_decoded_in_a_span(traced: Server, collector: Collector) -> None:
+def test_each_of_several_images_is_decoded_in_a_span(traced: Server, collector: Collector) -> None:
     trace, parent = _ids()
-    traced.chat({**PICTURE, "n": 3}, {"traceparent": _traceparent(trace, parent)})
+    traced.chat({**IMAGE, "n": 3}, {"traceparent": _traceparent(trace, parent)})
     request, stages = _whole(collector, trace)
-    assert request.attributes["bagel.pictures"] == 3
+    assert request.attributes["bagel.images"] == 3
     assert [span.name for span in stages] == [*STAGES[:3], "vae_decode", "vae_decode", "vae_decode"]
 
 
 def test_a_refused_request_says_why_and_is_no_error_of_the_servers(traced: Server, collector: Collector) -> None:
     trace, parent = _ids()
-    assert traced.chat({**PICTURE, "height": 63}, {"traceparent": _traceparent(trace, parent)}).status_code == 400
+    assert traced.chat({**IMAGE, "height": 63}, {"traceparent": _traceparent(trace, parent)}).status_code == 400
     request, [stage] = _whole(collector, trace)
     assert stage.name == "cfg_expand"
     assert request.attributes["error.type"] == stage.attributes["error.type"] == "InvalidRequest"
@@ -157,7 +161,7 @@ def test_no_span_is_lost_at_a_shutdown(checkpoint_dir: Path) -> None:
         collector.delay_s = 0.5
         environment = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces"}  # sent every 5 s
         with Server(checkpoint_dir, environment=environment) as server, ThreadPoolExecutor(1) as client:
-            server.chat(PICTURE, {"traceparent": _traceparent(trace, parent)})
+            server.chat(IMAGE, {"traceparent": _traceparent(trace, parent)})
             (cut_off, other) = _ids()
             long = client.submit(server.chat, LONG, {"traceparent": _traceparent(cut_off, other)})
             until(lambda: bool(server.gauge("bagel_dit_active")), "dit is not at work", ANSWER_S)

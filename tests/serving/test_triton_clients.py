@@ -14,23 +14,23 @@ import pytest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from bagel_triton.request import GenerationRequest
-from tests.serving.test_together import EIGHT, picture_body
+from bagel_triton.protocol.request import GenerationRequest
+from tests.serving.test_together import EIGHT, image_body
 from tests.support.serving import Server, generate
 
 CLIENTS = Path(__file__).parents[2] / "client"
-PICTURE = picture_body(EIGHT[1], seed=5)
+IMAGE = image_body(EIGHT[1], seed=5)
 ARGUMENTS = ("--prompt", "A cute cat", "--height", "64", "--width", "64", "--steps", "4", "--seed", "5")
 
 
 @pytest.mark.parametrize("model", ["bagel", "bagel_text2img"])
-def test_the_grpc_client_gets_the_proxys_picture(server: Server, model: str, tmp_path: Path) -> None:
+def test_the_grpc_client_gets_the_proxys_image(server: Server, model: str, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     run(CLIENTS / "triton_grpc_client.py", "--server", server.grpc, "--model", model, "--output", output, *ARGUMENTS)
     assert_same(output, server)
 
 
-def test_the_http_client_gets_the_proxys_picture(server: Server, tmp_path: Path) -> None:
+def test_the_http_client_gets_the_proxys_image(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     run(CLIENTS / "triton_http_client.py", "--server", server.http, "--output", output, *ARGUMENTS)
     assert_same(output, server)
@@ -57,7 +57,7 @@ def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
     ("arguments", "line"),
     [
         (("--output", "/nowhere/cat.png"), "cannot write /nowhere/cat.png: /nowhere is not a folder"),
-        (("--output", "cat"), "cannot write cat: its name has no ending of a picture, such as .png"),
+        (("--output", "cat"), "cannot write cat: its name has no ending of an image, such as .png"),
         (("--height", "4294967360"), "height=4294967360 is not allowed; allowed: an integer that fits INT32"),
         (("--seed", str(2**64 + 1)), f"seed={2**64 + 1} is not allowed; allowed: an integer that fits INT64"),
         (("--negative", "\udcff"), r"negative_prompt='\udcff' is not allowed; allowed: UTF-8 text"),
@@ -75,8 +75,8 @@ def test_what_cannot_be_sent_or_written_is_one_line(
 
 
 def assert_same(output: Path, server: Server) -> None:
-    with Image.open(output) as picture:
-        assert np.array_equal(np.array(picture), server.pictures(PICTURE)[0])
+    with Image.open(output) as image:
+        assert np.array_equal(np.array(image), server.images(IMAGE)[0])
 
 
 @pytest.mark.parametrize("model", ["bagel", "bagel_text2img"])

@@ -12,10 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from bagel_triton.contexts import MooncakeAddress, Thoughts, decode_handle
 from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig
-from bagel_triton.messages import decode, encode
-from bagel_triton.request import REQUEST_TENSORS, to_tensors
+from bagel_triton.protocol.messages import MooncakeAddress, ThinkerOutput, decode, decode_handle, encode
+from bagel_triton.protocol.request import REQUEST_TENSORS, to_tensors
 from tests.support.cases import Case, load_cases
 from tests.support.connectors import mooncake_master, require_mooncake
 from tests.support.serving import infer
@@ -83,7 +82,7 @@ def _check(case: Case, hosts: Hosts, connector: str) -> None:
     thinker, dit = (host.grpc for host in hosts)
     types = {name: spec.datatype for name, spec in REQUEST_TENSORS.items()}
     plan = infer(thinker, "cfg_expand", to_tensors(case.request), types).last("plan")
-    thoughts = decode(infer(thinker, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("thoughts")[0], Thoughts)
+    thoughts = decode(infer(thinker, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("thoughts")[0], ThinkerOutput)
     texts = [answer.reasoning or answer.content for answer in thoughts.answers]
     assert texts == ([] if case.text is None else [case.text])
     if not case.height:
@@ -94,7 +93,7 @@ def _check(case: Case, hosts: Hosts, connector: str) -> None:
     flow = infer(dit, "dit", {"contexts": contexts}, {"contexts": "BYTES"})
     latents = {"latents": flow.last("latents"), "latent_grid": flow.last("latent_grid")}
     pixels = infer(dit, "vae_decode", latents, {"latents": "FP32", "latent_grid": "INT32"}).last("generated_image")
-    difference = np.abs(pixels.astype(int) - case.picture().numpy())
+    difference = np.abs(pixels.astype(int) - case.image().numpy())
     assert difference.max() <= 2
     assert (difference == 0).mean() >= 0.99
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.bench.weight_sharing import measure
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import TinyConfig
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
+from bench.weight_sharing import measure
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])

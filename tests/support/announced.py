@@ -6,7 +6,7 @@ A line on its input makes it withdraw first.
 import sys
 from pathlib import Path
 
-from bagel_triton.liveness import Announcement
+from bagel_triton.ipc.liveness import Announcement
 
 announcement = Announcement(sys.argv[2], sys.argv[3], Path(sys.argv[1]))
 print("announced", flush=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bagel_triton.request import GenerationRequest
+from bagel_triton.protocol.request import GenerationRequest
 
 # What a case leaves out has the authors' library default, which is not always the server's.
 LIBRARY_DEFAULTS: dict[str, object] = {
@@ -28,7 +28,7 @@ LIBRARY_DEFAULTS: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded request; ``height`` and ``width`` are the picture's pixels, 0 for text output.
+    """One recorded request; ``height`` and ``width`` are the image's pixels, 0 for text output.
 
     Of recorded keys and values, tokens 0, ``kv_token_stride``, ... are kept.
     """
@@ -42,7 +42,7 @@ class Case:
     request: GenerationRequest
     text: str | None
     kv_token_stride: int
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     directory: Path
 
     @property
@@ -54,8 +54,8 @@ class Case:
         """The recorded intermediate tensors by name."""
         return load_file(self.directory / f"{self.name}.safetensors")
 
-    def picture(self) -> Tensor:
-        """The recorded picture, uint8 [height, width, 3]."""
+    def image(self) -> Tensor:
+        """The recorded image, uint8 [height, width, 3]."""
         with Image.open(self.directory / f"{self.name}.expected.png") as image:
             return torch.from_numpy(np.array(image.convert("RGB")))
 
@@ -66,11 +66,11 @@ def load_cases(directory: Path) -> tuple[Case, ...]:
 
 
 def _case(fields: dict[str, Any], directory: Path) -> Case:
-    makes_picture = fields["task"] in ("text2img", "img2img")
-    pictures = tuple(directory / name for name in fields.get("input_images", ()))
-    options = _picture_options(fields) if makes_picture else _text_options(fields)
-    if pictures:
-        options["image"] = tuple(path.read_bytes() for path in pictures)
+    makes_image = fields["task"] in ("text2img", "img2img")
+    images = tuple(directory / name for name in fields.get("input_images", ()))
+    options = _image_options(fields) if makes_image else _text_options(fields)
+    if images:
+        options["image"] = tuple(path.read_bytes() for path in images)
     if fields["kw"].get("think"):
         options["think"] = True
     height, width = fields.get("output_size_hw", (0, 0))
@@ -84,12 +84,12 @@ def _case(fields: dict[str, Any], directory: Path) -> Case:
         request=GenerationRequest(prompt=fields["prompt"], **options),
         text=fields.get("expected_text"),
         kv_token_stride=fields.get("kv_token_stride", 1),
-        pictures=pictures,
+        images=images,
         directory=directory,
     )
 
 
-def _picture_options(fields: dict[str, Any]) -> dict[str, Any]:
+def _image_options(fields: dict[str, Any]) -> dict[str, Any]:
     options = LIBRARY_DEFAULTS | fields["kw"]
     options.pop("think", None)
     options["num_inference_steps"] = options.pop("num_timesteps")

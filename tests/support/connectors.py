@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.contexts import KVGeometry
 from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
-from bagel_triton.runtime import ports
+from bagel_triton.protocol.messages import KVGeometry
+from bagel_triton.serving import ports
 from tests.support.kv import GEOMETRY
 
 

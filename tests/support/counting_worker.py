@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bagel_triton.engine.job import Job
-from bagel_triton.engine.worker import Worker
-from bagel_triton.errors import BagelError
-from bagel_triton.events import ProgressEvent
-from bagel_triton.model.device_loss import CPU
+from bagel_triton.engine.loop import EngineLoop, Job
+from bagel_triton.model.device import CPU
+from bagel_triton.protocol.errors import BagelError
+from bagel_triton.protocol.events import ProgressEvent
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ CountJob = Job[Count, int]
 WAIT_S = 10.0
 
 
-class CountingWorker(Worker[Count, int]):
+class CountingWorker(EngineLoop[Count, int]):
     """Counts ``capacity`` jobs at a time; each step waits for :attr:`pace`."""
 
     stage = "dit"
@@ -76,7 +75,7 @@ class CountingWorker(Worker[Count, int]):
         del self._counts[job]
         self.dropped.append(job.request_id)
 
-    def _forget(self, request_id: str) -> None:
+    def _revoke_leases(self, request_id: str) -> None:
         self.forgotten.append(request_id)
 
 

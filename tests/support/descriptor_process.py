@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from bagel_triton.shared_descriptor import SharedDescriptor
+from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 
 SPAWN = multiprocessing.get_context("spawn")
 WAIT_S = 60.0

@@ -31,8 +31,8 @@ def assert_same(one: Tensor, other: Tensor, what: object = None) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def same_picture(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether pictures are equal where rows are stable, elsewhere but for the rounding of a uint8."""
+def same_image(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether images are equal where rows are stable, elsewhere but for the rounding of a uint8."""
     if rows_are_stable():
         return np.array_equal(one, other)
     return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1

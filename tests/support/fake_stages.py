@@ -6,11 +6,10 @@ import itertools
 import threading
 from dataclasses import dataclass, field
 
-from bagel_triton.contexts import Answer, Thoughts
-from bagel_triton.engine.visit import Visit
-from bagel_triton.errors import StageUnavailable
-from bagel_triton.events import ProgressEvent, Stage, StageStats
-from bagel_triton.messages import Branch, BranchPlan, FlowSettings, Plan, Usage
+from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.protocol.errors import StageUnavailable
+from bagel_triton.protocol.events import ProgressEvent, Stage, StageStats
+from bagel_triton.protocol.messages import Answer, Branch, BranchPlan, FlowSettings, Plan, ThinkerOutput, Usage
 
 FLOW = FlowSettings(
     height=64,
@@ -43,7 +42,7 @@ class FakeStages:
     abandoned: list[str] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
-    def expand(self, request: str) -> Visit[Plan]:
+    def expand(self, request: str) -> StageCall[Plan]:
         plan = Plan(
             f"{request}-{next(self._numbers)}",
             branches=(BranchPlan(Branch.GEN),),
@@ -52,17 +51,17 @@ class FakeStages:
         )
         return self._visit("cfg_expand", plan)
 
-    def think(self, plan: Plan) -> Visit[Thoughts]:
+    def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         name = plan.request_id.rpartition("-")[0]
-        return self._visit("thinker", Thoughts(self.answers, f"job of {name}" if plan.flow else None))
+        return self._visit("thinker", ThinkerOutput(self.answers, f"job of {name}" if plan.flow else None))
 
-    def denoise(self, job: str) -> Visit[list[str]]:
+    def denoise(self, job: str) -> StageCall[list[str]]:
         delay = next((delay for name, delay in self.delays.items() if job.endswith(name)), 0.0)
         progress = [ProgressEvent("dit", step, 2) for step in (1, 2)]
-        latents = [f"latents {number} of {job}" for number in range(self.flow.num_pictures)]
+        latents = [f"latents {number} of {job}" for number in range(self.flow.num_images)]
         return self._visit("dit", latents, progress, delay)
 
-    def decode(self, latents: str, request_id: str) -> Visit[str]:
+    def decode(self, latents: str, request_id: str) -> StageCall[str]:
         return self._visit("vae_decode", f"pixels of {latents}")
 
     def abandon(self, request_id: str) -> None:
@@ -70,11 +69,11 @@ class FakeStages:
 
     def _visit(
         self, stage: Stage, result: object, progress: list[ProgressEvent] | None = None, delay: float = 0.0
-    ) -> Visit:
+    ) -> StageCall:
         if stage == self.refuses:
             raise StageUnavailable(f"{stage} is not loaded")
         self.visited.append(stage)
-        visit = Visit(stage)
+        visit = StageCall(stage)
         if stage == self.silent:
             return visit
         for event in progress or []:

@@ -9,19 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, KVGeometry
-from bagel_triton.kv.arena import Context, KVArena
+from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 from bagel_triton.kv.connectors.base import Consumer, MappedConsumer
-from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
+from bagel_triton.kv.lease import LeaseManager, LeaseTable, table_words
 from bagel_triton.kv.store import gather, store_shape
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 GEOMETRY = KVGeometry(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype="float32")
 
 
-def new_arena(blocks: int, geometry: KVGeometry = GEOMETRY) -> KVArena:
+def new_arena(blocks: int, geometry: KVGeometry = GEOMETRY) -> KVCachePool:
     """An empty arena in this process' memory."""
-    return KVArena(torch.zeros(store_shape(geometry, blocks * geometry.block_tokens)), geometry)
+    return KVCachePool(torch.zeros(store_shape(geometry, blocks * geometry.block_tokens)), geometry)
 
 
 def contents_of(labels: Sequence[int], geometry: KVGeometry = GEOMETRY) -> Tensor:
@@ -34,20 +33,20 @@ def contents_of(labels: Sequence[int], geometry: KVGeometry = GEOMETRY) -> Tenso
     return torch.tensor(list(labels))[None, None, :, None, None] * 1000.0 + places
 
 
-def append(arena: KVArena, context: Context, labels: Sequence[int]) -> None:
+def append(arena: KVCachePool, context: KVSequence, labels: Sequence[int]) -> None:
     """Extend ``context`` by the tokens named ``labels`` and write their keys and values."""
     arena.store[:, :, context.extend(len(labels))] = contents_of(labels, arena.geometry).to(arena.store)
     context.next_position += len(labels)
 
 
-def read(arena: KVArena, context: Context) -> Tensor:
+def read(arena: KVCachePool, context: KVSequence) -> Tensor:
     """All keys and values of ``context``."""
     out = torch.empty(store_shape(arena.geometry, context.tokens))
     gather(arena.store, arena.read_slots(context), out)
     return out
 
 
-def claim(consumer: Consumer, handle: ContextHandle) -> Tensor:
+def claim(consumer: Consumer, handle: KVHandle) -> Tensor:
     """The contents that ``handle`` lends."""
     dtype = getattr(torch, handle.geometry.dtype)
     destination = torch.full(store_shape(handle.geometry, handle.tokens), -1, dtype=dtype)
@@ -72,19 +71,19 @@ class Lender(MappedConsumer):
         self.arena = new_arena(blocks)
         self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
         self.clock = Clock()
-        self.book = LeaseBook(self.arena, self.table, "arena", "test", generation, self.clock)
+        self.book = LeaseManager(self.arena, self.table, "arena", "test", generation, self.clock)
 
-    def context(self, labels: Sequence[int]) -> Context:
+    def context(self, labels: Sequence[int]) -> KVSequence:
         """A context of the tokens named ``labels``."""
-        context = Context(self.arena)
+        context = KVSequence(self.arena)
         append(self.arena, context, labels)
         return context
 
-    def lend(self, labels: Sequence[int], request_id: str = "r", ttl_s: float = 10.0) -> ContextHandle:
+    def lend(self, labels: Sequence[int], request_id: str = "r", ttl_s: float = 10.0) -> KVHandle:
         """A lease on a new context of the tokens named ``labels``."""
         return self.book.publish(request_id, Branch.GEN, self.context(labels), ttl_s)
 
-    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+    def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         return self.arena.store, self.table
 
     def close(self) -> None:

@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, CudaAddress
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import ArenaFull, Context
+from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.selftest import lend_pattern
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch, decode, encode
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, CudaAddress, KVHandle, decode, encode
 from tests.support.kv import append, claim
 
 WAIT_S = 60.0
 
 
 class Peer:
-    """The process; its exceptions come back as :class:`LeaseError` or :class:`ArenaFull`."""
+    """The process; its exceptions come back as :class:`LeaseError` or :class:`KVCacheFull`."""
 
     def __init__(self, process: Any, pipe: Connection) -> None:
         self.process, self._pipe = process, pipe
@@ -48,9 +47,9 @@ class Peer:
             raise answer
         return answer
 
-    def lend(self, labels: range, ttl_s: float = 60.0, request_id: str = "r") -> ContextHandle:
+    def lend(self, labels: range, ttl_s: float = 60.0, request_id: str = "r") -> KVHandle:
         """A producer's lease on a context of the tokens named ``labels``."""
-        return decode(self.ask("lend", labels, ttl_s, request_id), ContextHandle)
+        return decode(self.ask("lend", labels, ttl_s, request_id), KVHandle)
 
     def silent(self, seconds: float) -> bool:
         """Whether no answer comes for so long."""
@@ -101,7 +100,7 @@ def _run(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...])
                 return
             try:
                 answer = getattr(commands, command)(*given)
-            except (LeaseError, ArenaFull) as error:
+            except (LeaseError, KVCacheFull) as error:
                 answer = error
             pipe.send(answer)
 
@@ -109,20 +108,20 @@ def _run(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...])
 class _Lending:
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
-        self._parent: Context | None = None
+        self._parent: KVSequence | None = None
 
     def lend(self, labels: range, ttl_s: float, request_id: str) -> bytes:
-        context = Context(self._producer.arena)
+        context = KVSequence(self._producer.arena)
         try:
             append(self._producer.arena, context, labels)
-        except ArenaFull:
+        except KVCacheFull:
             context.free()
             raise
         return self._publish(context, ttl_s, request_id)
 
     def fork(self, labels: range, more: range) -> bytes:
         """Two contexts with one past; the second, which grew by ``more``, is lent."""
-        self._parent = Context(self._producer.arena)
+        self._parent = KVSequence(self._producer.arena)
         append(self._producer.arena, self._parent, labels)
         child = self._parent.fork()
         append(self._producer.arena, child, more)
@@ -131,7 +130,7 @@ class _Lending:
     def lend_random(self, tokens: int, seed: int) -> bytes:
         """Much data: seeded numbers, as :func:`random_contents` makes them."""
         arena = self._producer.arena
-        context = Context(arena)
+        context = KVSequence(arena)
         slots = context.extend(tokens)
         arena.store[:, :, slots] = random_contents(arena.store, tokens, seed)
         return self._publish(context, 60.0, "random")
@@ -148,7 +147,7 @@ class _Lending:
     def close(self) -> None:
         self._producer.close()
 
-    def _publish(self, context: Context, ttl_s: float, request_id: str) -> bytes:
+    def _publish(self, context: KVSequence, ttl_s: float, request_id: str) -> bytes:
         if self._producer.arena.store.is_cuda:
             torch.cuda.synchronize(self._producer.arena.store.device)
         return encode(self._producer.leases.publish(request_id, Branch.GEN, context, ttl_s))
@@ -159,7 +158,7 @@ class _Reading:
         self._consumer = consumer
 
     def claim(self, handle: bytes) -> Tensor:
-        lease = decode(handle, ContextHandle)
+        lease = decode(handle, KVHandle)
         if not isinstance(lease.address, CudaAddress):
             return claim(self._consumer, lease)
         found = torch.full(store_shape(lease.geometry, lease.tokens), -1.0, device="cuda:0")
@@ -167,11 +166,11 @@ class _Reading:
         return found.cpu()
 
     def release(self, handle: bytes) -> None:
-        self._consumer.release(decode(handle, ContextHandle))
+        self._consumer.release(decode(handle, KVHandle))
 
     def check_random(self, handle: bytes, seed: int, device: str) -> tuple[bool, float]:
         """Whether the claim is what ``lend_random`` wrote, and the seconds it took."""
-        lease = decode(handle, ContextHandle)
+        lease = decode(handle, KVHandle)
         dtype = getattr(torch, lease.geometry.dtype)
         found = torch.zeros(store_shape(lease.geometry, lease.tokens), dtype=dtype, device=device)
         start = time.perf_counter()
@@ -181,7 +180,7 @@ class _Reading:
 
     def stop_inside(self, handle: bytes) -> None:
         """Die in the middle of a claim: mapped, copied, and not given back."""
-        lease = decode(handle, ContextHandle)
+        lease = decode(handle, KVHandle)
         self._consumer.lease_table(lease).check(lease)
         os.kill(os.getpid(), 9)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagel_triton.model.device_weights import DeviceWeights, NotShareable
-from bagel_triton.model.weight_store import map_read_only
+from bagel_triton.weights.device import DeviceWeights, NotShareable
+from bagel_triton.weights.shm import map_read_only
 from tests.support.weights import CPU
 
 
 @dataclass(frozen=True)
 class MemfdMemory:
-    """A :class:`~bagel_triton.model.device_weights.DeviceMemory` of this machine's CPU, and what goes wrong with it.
+    """A :class:`~bagel_triton.weights.device.DeviceMemory` of this machine's CPU, and what goes wrong with it.
 
     ``gate`` is a file that appears when a copy to the device is about to be complete, and
     that the test removes to let it be.

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bagel_triton.messages import Branch, FlowSettings
-from bagel_triton.model.attention import Span
+from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.flow import denoise, initial_noise
 from bagel_triton.model.mot import rotary_tables
-from bagel_triton.model.pack import Pack
+from bagel_triton.protocol.messages import Branch, FlowSettings
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -38,7 +38,7 @@ class NaiveKV:
         for target, new in zip(kept, (key, value), strict=True):
             target[rows] = new[rows]  # the next layer's come to the same place
 
-    def rounds(self, spans: Sequence[Span]) -> list[Sequence[Span]]:
+    def rounds(self, spans: Sequence[QuerySpan]) -> list[Sequence[QuerySpan]]:
         return [spans]
 
     def read(self, layer: int, sequence: int) -> KeysValues:
@@ -48,7 +48,7 @@ class NaiveKV:
 
 
 class NaiveBagel:
-    """``bagel`` with one context per branch; ``markers`` are the ids around a picture."""
+    """``bagel`` with one context per branch; ``markers`` are the ids around an image."""
 
     def __init__(self, bagel: Bagel, markers: tuple[int, int]) -> None:
         self._bagel, self._markers = bagel, markers
@@ -60,7 +60,9 @@ class NaiveBagel:
             return NaiveContext()
         tokens = torch.arange(len(token_ids))
         kv = NaiveKV([tokens], [NaiveContext()])
-        self._forward(self._bagel.embed_text(torch.tensor(token_ids)), 0, tokens, [Span(0, len(tokens), 0, True)], kv)
+        self._forward(
+            self._bagel.embed_text(torch.tensor(token_ids)), 0, tokens, [QuerySpan(0, len(tokens), 0, True)], kv
+        )
         return NaiveContext(kv.new, len(token_ids))
 
     @torch.inference_mode()
@@ -77,12 +79,14 @@ class NaiveBagel:
             embeddings = torch.cat((self._bagel.embed_latents(x, time, positions), markers))
             context, all_rows = contexts[branch], torch.arange(tokens + 2)
             at = torch.full((tokens + 2,), context.next_position)
-            spans, kv = [Span(0, tokens + 2, 0, causal=False)], NaiveKV([all_rows], [context])
+            spans, kv = [QuerySpan(0, tokens + 2, 0, causal=False)], NaiveKV([all_rows], [context])
             return self._bagel.velocity(self._forward(embeddings, tokens, at, spans, kv)[:tokens])
 
         noise = initial_noise(settings.seed, tokens, self._bagel.config.latent.token_channels)
         return denoise(noise, velocity, settings)
 
-    def _forward(self, embeddings: Tensor, gen_rows: int, positions: Tensor, spans: list[Span], kv: NaiveKV) -> Tensor:
+    def _forward(
+        self, embeddings: Tensor, gen_rows: int, positions: Tensor, spans: list[QuerySpan], kv: NaiveKV
+    ) -> Tensor:
         tables = rotary_tables(positions, self._bagel.config.language, self._bagel.dtype)
-        return self._bagel.language_model.model(embeddings, Pack(gen_rows, *tables, spans, kv))
+        return self._bagel.language_model.model(embeddings, PackedBatch(gen_rows, *tables, spans, kv))

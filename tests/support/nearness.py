@@ -13,6 +13,6 @@ def relative_rms(ours: Tensor, expected: Tensor) -> float:
 
 
 def mean_levels(ours: Tensor, expected: Tensor) -> float:
-    """The mean difference of two pictures, uint8 of one shape, in levels of 255."""
+    """The mean difference of two images, uint8 of one shape, in levels of 255."""
     assert ours.shape == expected.shape
     return float((ours.int() - expected.int()).abs().float().mean())

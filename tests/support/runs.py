@@ -9,26 +9,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bagel_triton.contexts import DenoiseJob
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.flow_run import Latents
-from bagel_triton.engine.visit import Result, Visit
-from bagel_triton.messages import Plan
-from bagel_triton.request import GenerationRequest
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.pipeline.stage_call import Result, StageCall
+from bagel_triton.protocol.messages import DenoiseJob, Plan
+from bagel_triton.protocol.request import GenerationRequest
 
 WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one request led to: for each picture its latents and its pixels, uint8 [height, width, 3]."""
+    """What one request led to: for each image its latents and its pixels, uint8 [height, width, 3]."""
 
     plan: Plan
     latents: list[Latents]
     pixels: list[Tensor]
 
 
-def result_of(visit: Visit[Result]) -> Result:
+def result_of(visit: StageCall[Result]) -> Result:
     """What the stage answers; its error is raised."""
     following = visit.follow(lambda: False, WAIT_S)
     while True:
@@ -40,7 +39,7 @@ def result_of(visit: Visit[Result]) -> Result:
 
 
 def think(stages: LocalStages, request: GenerationRequest) -> tuple[Plan, DenoiseJob]:
-    """The plan of a request for a picture, and its contexts, lent."""
+    """The plan of a request for an image, and its contexts, lent."""
     plan = result_of(stages.expand(request))
     job = result_of(stages.think(plan)).job
     assert job is not None

@@ -22,7 +22,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from PIL import Image
 
-from bagel_triton.request import REQUEST_TENSORS, Arrays, GenerationRequest, to_tensors
+from bagel_triton.protocol.request import REQUEST_TENSORS, Arrays, GenerationRequest, to_tensors
 
 START_S, STOP_S, ANSWER_S = 180, 15, 120
 ENDLESS_TEXT = {  # what was said becomes so likely that nothing else is: it runs to its limit, nearly all of the arena
@@ -100,15 +100,15 @@ class Server:
         url = f"{self.url}/v1/chat/completions"
         return httpx.post(url, json=body, headers=headers, timeout=ANSWER_S, trust_env=False)
 
-    def pictures(self, body: dict[str, Any]) -> list[np.ndarray]:
-        """The pictures that a chat request is answered with."""
+    def images(self, body: dict[str, Any]) -> list[np.ndarray]:
+        """The images that a chat request is answered with."""
         response = self.chat(body)
         assert response.status_code == 200, response.text
-        return reply_pictures(response.json())
+        return reply_images(response.json())
 
 
-def reply_pictures(reply: dict[str, Any]) -> list[np.ndarray]:
-    """The pictures in a chat completion, uint8 [height, width, 3] each."""
+def reply_images(reply: dict[str, Any]) -> list[np.ndarray]:
+    """The images in a chat completion, uint8 [height, width, 3] each."""
     parts = reply["choices"][0]["message"]["content"]
     assert all(part["type"] == "image_url" for part in parts)
     return [decode_data_url(part["image_url"]["url"]) for part in parts]
@@ -122,7 +122,7 @@ def decode_data_url(url: str) -> np.ndarray:
 
 
 def data_url(encoded: bytes, kind: str = "png") -> str:
-    """Encoded picture bytes as a ``data:`` URL."""
+    """Encoded image bytes as a ``data:`` URL."""
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from multiprocessing.connection import Connection
 
-from bagel_triton.contexts import KVGeometry
-from bagel_triton.kv.arena import Context
+from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.connectors.shm import ShmProducer
-from bagel_triton.messages import Branch, encode
+from bagel_triton.protocol.messages import Branch, KVGeometry, encode
 from tests.support.kv import append
 
 
 def produce(pipe: Connection, prefix: str, geometry: KVGeometry) -> None:
     """Lend two contexts of scattered blocks, then ``reclaim``, ``close`` or ``die`` as told."""
     producer = ShmProducer(geometry, 16, prefix)
-    contexts = [Context(producer.arena), Context(producer.arena)]
+    contexts = [KVSequence(producer.arena), KVSequence(producer.arena)]
     for start in range(0, 10, 2):
         for number, context in enumerate(contexts):
             append(producer.arena, context, range(100 * number + start, 100 * number + start + 2))

@@ -10,7 +10,7 @@ from typing import Self
 
 import pytest
 
-from bagel_triton import liveness
+from bagel_triton.ipc import liveness
 
 PREFIX = "test_1"
 

@@ -13,7 +13,8 @@ import httpx
 import msgspec
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.runtime import ports, shared_memory, source_tree, tritonserver
+from bagel_triton.ipc import prefix as shared_memory
+from bagel_triton.serving import ports, source_tree, tritonserver
 
 START_S, STOP_S = 180, 30
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.file_identity import FileIdentity
-from bagel_triton.model.weight_sharing import SharedWeights
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.sharing import SharedWeights
 
 
 class Counted(dict[str, Tensor]):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagel_triton.bench.process_memory import ProcessMemory
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.file_identity import FileIdentity
-from bagel_triton.model.weight_store import WeightStore
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.shm import WeightStore
+from bench.process_memory import ProcessMemory
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-a"
 CPU = torch.device("cpu")

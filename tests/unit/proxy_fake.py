@@ -17,27 +17,28 @@ from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
 from bagel_triton.deploy.topology import BAGEL
-from bagel_triton.events import AnswerEvent, DoneEvent, PictureEvent, ProgressEvent, StageStats, TextEvent
-from bagel_triton.messages import Usage
-from bagel_triton.proxy import schema, task
-from bagel_triton.proxy.app import create_app
-from bagel_triton.proxy.fetch import RemotePictures
-from bagel_triton.proxy.picture_source import PictureSource
-from bagel_triton.proxy.settings import ProxySettings
-from bagel_triton.proxy.triton import StageResponse
-from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
+from bagel_triton.openai import chat as task
+from bagel_triton.openai import schema
+from bagel_triton.openai.app import create_app
+from bagel_triton.openai.image_fetch import RemoteImages
+from bagel_triton.openai.image_source import ImageLoader
+from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, ProgressEvent, StageStats, TextEvent
+from bagel_triton.protocol.messages import Usage
+from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
+from bagel_triton.triton.async_client import StageResponse
 
 NAMES = ("bagel", "ByteDance-Seed/BAGEL-7B-MoT")
 SETTINGS = ProxySettings("127.0.0.1:1", NAMES, max_body_bytes=10_000, models=BAGEL.models)
 PIXELS: NDArray[np.uint8] = np.random.default_rng(3).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 PROGRESS = [StageResponse(ProgressEvent("dit", step, 3)) for step in (1, 2, 3)]
-PICTURE = StageResponse(PictureEvent(0, 32, 48, 7), PIXELS)
+IMAGE = StageResponse(ImageEvent(0, 32, 48, 7), PIXELS)
 STAGES = (StageStats("thinker", 0.25, 0.5), StageStats("dit", 1.0, 2.0))
 DONE = StageResponse(DoneEvent("r", 7, Usage(5, 0, 6), STAGES))
 CHAT = "/v1/chat/completions"
 SILENCE = object()
-SCRIPT = (*PROGRESS, PICTURE, DONE)
-PNG_URL = "data:image/png;base64," + base64.b64encode(b"a picture").decode()
+SCRIPT = (*PROGRESS, IMAGE, DONE)
+PNG_URL = "data:image/png;base64," + base64.b64encode(b"an image").decode()
 
 
 def text(index: int, channel: Literal["content", "reasoning"], piece: str) -> StageResponse:
@@ -68,14 +69,14 @@ ONE_ANSWER = (
     answer(0, "Paris"),
     StageResponse(DoneEvent("r", None, Usage(5, 2), STAGES)),
 )
-# Thinking, then pictures with seeds 7 and 8.
-THOUGHT_PICTURES = (
+# Thinking, then images with seeds 7 and 8.
+THOUGHT_IMAGES = (
     text(0, "reasoning", "A cat,"),
     text(0, "reasoning", " in snow."),
     answer(0, "", "A cat, in snow.", "length"),
     *PROGRESS,
-    PICTURE,
-    StageResponse(PictureEvent(1, 32, 48, 8), PIXELS[::-1]),
+    IMAGE,
+    StageResponse(ImageEvent(1, 32, 48, 8), PIXELS[::-1]),
     StageResponse(DoneEvent("r", 7, Usage(5, 4, 12, 4), STAGES)),
 )
 
@@ -118,7 +119,7 @@ class FakeClient:
 
 
 def chat_body(**fields: object) -> dict[str, object]:
-    """A request for a picture that is served, changed by ``fields``."""
+    """A request for an image that is served, changed by ``fields``."""
     return {"messages": [{"role": "user", "content": "A cute cat"}], "modalities": ["image"]} | fields
 
 
@@ -128,31 +129,31 @@ def http(client: FakeClient) -> TestClient:
 
 
 def generation(body: object) -> GenerationRequest:
-    """What the model is asked for ``body``; remote pictures are switched off."""
+    """What the model is asked for ``body``; remote images are switched off."""
     client = FakeClient()
 
     async def ask() -> None:
         wanted = task.to_task(schema.parse(json.dumps(body).encode()))
-        async for _ in wanted.run(client, PictureSource(None), "r", {}):
+        async for _ in wanted.run(client, ImageLoader(None), "r", {}):
             pass
 
     asyncio.run(ask())
     return client.requests[0]
 
 
-def picture_part(url: str) -> dict[str, object]:
+def image_part(url: str) -> dict[str, object]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def user_turn(prompt: str, *pictures: int) -> Turn:
-    return Turn("user", (TextPart(prompt), *map(PicturePart, pictures)))
+def user_turn(prompt: str, *images: int) -> Turn:
+    return Turn("user", (TextPart(prompt), *map(ImageRef, images)))
 
 
 A_CAT = (user_turn("A cute cat"),)
 
 
 @contextmanager
-def live_proxy(client: FakeClient, remote: RemotePictures | None = None) -> Iterator[str]:
+def live_proxy(client: FakeClient, remote: RemoteImages | None = None) -> Iterator[str]:
     """The URL of a proxy in front of ``client``."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(create_app(SETTINGS, client, remote), log_config=None))

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.contexts import Thoughts
 from bagel_triton.deploy.config import ThinkerConfig
-from bagel_triton.engine.admission import Admission
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.job import Job
-from bagel_triton.engine.metrics import NoMetrics
-from bagel_triton.engine.thinker_run import ThinkerRun
-from bagel_triton.errors import Overloaded
+from bagel_triton.engine.loop import Job
+from bagel_triton.engine.thinker.admission import Admission
+from bagel_triton.engine.thinker.run import ThinkerRun
 from bagel_triton.kv.prefix_cache import PrefixCache
-from bagel_triton.messages import Plan, Schedule
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.request import GenerationRequest
+from bagel_triton.protocol.errors import Overloaded
+from bagel_triton.protocol.messages import Plan, SchedulingParams, ThinkerOutput
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.telemetry.metrics import NoMetrics
+from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.runs import result_of
 
 Admit = Callable[..., list[ThinkerRun]]
@@ -36,7 +35,7 @@ def admit(local_stages: LocalStages, checkpoint_dir: Path) -> Admit:
         admission = Admission(model, local_stages.producer, PrefixCache(arena), config, NoMetrics())
         running: list[ThinkerRun] = []
         for name in names:
-            admission.admit(Job[Plan, Thoughts](name, plan, lambda event: None, Schedule()), running)
+            admission.admit(Job[Plan, ThinkerOutput](name, plan, lambda event: None, SchedulingParams()), running)
         return running
 
     return ask

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model import attention
-from bagel_triton.model.attention import Span, attend, backend_name
+from bagel_triton.model.attention import QuerySpan, attend, backend_name
 
 HEAD_DIM = 16
 
@@ -26,7 +26,7 @@ class FixedKV:
     def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
         raise AssertionError("attention writes nothing")
 
-    def rounds(self, spans: Sequence[Span]) -> list[Sequence[Span]]:
+    def rounds(self, spans: Sequence[QuerySpan]) -> list[Sequence[QuerySpan]]:
         return [spans]
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
@@ -67,26 +67,26 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 )
 def test_one_span_is_the_formula(heads: int, kv_heads: int, rows: int, length: int, causal: bool) -> None:
     query, kv = _random(0, rows, heads, HEAD_DIM), _kv([length], kv_heads)
-    out = attend(query, 0, [Span(0, rows, 0, causal)], kv)
+    out = attend(query, 0, [QuerySpan(0, rows, 0, causal)], kv)
     expected = _naive(query, *kv.sequences[0], causal)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_spans_of_every_kind_share_a_pack_without_touching() -> None:
-    """Two pictures' latents and their markers, behind them two prompts, in an order of their own."""
+    """Two images' latents and their markers, behind them two prompts, in an order of their own."""
     query, kv = _random(0, 31, 6, HEAD_DIM), _kv([20, 9, 14, 5], 2)
     spans = [
-        Span(0, 8, 1, causal=False),
-        Span(8, 20, 0, causal=False),
-        Span(20, 22, 1, causal=False),
-        Span(22, 24, 0, causal=False),
-        Span(24, 28, 2, causal=True),
-        Span(28, 31, 3, causal=True),
+        QuerySpan(0, 8, 1, causal=False),
+        QuerySpan(8, 20, 0, causal=False),
+        QuerySpan(20, 22, 1, causal=False),
+        QuerySpan(22, 24, 0, causal=False),
+        QuerySpan(24, 28, 2, causal=True),
+        QuerySpan(28, 31, 3, causal=True),
     ]
     together = attend(query, 0, spans, kv)
     for span in spans:
         rows = query[span.start : span.stop]
-        alone = attend(rows, 0, [Span(0, len(rows), span.sequence, span.causal)], kv)
+        alone = attend(rows, 0, [QuerySpan(0, len(rows), span.sequence, span.causal)], kv)
         assert torch.equal(together[span.start : span.stop], alone)
         expected = _naive(rows, *kv.sequences[span.sequence], span.causal)
         torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=1e-5)
@@ -94,11 +94,11 @@ def test_spans_of_every_kind_share_a_pack_without_touching() -> None:
 
 def test_the_last_of_a_prompts_rows_sees_all_and_the_first_only_the_past() -> None:
     query, kv = _random(0, 3, 4, HEAD_DIM), _kv([8], 2)
-    before = attend(query, 0, [Span(0, 3, 0, causal=True)], kv)
+    before = attend(query, 0, [QuerySpan(0, 3, 0, causal=True)], kv)
     key, value = kv.sequences[0]
     key[7] += 1.0
     value[7] += 1.0
-    after = attend(query, 0, [Span(0, 3, 0, causal=True)], kv)
+    after = attend(query, 0, [QuerySpan(0, 3, 0, causal=True)], kv)
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2], after[2])
 
@@ -133,7 +133,7 @@ def test_flash_attn_is_called_as_it_is_documented(
     assert backend_name(torch.device("cuda:0"), torch.float32) == "torch-sdpa"
     monkeypatch.setattr(attention, "backend_name", lambda device, dtype: "flash-attn")
     query, kv = _random(0, rows, 6, HEAD_DIM), _kv([length], 2)
-    out = attend(query, 0, [Span(0, rows, 0, causal)], kv)
+    out = attend(query, 0, [QuerySpan(0, rows, 0, causal)], kv)
     torch.testing.assert_close(out.double(), _naive(query, *kv.sequences[0], causal), rtol=1e-5, atol=1e-5)
 
 

@@ -9,25 +9,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bagel_triton.bench import (
-    __main__ as bench,
-)
-from bagel_triton.bench import (
-    decode_tokens_per_s,
-    dit_batch4_speedup,
-    dit_step_over_floor,
-    gpu,
-    prefix_reuse_speedup,
-)
-from bagel_triton.bench.arithmetic import matmul_rate, products, step_flops
-from bagel_triton.bench.figure import Figure, median, repeated, table
-from bagel_triton.bench.setting import Setting, denoise_job, picture_request
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.token_count import MARKERS
-from bagel_triton.model.checkpoint import Checkpoint
+from bagel_triton.engine.token_count import VISION_TOKENS
 from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig, VitConfig
-from bagel_triton.model.crew import Crew
+from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.weights.checkpoint import Checkpoint
+from bench import __main__ as bench
+from bench import decode_tokens_per_s, dit_batch4_speedup, dit_step_over_floor, gpu, prefix_reuse_speedup
+from bench.arithmetic import matmul_rate, products, step_flops
+from bench.figure import Figure, median, repeated, table
+from bench.setting import Setting, denoise_job, image_request
 
 SMALL = ModelConfig(
     LanguageConfig(64, 96, 2, 4, 2, 16, 600, 1e6, 1e-6),
@@ -45,8 +37,8 @@ def test_a_steps_arithmetic_is_what_torch_counts(
     local_stages: LocalStages, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Torch counts what one thread does, and no product that is added in place.
-    monkeypatch.setattr(Crew, "each", lambda crew, task, items: [task(item) for item in items])
-    job = denoise_job(local_stages, picture_request(128, 128, 2))
+    monkeypatch.setattr(ThreadPool, "parallel_for", lambda crew, task, items: [task(item) for item in items])
+    job = denoise_job(local_stages, image_request(128, 128, 2))
     counted: list[int] = []
     real = local_stages.dit._step
 
@@ -61,7 +53,7 @@ def test_a_steps_arithmetic_is_what_torch_counts(
     local_stages.dit._step = step  # type: ignore[method-assign]
     local_stages.dit.submit(job, job.request_id, lambda event: None).done.result(60)
     config = Checkpoint(checkpoint_dir).config
-    branches = [(64 + MARKERS, handle.tokens) for handle in job.handles]
+    branches = [(64 + VISION_TOKENS, handle.tokens) for handle in job.handles]
     assert len(branches) == 2  # the third is the first
     language = config.language
     attention = (
@@ -117,14 +109,14 @@ def test_the_thinkers_benches_run(setting: Setting):
     assert ratio.trials == (first.trials[0] / second.trials[0],)
 
 
-def test_random_networks_of_any_shape_make_pictures(checkpoint_dir: Path):
+def test_random_networks_of_any_shape_make_images(checkpoint_dir: Path):
     models = gpu.random_models(SMALL, (32, 32, 64, 64), torch.device("cpu"), torch.float32)
     stages = LocalStages(DeployConfig(str(checkpoint_dir), device="cpu", dtype="float32"), models=models)
     try:
         figures = {figure.name: figure for figure in gpu.measure(stages, models, ((64, 3),), 1, peak_shape=64)}
     finally:
         stages.close()
-    assert figures["picture of 64x64, 3 steps"].value > 0
+    assert figures["image of 64x64, 3 steps"].value > 0
     assert figures["tokens/s of 1 sequence over the memory's bound"].value > 0
 
 

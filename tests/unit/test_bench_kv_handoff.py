@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.bench import kv_handoff
+from bench import kv_handoff
 
 
 @pytest.mark.parametrize("connector", ["local", "shm"])
@@ -24,9 +24,15 @@ def test_a_row_of_each_kind_of_blocks(connector: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(("handoff_ms", "status", "shown"), [(12.9, 0, ""), (13.1, 1, "  over the goal")])
 def test_missing_the_goal_shows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handoff_ms: float, status: int, shown: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    handoff_ms: float,
+    status: int,
+    shown: str,
 ) -> None:
-    def measured(connector: kv_handoff.Connector, megabytes: int, blocks: kv_handoff.Blocks, *rest: object) -> object:
+    def measured(
+        connector: kv_handoff.Connector, megabytes: int, blocks: kv_handoff.BlockAllocator, *rest: object
+    ) -> object:
         return kv_handoff.Handoff(connector, blocks, megabytes, handoff_ms, 10.0, 20.0)
 
     monkeypatch.setattr(kv_handoff, "measure", measured)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bagel_triton.model.checkpoint import Checkpoint, inspect
 from bagel_triton.model.config import CheckpointError
+from bagel_triton.weights.checkpoint import Checkpoint, inspect
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"

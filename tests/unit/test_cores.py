@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.model.cores import release_team
-from bagel_triton.request import GenerationRequest
+from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.protocol.request import GenerationRequest
 from tests.support.runs import generate
 from tests.support.waiting import on_a_thread, soon
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model import cuda_memory
-from bagel_triton.model.cuda_bytes import CudaBytes
-from bagel_triton.model.cuda_memory import CudaMemory, why_not
-from bagel_triton.model.device_weights import DeviceWeights, NotShareable
-from bagel_triton.runtime import available_memory
+from bagel_triton.ipc import cuda_memory
+from bagel_triton.ipc.cuda_memory import CudaBytes, CudaMemory, why_not
+from bagel_triton.serving import available_memory
+from bagel_triton.weights.device import DeviceWeights, NotShareable
 from tests.support.fake_cuda_driver import CAPACITY, GRANULARITY, FakeCudaDriver
 from tests.support.weights import FILES, sources
 

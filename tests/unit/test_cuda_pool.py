@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.cuda_pool import CudaPool
+from bagel_triton.kv.connectors.cuda_ipc import CudaPool
 
 GPU = torch.device("cuda:0")
 FREE = 1 << 20
@@ -94,7 +94,11 @@ def test_an_allocation_passes_by_its_handle_and_is_closed_by_its_reader(runtime:
 
 def test_the_memory_is_shown_to_torch_as_bytes() -> None:
     shown = CudaPool(GPU, 0x7F0000000000, 24).__cuda_array_interface__
-    assert (shown["shape"], shown["typestr"], shown["data"]) == ((24,), "|u1", (0x7F0000000000, False))
+    assert (shown["shape"], shown["typestr"], shown["data"]) == (
+        (24,),
+        "|u1",
+        (0x7F0000000000, False),
+    )
 
 
 def test_a_full_gpu_is_an_error_that_says_what_to_lower(runtime: FakeRuntime) -> None:

@@ -16,7 +16,7 @@ from bagel_triton.deploy.config import (
     read,
 )
 from bagel_triton.deploy.connector import choose
-from bagel_triton.deploy.deploy_yaml import load
+from bagel_triton.deploy.yaml import load
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.cuda_ipc import CudaIpcConsumer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer

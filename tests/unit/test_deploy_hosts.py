@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, read
-from bagel_triton.deploy.deploy_yaml import load
 from bagel_triton.deploy.hosts import on_this_host
+from bagel_triton.deploy.yaml import load
 
 FILE = Path(__file__).parents[2] / "build" / "deploy" / "bagel_two_hosts.yaml"
 CONNECTORS = "connectors: {net: {name: mooncake}}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.deploy import deploy_yaml
+from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError
 
 

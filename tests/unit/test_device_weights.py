@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.device_weights import DeviceWeights
-from bagel_triton.model.weight_sharing import shared_weights
-from bagel_triton.model.weight_store import WeightStore
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import TinyConfig
-from bagel_triton.shm_file import SHM_DIRECTORY
+from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.device import DeviceWeights
+from bagel_triton.weights.sharing import shared_weights
+from bagel_triton.weights.shm import WeightStore
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.kv_process import Peer, peer
 from tests.support.memfd_memory import MemfdMemory
 from tests.support.waiting import soon

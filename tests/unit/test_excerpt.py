@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bagel_triton.excerpt import MAX_SHOWN, shown
+from bagel_triton.protocol.errors import MAX_SHOWN, format_value
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from bagel_triton.excerpt import MAX_SHOWN, shown
     ],
 )
 def test_a_value_is_shown_as_json_and_a_text_in_quotes(value: object, text: str) -> None:
-    assert shown(value) == text
+    assert format_value(value) == text
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_value_is_shown_as_json_and_a_text_in_quotes(value: object, text: str)
     ],
 )
 def test_bytes_are_shown_as_the_text_that_they_are_or_counted(data: bytes, text: str) -> None:
-    assert shown(data) == text
+    assert format_value(data) == text
 
 
 class Endless(list[object]):
@@ -63,7 +63,7 @@ class Endless(list[object]):
     ids=["text", "bytes", "list", "name", "endless"],
 )
 def test_a_large_value_is_cut_and_not_looked_at_any_further(value: object, start: str) -> None:
-    text = shown(value)
+    text = format_value(value)
     assert len(text) == MAX_SHOWN
     assert text.startswith(start)
     assert text.endswith("...")

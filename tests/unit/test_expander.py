@@ -1,4 +1,4 @@
-"""Texts and pictures of a request as segments: where each goes, and what has no place."""
+"""Texts and images of a request as segments: where each goes, and what has no place."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bagel_triton.defaults import MAX_MESSAGES, MAX_TEXT_BYTES
-from bagel_triton.engine.expander import Expander
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.messages import Branch, Plan, Segment, TextSegment, VitSegment
-from bagel_triton.model.checkpoint import inspect
+from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.messages import Branch, Plan, Segment, TextSegment, VitSegment
+from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
+from bagel_triton.protocol.validation import MAX_MESSAGES, MAX_TEXT_BYTES
+from bagel_triton.weights.checkpoint import inspect
 
 PAD = "<|image_pad|>"
 
@@ -28,8 +28,8 @@ def tokenizer(checkpoint_dir: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def expander(checkpoint_dir: Path, tokenizer: Tokenizer) -> Expander:
-    return Expander(inspect(checkpoint_dir), tokenizer)
+def expander(checkpoint_dir: Path, tokenizer: Tokenizer) -> RequestPlanner:
+    return RequestPlanner(inspect(checkpoint_dir), tokenizer)
 
 
 def encoded(side: int) -> bytes:
@@ -42,15 +42,15 @@ SMALL, LARGE = encoded(512), encoded(1024)
 
 
 def user(*parts: str | int) -> Turn:
-    return Turn("user", tuple(TextPart(part) if isinstance(part, str) else PicturePart(part) for part in parts))
+    return Turn("user", tuple(TextPart(part) if isinstance(part, str) else ImageRef(part) for part in parts))
 
 
 def branch(plan: Plan, name: Branch) -> tuple[Segment, ...]:
     return next(branch.segments for branch in plan.branches if branch.branch is name)
 
 
-def told(expander: Expander, tokenizer: Tokenizer, request: GenerationRequest) -> list[str]:
-    """The ``gen`` context: texts, and ``SMALL`` and ``LARGE`` pictures by the sides they are resized to."""
+def told(expander: RequestPlanner, tokenizer: Tokenizer, request: GenerationRequest) -> list[str]:
+    """The ``gen`` context: texts, and ``SMALL`` and ``LARGE`` images by the sides they are resized to."""
 
     def name(segment: Segment) -> str:
         if isinstance(segment, TextSegment):
@@ -91,24 +91,24 @@ def told(expander: Expander, tokenizer: Tokenizer, request: GenerationRequest) -
         ),
     ],
 )
-def test_pictures_come_first_or_where_the_prompt_marks_them(
-    expander: Expander, tokenizer: Tokenizer, prompt: str, segments: list[str]
+def test_images_come_first_or_where_the_prompt_marks_them(
+    expander: RequestPlanner, tokenizer: Tokenizer, prompt: str, segments: list[str]
 ) -> None:
     request = GenerationRequest(prompt, (SMALL, LARGE), modality="text")
     assert told(expander, tokenizer, request) == segments
 
 
-def test_a_wrapped_prompt_is_what_it_wraps_for_a_picture_and_stands_as_it_is_for_a_text(
-    expander: Expander, tokenizer: Tokenizer
+def test_a_wrapped_prompt_is_what_it_wraps_for_a_image_and_stands_as_it_is_for_a_text(
+    expander: RequestPlanner, tokenizer: Tokenizer
 ) -> None:
     bare, wrapped = "What is this?", "<|im_start|>What is this?<|im_end|>"
-    pictures = [expander.expand(GenerationRequest(prompt, seed=1)) for prompt in (bare, wrapped)]
-    assert pictures[0].branches == pictures[1].branches
+    images = [expander.expand(GenerationRequest(prompt, seed=1)) for prompt in (bare, wrapped)]
+    assert images[0].branches == images[1].branches
     answers = [expander.expand(GenerationRequest(prompt, modality="text")).decoding for prompt in (bare, wrapped)]
     assert [answer and answer.first_token for answer in answers] == [tokenizer.start, tokenizer.end]
 
 
-def test_pictures_of_earlier_messages_go_where_those_mark_them(expander: Expander, tokenizer: Tokenizer) -> None:
+def test_images_of_earlier_messages_go_where_those_mark_them(expander: RequestPlanner, tokenizer: Tokenizer) -> None:
     turns = (user(f"This {PAD} here", 1), Turn("assistant", (TextPart("A cat."),)), user(0), user("And?"))
     request = GenerationRequest(messages=turns, image=(SMALL, LARGE), modality="text")
     texts = ["<|im_start|>A cat.<|im_end|>", "SMALL", "<|im_start|>And?<|im_end|>"]
@@ -120,15 +120,13 @@ def test_pictures_of_earlier_messages_go_where_those_mark_them(expander: Expande
     ]
 
 
-def refused(expander: Expander, **fields: object) -> InvalidRequest:
+def refused(expander: RequestPlanner, **fields: object) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as refusal:
         expander.expand(GenerationRequest(**fields))  # type: ignore[arg-type]
     return refusal.value
 
 
-MARKS = (
-    "marks {} pictures with <|image_pad|>, and {} are given; allowed: a mark for each picture of the message, or none"
-)
+MARKS = "marks {} images with <|image_pad|>, and {} are given; allowed: a mark for each image of the message, or none"
 
 
 @pytest.mark.parametrize(
@@ -162,17 +160,17 @@ MARKS = (
                 f"prompt={prompt!r} is not allowed; allowed: a text that is not empty{beside}",
             )
             for prompt in ("", "   ", "\n\t", "<|im_start|><|im_end|>", "<|im_start|>  <|im_end|>")
-            for image, beside in ((None, ""), ((SMALL,), " beside the pictures"))
+            for image, beside in ((None, ""), ((SMALL,), " beside the images"))
         ),
         (
             {"messages": (user(" ", 0), user("x")), "image": (SMALL,)},
             "messages[0].content",
-            "messages[0].content=' ' is not allowed; allowed: a text that is not empty beside the pictures",
+            "messages[0].content=' ' is not allowed; allowed: a text that is not empty beside the images",
         ),
         (
             {"messages": (user("x", 0, 0, 7),), "image": (SMALL,)},
             "messages",
-            "messages refer to pictures [0, 0, 7], and image holds 1; allowed: each of them once",
+            "messages refer to images [0, 0, 7], and image holds 1; allowed: each of them once",
         ),
         (
             {"prompt": "x", "height": 64, "modality": "text"},
@@ -196,14 +194,16 @@ MARKS = (
         ),
     ],
 )
-def test_what_has_no_place_is_refused(expander: Expander, fields: dict[str, object], param: str, message: str) -> None:
+def test_what_has_no_place_is_refused(
+    expander: RequestPlanner, fields: dict[str, object], param: str, message: str
+) -> None:
     refusal = refused(expander, **fields)
     assert (refusal.message, refusal.param) == (message, param)
 
 
 @pytest.mark.parametrize("text", [" ", "\n", "blurry"])
 def test_any_negative_prompt_is_a_text_but_the_empty_one_is_none(
-    expander: Expander, tokenizer: Tokenizer, text: str
+    expander: RequestPlanner, tokenizer: Tokenizer, text: str
 ) -> None:
     def context(negative: str) -> tuple[Segment, ...]:
         return branch(expander.expand(GenerationRequest("A cat", negative_prompt=negative)), Branch.CFG_TEXT)
@@ -223,7 +223,9 @@ def test_any_negative_prompt_is_a_text_but_the_empty_one_is_none(
     ],
     ids=["prompt", "together", "negative", "messages", "many"],
 )
-def test_more_text_than_fits_is_refused_at_once(expander: Expander, fields: dict[str, object], param: str) -> None:
+def test_more_text_than_fits_is_refused_at_once(
+    expander: RequestPlanner, fields: dict[str, object], param: str
+) -> None:
     started = time.monotonic()
     refusal = refused(expander, **fields)
     assert time.monotonic() - started < 3.0
@@ -232,7 +234,7 @@ def test_more_text_than_fits_is_refused_at_once(expander: Expander, fields: dict
     assert len(refusal.message) < 200
 
 
-def test_a_megabyte_of_text_is_still_looked_at(expander: Expander) -> None:
+def test_a_megabyte_of_text_is_still_looked_at(expander: RequestPlanner) -> None:
     plan = expander.expand(GenerationRequest("<|im_start|>" * (MAX_TEXT_BYTES // 12)))
     assert plan.usage.prompt_tokens == MAX_TEXT_BYTES // 12
 
@@ -243,11 +245,11 @@ def test_planning_needs_no_torch(checkpoint_dir: Path) -> None:
 import io, sys
 from PIL import Image
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.expander import Expander
-from bagel_triton.request import GenerationRequest
+from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.protocol.request import GenerationRequest
 
-Image.new("RGB", (64, 32)).save(picture := io.BytesIO(), "PNG")
-plan = Expander.open(DeployConfig(sys.argv[1])).expand(GenerationRequest("A cat", (picture.getvalue(),)))
+Image.new("RGB", (64, 32)).save(image := io.BytesIO(), "PNG")
+plan = RequestPlanner.open(DeployConfig(sys.argv[1])).expand(GenerationRequest("A cat", (image.getvalue(),)))
 print(plan.flow.height, "torch" in sys.modules)
 """
     run = subprocess.run(

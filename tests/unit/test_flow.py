@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.messages import Branch, FlowSettings
 from bagel_triton.model.flow import combine, denoise, guidance_branches, initial_noise, schedule
+from bagel_triton.protocol.messages import Branch, FlowSettings
 
 SETTINGS = FlowSettings(
     height=64,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bagel_triton.kv.arena import ArenaFull, Blocks, Context
+from bagel_triton.kv.block_pool import BlockAllocator, KVCacheFull, KVSequence
 from tests.support.kv import GEOMETRY, append, contents_of, new_arena, read
 
 SIZE = GEOMETRY.block_tokens
 
 
 def test_lowest_blocks_are_given_first_whatever_the_order_of_their_return() -> None:
-    blocks = Blocks(8)
+    blocks = BlockAllocator(8)
     assert blocks.allocate(6) == [0, 1, 2, 3, 4, 5]
     blocks.release([4, 1])
     blocks.release([3])
@@ -21,15 +21,15 @@ def test_lowest_blocks_are_given_first_whatever_the_order_of_their_return() -> N
 
 
 def test_a_full_arena_gives_nothing_and_takes_nothing() -> None:
-    blocks = Blocks(3)
+    blocks = BlockAllocator(3)
     blocks.allocate(2)
-    with pytest.raises(ArenaFull, match="2 blocks wanted, 1 of 3 free"):
+    with pytest.raises(KVCacheFull, match="2 blocks wanted, 1 of 3 free"):
         blocks.allocate(2)
     assert blocks.allocate(1) == [2]
 
 
 def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
-    blocks = Blocks(2)
+    blocks = BlockAllocator(2)
     held = blocks.allocate(1)
     blocks.retain(held)
     assert blocks.shared(held[0])
@@ -41,7 +41,7 @@ def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
 
 
 def test_a_free_block_can_neither_be_shared_nor_released() -> None:
-    blocks = Blocks(2)
+    blocks = BlockAllocator(2)
     held = blocks.allocate(1)
     blocks.release(held)
     with pytest.raises(ValueError, match="block 0 is free"):
@@ -54,7 +54,7 @@ def test_a_free_block_can_neither_be_shared_nor_released() -> None:
 @pytest.mark.parametrize("sizes", [[1], [SIZE], [SIZE + 1], [1, 1, SIZE, 2 * SIZE + 3], [SIZE, SIZE], [3, 0, 2]])
 def test_tokens_come_back_in_order_whatever_the_portions(sizes: list[int]) -> None:
     arena = new_arena(8)
-    context, labels = Context(arena), []
+    context, labels = KVSequence(arena), []
     for size in sizes:
         portion = list(range(len(labels), len(labels) + size))
         append(arena, context, portion)
@@ -66,19 +66,19 @@ def test_tokens_come_back_in_order_whatever_the_portions(sizes: list[int]) -> No
 
 def test_consecutive_blocks_are_read_without_a_gather() -> None:
     arena = new_arena(8)
-    first, second = Context(arena), Context(arena)
+    first, second = KVSequence(arena), KVSequence(arena)
     append(arena, first, range(5))
     append(arena, second, range(5, 10))
     assert arena.read_slots(second) == slice(2 * SIZE, 2 * SIZE + 5)
     first.free()
-    third = Context(arena)
+    third = KVSequence(arena)
     append(arena, third, range(10, 15))
     assert arena.read_slots(third) == slice(0, 5)
 
 
 def test_scattered_blocks_hold_their_tokens_in_order() -> None:
     arena = new_arena(8)
-    first, second = Context(arena), Context(arena)
+    first, second = KVSequence(arena), KVSequence(arena)
     for start in range(0, 12, SIZE):
         append(arena, first, range(start, start + SIZE))
         append(arena, second, range(100 + start, 100 + start + SIZE))
@@ -89,7 +89,7 @@ def test_scattered_blocks_hold_their_tokens_in_order() -> None:
 
 def test_a_fork_costs_no_block_and_reads_the_same_past() -> None:
     arena = new_arena(4)
-    context = Context(arena)
+    context = KVSequence(arena)
     append(arena, context, range(6))
     fork = context.fork()
     assert arena.blocks.used == 2
@@ -100,7 +100,7 @@ def test_a_fork_costs_no_block_and_reads_the_same_past() -> None:
 @pytest.mark.parametrize("past", [1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE])
 def test_forks_grow_apart_without_seeing_each_other(past: int) -> None:
     arena = new_arena(16)
-    context = Context(arena)
+    context = KVSequence(arena)
     append(arena, context, range(past))
     forks = [context.fork() for _ in range(3)]
     labels = [list(range(past)) for _ in forks]
@@ -116,7 +116,7 @@ def test_forks_grow_apart_without_seeing_each_other(past: int) -> None:
 
 def test_only_a_partly_filled_shared_block_is_copied() -> None:
     arena = new_arena(8)
-    full, partial = Context(arena), Context(arena)
+    full, partial = KVSequence(arena), KVSequence(arena)
     append(arena, full, range(SIZE))
     append(arena, partial, range(SIZE + 1))
     fork_of_full, fork_of_partial = full.fork(), partial.fork()
@@ -133,7 +133,7 @@ def test_only_a_partly_filled_shared_block_is_copied() -> None:
 
 def test_all_blocks_return_whatever_the_order_of_release() -> None:
     arena = new_arena(8)
-    context = Context(arena)
+    context = KVSequence(arena)
     append(arena, context, range(6))
     fork = context.fork()
     append(arena, fork, range(6, 12))
@@ -149,10 +149,10 @@ def test_all_blocks_return_whatever_the_order_of_release() -> None:
 def test_no_room_to_grow_changes_nothing(blocks: int, wanted: int) -> None:
     """``(2, 1)``: one token fits the fork's last block, but not the copy it needs first."""
     arena = new_arena(blocks)
-    context = Context(arena)
+    context = KVSequence(arena)
     append(arena, context, range(6))
     fork = context.fork()
-    with pytest.raises(ArenaFull):
+    with pytest.raises(KVCacheFull):
         fork.extend(wanted)
     assert (fork.tokens, fork.blocks) == (6, context.blocks)
     assert arena.blocks.free == blocks - 2

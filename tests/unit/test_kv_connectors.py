@@ -15,14 +15,13 @@ import msgspec
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import Context
+from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.connectors import shm
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
-from bagel_triton.messages import Branch, decode
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle, decode
 from tests.support.kv import GEOMETRY, append, claim, contents_of
 from tests.support.shm_producer import produce
 
@@ -46,8 +45,8 @@ def pair(request: pytest.FixtureRequest, shm_directory: Path) -> Pair:
     return make
 
 
-def _lend(producer: Producer, labels: range) -> ContextHandle:
-    context = Context(producer.arena)
+def _lend(producer: Producer, labels: range) -> KVHandle:
+    context = KVSequence(producer.arena)
     append(producer.arena, context, labels)
     return producer.leases.publish("r", Branch.GEN, context, 60.0)
 
@@ -155,7 +154,7 @@ def _files(prefix: str) -> list[Path]:
 
 def test_shm_carries_contexts_between_processes(other_process: tuple[Connection, str]) -> None:
     pipe, prefix = other_process
-    first, second = (decode(pipe.recv_bytes(), ContextHandle) for _ in range(2))
+    first, second = (decode(pipe.recv_bytes(), KVHandle) for _ in range(2))
     consumer = ShmConsumer()
     assert torch.equal(claim(consumer, second), contents_of(range(100, 110)))
     assert _ask(pipe, "reclaim") == 1

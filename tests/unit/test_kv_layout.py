@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bagel_triton.contexts import KVGeometry
 from bagel_triton.kv.layout import Layout, LayoutError, from_store, layout_of, to_store
+from bagel_triton.protocol.messages import KVGeometry
 from tests.support.kv import GEOMETRY
 
 SIZE = st.integers(1, 4)

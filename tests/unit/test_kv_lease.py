@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle
-from bagel_triton.errors import LeaseError
 from bagel_triton.kv import lease as lease_module
-from bagel_triton.kv.arena import ArenaFull, Context
+from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
 from bagel_triton.kv.connectors import base
-from bagel_triton.kv.lease import LeaseBook
+from bagel_triton.kv.lease import LeaseManager
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVHandle
 from tests.support.kv import GEOMETRY, Lender, claim, contents_of, read
 
 
@@ -107,7 +106,7 @@ def test_a_lease_that_is_no_longer_renewed_expires(lender: Lender) -> None:
 
 def test_a_restarted_producer_refuses_leases_of_the_one_before(lender: Lender) -> None:
     handle = lender.lend(range(6))
-    LeaseBook(lender.arena, lender.table, "arena", "test", 8, lender.clock)
+    LeaseManager(lender.arena, lender.table, "arena", "test", 8, lender.clock)
     with pytest.raises(LeaseError, match="is of generation 7; the arena's is 8"):
         claim(lender, handle)
     lender.release(handle)  # must not mark a lease of the new generation
@@ -172,7 +171,7 @@ def test_a_reader_of_another_shape_or_precision_is_refused(
 
 
 def test_an_empty_context_needs_no_lease(lender: Lender) -> None:
-    handle = lender.book.publish("r", Branch.CFG_TEXT, Context(lender.arena), 10.0)
+    handle = lender.book.publish("r", Branch.CFG_TEXT, KVSequence(lender.arena), 10.0)
     assert (handle.lease, handle.tokens, handle.blocks) == (0, 0, ())
     assert len(lender.book) == 0
     assert claim(lender, handle).shape[2] == 0
@@ -183,10 +182,10 @@ def test_an_empty_context_needs_no_lease(lender: Lender) -> None:
 def test_a_full_table_leaves_the_context_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "SLOTS", 2)
     lender = Lender(blocks=8)
-    handles: list[ContextHandle] = [lender.lend([label]) for label in (1, 2)]
+    handles: list[KVHandle] = [lender.lend([label]) for label in (1, 2)]
     assert handles[0].slot != handles[1].slot
     context = lender.context([3])
-    with pytest.raises(ArenaFull, match="all 2 lease slots are taken"):
+    with pytest.raises(KVCacheFull, match="all 2 lease slots are taken"):
         lender.book.publish("r", Branch.GEN, context, 10.0)
     assert torch.equal(read(lender.arena, context), contents_of([3]))
     lender.release(handles[0])

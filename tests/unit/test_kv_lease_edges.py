@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle
-from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors.base import Consumer
-from bagel_triton.messages import decode, encode
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import KVHandle, decode, encode
 from tests.support.connectors import Ends, mooncake_master, require_mooncake
 from tests.support.kv import claim, contents_of
 from tests.support.kv_process import Peer, peer
@@ -62,7 +61,7 @@ def test_contexts_travel_between_processes(producer: Peer, consumer: Consumer) -
 
 
 def test_a_fork_is_lent_with_its_shared_past(producer: Peer, consumer: Consumer) -> None:
-    handle = decode(producer.ask("fork", range(6), range(50, 57)), ContextHandle)
+    handle = decode(producer.ask("fork", range(6), range(50, 57)), KVHandle)
     assert torch.equal(claim(consumer, handle), contents_of([*range(6), *range(50, 57)]))
     producer.ask("reclaim")
     assert producer.ask("used") == 2  # the parent's

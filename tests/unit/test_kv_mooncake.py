@@ -10,12 +10,11 @@ import msgspec
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import Context
+from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.connectors.mooncake import MooncakeConsumer, MooncakeProducer
 from bagel_triton.kv.connectors.transfer_engine import Piece, TransferEngine
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVHandle
 from tests.support.kv import GEOMETRY, append, claim, contents_of
 
 BFLOAT16 = msgspec.structs.replace(GEOMETRY, dtype="bfloat16", kv_heads=2)
@@ -68,8 +67,8 @@ def network() -> dict[int, int]:
     return {}
 
 
-def _lend(producer: MooncakeProducer, labels: range, ttl_s: float = 60.0) -> ContextHandle:
-    context = Context(producer.arena)
+def _lend(producer: MooncakeProducer, labels: range, ttl_s: float = 60.0) -> KVHandle:
+    context = KVSequence(producer.arena)
     append(producer.arena, context, labels)
     return producer.leases.publish("r", Branch.GEN, context, ttl_s)
 

@@ -13,15 +13,14 @@ import msgspec
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle
 from bagel_triton.deploy.config import MooncakeStoreConfig
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import ArenaFull, Context
+from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
 from bagel_triton.kv.connectors import object_store
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreConsumer, MooncakeStoreProducer, StoreLeases
 from bagel_triton.kv.connectors.object_store import ObjectStore
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVHandle
 from tests.support.kv import GEOMETRY, Clock, append, claim, contents_of, new_arena
 
 BFLOAT16 = msgspec.structs.replace(GEOMETRY, dtype="bfloat16", kv_heads=2)
@@ -121,8 +120,8 @@ def store(library: Library, config: MooncakeStoreConfig) -> ObjectStore:
     return ObjectStore(config)
 
 
-def _lend(producer: MooncakeStoreProducer, labels: range, request_id: str = "r") -> ContextHandle:
-    context = Context(producer.arena)
+def _lend(producer: MooncakeStoreProducer, labels: range, request_id: str = "r") -> KVHandle:
+    context = KVSequence(producer.arena)
     append(producer.arena, context, labels)
     return producer.leases.publish(request_id, Branch.GEN, context, 60.0)
 
@@ -130,7 +129,7 @@ def _lend(producer: MooncakeStoreProducer, labels: range, request_id: str = "r")
 @pytest.mark.parametrize("geometry", [GEOMETRY, BFLOAT16], ids=lambda geometry: geometry.dtype)
 def test_scattered_contexts_arrive_whole_and_hold_no_block(library: Library, store: ObjectStore, geometry: Any) -> None:
     producer, consumer = MooncakeStoreProducer(geometry, 12, "test", store), MooncakeStoreConsumer(store)
-    contexts = [Context(producer.arena) for _ in range(2)]
+    contexts = [KVSequence(producer.arena) for _ in range(2)]
     for start in range(0, 12, 4):
         for number, context in enumerate(contexts):
             append(producer.arena, context, range(100 * number + start, 100 * number + start + 4))
@@ -161,7 +160,7 @@ def test_only_a_lease_that_is_renewed_outlives_its_time(library: Library, store:
     leases = StoreLeases(arena, store, "arena", 7, clock)
     handles = []
     for _ in range(2):
-        context = Context(arena)
+        context = KVSequence(arena)
         append(arena, context, range(6))
         handles.append(leases.publish("r", Branch.GEN, context, 10.0))
     for expected in (1, 0):
@@ -202,7 +201,7 @@ def test_an_object_of_another_size_is_refused(library: Library, store: ObjectSto
 def test_a_full_store_leaves_the_context_to_its_owner(library: Library, store: ObjectStore) -> None:
     producer = MooncakeStoreProducer(GEOMETRY, 8, "test", store)
     library.room = 100
-    with pytest.raises(ArenaFull, match="Mooncake's store has no room for 384 bytes"):
+    with pytest.raises(KVCacheFull, match="Mooncake's store has no room for 384 bytes"):
         _lend(producer, range(6))
     assert producer.arena.blocks.used == 2
     assert len(producer.leases) == 0

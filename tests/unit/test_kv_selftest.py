@@ -11,12 +11,11 @@ import msgspec
 import pytest
 import torch
 
-from bagel_triton.contexts import ContextHandle, decode_handle, encode_handle
-from bagel_triton.errors import LeaseError
 from bagel_triton.kv import selftest
-from bagel_triton.kv.arena import ArenaFull
+from bagel_triton.kv.block_pool import KVCacheFull
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
-from bagel_triton.messages import decode
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import KVHandle, decode, decode_handle, encode_handle
 from tests.support.connectors import Ends, require_mooncake
 from tests.support.kv import GEOMETRY
 from tests.support.kv_process import peer
@@ -30,7 +29,7 @@ def test_it_passes_between_processes_and_leaves_nothing(name: str) -> None:
         require_mooncake()
     ends = Ends(name, f"bagel_triton_test_{os.getpid()}_{secrets.token_hex(4)}")
     with peer(ends.producer) as producer, contextlib.closing(ends.consumer()) as consumer:
-        handle = decode(producer.ask("pattern"), ContextHandle)
+        handle = decode(producer.ask("pattern"), KVHandle)
         assert handle.tokens == 15
         assert decode_handle(encode_handle(handle)) == handle
         selftest.read_pattern(consumer, handle, CPU)
@@ -66,6 +65,6 @@ def test_two_patterns_differ(producer: LocalProducer) -> None:
 
 def test_a_full_arena_fails_it_and_keeps_no_block(producer: LocalProducer) -> None:
     held = producer.arena.blocks.allocate(14)
-    with pytest.raises(ArenaFull):
+    with pytest.raises(KVCacheFull):
         selftest.lend_pattern(producer, 60.0)
     assert producer.arena.blocks.used == len(held)

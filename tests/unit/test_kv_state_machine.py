@@ -19,11 +19,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bagel_triton.contexts import ContextHandle
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import ArenaFull, Context
+from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
 from bagel_triton.kv.store import slots_of
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVHandle
 from tests.support.kv import GEOMETRY, Lender, append, claim, contents_of, read
 
 OPERATIONS = 10_000
@@ -33,13 +32,13 @@ REQUESTS = st.integers(0, 3)  # few, so that a request has several leases
 
 @dataclass
 class Owned:
-    context: Context
+    context: KVSequence
     labels: list[int]
 
 
 @dataclass
 class Lent:
-    handle: ContextHandle
+    handle: KVHandle
     labels: list[int]
     released: bool = False
 
@@ -53,7 +52,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.labels = itertools.count(1)
         self.owned: list[Owned] = []
         self.lent: list[Lent] = []
-        self.ended: list[ContextHandle] = []
+        self.ended: list[KVHandle] = []
 
     @initialize(blocks=st.integers(3, 14))
     def start(self, blocks: int) -> None:
@@ -67,7 +66,7 @@ class ArenaMachine(RuleBasedStateMachine):
             append(self.lender.arena, owned.context, labels)
             owned.labels += labels
         else:
-            with pytest.raises(ArenaFull):
+            with pytest.raises(KVCacheFull):
                 append(self.lender.arena, owned.context, labels)
             assert (owned.context.blocks, owned.context.tokens, self.lender.arena.blocks.free) == before
 
@@ -78,7 +77,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 9))
     def begin(self, tokens: int) -> None:
-        owned = Owned(Context(self.lender.arena), [])
+        owned = Owned(KVSequence(self.lender.arena), [])
         self._grow(owned, tokens)
         self.owned.append(owned)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bagel_triton.deploy.config import MooncakeConfig
-from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors import transfer_engine
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.transfer_engine import TransferEngine
+from bagel_triton.protocol.errors import LeaseError
 
 
 def _import_error(monkeypatch: pytest.MonkeyPatch, error: ImportError) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bagel_triton.liveness import Announcement, dead_stages, processes, region_prefix, watch
+from bagel_triton.ipc.liveness import Announcement, dead_stages, processes, region_prefix, watch
 from tests.support.stage_process import PREFIX, AnnouncedProcess
 from tests.support.waiting import soon
 

@@ -14,11 +14,11 @@ import pytest
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.errors import Cancelled, InvalidRequest, LeaseError, Overloaded, StageUnavailable
-from bagel_triton.events import ProgressEvent
 from bagel_triton.kv import lease as lease_module
-from bagel_triton.request import GenerationRequest
+from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
+from bagel_triton.protocol.errors import Cancelled, InvalidRequest, LeaseError, Overloaded, StageUnavailable
+from bagel_triton.protocol.events import ProgressEvent
+from bagel_triton.protocol.request import GenerationRequest
 from tests.support.runs import generate, generate_together, result_of, think
 from tests.support.waiting import soon
 
@@ -46,7 +46,7 @@ def _nothing_left(stages: LocalStages) -> bool:
     return stages.thinker.blocks_used == 0 and len(stages.producer.leases) == 0
 
 
-def test_a_picture_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
+def test_a_image_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
     generate(local_stages, SMALL)
     assert soon(lambda: _nothing_left(local_stages))
 
@@ -71,7 +71,7 @@ def test_an_abandoned_requests_contexts_are_taken_back(local_stages: LocalStages
         result_of(local_stages.denoise(job))
 
 
-def test_a_request_that_waits_longer_than_its_lease_still_gets_its_picture(make: Make) -> None:
+def test_a_request_that_waits_longer_than_its_lease_still_gets_its_image(make: Make) -> None:
     """The lease guards against a reader that died, not against one that is busy."""
     stages = make(thinker=ThinkerConfig(lease_ttl_s=0.5), dit=DitConfig(max_num_seqs=1))
     long = GenerationRequest(prompt="A cute cat", height=160, width=160, seed=1, num_inference_steps=60)
@@ -171,11 +171,11 @@ def test_closing_fails_what_is_under_way_and_what_comes_later(make: Make) -> Non
 
 
 def test_a_request_tells_its_whole_story(local_stages: LocalStages) -> None:
-    *progress, picture, done = Pipeline(local_stages, 30.0).run(SMALL)
+    *progress, image, done = Pipeline(local_stages, 30.0).run(SMALL)
     assert progress == [ProgressEvent("dit", step, 2) for step in (1, 2)]
-    assert isinstance(picture, Picture)
-    assert picture.pixels.shape == (32, 32, 3)
-    assert (picture.event.seed, done.seed) == (1, 1)  # type: ignore[union-attr]
+    assert isinstance(image, GeneratedImage)
+    assert image.pixels.shape == (32, 32, 3)
+    assert (image.event.seed, done.seed) == (1, 1)  # type: ignore[union-attr]
     assert done.usage.image_tokens == 4  # type: ignore[union-attr]
     assert done.usage.prompt_tokens == 6  # type: ignore[union-attr]
     assert all(stats.run_s >= 0 and stats.queue_s >= 0 for stats in done.stages)  # type: ignore[union-attr]

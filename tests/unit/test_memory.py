@@ -10,19 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bagel_triton.bench.gpu import PUBLISHED
-from bagel_triton.deploy import memory
+from bagel_triton.deploy import memory_plan as memory
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
-from bagel_triton.deploy.memory import Available, NotEnoughMemory
+from bagel_triton.deploy.memory_plan import Available, NotEnoughMemory
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.engine.expander import Expander
+from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.placement import Placement
-from bagel_triton.request import GenerationRequest
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import TinyConfig
+from bagel_triton.model.device import Placement
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
+from bench.gpu import PUBLISHED
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -117,18 +117,18 @@ def test_what_the_thinker_lends_a_store_is_counted():
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 512), (64, 128)])
 def test_contexts_are_those_of_an_edit(height: int, width: int):
     config = config_of(CHECKPOINT)
-    picture = io.BytesIO()
-    Image.new("RGB", (width, height)).save(picture, "PNG")
-    request = GenerationRequest(prompt="Make it night", image=(picture.getvalue(),))
-    branches = Expander.open(config).expand(request).branches
+    image = io.BytesIO()
+    Image.new("RGB", (width, height)).save(image, "PNG")
+    request = GenerationRequest(prompt="Make it night", image=(image.getvalue(),))
+    branches = RequestPlanner.open(config).expand(request).branches
     model = Checkpoint(CHECKPOINT).config
     gen, cfg_text, cfg_img = (sum(segment_tokens(part, model) for part in branch.segments) for branch in branches)
     longer = memory.PROMPT_TOKENS - cfg_img  # the prompt that is planned for is a long one
     assert memory.context_tokens(model, height, width) == (gen + longer, cfg_text, cfg_img + longer)
 
 
-def test_the_dit_copies_three_contexts_for_every_picture():
-    one, four = (plan_of(dit=DitConfig(max_num_seqs=pictures)).stages[1] for pictures in (1, 4))
+def test_the_dit_copies_three_contexts_for_every_image():
+    one, four = (plan_of(dit=DitConfig(max_num_seqs=images)).stages[1] for images in (1, 4))
     model = Checkpoint(CHECKPOINT).config
     new = 3 * ((64 // 16) ** 2 + 2)
     assert one.kv == (sum(memory.context_tokens(model, 64, 64)) + new) * plan_of().kv_token

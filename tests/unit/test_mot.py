@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model import attention, crew, pack
-from bagel_triton.model.attention import Span
+from bagel_triton.model import attention
+from bagel_triton.model import batch as pack
+from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.crew import ALONE, Crew
+from bagel_triton.model.batch import GEN, UND, PackedBatch
+from bagel_triton.model.cpu import thread_pool as crew
+from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
-from bagel_triton.model.pack import GEN, UND, Pack
+from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.exact import assert_same
 from tests.support.naive import NaiveContext, NaiveKV
 
@@ -45,13 +47,15 @@ def _sequence(bagel: Bagel, tokens: int, seed: int) -> Block:
 
 
 @torch.inference_mode()
-def _hidden(bagel: Bagel, sequences: Sequence[Block], threads: Crew = ALONE, all_rows: bool = True) -> list[Tensor]:
+def _hidden(
+    bagel: Bagel, sequences: Sequence[Block], threads: ThreadPool = SINGLE_THREAD, all_rows: bool = True
+) -> list[Tensor]:
     """Hidden states of each sequence's generation tokens after one packed forward."""
     gen_rows = sum(len(sequence.gen) for sequence in sequences)
     spans, rows, start = [], [], 0
     for number, sequence in enumerate(sequences):
         tokens, markers = len(sequence.gen), gen_rows + 2 * number
-        spans += [Span(start, start + tokens, number, False), Span(markers, markers + 2, number, False)]
+        spans += [QuerySpan(start, start + tokens, number, False), QuerySpan(markers, markers + 2, number, False)]
         rows.append(torch.cat((torch.arange(start, start + tokens), torch.arange(markers, markers + 2))))
         start += tokens
     embeddings = torch.cat([sequence.gen for sequence in sequences] + [sequence.und for sequence in sequences])
@@ -60,7 +64,7 @@ def _hidden(bagel: Bagel, sequences: Sequence[Block], threads: Crew = ALONE, all
     at = torch.tensor(positions * 2).repeat_interleave(torch.tensor(counts))
     kv = NaiveKV(rows, [NaiveContext() for _ in sequences])
     wanted = None if all_rows else slice(0, gen_rows)
-    packed = Pack(gen_rows, *rotary_tables(at, bagel.config.language, torch.float32), spans, kv, threads, wanted)
+    packed = PackedBatch(gen_rows, *rotary_tables(at, bagel.config.language, torch.float32), spans, kv, threads, wanted)
     hidden = bagel.language_model.model(embeddings, packed)
     return list(hidden[:gen_rows].split(counts[: len(sequences)]))
 
@@ -91,7 +95,7 @@ def test_a_crew_changes_nothing(
     monkeypatch.setattr(pack, "WORTH_SHARING", worth)
     monkeypatch.setattr(attention, "WORTH_SHARING", worth)
     monkeypatch.setattr(crew, "WORTH_A_TEAM", 0 if wide else 10**9)
-    many = Crew(size)
+    many = ThreadPool(size)
     shared = _hidden(bagel, sequences, many)
     many.close()
     for one, other in zip(shared, alone, strict=True):
@@ -131,9 +135,9 @@ def test_every_row_is_in_one_block_of_its_expert(monkeypatch: pytest.MonkeyPatch
     tables = torch.empty(20, 1, 4)
     experts = [""] * 20
     seen = [0] * 20
-    shared = Crew(size)
+    shared = ThreadPool(size)
     shared.close()
-    for expert, rows in Pack(gen_rows, tables, tables, [], NaiveKV([], []), shared).blocks:
+    for expert, rows in PackedBatch(gen_rows, tables, tables, [], NaiveKV([], []), shared).blocks:
         assert rows.stop - rows.start <= 7
         for row in range(rows.start, rows.stop):
             seen[row] += 1
@@ -148,7 +152,7 @@ def test_the_embeddings_given_stay_as_they_are(bagel: Bagel) -> None:
     tables = rotary_tables(torch.arange(9), config, torch.float32)
     kv = NaiveKV([torch.arange(9)], [NaiveContext()])
     with torch.inference_mode():
-        bagel.language_model.model(embeddings, Pack(0, *tables, [Span(0, 9, 0, causal=True)], kv))
+        bagel.language_model.model(embeddings, PackedBatch(0, *tables, [QuerySpan(0, 9, 0, causal=True)], kv))
     assert torch.equal(embeddings, torch.ones(9, config.hidden_size))
 
 

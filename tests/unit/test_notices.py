@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton import notices
+from bagel_triton.ipc import control_file as notices
 from tests.support.waiting import soon
 
 PREFIX = "bagel_triton_1_2"
@@ -29,7 +29,7 @@ class Counts:
 @contextmanager
 def told(directory: Path) -> Iterator[Counts]:
     counts, closing = Counts(), threading.Event()
-    thread = threading.Thread(target=notices.heed, args=(PREFIX, counts, closing, directory))
+    thread = threading.Thread(target=notices.watch_control_file, args=(PREFIX, counts, closing, directory))
     thread.start()
     yield counts
     closing.set()
@@ -42,7 +42,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_reload_is_counted_once_and_a_new_process_counts_those_before_it(tmp_path: Path) -> None:
-    kept = notices.Notices(PREFIX, tmp_path)
+    kept = notices.ControlFile(PREFIX, tmp_path)
     with told(tmp_path) as counts:
         for name in ("dit", "dit", "thinker", notices.SERVER):
             kept.reloaded(name)
@@ -64,8 +64,8 @@ def test_where_no_supervisor_counts_nothing_is_told(tmp_path: Path) -> None:
 
 
 def test_that_the_server_stops_is_heard_and_ends_the_listening(tmp_path: Path) -> None:
-    kept, closing = notices.Notices(PREFIX, tmp_path), threading.Event()
-    thread = threading.Thread(target=notices.heed, args=(PREFIX, Counts(), closing, tmp_path))
+    kept, closing = notices.ControlFile(PREFIX, tmp_path), threading.Event()
+    thread = threading.Thread(target=notices.watch_control_file, args=(PREFIX, Counts(), closing, tmp_path))
     thread.start()
     assert not closing.wait(0.05)
     kept.stop()

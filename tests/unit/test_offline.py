@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine import offline
-from bagel_triton.engine.offline import run_batch, save_png, stats_table
-from bagel_triton.engine.pipeline import Picture
-from bagel_triton.engine.visit import Visit
-from bagel_triton.errors import BagelError, InvalidRequest, StageUnavailable
-from bagel_triton.events import DoneEvent, ProgressEvent, StageStats
-from bagel_triton.messages import Usage
+from bagel_triton.pipeline import offline
+from bagel_triton.pipeline.offline import run_batch, save_png, stats_table
+from bagel_triton.pipeline.pipeline import GeneratedImage
+from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.protocol.errors import BagelError, InvalidRequest, StageUnavailable
+from bagel_triton.protocol.events import DoneEvent, ProgressEvent, StageStats
+from bagel_triton.protocol.messages import Usage
 from tests.support.fake_stages import FakeStages
 
 
@@ -28,8 +28,8 @@ def test_every_request_ends_once_whatever_order_they_end_in():
     stages = FakeStages(delays={"slow": 0.5})
     items = list(run_batch(stages, ["slow", "fast", "third"], 5.0, max_inflight=2))
     assert [index for index, item in items if isinstance(item, DoneEvent)] == [1, 2, 0]
-    pictures = {index: item.pixels for index, item in items if isinstance(item, Picture)}
-    assert pictures == {
+    images = {index: item.pixels for index, item in items if isinstance(item, GeneratedImage)}
+    assert images == {
         index: f"pixels of latents 0 of job of {name}" for index, name in enumerate(("slow", "fast", "third"))
     }
 
@@ -54,12 +54,12 @@ def test_waiting_for_a_stage_is_no_progress():
     stages, over = FakeStages(silent="dit"), threading.Event()
     denoise = stages.denoise
 
-    def waiting(job: str) -> Visit[list[str]]:
+    def waiting(job: str) -> StageCall[list[str]]:
         visit = denoise(job)
         threading.Thread(target=tell, args=(visit,)).start()
         return visit
 
-    def tell(visit: Visit[list[str]]) -> None:
+    def tell(visit: StageCall[list[str]]) -> None:
         while not over.wait(0.02):
             visit.progress(ProgressEvent("dit", 0, 0))
 
@@ -81,7 +81,7 @@ def test_an_empty_batch_is_done():
     assert list(run_batch(FakeStages(), [], 5.0, 8)) == []
 
 
-def test_a_picture_is_never_written_over(tmp_path: Path):
+def test_a_image_is_never_written_over(tmp_path: Path):
     black, white = torch.zeros(2, 3, 3, dtype=torch.uint8), torch.full((2, 3, 3), 255, dtype=torch.uint8)
     paths = [save_png(tmp_path, "0", pixels) for pixels in (black, white, black)]
     assert [path.name for path in paths] == ["0.png", "0-2.png", "0-3.png"]
@@ -91,8 +91,8 @@ def test_a_picture_is_never_written_over(tmp_path: Path):
 
 def test_a_stage_that_a_request_did_not_visit_took_no_time_of_it():
     text = DoneEvent("a", None, Usage(), (StageStats("thinker", 0.25, 1.0),))
-    picture = DoneEvent("b", 1, Usage(), (StageStats("thinker", 0.0, 2.0), StageStats("dit", 0.5, 4.0)))
-    rows = [line.split() for line in stats_table({3: picture, 1: text}).splitlines()]
+    image = DoneEvent("b", 1, Usage(), (StageStats("thinker", 0.0, 2.0), StageStats("dit", 0.5, 4.0)))
+    rows = [line.split() for line in stats_table({3: image, 1: text}).splitlines()]
     assert " ".join(rows[0]) == "prompt thinker queue s thinker run s dit queue s dit run s sum s"
     assert rows[1:] == [
         ["1", "0.250", "1.000", "0.000", "0.000", "1.250"],

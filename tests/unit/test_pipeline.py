@@ -9,11 +9,11 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from bagel_triton.contexts import Answer
-from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.engine.visit import Visit
-from bagel_triton.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
-from bagel_triton.events import AnswerEvent, DoneEvent, ProgressEvent, StageStats
+from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
+from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
+from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent, StageStats
+from bagel_triton.protocol.messages import Answer
 from tests.support.fake_stages import FLOW, FakeStages
 
 
@@ -23,22 +23,22 @@ def _run(stages: FakeStages, cancelled: Callable[[], bool] = lambda: False, time
 
 def test_a_request_visits_the_stages_in_order_and_ends_with_done() -> None:
     stages = FakeStages()
-    *progress, picture, done = _run(stages)
+    *progress, image, done = _run(stages)
     assert progress == [ProgressEvent("dit", 1, 2), ProgressEvent("dit", 2, 2)]
-    assert isinstance(picture, Picture)
-    assert picture.pixels == "pixels of latents 0 of job of a cat"
-    assert (picture.event.height, picture.event.width, picture.event.seed) == (64, 96, 11)
+    assert isinstance(image, GeneratedImage)
+    assert image.pixels == "pixels of latents 0 of job of a cat"
+    assert (image.event.height, image.event.width, image.event.seed) == (64, 96, 11)
     assert isinstance(done, DoneEvent)
     assert (done.request_id, done.seed, done.usage.image_tokens) == ("a cat-1", 11, 24)
     assert [stats.stage for stats in done.stages] == ["cfg_expand", "thinker", "dit", "vae_decode"]
     assert stages.abandoned == []
 
 
-def test_a_request_for_several_pictures_gets_each_with_its_seed() -> None:
-    stages = FakeStages(flow=msgspec.structs.replace(FLOW, num_pictures=3))
-    pictures = [event for event in _run(stages) if isinstance(event, Picture)]
-    assert [picture.pixels for picture in pictures] == [f"pixels of latents {n} of job of a cat" for n in range(3)]
-    assert [(picture.event.index, picture.event.seed) for picture in pictures] == [(0, 11), (1, 12), (2, 13)]
+def test_a_request_for_several_images_gets_each_with_its_seed() -> None:
+    stages = FakeStages(flow=msgspec.structs.replace(FLOW, num_images=3))
+    images = [event for event in _run(stages) if isinstance(event, GeneratedImage)]
+    assert [image.pixels for image in images] == [f"pixels of latents {n} of job of a cat" for n in range(3)]
+    assert [(image.event.index, image.event.seed) for image in images] == [(0, 11), (1, 12), (2, 13)]
 
 
 def test_a_request_for_text_ends_after_the_thinker() -> None:
@@ -58,7 +58,7 @@ def test_requests_that_end_out_of_order_keep_their_own_results() -> None:
 
     def work(name: str) -> None:
         for event in Pipeline(stages, 5.0).run(name):
-            if isinstance(event, Picture):
+            if isinstance(event, GeneratedImage):
                 results[name] = event.pixels
         order.append(name)
 
@@ -103,7 +103,7 @@ def test_a_silent_stage_is_unavailable(stage: str) -> None:
 
 
 def test_progress_keeps_a_slow_stage_alive() -> None:
-    visit: Visit[str] = Visit("dit")
+    visit: StageCall[str] = StageCall("dit")
 
     def work() -> None:
         for step in range(8):
@@ -144,10 +144,10 @@ def test_a_reader_that_goes_away_is_undone_like_a_failure() -> None:
     assert stages.abandoned == ["a cat-1"]
 
 
-def test_a_reader_that_goes_after_the_picture_leaves_nothing_to_undo() -> None:
+def test_a_reader_that_goes_after_the_image_leaves_nothing_to_undo() -> None:
     stages = FakeStages()
     events = Pipeline(stages, 5.0).run("a cat")
-    while not isinstance(next(events), Picture):
+    while not isinstance(next(events), GeneratedImage):
         pass
     events.close()  # type: ignore[attr-defined]
     assert stages.abandoned == []
@@ -161,7 +161,7 @@ def test_a_stage_that_cannot_even_be_called_is_undone() -> None:
 
 
 def test_a_stage_that_died_is_not_waited_for() -> None:
-    visit: Visit[str] = Visit("dit", alive=lambda: False)
+    visit: StageCall[str] = StageCall("dit", alive=lambda: False)
     visit.progress(ProgressEvent("dit", 1, 8))
     start = time.monotonic()
     with pytest.raises(StageUnavailable, match=r"^dit died$"):
@@ -170,7 +170,7 @@ def test_a_stage_that_died_is_not_waited_for() -> None:
 
 
 def test_an_answer_that_was_on_its_way_when_its_stage_died_still_counts() -> None:
-    visit: Visit[str] = Visit("dit", alive=lambda: False)
+    visit: StageCall[str] = StageCall("dit", alive=lambda: False)
     late = threading.Timer(0.15, visit.finish, ("done", StageStats("dit", 0.0, 0.1)))
     late.start()
     followed = visit.follow(lambda: False, timeout_s=60.0)
@@ -183,7 +183,7 @@ def test_an_answer_that_was_on_its_way_when_its_stage_died_still_counts() -> Non
 def test_a_stage_that_was_slow_before_it_died_gets_no_less_time_for_last_words() -> None:
     alive = threading.Event()
     alive.set()
-    visit: Visit[str] = Visit("dit", alive=alive.is_set)
+    visit: StageCall[str] = StageCall("dit", alive=alive.is_set)
     dies = threading.Timer(0.5, alive.clear)
     answers = threading.Timer(0.65, visit.finish, ("done", StageStats("dit", 0.0, 0.1)))
     for timer in (dies, answers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bagel_triton.model.placement import resolve
+from bagel_triton.model.device import resolve
 
 
 @pytest.mark.parametrize(

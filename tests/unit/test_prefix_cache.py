@@ -10,12 +10,12 @@ import torch
 
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.kv.arena import Context
+from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.prefix_cache import PrefixCache
-from bagel_triton.request import GenerationRequest, PicturePart, TextPart, Turn
+from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
 from tests.support.exact import assert_same
+from tests.support.images import png
 from tests.support.kv import GEOMETRY, append, contents_of, new_arena, read
-from tests.support.pictures import png
 from tests.support.runs import generate
 from tests.support.waiting import soon
 
@@ -28,7 +28,7 @@ def keys(*names: str) -> list[bytes]:
 
 def test_what_is_kept_outlives_its_maker_and_is_taken_without_a_copy() -> None:
     arena = new_arena(8)
-    cache, maker = PrefixCache(arena), Context(arena)
+    cache, maker = PrefixCache(arena), KVSequence(arena)
     append(arena, maker, range(SIZE + 2))
     cache.keep(keys("a", "ab"), maker)
     blocks = list(maker.blocks)
@@ -42,7 +42,7 @@ def test_what_is_kept_outlives_its_maker_and_is_taken_without_a_copy() -> None:
 
 def test_the_longest_that_is_kept_is_found() -> None:
     arena = new_arena(8)
-    cache, context = PrefixCache(arena), Context(arena)
+    cache, context = PrefixCache(arena), KVSequence(arena)
     for length in (1, 3):
         append(arena, context, [length])
         cache.keep(keys("a", "ab", "abc")[:length], context)
@@ -54,7 +54,7 @@ def test_the_longest_that_is_kept_is_found() -> None:
 
 def test_kept_blocks_count_as_free_to_others_only_while_nobody_else_holds_them() -> None:
     arena = new_arena(8)
-    cache, context = PrefixCache(arena), Context(arena)
+    cache, context = PrefixCache(arena), KVSequence(arena)
     append(arena, context, range(2 * SIZE))
     cache.keep(keys("a"), context)
     assert cache.blocks == 0
@@ -68,17 +68,17 @@ def test_kept_blocks_count_as_free_to_others_only_while_nobody_else_holds_them()
 def test_the_least_recently_used_makes_way_and_the_end_of_a_chain_before_its_beginning() -> None:
     arena = new_arena(4)
     cache = PrefixCache(arena)
-    chain = Context(arena)
+    chain = KVSequence(arena)
     append(arena, chain, range(SIZE))
     cache.keep(keys("a"), chain)
     append(arena, chain, range(SIZE))
     cache.keep(keys("a", "ab"), chain)
     chain.free()
-    other = Context(arena)
+    other = KVSequence(arena)
     append(arena, other, range(SIZE))
     cache.keep(keys("x"), other)
     other.free()
-    grower = Context(arena)
+    grower = KVSequence(arena)
     grower.extend(2 * SIZE)  # one block is free, one has to be given up
     assert (cache.longest(keys("a", "ab")), cache.longest(keys("x"))) == (1, 1)
     grower.extend(SIZE)
@@ -89,16 +89,16 @@ def test_the_least_recently_used_makes_way_and_the_end_of_a_chain_before_its_beg
 
 def test_what_others_hold_too_is_kept_as_long_as_dropping_it_frees_nothing() -> None:
     arena = new_arena(4)
-    cache, holder = PrefixCache(arena), Context(arena)
+    cache, holder = PrefixCache(arena), KVSequence(arena)
     append(arena, holder, range(2 * SIZE))
     cache.keep(keys("held"), holder)
-    Context(arena).extend(2 * SIZE)
+    KVSequence(arena).extend(2 * SIZE)
     assert cache.longest(keys("held")) == 1
 
 
 def test_a_full_arena_whose_last_block_is_only_shared_with_the_cache_still_takes_the_next_token() -> None:
     arena = new_arena(1)
-    cache, context = PrefixCache(arena), Context(arena)
+    cache, context = PrefixCache(arena), KVSequence(arena)
     append(arena, context, [1])
     cache.keep(keys("a"), context)
     append(arena, context, [2])  # no block is free to copy the shared one to: the cache lets go
@@ -148,18 +148,18 @@ def make(checkpoint_dir: Path) -> Iterator[Make]:
         assert stages.producer.arena.blocks.used == 0
 
 
-def edit(prompt: str, seed: int = 1, picture: int = 0, **fields: object) -> GenerationRequest:
-    image = (png(48, 32, seed=picture),)
+def edit(prompt: str, seed: int = 1, image: int = 0, **fields: object) -> GenerationRequest:
+    image = (png(48, 32, seed=image),)
     return GenerationRequest(prompt=prompt, image=image, seed=seed, num_inference_steps=2, **fields)  # type: ignore[arg-type]
 
 
-def chat(*texts: str, picture: int | None = None) -> GenerationRequest:
+def chat(*texts: str, image: int | None = None) -> GenerationRequest:
     roles = ["system", *["user", "assistant"] * len(texts)]
-    parts: list[list[TextPart | PicturePart]] = [[TextPart(text)] for text in texts]
-    if picture is not None:
-        parts[1].append(PicturePart(0))
+    parts: list[list[TextPart | ImageRef]] = [[TextPart(text)] for text in texts]
+    if image is not None:
+        parts[1].append(ImageRef(0))
     turns = tuple(Turn(role, tuple(part)) for role, part in zip(roles, parts, strict=False))  # type: ignore[arg-type]
-    image = None if picture is None else (png(40, 40, seed=picture),)
+    image = None if image is None else (png(40, 40, seed=image),)
     return GenerationRequest(messages=turns, image=image, modality="image", seed=3, height=32, num_inference_steps=2)
 
 
@@ -170,10 +170,10 @@ REPEATS: dict[str, Sequence[GenerationRequest]] = {
     "the same negative prompt": [
         GenerationRequest(prompt=p, negative_prompt="blurry", seed=1, height=32, num_inference_steps=2) for p in "ab"
     ],
-    "the same picture": [edit("make it red"), edit("make it blue")],
-    "the same picture, another draw": [edit("make it red", seed=1), edit("make it red", seed=2)],
+    "the same image": [edit("make it red"), edit("make it blue")],
+    "the same image, another draw": [edit("make it red", seed=1), edit("make it red", seed=2)],
     "the same system prompt": [chat("Be brief.", "A cat"), chat("Be brief.", "A dog")],
-    "a conversation goes on": [chat("s", "A cat", picture=1), chat("s", "A cat", "Here", "Bigger", picture=1)],
+    "a conversation goes on": [chat("s", "A cat", image=1), chat("s", "A cat", "Here", "Bigger", image=1)],
     "the same thought": [
         GenerationRequest(prompt="A cat", seed=1, height=32, num_inference_steps=2, think=True, max_think_tokens=9)
     ]
@@ -201,12 +201,12 @@ def test_a_request_that_begins_like_an_earlier_one_is_served_from_what_is_kept_t
 
 def test_only_what_is_the_same_is_taken(make: Make) -> None:
     stages, counts = make()
-    generate(stages, edit("make it red", picture=1))
+    generate(stages, edit("make it red", image=1))
     counts.hits()
-    generate(stages, edit("make it red", picture=2, seed=2))
-    instruction = counts.hits()  # the branch without the picture is the instruction alone
+    generate(stages, edit("make it red", image=2, seed=2))
+    instruction = counts.hits()  # the branch without the image is the instruction alone
     assert 0 < instruction < 20
-    generate(stages, edit("make it red", picture=1))
+    generate(stages, edit("make it red", image=1))
     assert counts.hits() > 3 * instruction
 
 

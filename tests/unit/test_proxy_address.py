@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bagel_triton.proxy.address import is_public
+from bagel_triton.openai.image_fetch import is_public
 
 OWN = (
     *("0.0.0.0", "10.1.2.3", "100.64.0.1", "127.0.0.1", "127.8.8.8", "169.254.169.254", "172.16.0.1", "192.168.1.1"),

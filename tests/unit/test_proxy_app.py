@@ -13,22 +13,22 @@ from proxy_fake import (
     ONE_ANSWER,
     PIXELS,
     SETTINGS,
-    THOUGHT_PICTURES,
+    THOUGHT_IMAGES,
     TWO_ANSWERS,
     FakeClient,
     chat_body,
     http,
-    picture_part,
+    image_part,
 )
 from starlette.testclient import TestClient
 
-from bagel_triton import errors
 from bagel_triton.deploy.topology import BAGEL
-from bagel_triton.proxy.app import create_app
-from bagel_triton.request import GenerationRequest
+from bagel_triton.openai.app import create_app
+from bagel_triton.protocol import errors
+from bagel_triton.protocol.request import GenerationRequest
 
 
-def test_a_picture_is_answered_losslessly_with_true_counts_seed_and_timings() -> None:
+def test_a_image_is_answered_losslessly_with_true_counts_seed_and_timings() -> None:
     client = FakeClient()
     reply = http(client).post(CHAT, json=chat_body(seed=7, height=32))
     assert reply.status_code == 200
@@ -60,13 +60,13 @@ def pixels_of(part: dict[str, Any]) -> np.ndarray[Any, Any]:
     assert part["type"] == "image_url"
     head, _, data = part["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
-    picture = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert picture.format == "PNG"
-    return np.asarray(picture)
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert image.format == "PNG"
+    return np.asarray(image)
 
 
-def test_several_pictures_and_the_thinking_before_them_are_one_choice() -> None:
-    body = http(FakeClient(*THOUGHT_PICTURES)).post(CHAT, json=chat_body(n=2, think=True)).json()
+def test_several_images_and_the_thinking_before_them_are_one_choice() -> None:
+    body = http(FakeClient(*THOUGHT_IMAGES)).post(CHAT, json=chat_body(n=2, think=True)).json()
     [choice] = body["choices"]
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["reasoning_content"] == "A cat, in snow."
@@ -106,9 +106,9 @@ def test_each_answer_is_a_choice_with_its_own_thinking_and_end() -> None:
     }
 
 
-def test_remote_pictures_can_be_switched_off() -> None:
+def test_remote_images_can_be_switched_off() -> None:
     app = create_app(dataclasses.replace(SETTINGS, fetch_remote=False), FakeClient())
-    messages = [{"role": "user", "content": [picture_part("http://127.0.0.1/cat.png")]}]
+    messages = [{"role": "user", "content": [image_part("http://127.0.0.1/cat.png")]}]
     reply = TestClient(app).post(CHAT, json=chat_body(messages=messages))
     assert reply.status_code == 400
     assert "this server fetches none; allowed: a data: URL" in reply.json()["error"]["message"]

@@ -15,15 +15,15 @@ from proxy_fake import (
     ONE_ANSWER,
     PIXELS,
     PROGRESS,
-    THOUGHT_PICTURES,
+    THOUGHT_IMAGES,
     TWO_ANSWERS,
     FakeClient,
     live_proxy,
     user_turn,
 )
 
-from bagel_triton.errors import InvalidRequest, Overloaded
-from bagel_triton.request import GenerationRequest
+from bagel_triton.protocol.errors import InvalidRequest, Overloaded
+from bagel_triton.protocol.request import GenerationRequest
 
 SCRIPT = Path(__file__).parents[2] / "client" / "openai_chat_client.py"
 
@@ -53,7 +53,7 @@ def on_a_terminal(*args: str, cwd: Path) -> str:
     return shown.decode()
 
 
-def test_it_saves_the_picture_and_says_where_and_how_long(tmp_path: Path) -> None:
+def test_it_saves_the_image_and_says_where_and_how_long(tmp_path: Path) -> None:
     backend = FakeClient()
     with live_proxy(backend) as url:
         done = run_client("-s", url, "-p", "A dog", "--negative", "blurry", "--steps", "4", cwd=tmp_path)
@@ -102,7 +102,7 @@ def test_a_server_may_be_named_by_host_and_port(tmp_path: Path) -> None:
 
 
 def test_bounds_of_thinking_and_skipped_steps_are_asked_for(tmp_path: Path) -> None:
-    backend = FakeClient(*THOUGHT_PICTURES)
+    backend = FakeClient(*THOUGHT_IMAGES)
     with live_proxy(backend) as url:
         run_client("-s", url, "--think", "--max-think-tokens", "9", "--cache", "taylorseer", cwd=tmp_path)
     [request] = backend.requests
@@ -140,8 +140,8 @@ def test_thinking_streams_before_its_answer(tmp_path: Path) -> None:
     assert done.stderr.startswith("thinking:\nLet me see.\nseed     11\n")
 
 
-def test_every_picture_is_saved_and_its_thinking_shown(tmp_path: Path) -> None:
-    with live_proxy(FakeClient(*THOUGHT_PICTURES)) as url:
+def test_every_image_is_saved_and_its_thinking_shown(tmp_path: Path) -> None:
+    with live_proxy(FakeClient(*THOUGHT_IMAGES)) as url:
         done = run_client("-s", url, "-o", "cat.png", "--think", "--n", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "cat-1.png")), PIXELS)
@@ -151,7 +151,7 @@ def test_every_picture_is_saved_and_its_thinking_shown(tmp_path: Path) -> None:
         assert shown in done.stdout
 
 
-def test_pictures_are_read_here_and_an_edit_keeps_its_size(tmp_path: Path) -> None:
+def test_images_are_read_here_and_an_edit_keeps_its_size(tmp_path: Path) -> None:
     backend = FakeClient()
     for name in ("cat.webp", "dog.png"):
         Image.fromarray(PIXELS).save(tmp_path / name)
@@ -213,7 +213,7 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
         (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),
         (("-m", "img2img", "-i", "missing.png"), 1, "--image-url missing.png: No such file or directory"),
-        (("-m", "img2img", "-i", "notes.txt"), 1, "--image-url notes.txt: not a URL, and not the name of a picture"),
+        (("-m", "img2img", "-i", "notes.txt"), 1, "--image-url notes.txt: not a URL, and not the name of an image"),
     ],
 )
 def test_what_cannot_be_sent_is_said_in_one_line(tmp_path: Path, args: tuple[str, ...], code: int, text: str) -> None:

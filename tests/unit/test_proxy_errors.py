@@ -13,24 +13,24 @@ import pytest
 from proxy_fake import (
     CHAT,
     DONE,
+    IMAGE,
     ONE_ANSWER,
-    PICTURE,
     PNG_URL,
     PROGRESS,
     SETTINGS,
-    THOUGHT_PICTURES,
+    THOUGHT_IMAGES,
     FakeClient,
     chat_body,
     http,
+    image_part,
     live_proxy,
-    picture_part,
 )
 from starlette.testclient import TestClient
 from tritonclient.utils import InferenceServerException
 
-from bagel_triton import errors
-from bagel_triton.proxy.app import create_app
-from bagel_triton.proxy.errors import MAX_LOGGED
+from bagel_triton.openai.app import create_app
+from bagel_triton.openai.errors import MAX_LOGGED
+from bagel_triton.protocol import errors
 from tests.support.waiting import soon
 
 
@@ -117,9 +117,9 @@ def test_what_a_stage_refuses_is_named_as_it_was_written(
 ) -> None:
     body = chat_body(
         messages=[
-            {"role": "user", "content": [{"type": "text", "text": "What?"}, picture_part(PNG_URL)]},
+            {"role": "user", "content": [{"type": "text", "text": "What?"}, image_part(PNG_URL)]},
             {"role": "assistant", "content": "A cat."},
-            {"role": "user", "content": [picture_part(PNG_URL)]},
+            {"role": "user", "content": [image_part(PNG_URL)]},
         ],
         max_completion_tokens=0,
         extra_body={"height": 7},
@@ -133,7 +133,7 @@ def test_what_a_stage_refuses_is_named_as_it_was_written(
 def test_the_next_good_request_works_after_any_bad_one() -> None:
     client = http(FakeClient(*ONE_ANSWER))
     for url in (PNG_URL[:-1], "file:///etc/passwd", "http://127.0.0.1/", "http://localhost:1/x", "data:,x"):
-        messages = [{"role": "user", "content": [picture_part(url)]}]
+        messages = [{"role": "user", "content": [image_part(url)]}]
         reply = client.post(CHAT, json={"messages": messages})
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == "messages[0].content[0].image_url"
@@ -181,9 +181,9 @@ def test_a_defect_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("script", "modality", "missing"),
     [
-        ((*PROGRESS, DONE), "image", "without a picture"),
-        ((*PROGRESS, PICTURE), "image", "without a picture"),
-        ((*THOUGHT_PICTURES[:3], DONE), "image", "without a picture"),
+        ((*PROGRESS, DONE), "image", "without an image"),
+        ((*PROGRESS, IMAGE), "image", "without an image"),
+        ((*THOUGHT_IMAGES[:3], DONE), "image", "without an image"),
         ((*ONE_ANSWER[:2], DONE), "text", "without an answer"),
         (ONE_ANSWER[:3], "text", "without an answer"),
     ],

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from bagel_triton.proxy.fetch import FetchError, RemotePictures
-from tests.support.picture_host import BODY, DEAD, PUBLIC, Host, serving_pictures
+from bagel_triton.openai.image_fetch import FetchError, RemoteImages
+from tests.support.image_host import BODY, DEAD, PUBLIC, Host, serving_images
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    with serving_pictures() as serving:
+    with serving_images() as serving:
         yield serving
 
 
@@ -28,15 +28,15 @@ def refusal(host: Host, url: str, **limits: float) -> str:
     return str(caught.value)
 
 
-def test_a_picture_is_fetched_by_its_hosts_name_from_the_address_that_was_checked(host: Host) -> None:
-    assert fetch(host, "http://pictures.example:8080/cat.png?v=2#top") == BODY
-    assert host.seen == [("pictures.example:8080", "/cat.png?v=2")]
+def test_a_image_is_fetched_by_its_hosts_name_from_the_address_that_was_checked(host: Host) -> None:
+    assert fetch(host, "http://images.example:8080/cat.png?v=2#top") == BODY
+    assert host.seen == [("images.example:8080", "/cat.png?v=2")]
     assert host.reached == [PUBLIC]
 
 
 @pytest.mark.parametrize("path", ["absolute", "relative", "3"])
 def test_redirects_are_followed(host: Host, path: str) -> None:
-    assert fetch(host, f"http://pictures.example/{path}") == BODY
+    assert fetch(host, f"http://images.example/{path}") == BODY
 
 
 def test_an_address_that_does_not_answer_is_passed_over(host: Host) -> None:
@@ -53,9 +53,9 @@ def test_an_address_that_does_not_answer_is_passed_over(host: Host) -> None:
         ("http://inside.example/cat.png", "inside.example has the address 10.0.0.8"),
         ("http://half-inside.example/cat.png", "half-inside.example has the address 127.0.0.1"),
         ("http:///cat.png", "the URL names no host"),
-        ("http://pictures.example:99999/", "port 99999 does not exist"),
-        ("http://pictures.example:0/", "port 0 does not exist"),
-        ("http://pictures.example:http/", "the URL is malformed"),
+        ("http://images.example:99999/", "port 99999 does not exist"),
+        ("http://images.example:0/", "port 0 does not exist"),
+        ("http://images.example:http/", "the URL is malformed"),
     ],
 )
 def test_nothing_is_connected_to_where_nobody_is_let(host: Host, url: str, cause: str) -> None:
@@ -72,8 +72,8 @@ def test_nothing_is_connected_to_where_nobody_is_let(host: Host, url: str, cause
     ],
 )
 def test_a_redirect_leads_no_further_than_a_url(host: Host, path: str, cause: str) -> None:
-    assert cause in refusal(host, f"http://pictures.example/{path}")
-    assert host.seen == [("pictures.example", f"/{path}")]
+    assert cause in refusal(host, f"http://images.example/{path}")
+    assert host.seen == [("images.example", f"/{path}")]
 
 
 def test_a_name_that_changes_its_address_is_checked_anew(host: Host) -> None:
@@ -82,9 +82,9 @@ def test_a_name_that_changes_its_address_is_checked_anew(host: Host) -> None:
         return [PUBLIC] if len(host.resolved) == 1 else ["127.0.0.1"]
 
     host.resolve = resolve  # type: ignore[method-assign]
-    assert "has the address 127.0.0.1" in refusal(host, "http://pictures.example/absolute")
+    assert "has the address 127.0.0.1" in refusal(host, "http://images.example/absolute")
     assert host.reached == [PUBLIC]
-    assert host.resolved == ["pictures.example"] * 2
+    assert host.resolved == ["images.example"] * 2
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,18 @@ def test_a_name_that_changes_its_address_is_checked_anew(host: Host) -> None:
     ],
 )
 def test_what_goes_wrong_is_named(host: Host, path: str, cause: str) -> None:
-    assert cause in refusal(host, f"http://pictures.example/{path}")
+    assert cause in refusal(host, f"http://images.example/{path}")
 
 
 def test_too_many_bytes_are_not_read(host: Host) -> None:
-    assert fetch(host, "http://pictures.example/cat.png", max_bytes=len(BODY)) == BODY
-    assert "allowed: at most 10239" in refusal(host, "http://pictures.example/cat.png", max_bytes=len(BODY) - 1)
-    assert "too many bytes" in refusal(host, "http://pictures.example/endless", max_bytes=100_000)
+    assert fetch(host, "http://images.example/cat.png", max_bytes=len(BODY)) == BODY
+    assert "allowed: at most 10239" in refusal(host, "http://images.example/cat.png", max_bytes=len(BODY) - 1)
+    assert "too many bytes" in refusal(host, "http://images.example/endless", max_bytes=100_000)
 
 
 def test_a_slow_host_is_given_up(host: Host) -> None:
     started = time.monotonic()
-    assert refusal(host, "http://pictures.example/slow", timeout_s=0.3) == "it took longer than 0.3 s"
+    assert refusal(host, "http://images.example/slow", timeout_s=0.3) == "it took longer than 0.3 s"
     assert time.monotonic() - started < 3
 
 
@@ -123,5 +123,5 @@ def test_a_slow_host_is_given_up(host: Host) -> None:
 )
 def test_the_systems_own_names_are_checked(url: str, cause: str) -> None:
     with pytest.raises(FetchError) as caught:
-        asyncio.run(RemotePictures().fetch(url))
+        asyncio.run(RemoteImages().fetch(url))
     assert cause in str(caught.value)

@@ -10,9 +10,9 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from proxy_fake import DONE, PIXELS, PROGRESS, THOUGHT_PICTURES, TWO_ANSWERS, FakeClient, answer, live_proxy, text
+from proxy_fake import DONE, PIXELS, PROGRESS, THOUGHT_IMAGES, TWO_ANSWERS, FakeClient, answer, live_proxy, text
 
-from bagel_triton.errors import InvalidRequest, StageUnavailable
+from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
 
 MESSAGES: Any = [{"role": "user", "content": "A cute cat"}]
 
@@ -60,10 +60,10 @@ def test_the_official_client_reads_the_stream() -> None:
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
     assert [chunk.progress for chunk in chunks[:3]] == [{"stage": "dit", "step": n, "steps": 3} for n in (1, 2, 3)]
-    opening, picture, finish, usage = chunks[3:]
+    opening, image, finish, usage = chunks[3:]
     assert opening.choices[0].delta.role == "assistant"
-    np.testing.assert_array_equal(pixels_of(picture.choices[0].delta.content[0]), PIXELS)
-    assert picture.choices[0].finish_reason is None
+    np.testing.assert_array_equal(pixels_of(image.choices[0].delta.content[0]), PIXELS)
+    assert image.choices[0].finish_reason is None
     assert (finish.choices[0].finish_reason, finish.choices[0].delta.content, finish.seed) == ("stop", None, 7)
     assert finish.metrics["stages"]["dit"] == {"queue_s": 1.0, "run_s": 2.0}
     assert (usage.choices, usage.usage.completion_tokens) == ([], 6)
@@ -107,18 +107,18 @@ def test_thinking_that_was_never_closed_comes_again_as_the_answer() -> None:
     assert joined(chunks, 0, "content") == reply.choices[0].message.content == "<think>Well"
 
 
-def test_thinking_then_progress_then_pictures_are_streamed() -> None:
-    with live_proxy(FakeClient(*THOUGHT_PICTURES)) as url, official(url) as client:
+def test_thinking_then_progress_then_images_are_streamed() -> None:
+    with live_proxy(FakeClient(*THOUGHT_IMAGES)) as url, official(url) as client:
         chunks = list(request(client, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert joined(chunks[:3], 0, "reasoning_content") == "A cat, in snow."
     assert [chunk.progress["step"] for chunk in chunks[3:6]] == [1, 2, 3]
     first, second, finish = chunks[6:]
-    [picture] = first.choices[0].delta.content
-    np.testing.assert_array_equal(pixels_of(picture), PIXELS)
-    [picture] = second.choices[0].delta.content
-    np.testing.assert_array_equal(pixels_of(picture), PIXELS[::-1])
-    assert picture["seed"] == 8
+    [image] = first.choices[0].delta.content
+    np.testing.assert_array_equal(pixels_of(image), PIXELS)
+    [image] = second.choices[0].delta.content
+    np.testing.assert_array_equal(pixels_of(image), PIXELS[::-1])
+    assert image["seed"] == 8
     assert finish.choices[0].finish_reason == "stop"
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bagel_triton import liveness
 from bagel_triton.deploy.topology import BAGEL
-from bagel_triton.proxy.settings import ProxySettings
-from bagel_triton.proxy.triton import TritonClient
+from bagel_triton.ipc import liveness
+from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.triton.async_client import TritonClient
 from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 from tests.support.triton_service import TritonService, serving
 from tests.support.waiting import soon

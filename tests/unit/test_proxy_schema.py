@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from proxy_fake import A_CAT, chat_body, generation, picture_part
+from proxy_fake import A_CAT, chat_body, generation, image_part
 
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.proxy.schema import parse
-from bagel_triton.request import GenerationRequest
+from bagel_triton.openai.schema import parse
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.request import GenerationRequest
 
 EVERY_FIELD: dict[str, Any] = {
     "negative_prompt": "blurry",
@@ -194,9 +194,9 @@ LONG = "9" * 1_000_000
         {"modalities": [LONG]},
         {"messages": [{"role": LONG, "content": "x"}]},
         {"messages": [{"role": "user", "content": "x", "reasoning_content": LONG}]},
-        {"messages": [{"role": "user", "content": [picture_part(LONG)]}]},
-        {"messages": [{"role": "user", "content": [picture_part(f"http://{LONG}")]}]},
-        {"messages": [{"role": "user", "content": [picture_part(f"data:;base64,{LONG}*")]}]},
+        {"messages": [{"role": "user", "content": [image_part(LONG)]}]},
+        {"messages": [{"role": "user", "content": [image_part(f"http://{LONG}")]}]},
+        {"messages": [{"role": "user", "content": [image_part(f"data:;base64,{LONG}*")]}]},
     ],
     ids=lambda fields: str(fields)[:30],
 )

@@ -13,11 +13,11 @@ import pytest
 from proxy_fake import (
     A_CAT,
     DONE,
+    IMAGE,
     ONE_ANSWER,
-    PICTURE,
     PROGRESS,
     SILENCE,
-    THOUGHT_PICTURES,
+    THOUGHT_IMAGES,
     FakeClient,
     answer,
     chat_body,
@@ -25,10 +25,10 @@ from proxy_fake import (
 )
 from starlette.requests import ClientDisconnect
 
-from bagel_triton.errors import StageUnavailable
-from bagel_triton.proxy.reply import new_header
-from bagel_triton.proxy.stream import EventStream, chunks
-from bagel_triton.request import GenerationRequest
+from bagel_triton.openai.reply import new_header
+from bagel_triton.openai.stream import EventStream, chunks
+from bagel_triton.protocol.errors import StageUnavailable
+from bagel_triton.protocol.request import GenerationRequest
 from tests.support.waiting import soon
 
 
@@ -86,8 +86,8 @@ def test_an_error_after_the_first_event_is_an_event_and_the_last() -> None:
 @pytest.mark.parametrize(
     ("modality", "script", "missing"),
     [
-        ("image", (*PROGRESS, DONE), "without a picture"),
-        ("image", (*THOUGHT_PICTURES[:3], DONE), "without a picture"),
+        ("image", (*PROGRESS, DONE), "without an image"),
+        ("image", (*THOUGHT_IMAGES[:3], DONE), "without an image"),
         ("text", (*ONE_ANSWER[:2], DONE), "without an answer"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_stream_that_lacks_something_ends_in_an_error(
 
 @pytest.mark.parametrize(
     ("stream", "script"),
-    [(False, (SILENCE,)), (False, (*PROGRESS, SILENCE)), (True, (SILENCE,)), (True, (*PROGRESS, PICTURE, SILENCE))],
+    [(False, (SILENCE,)), (False, (*PROGRESS, SILENCE)), (True, (SILENCE,)), (True, (*PROGRESS, IMAGE, SILENCE))],
     ids=["plain, queued", "plain, denoising", "stream, queued", "stream, denoising"],
 )
 def test_a_client_that_leaves_cancels_its_request(stream: bool, script: tuple[object, ...]) -> None:

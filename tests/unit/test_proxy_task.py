@@ -1,21 +1,21 @@
-"""Conversations, their pictures and what is wanted of them, as the model is asked."""
+"""Conversations, their images and what is wanted of them, as the model is asked."""
 
 from __future__ import annotations
 
 import pytest
-from proxy_fake import PNG_URL, chat_body, generation, picture_part, user_turn
+from proxy_fake import PNG_URL, chat_body, generation, image_part, user_turn
 
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.request import PicturePart, TextPart, Turn
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.request import ImageRef, TextPart, Turn
 
 
 def message(role: str = "user", content: object = "x", **more: object) -> dict[str, object]:
     return {"role": role, "content": content, **more}
 
 
-def pictures(*urls: str) -> list[dict[str, object]]:
-    """The messages of a conversation that shows the pictures at ``urls``."""
-    return [message(content=[{"type": "text", "text": "x"}, *map(picture_part, urls)])]
+def images(*urls: str) -> list[dict[str, object]]:
+    """The messages of a conversation that shows the images at ``urls``."""
+    return [message(content=[{"type": "text", "text": "x"}, *map(image_part, urls)])]
 
 
 @pytest.mark.parametrize(
@@ -38,40 +38,38 @@ def test_thinking_may_be_asked_for_twice() -> None:
     assert generation(chat_body(modalities=["image"], think=False)).think is False
 
 
-def test_a_conversation_keeps_its_order_and_its_pictures() -> None:
+def test_a_conversation_keeps_its_order_and_its_images() -> None:
     first, second, third = (f"data:image/png;base64,{data}" for data in ("QQ==", "Qg==", "Qw=="))
     body = chat_body(
         messages=[
             message("developer", "Be brief."),
-            message(
-                content=[picture_part(first), {"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]
-            ),
-            message("assistant", [{"type": "text", "text": "This:"}, picture_part(second)]),
+            message(content=[image_part(first), {"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]),
+            message("assistant", [{"type": "text", "text": "This:"}, image_part(second)]),
             message("system", [{"type": "text", "text": "Be kind."}]),
-            message(content=[{"type": "text", "text": "And"}, picture_part(third), {"type": "text", "text": "this?"}]),
+            message(content=[{"type": "text", "text": "And"}, image_part(third), {"type": "text", "text": "this?"}]),
         ]
     )
     request = generation(body)
     assert request.image == (b"A", b"B", b"C")
     assert request.messages == (
         Turn("system", (TextPart("Be brief."),)),
-        Turn("user", (PicturePart(0), TextPart("What"), TextPart("is it?"))),
-        Turn("assistant", (TextPart("This:"), PicturePart(1))),
+        Turn("user", (ImageRef(0), TextPart("What"), TextPart("is it?"))),
+        Turn("assistant", (TextPart("This:"), ImageRef(1))),
         Turn("system", (TextPart("Be kind."),)),
-        Turn("user", (TextPart("And"), PicturePart(2), TextPart("this?"))),
+        Turn("user", (TextPart("And"), ImageRef(2), TextPart("this?"))),
     )
 
 
 def test_a_reply_can_be_sent_back_as_it_came() -> None:
-    reply = {"role": "assistant", "content": [{**picture_part(PNG_URL), "seed": 7}], "reasoning_content": "A cat."}
+    reply = {"role": "assistant", "content": [{**image_part(PNG_URL), "seed": 7}], "reasoning_content": "A cat."}
     request = generation(chat_body(messages=[message(), reply, message(content="Again")]))
-    assert request.messages == (user_turn("x"), Turn("assistant", (PicturePart(0),)), user_turn("Again"))
-    assert request.image == (b"a picture",)
+    assert request.messages == (user_turn("x"), Turn("assistant", (ImageRef(0),)), user_turn("Again"))
+    assert request.image == (b"an image",)
 
 
-def test_ten_pictures_are_served() -> None:
-    request = generation(chat_body(messages=pictures(*[PNG_URL] * 10)))
-    assert request.image == (b"a picture",) * 10
+def test_ten_images_are_served() -> None:
+    request = generation(chat_body(messages=images(*[PNG_URL] * 10)))
+    assert request.image == (b"an image",) * 10
 
 
 @pytest.mark.parametrize(
@@ -85,7 +83,7 @@ def test_ten_pictures_are_served() -> None:
     ],
 )
 def test_a_data_url_may_be_written_in_any_valid_way(url: str) -> None:
-    assert generation(chat_body(messages=pictures(url))).image == (b"AB",)
+    assert generation(chat_body(messages=images(url))).image == (b"AB",)
 
 
 def test_what_asks_for_nothing_that_the_model_cannot_do_is_taken() -> None:
@@ -180,7 +178,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
         "allowed: an object",
     ),
     (
-        {"messages": [message("developer", [picture_part(PNG_URL)]), message()]},
+        {"messages": [message("developer", [image_part(PNG_URL)]), message()]},
         "messages[0].content[0].type",
         "='image_url' is not allowed; allowed: 'text' in a message of role 'developer'",
     ),
@@ -190,19 +188,19 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
         "messages[0].reasoning_content='Hm' has no meaning in a message of role 'user'; "
         "allowed: only in one of role 'assistant'",
     ),
-    # pictures
-    ({"messages": pictures(*[PNG_URL] * 11)}, "messages", "messages='11 pictures' is not allowed; allowed: at most 10"),
-    ({"messages": pictures(PNG_URL[:-1])}, IMAGE_URL, f"{IMAGE_URL}={PNG_URL[:-1]!r} holds malformed base64: "),
-    ({"messages": pictures("data:image/png;base64,a*b=")}, IMAGE_URL, "holds malformed base64: "),
-    ({"messages": pictures("data:image/png;base64,")}, IMAGE_URL, "holds no data"),
-    ({"messages": pictures("data:image/png;base64")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),
-    ({"messages": pictures("data:image/svg+xml,<svg/>")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),
-    ({"messages": pictures("")}, IMAGE_URL, "='' is not allowed; allowed: a data: URL"),
-    ({"messages": pictures("/etc/passwd")}, IMAGE_URL, "='/etc/passwd' is not allowed; allowed: a data: URL"),
-    ({"messages": pictures("file:///etc/passwd")}, IMAGE_URL, "='file:///etc/passwd' is not allowed"),
-    ({"messages": pictures("ftp://host/cat.png")}, IMAGE_URL, "='ftp://host/cat.png' is not allowed"),
-    ({"messages": pictures("https://host/cat.png")}, IMAGE_URL, "remote picture, and this server fetches none"),
-    ({"messages": pictures(PNG_URL, "C:\\cat.png")}, "messages[0].content[2].image_url", "is not allowed"),
+    # images
+    ({"messages": images(*[PNG_URL] * 11)}, "messages", "messages='11 images' is not allowed; allowed: at most 10"),
+    ({"messages": images(PNG_URL[:-1])}, IMAGE_URL, f"{IMAGE_URL}={PNG_URL[:-1]!r} holds malformed base64: "),
+    ({"messages": images("data:image/png;base64,a*b=")}, IMAGE_URL, "holds malformed base64: "),
+    ({"messages": images("data:image/png;base64,")}, IMAGE_URL, "holds no data"),
+    ({"messages": images("data:image/png;base64")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),
+    ({"messages": images("data:image/svg+xml,<svg/>")}, IMAGE_URL, "allowed: data:<media type>;base64,<data>"),
+    ({"messages": images("")}, IMAGE_URL, "='' is not allowed; allowed: a data: URL"),
+    ({"messages": images("/etc/passwd")}, IMAGE_URL, "='/etc/passwd' is not allowed; allowed: a data: URL"),
+    ({"messages": images("file:///etc/passwd")}, IMAGE_URL, "='file:///etc/passwd' is not allowed"),
+    ({"messages": images("ftp://host/cat.png")}, IMAGE_URL, "='ftp://host/cat.png' is not allowed"),
+    ({"messages": images("https://host/cat.png")}, IMAGE_URL, "remote image, and this server fetches none"),
+    ({"messages": images(PNG_URL, "C:\\cat.png")}, "messages[0].content[2].image_url", "is not allowed"),
 ]
 
 

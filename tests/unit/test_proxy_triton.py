@@ -10,15 +10,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from proxy_fake import DONE, ONE_ANSWER, PICTURE, PIXELS, PROGRESS, user_turn
+from proxy_fake import DONE, IMAGE, ONE_ANSWER, PIXELS, PROGRESS, user_turn
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from bagel_triton.errors import BagelError, Internal, InvalidRequest, StageUnavailable
-from bagel_triton.events import encode_event
-from bagel_triton.proxy.settings import ProxySettings
-from bagel_triton.proxy.triton import StageResponse, TritonClient
-from bagel_triton.request import GenerationRequest, from_tensors
+from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable
+from bagel_triton.protocol.events import encode_event
+from bagel_triton.protocol.request import GenerationRequest, from_tensors
+from bagel_triton.triton.async_client import StageResponse, TritonClient
 from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 
 Script = list[Any]
@@ -31,9 +31,9 @@ def wire(response: StageResponse) -> service_pb2.ModelStreamInferResponse:
     event = encode_event(response.event)
     message.outputs.add(name="event", datatype="BYTES", shape=[1])
     message.raw_output_contents.append(len(event).to_bytes(4, "little") + event)
-    if response.picture is not None:
-        message.outputs.add(name="generated_image", datatype="UINT8", shape=response.picture.shape)
-        message.raw_output_contents.append(response.picture.tobytes())
+    if response.image is not None:
+        message.outputs.add(name="generated_image", datatype="UINT8", shape=response.image.shape)
+        message.raw_output_contents.append(response.image.tobytes())
     return service_pb2.ModelStreamInferResponse(infer_response=message)
 
 
@@ -90,17 +90,17 @@ def failure(script: Script, **settings: Any) -> BagelError:
     return caught.value
 
 
-def test_events_and_the_picture_arrive_typed_and_in_order() -> None:
-    responses = play(Service([wire(item) for item in (*PROGRESS, PICTURE, DONE)]), everything)
-    assert [response.event for response in responses] == [item.event for item in (*PROGRESS, PICTURE, DONE)]
-    np.testing.assert_array_equal(responses[3].picture, PIXELS)
+def test_events_and_the_image_arrive_typed_and_in_order() -> None:
+    responses = play(Service([wire(item) for item in (*PROGRESS, IMAGE, DONE)]), everything)
+    assert [response.event for response in responses] == [item.event for item in (*PROGRESS, IMAGE, DONE)]
+    np.testing.assert_array_equal(responses[3].image, PIXELS)
 
 
-def test_a_picture_larger_than_grpcs_own_limit_arrives() -> None:
+def test_a_image_larger_than_grpcs_own_limit_arrives() -> None:
     pixels = np.zeros((1500, 1500, 3), dtype=np.uint8)
-    event = type(PICTURE.event)(0, 1500, 1500, 7)  # type: ignore[call-arg]
+    event = type(IMAGE.event)(0, 1500, 1500, 7)  # type: ignore[call-arg]
     responses = play(Service([wire(StageResponse(event, pixels)), wire(DONE)]), everything)
-    assert responses[0].picture.nbytes == 6_750_000
+    assert responses[0].image.nbytes == 6_750_000
 
 
 def test_the_request_arrives_whole_and_only_what_was_given() -> None:
@@ -157,10 +157,10 @@ def test_a_stages_error_arrives_as_what_it_was() -> None:
         ([grpc.StatusCode.UNAVAILABLE], StageUnavailable, "cannot be reached: gone"),
         ([grpc.StatusCode.CANCELLED], StageUnavailable, "cannot be reached: gone"),
         ([grpc.StatusCode.INTERNAL], Internal, "gone"),
-        ([wire(PICTURE)], Internal, "without its last event"),
+        ([wire(IMAGE)], Internal, "without its last event"),
         ([], Internal, "without its last event"),
-        ([wire(StageResponse(PICTURE.event))], Internal, "should be uint8 [32, 48, 3] but is nothing"),
-        ([wire(StageResponse(PICTURE.event, PIXELS[:16]))], Internal, "but is uint8 [16, 48, 3]"),
+        ([wire(StageResponse(IMAGE.event))], Internal, "should be uint8 [32, 48, 3] but is nothing"),
+        ([wire(StageResponse(IMAGE.event, PIXELS[:16]))], Internal, "but is uint8 [16, 48, 3]"),
     ],
 )
 def test_what_goes_wrong_has_its_kind(script: Script, kind: type[BagelError], text: str) -> None:

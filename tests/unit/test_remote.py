@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from bagel_triton.remote import RemoteModels
+from bagel_triton.triton.client import RemoteModels
 from tests.support.triton_service import TritonService, serving
 from tests.support.waiting import soon
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_triton.defaults import IMG2IMG, MAX_SEED, TEXT2IMG, bounded, flow_settings
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.messages import FlowSettings
 from bagel_triton.model.flow import schedule
-from bagel_triton.request import (
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.messages import FlowSettings
+from bagel_triton.protocol.request import (
     REQUEST_TENSORS,
     GenerationRequest,
-    PicturePart,
+    ImageRef,
     TextPart,
     Turn,
     from_tensors,
     to_tensors,
 )
+from bagel_triton.protocol.validation import IMG2IMG, MAX_SEED, TEXT2IMG, bounded, flow_settings
 
 MAX_SIDE = 1024
 NAN, INFINITY = math.nan, math.inf
@@ -132,7 +132,7 @@ def _accepted(**fields: float) -> FlowSettings | None:
 
 @pytest.mark.parametrize("shift", [1e-300, 1e-9, 1e38, 1e39, 1e300])
 def test_a_shift_that_is_accepted_gives_finite_times(shift: float) -> None:
-    """The flow computes in float32: what that cannot carry must not become a black picture."""
+    """The flow computes in float32: what that cannot carry must not become a black image."""
     settings = _accepted(timestep_shift=shift)
     assert settings is None or bool(schedule(4, settings.timestep_shift).isfinite().all())
 
@@ -167,7 +167,7 @@ FULL = GenerationRequest(
         GenerationRequest(prompt="A cat"),
         GenerationRequest(prompt=""),
         GenerationRequest(
-            messages=(Turn("user", (TextPart("What is 山?"), PicturePart(0))), Turn("assistant", (TextPart("It"),))),
+            messages=(Turn("user", (TextPart("What is 山?"), ImageRef(0))), Turn("assistant", (TextPart("It"),))),
             image=(b"\x89PNG\r\n\xff\x00", b""),
             modality="text",
             think=True,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.runtime import cli, python_library
+from bagel_triton.serving import cli
+from bagel_triton.serving import tritonserver as python_library
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 
@@ -61,7 +62,7 @@ def test_a_reader_that_has_enough_ends_it_without_a_word():
     """As `head` does."""
     closed, output = os.pipe()
     os.close(closed)
-    command = [sys.executable, "-m", "bagel_triton.runtime.cli", "memory", str(CHECKPOINT)]
+    command = [sys.executable, "-m", "bagel_triton.serving.cli", "memory", str(CHECKPOINT)]
     run = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
     os.close(output)
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
@@ -170,7 +171,7 @@ def test_a_missing_model_repository(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_model_names_begin_with_the_folders_and_have_no_duplicates():
-    from bagel_triton.runtime.serve import ALIASES, ServeOptions, add_arguments
+    from bagel_triton.serving.serve import ALIASES, ServeOptions, add_arguments
 
     def names(checkpoint: str, name: str | None) -> tuple[str, ...]:
         parser = argparse.ArgumentParser()

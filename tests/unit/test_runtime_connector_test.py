@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bagel_triton.runtime import connector_test
-from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.serving import connector_test
+from bagel_triton.serving.command_error import CommandError
 from tests.support.triton_service import TritonService, serving
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
-from bagel_triton.deploy.memory import Available
-from bagel_triton.model.placement import Placement
-from bagel_triton.runtime import available_memory, cli, memory
-from bagel_triton.runtime.available_memory import _ask_device
-from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.deploy.memory_plan import Available
+from bagel_triton.model.device import Placement
+from bagel_triton.serving import available_memory, cli, memory
+from bagel_triton.serving.available_memory import _ask_device
+from bagel_triton.serving.command_error import CommandError
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 GIB = 2**30
@@ -97,7 +97,7 @@ def test_the_command_prints_a_row_a_stage(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["memory", str(CHECKPOINT), *arguments]) == 0
     out = capsys.readouterr().out
     assert "pipeline bagel on cpu in float32" in out
-    assert "KV arena of 1024 tokens; pictures of 64x128 pixels denoised together: 2" in out
+    assert "KV arena of 1024 tokens; images of 64x128 pixels denoised together: 2" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert "768 B" in rows["thinker"]
     assert "768.00 KiB" in rows["thinker"]  # 1024 tokens

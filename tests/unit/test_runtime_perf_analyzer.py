@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from bagel_triton.runtime import cli, perf_analyzer
-from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.serving import cli, perf_analyzer
+from bagel_triton.serving.command_error import CommandError
 
 
 def test_it_runs_with_the_libraries_laid_out():

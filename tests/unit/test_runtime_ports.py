@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from bagel_triton.runtime import ports
-from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.serving import ports
+from bagel_triton.serving.command_error import CommandError
 
 
 def test_a_busy_port_is_named_with_the_flag_that_chooses_another():

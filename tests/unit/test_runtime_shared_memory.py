@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.runtime.command_error import CommandError
-from bagel_triton.runtime.shared_memory import SharedMemoryPrefix, sweep_leftovers
+from bagel_triton.ipc.prefix import SharedMemoryPrefix, sweep_leftovers
+from bagel_triton.serving.command_error import CommandError
 
 CLAIM_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from bagel_triton.runtime.shared_memory import SharedMemoryPrefix
+from bagel_triton.ipc.prefix import SharedMemoryPrefix
 directory = Path(sys.argv[1])
 shared = SharedMemoryPrefix(directory)
 (directory / f"{shared.prefix}_kv").write_bytes(b"x")

@@ -21,7 +21,7 @@ def test_it_ends_at_once_and_leaves_nothing(tmp_path: Path, signal_: signal.Sign
     os.mkfifo(endless)
     with (
         subprocess.Popen(
-            [sys.executable, "-m", "bagel_triton.runtime.cli", "serve", str(checkpoint), "--port", "0"],
+            [sys.executable, "-m", "bagel_triton.serving.cli", "serve", str(checkpoint), "--port", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

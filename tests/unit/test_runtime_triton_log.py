@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.runtime import triton_log
+from bagel_triton.serving import triton_process as triton_log
 
 LOADED = "I1120 22:41:25.578660 4642 model_lifecycle.cc:839] \"successfully loaded 'dit'\"\n"
 FAILED = (

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.runtime import python_library, tritonserver
-from bagel_triton.runtime.command_error import CommandError
+from bagel_triton.serving import tritonserver
+from bagel_triton.serving import tritonserver as python_library
+from bagel_triton.serving.command_error import CommandError
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:

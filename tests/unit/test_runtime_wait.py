@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bagel_triton.runtime import wait
+from bagel_triton.serving import startup_progress as wait
 
 
 def test_it_is_told_of_every_ten_seconds_with_what_is_missing_by_then(
@@ -12,7 +12,7 @@ def test_it_is_told_of_every_ten_seconds_with_what_is_missing_by_then(
 ) -> None:
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(wait.time, "monotonic", lambda: clock.now)
-    waiting = wait.Wait()
+    waiting = wait.StartupProgress()
     for second in range(1, 24):
         clock.now = 100.0 + second
         if waiting.due:

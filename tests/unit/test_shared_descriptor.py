@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton import shared_descriptor
-from bagel_triton.shared_descriptor import SharedDescriptor
+from bagel_triton.ipc import shared_descriptor
+from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from tests.support.descriptor_process import Asker, askers, contents, file_with, grab
 
 NOBODY = 65534

@@ -1,4 +1,4 @@
-"""Decoding in strips gives the whole decoder's picture, without a seam."""
+"""Decoding in strips gives the whole decoder's image, without a seam."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, VaeDecodeConfig
-from bagel_triton.deploy.deploy_yaml import load
-from bagel_triton.engine.decoder import DecoderEngine
-from bagel_triton.engine.flow_run import Latents
-from bagel_triton.model import strips
+from bagel_triton.deploy.yaml import load
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.engine.vae.engine import DecoderEngine
 from bagel_triton.model.autoencoder import GROUPS, Autoencoder, decode
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.strips import Strips, decode_in_strips
+from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.model.cpu.strip_decoder import Strips, decode_in_strips
+from bagel_triton.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 PSNR_DB = 80.0  # of uint8 pixels: one value in 1,500 may be off by one
@@ -54,7 +54,7 @@ def test_strips_are_the_whole(
 
 
 @torch.inference_mode()
-def test_pictures_of_a_batch_have_statistics_of_their_own(autoencoder: Autoencoder) -> None:
+def test_images_of_a_batch_have_statistics_of_their_own(autoencoder: Autoencoder) -> None:
     z = latent(64, 32, batch=3)
     z[1] *= 5
     torch.testing.assert_close(decode_in_strips(autoencoder.decoder, z), autoencoder.decoder(z), rtol=1e-4, atol=2e-5)
@@ -97,10 +97,10 @@ def test_the_stage_tiles_above_a_size(
     try:
         tokens = (side // 16) ** 2
         latents = Latents(torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)), side // 16, side // 16)
-        picture, _ = engine.submit(latents, "a", lambda event: None).done.result(60)
+        image, _ = engine.submit(latents, "a", lambda event: None).done.result(60)
     finally:
         engine.close()
-    assert picture.shape == (side, side, 3)
+    assert image.shape == (side, side, 3)
     assert bool(calls) == in_strips
 
 
@@ -114,5 +114,5 @@ def test_the_deploy_yaml_says_whether(tmp_path: Path) -> None:
     assert not config("stages: [{stage_id: 1, vae_use_tiling: false}]").vae_decode.use_tiling
     single = "pipeline: bagel_single_stage\nstages: [{stage_id: 0, vae_use_tiling: false}]"
     assert not config(single).vae_decode.use_tiling
-    with pytest.raises(ConfigError, match=r"stages\[0\].vae_use_tiling belongs to the stage that makes pictures"):
+    with pytest.raises(ConfigError, match=r"stages\[0\].vae_use_tiling belongs to the stage that makes images"):
         config("stages: [{stage_id: 0, vae_use_tiling: true}]")

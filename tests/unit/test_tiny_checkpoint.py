@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from bagel_triton.deploy.config import ConfigError
 from bagel_triton.model.autoencoder import decode
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import TinyConfig
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "tiny-a"
 LIKE_PUBLISHED = TinyConfig(hidden_size=96, layers=3, heads=6, kv_heads=2, intermediate_size=160)
@@ -142,7 +142,7 @@ def test_the_seed_decides_every_byte(default: Path, tmp_path: Path) -> None:
         assert (default / name).read_bytes() != (tmp_path / "changed" / name).read_bytes()
 
 
-def test_pictures_are_neither_flat_nor_black_and_white(default: Path, other: Path) -> None:
+def test_images_are_neither_flat_nor_black_and_white(default: Path, other: Path) -> None:
     latent = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     for directory in (default, other):
         pixels = decode(Checkpoint(directory).load_autoencoder(torch.device("cpu"), torch.float32), latent)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.tiny_config import SPECIAL_TOKENS, TinyConfig
-from bagel_triton.runtime.tiny_tokenizer import TEXT
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import SPECIAL_TOKENS, TinyConfig
+from bagel_triton.weights.tiny.tokenizer import TEXT
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "tiny-a"
 

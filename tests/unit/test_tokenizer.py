@@ -73,7 +73,7 @@ def test_embeddings_with_fewer_rows_than_there_are_tokens_are_named(checkpoint_d
         Tokenizer(checkpoint_dir, largest)
 
 
-def test_the_picture_markers_are_two_single_tokens(tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
+def test_the_image_markers_are_two_single_tokens(tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
     special = json.loads((checkpoint_dir.parent / "cases-a" / "cases.json").read_text())["special_ids"]
     assert (tokenizer.start, tokenizer.end) == (special["bos_token_id"], special["eos_token_id"])
     assert (tokenizer.vision_start, tokenizer.vision_end) == (special["start_of_image"], special["end_of_image"])

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bagel_triton import tracing
-from bagel_triton.errors import InvalidRequest, StageUnavailable
+from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
+from bagel_triton.telemetry import tracing
 from tests.support.collector import Collector, collecting
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -38,7 +38,7 @@ def test_the_standard_variables_switch_traces_on_and_off(environment: dict[str, 
 def test_without_a_collector_no_tracing_library_is_loaded() -> None:
     code = f"""if True:
         import sys
-        from bagel_triton import tracing
+        from bagel_triton.telemetry import tracing
         with tracing.from_environment().request({{"traceparent": "{TRACEPARENT}"}}) as span:
             with span.child("dit", 0.0):
                 pass
@@ -52,9 +52,9 @@ def test_without_the_library_requests_are_served_untraced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
-    monkeypatch.setitem(sys.modules, "bagel_triton.opentelemetry_tracing", None)
+    monkeypatch.setitem(sys.modules, "bagel_triton.telemetry.opentelemetry", None)
     with caplog.at_level(logging.WARNING), tracing.from_environment().request({}) as span:
-        span.note({"height": 64})
+        span.set_attributes({"height": 64})
     assert "traces are off: the extra bagel-triton[tracing] is not installed" in caplog.text
     assert tracing.destination() == "nowhere: the extra bagel-triton[tracing] is not installed"
 
@@ -104,12 +104,12 @@ def test_what_a_request_failed_of_is_in_its_spans_and_only_the_servers_failures_
 def test_the_services_name_is_the_deployments_if_it_gives_one(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=pictures")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=images")
     traces = tracing.from_environment()
     with traces.request({}):
         pass
     traces.close()
-    assert [span.service for span in collector.spans] == ["pictures"]
+    assert [span.service for span in collector.spans] == ["images"]
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["hangs", "refuses connections"])
@@ -126,7 +126,7 @@ def test_a_collector_that_is_not_well_costs_no_time(
         started = time.monotonic()
         for number in range(200):
             with traces.request({}) as span, span.child("dit", time.time()):
-                span.note({"number": number})
+                span.set_attributes({"number": number})
         assert time.monotonic() - started < 5.0
         time.sleep(0.1)
         started = time.monotonic()

@@ -48,9 +48,9 @@ def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils)  # type: ignore[arg-type]
-    monkeypatch.delitem(sys.modules, "bagel_triton.triton_io", raising=False)
-    yield importlib.import_module("bagel_triton.triton_io")
-    del sys.modules["bagel_triton.triton_io"]
+    monkeypatch.delitem(sys.modules, "bagel_triton.triton.io", raising=False)
+    yield importlib.import_module("bagel_triton.triton.io")
+    del sys.modules["bagel_triton.triton.io"]
 
 
 def sent(triton_io: ModuleType, requested: list[str]) -> list[list[str]]:

@@ -46,8 +46,8 @@ class FakeFamily:
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     pb_utils = SimpleNamespace(MetricFamily=FakeFamily, TritonModelException=OSError)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils)  # type: ignore[arg-type]
-    yield importlib.import_module("bagel_triton.triton_metrics")
-    del sys.modules["bagel_triton.triton_metrics"]
+    yield importlib.import_module("bagel_triton.triton.metrics")
+    del sys.modules["bagel_triton.triton.metrics"]
 
 
 def test_what_was_told_arrives_and_no_metric_outlives_the_end(module: ModuleType) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.liveness import dead_stages, processes
-from bagel_triton.runtime.command_error import CommandError
-from bagel_triton.runtime.model_repository import ReloadError
-from bagel_triton.runtime.tries import MAX_TRIES, STABLE_S
-from bagel_triton.runtime.watchdog import RestartNeeded, Watchdog
+from bagel_triton.ipc.liveness import dead_stages, processes
+from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving.model_repository import ReloadError
+from bagel_triton.serving.watchdog import MAX_TRIES, STABLE_S, RestartNeeded, Watchdog
 from tests.support.stage_process import PREFIX, AnnouncedProcess
 from tests.support.waiting import soon
 

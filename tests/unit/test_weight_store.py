@@ -19,12 +19,12 @@ from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import LocalStages
-from bagel_triton.model.checkpoint import Checkpoint
-from bagel_triton.model.weight_store import WeightStore
-from bagel_triton.runtime import tiny_checkpoint
-from bagel_triton.runtime.shared_memory import SharedMemoryPrefix, sweep_leftovers
-from bagel_triton.runtime.tiny_config import TinyConfig
-from bagel_triton.shm_file import SHM_DIRECTORY
+from bagel_triton.ipc.prefix import SharedMemoryPrefix, sweep_leftovers
+from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.shm import WeightStore
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.weight_holder import mapping
 from tests.support.weights import CPU, FILES, TINY, convert, hold, overwrite, sources
 

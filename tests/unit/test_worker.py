@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bagel_triton.errors import (
+from bagel_triton.protocol.errors import (
     BagelError,
     Cancelled,
     Internal,
     InvalidRequest,
     StageUnavailable,
 )
-from bagel_triton.events import ProgressEvent
+from bagel_triton.protocol.events import ProgressEvent
 from tests.support.counting_worker import WAIT_S, Count, CountingWorker, error_of, submit
 from tests.support.waiting import soon
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bagel_triton.errors import LeaseError, StageUnavailable
+from bagel_triton.protocol.errors import LeaseError, StageUnavailable
 from tests.support.counting_worker import Count, CountingWorker
 
 WAIT_S = 30.0

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from bagel_triton.engine.worker import KEEP_S
-from bagel_triton.errors import DeadlineExceeded, LeaseError, Overloaded
-from bagel_triton.messages import Schedule
+from bagel_triton.engine.loop import KEEP_S
+from bagel_triton.protocol.errors import DeadlineExceeded, LeaseError, Overloaded
+from bagel_triton.protocol.messages import SchedulingParams
 from tests.support.counting_worker import WAIT_S, Count, CountingWorker, CountJob, error_of, submit
 from tests.support.waiting import soon
 
@@ -61,7 +61,7 @@ def test_a_waiting_job_whose_lease_is_gone_fails_alone(monkeypatch: pytest.Monke
             raise LeaseError("the arena is gone")
 
     worker = CountingWorker(capacity=1)
-    monkeypatch.setattr(worker, "_keep", keep)
+    monkeypatch.setattr(worker, "_renew_leases", keep)
     active, stale, waiting = (submit(worker, name, Count(3)) for name in ("active", "stale", "waiting"))
     for _ in range(2):  # two steps, with time between them for a look at those who wait
         time.sleep(2 * KEEP_S)
@@ -77,7 +77,7 @@ def test_those_that_wait_are_taken_by_priority_then_by_age() -> None:
     first = submit(worker, "first", Count(1))
     assert soon(lambda: bool(worker._active()))
     order = [("late", 5), ("early", -1), ("a", 0), ("b", 0)]
-    jobs = [worker.submit(Count(1), name, lambda event: None, Schedule(priority)) for name, priority in order]
+    jobs = [worker.submit(Count(1), name, lambda event: None, SchedulingParams(priority)) for name, priority in order]
     worker.free_run()
     for job in (first, *jobs):
         job.done.result(WAIT_S)
@@ -89,7 +89,7 @@ def test_those_that_wait_are_taken_by_priority_then_by_age() -> None:
 def test_a_job_ends_at_its_deadline_and_its_neighbour_goes_on(waits: bool) -> None:
     worker = CountingWorker(capacity=1 if waits else 2)
     neighbour = submit(worker, "neighbour", Count(3))
-    late = worker.submit(Count(3), "late", lambda event: None, Schedule(deadline=time.time() + 0.05))
+    late = worker.submit(Count(3), "late", lambda event: None, SchedulingParams(deadline=time.time() + 0.05))
     assert soon(lambda: time.time() > late.schedule.deadline)
     worker.free_run()
     error = error_of(late)

@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from bagel_triton import notices, tracing, triton_io
 from bagel_triton.deploy.config import from_environment
-from bagel_triton.engine.catalogue import CATALOGUE, SUPERVISOR
-from bagel_triton.engine.pipeline import Picture, Pipeline
-from bagel_triton.engine.trace import Span
-from bagel_triton.errors import Cancelled, StageUnavailable, from_exception
-from bagel_triton.events import encode_event
-from bagel_triton.in_flight import InFlight
-from bagel_triton.liveness import Announcement, end_when, end_with_parent
-from bagel_triton.remote import RemoteModels
-from bagel_triton.request import REQUEST_TENSORS, from_tensors
-from bagel_triton.triton_metrics import TritonMetrics
-from bagel_triton.triton_stages import TritonStages
+from bagel_triton.ipc import control_file as notices
+from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
+from bagel_triton.pipeline.in_flight import InFlight
+from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
+from bagel_triton.protocol.errors import Cancelled, StageUnavailable, from_exception
+from bagel_triton.protocol.events import encode_event
+from bagel_triton.protocol.request import REQUEST_TENSORS, from_tensors
+from bagel_triton.telemetry import tracing
+from bagel_triton.telemetry.metric_defs import CATALOGUE, SUPERVISOR
+from bagel_triton.telemetry.spans import Span
+from bagel_triton.triton import io as triton_io
+from bagel_triton.triton.client import RemoteModels
+from bagel_triton.triton.metrics import TritonMetrics
+from bagel_triton.triton.stages import TritonStages
 
 LAST_S = 0.5  # for requests that are told to end
 
@@ -45,7 +47,7 @@ class TritonPythonModel:
         self._remote = RemoteModels(config.remote)
         self._tracing = tracing.from_environment()
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
-        notices.start_heeding(config.shm_prefix, self._metrics, self._closing)
+        notices.start_watching(config.shm_prefix, self._metrics, self._closing)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
@@ -59,7 +61,7 @@ class TritonPythonModel:
         started, status = time.monotonic(), 200
         try:
             with self._tracing.request(triton_io.parameters_of(request)) as span, self._in_flight:
-                span.note({"request_id": reply.request_id} if reply.request_id else {})
+                span.set_attributes({"request_id": reply.request_id} if reply.request_id else {})
                 self._answer(request, reply, span)
             self._metrics.observe("request_seconds", time.monotonic() - started)
         except Exception as caught:
@@ -84,7 +86,7 @@ class TritonPythonModel:
         return self._closing.is_set() or reply.cancelled()
 
     def _send(self, item: Any, reply: triton_io.Reply) -> None:
-        if isinstance(item, Picture):
+        if isinstance(item, GeneratedImage):
             event = triton_io.bytes_array(encode_event(item.event))
             reply.send({"event": event, "generated_image": np.asarray(item.pixels)})
         else:

@@ -3,12 +3,12 @@
 import time
 from typing import Any
 
-from bagel_triton import triton_io
 from bagel_triton.deploy.config import from_environment
-from bagel_triton.engine.expander import Expander
-from bagel_triton.events import StageStats, encode_stats
-from bagel_triton.liveness import Announcement, end_with_parent
-from bagel_triton.request import ENSEMBLE_FIELDS, from_tensors
+from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.ipc.liveness import Announcement, end_with_parent
+from bagel_triton.protocol.events import StageStats, encode_stats
+from bagel_triton.protocol.request import ENSEMBLE_FIELDS, from_tensors
+from bagel_triton.triton import io as triton_io
 
 
 class TritonPythonModel:
@@ -18,7 +18,7 @@ class TritonPythonModel:
         """Load the tokenizer and the checkpoint's geometry."""
         triton_io.use_triton_log()
         config = from_environment()
-        self._expander = Expander.open(config)
+        self._expander = RequestPlanner.open(config)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from bagel_triton.contexts import ContextHandle, DenoiseJob, decode_handle
-from bagel_triton.engine.build import Parts, build_dit
-from bagel_triton.engine.dit import DitEngine
-from bagel_triton.engine.flow_run import Latents
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.request import Arrays
-from bagel_triton.stage_model import StageModel
-from bagel_triton.triton_io import Reply, bytes_array, message_of, text_of
+from bagel_triton.engine.build import StageResources, build_dit
+from bagel_triton.engine.dit.engine import DitEngine
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.messages import DenoiseJob, KVHandle, decode_handle
+from bagel_triton.protocol.request import Arrays
+from bagel_triton.triton.io import Reply, bytes_array, message_of, text_of
+from bagel_triton.triton.stage_model import StageModel
 
 
-def handle_of(inputs: Arrays) -> ContextHandle:
+def handle_of(inputs: Arrays) -> KVHandle:
     """The lease in the input ``selftest``."""
     try:
         return decode_handle(text_of(inputs, "selftest").encode())
@@ -23,11 +23,11 @@ def handle_of(inputs: Arrays) -> ContextHandle:
         raise InvalidRequest(f"input selftest is not a lease: {error}", "selftest") from error
 
 
-def outputs(pictures: Sequence[Latents], seed: int) -> Arrays:
-    """``latents`` [pictures * tokens, channels] float32, a picture's grid, [rows, columns], and the seed."""
+def outputs(images: Sequence[Latents], seed: int) -> Arrays:
+    """``latents`` [images * tokens, channels] float32, an image's grid, [rows, columns], and the seed."""
     return {
-        "latents": torch.cat([picture.tokens for picture in pictures]).cpu().numpy(),
-        "latent_grid": np.array([pictures[0].rows, pictures[0].columns], dtype=np.int32),
+        "latents": torch.cat([image.tokens for image in images]).cpu().numpy(),
+        "latent_grid": np.array([images[0].rows, images[0].columns], dtype=np.int32),
         "seed": np.array([seed], dtype=np.int64),
     }
 
@@ -35,12 +35,12 @@ def outputs(pictures: Sequence[Latents], seed: int) -> Arrays:
 class TritonPythonModel(StageModel):
     """``contexts`` -> ``latents``, ``latent_grid``, ``seed``; events where ``progress`` is true."""
 
-    def build(self, parts: Parts) -> DitEngine:
+    def build(self, parts: StageResources) -> DitEngine:
         """The engine."""
         return build_dit(parts, self.metrics)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue a request's pictures, or read what the thinker lent for the self-test."""
+        """Queue a request's images, or read what the thinker lent for the self-test."""
         if "selftest" in inputs:
             handle = handle_of(inputs)
             name = bytes_array(handle.connector.encode())
@@ -48,4 +48,4 @@ class TritonPythonModel(StageModel):
             return
         task = message_of(inputs, "contexts", DenoiseJob)
         job = self.work(task, task.request_id, inputs, reply, task.schedule)
-        reply.settle(job.done, lambda pictures: outputs(pictures, task.flow.seed))
+        reply.settle(job.done, lambda images: outputs(images, task.flow.seed))

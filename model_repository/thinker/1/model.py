@@ -1,16 +1,15 @@
 """Triton's rim of the autoregressive stage: a plan in, texts and leases on contexts out."""
 
-from bagel_triton.contexts import Thoughts, encode_handle
-from bagel_triton.engine.build import Parts, build_thinker
-from bagel_triton.engine.thinker import ThinkerEngine
-from bagel_triton.messages import Plan
-from bagel_triton.request import Arrays
-from bagel_triton.stage_model import StageModel
-from bagel_triton.triton_io import Reply, bytes_array, message_array, message_of
+from bagel_triton.engine.build import StageResources, build_thinker
+from bagel_triton.engine.thinker.engine import ThinkerEngine
+from bagel_triton.protocol.messages import Plan, ThinkerOutput, encode_handle
+from bagel_triton.protocol.request import Arrays
+from bagel_triton.triton.io import Reply, bytes_array, message_array, message_of
+from bagel_triton.triton.stage_model import StageModel
 
 
-def outputs(thoughts: Thoughts) -> Arrays:
-    """``thoughts``, and of them the ``contexts`` alone where a picture is to follow."""
+def outputs(thoughts: ThinkerOutput) -> Arrays:
+    """``thoughts``, and of them the ``contexts`` alone where an image is to follow."""
     contexts = {} if thoughts.job is None else {"contexts": message_array(thoughts.job)}
     return {"thoughts": message_array(thoughts), **contexts}
 
@@ -18,7 +17,7 @@ def outputs(thoughts: Thoughts) -> Arrays:
 class TritonPythonModel(StageModel):
     """``plan`` -> ``thoughts``, ``contexts``; events in between where ``progress`` is true."""
 
-    def build(self, parts: Parts) -> ThinkerEngine:
+    def build(self, parts: StageResources) -> ThinkerEngine:
         """The engine and its arena."""
         return build_thinker(parts, self.metrics)
 

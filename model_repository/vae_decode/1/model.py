@@ -1,28 +1,28 @@
-"""Triton's rim of the pixel stage: latents in, a uint8 picture out."""
+"""Triton's rim of the pixel stage: latents in, a uint8 image out."""
 
 import torch
 
-from bagel_triton.engine.build import Parts, build_decoder
-from bagel_triton.engine.decoder import DecoderEngine
-from bagel_triton.engine.flow_run import Latents
-from bagel_triton.errors import InvalidRequest
-from bagel_triton.messages import Schedule
-from bagel_triton.request import Arrays
-from bagel_triton.stage_model import StageModel
-from bagel_triton.triton_io import Reply
+from bagel_triton.engine.build import StageResources, build_decoder
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.engine.vae.engine import DecoderEngine
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.messages import SchedulingParams
+from bagel_triton.protocol.request import Arrays
+from bagel_triton.triton.io import Reply
+from bagel_triton.triton.stage_model import StageModel
 
 
 class TritonPythonModel(StageModel):
     """``latents``, ``latent_grid`` -> ``generated_image``; a ``seed`` passes through."""
 
-    def build(self, parts: Parts) -> DecoderEngine:
+    def build(self, parts: StageResources) -> DecoderEngine:
         """The engine."""
         latent = parts.checkpoint.config.latent
         self._channels, self._longest = latent.token_channels, latent.max_side // latent.stride
         return build_decoder(parts, self.metrics)
 
     def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue one picture's latents."""
+        """Queue one image's latents."""
         for name in ("latents", "latent_grid"):
             if name not in inputs:
                 raise InvalidRequest(f"input {name} is required", name)
@@ -35,6 +35,6 @@ class TritonPythonModel(StageModel):
             allowed = f"[rows * columns, {self._channels}] of latent_grid, here [{rows}, {columns}]"
             raise InvalidRequest.value("latents", f"shape {shape}", allowed)
         latents = Latents(torch.from_numpy(inputs["latents"].copy()), rows, columns)
-        job = self.work(latents, reply.request_id, inputs, reply, Schedule())
+        job = self.work(latents, reply.request_id, inputs, reply, SchedulingParams())
         passed = {"seed": inputs["seed"]} if "seed" in inputs else {}
-        reply.settle(job.done, lambda picture: {"generated_image": picture.numpy(), **passed})
+        reply.settle(job.done, lambda image: {"generated_image": image.numpy(), **passed})

@@ -43,7 +43,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease nobody claims is reclaimed after ``lease_ttl_s`` seconds; a request that finds the
     arena full waits at most ``admission_timeout_s``. With ``enable_prefix_caching`` what is
     left of the arena keeps the beginnings of contexts for requests that begin alike, and
-    ``encoder_cache_mb`` megabytes what the encoders made of pictures.
+    ``encoder_cache_mb`` megabytes what the encoders made of images.
     """
 
     max_num_seqs: int = 64
@@ -69,7 +69,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The flow stage.
 
-    ``max_num_seqs`` bounds the pictures denoised together, ``max_num_batched_tokens`` the
+    ``max_num_seqs`` bounds the images denoised together, ``max_num_batched_tokens`` the
     tokens of a step over all their branches (a request that is alone may exceed both),
     ``max_waiting`` the requests in line.
     """
@@ -87,8 +87,8 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The decoder stage.
 
-    ``max_batch_size`` bounds pictures of one size decoded together, ``max_waiting`` the
-    pictures in line. With ``use_tiling`` a picture above 512x512 pixels is decoded strip by
+    ``max_batch_size`` bounds images of one size decoded together, ``max_waiting`` the
+    images in line. With ``use_tiling`` an image above 512x512 pixels is decoded strip by
     strip, in a fraction of the memory.
     """
 
@@ -202,8 +202,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.topology.models if self.stage_id is None else self.topology.models_of(self.stage_id)
 
     @property
-    def heeding(self) -> str:
-        """The model of this server that heeds its supervisor: see :mod:`bagel_triton.notices`."""
+    def control_model(self) -> str:
+        """The model of this server that heeds its supervisor: see :mod:`bagel_triton.ipc.control_file`."""
         return ORCHESTRATOR if ORCHESTRATOR in self.models else self.models[0]
 
     @property

@@ -72,7 +72,7 @@ def on_this_host(
     )
 
 
-def shown(config: DeployConfig) -> dict[str, str]:
+def format_value(config: DeployConfig) -> dict[str, str]:
     """What a person is told of a server that has one stage of several."""
     if config.stage_id is None:
         return {}

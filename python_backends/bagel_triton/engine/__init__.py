@@ -1,1 +1,1 @@
-"""Scheduling: who computes when. No Triton, and no mathematics of its own."""
+"""Scheduling: one thread owns a device and works on many requests; no Triton."""

@@ -13,29 +13,28 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import DenoiseJob, KVGeometry, Thoughts
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.decoder import DecoderEngine
-from bagel_triton.engine.dit import DitEngine
-from bagel_triton.engine.expander import Expander
-from bagel_triton.engine.flow_run import Latents
-from bagel_triton.engine.job import Job
-from bagel_triton.engine.metrics import Metrics
-from bagel_triton.engine.thinker import ThinkerEngine, kv_geometry
-from bagel_triton.engine.visit import Visit
-from bagel_triton.events import StageStats
+from bagel_triton.engine.dit.engine import DitEngine
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.engine.loop import Job
+from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
+from bagel_triton.engine.vae.engine import DecoderEngine
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
-from bagel_triton.messages import Plan
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.checkpoint import Checkpoint
 from bagel_triton.model.config import ModelConfig
-from bagel_triton.model.cores import release_team
-from bagel_triton.model.placement import Placement, resolve
+from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.model.device import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.model.weight_sharing import SharedWeights, shared_weights
-from bagel_triton.request import GenerationRequest
+from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.protocol.events import StageStats
+from bagel_triton.protocol.messages import DenoiseJob, KVGeometry, Plan, ThinkerOutput
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.telemetry.metrics import Metrics
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.sharing import SharedWeights, shared_weights
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -43,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Parts:
+class StageResources:
     """What every stage's engine is built from; whoever opens it closes ``weights`` after the engine."""
 
     config: DeployConfig
@@ -52,7 +51,7 @@ class Parts:
     weights: SharedWeights
 
     @classmethod
-    def open(cls, config: DeployConfig) -> Parts:
+    def open(cls, config: DeployConfig) -> StageResources:
         """Check the checkpoint and resolve the placement; loads no weights."""
         placement = resolve(config.device, config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
@@ -81,7 +80,7 @@ class Parts:
         return Tokenizer(Path(self.config.checkpoint), self.checkpoint.config.language.vocab_size)
 
 
-def build_thinker(parts: Parts, metrics: Metrics | None = None) -> ThinkerEngine:
+def build_thinker(parts: StageResources, metrics: Metrics | None = None) -> ThinkerEngine:
     """The thinker with an arena that the DiT can read."""
     config, place = parts.config, parts.placement
     producer = open_producer(config, parts.kv_geometry, place.torch_device)
@@ -89,7 +88,7 @@ def build_thinker(parts: Parts, metrics: Metrics | None = None) -> ThinkerEngine
     return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, metrics)
 
 
-def build_dit(parts: Parts, metrics: Metrics | None = None) -> DitEngine:
+def build_dit(parts: StageResources, metrics: Metrics | None = None) -> DitEngine:
     """The DiT, reading the thinker's arena."""
     tokenizer = parts.tokenizer()
     consumer = open_consumer(parts.config, parts.placement.torch_device)
@@ -98,7 +97,7 @@ def build_dit(parts: Parts, metrics: Metrics | None = None) -> DitEngine:
     return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, *arena, metrics)
 
 
-def build_decoder(parts: Parts, metrics: Metrics | None = None) -> DecoderEngine:
+def build_decoder(parts: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
     """The decoder."""
     return DecoderEngine(parts.load_autoencoder(), parts.checkpoint.config.latent, parts.config.vae_decode, metrics)
 
@@ -112,7 +111,7 @@ class Models:
     autoencoder: Autoencoder
 
     @classmethod
-    def load(cls, parts: Parts) -> Models:
+    def load(cls, parts: StageResources) -> Models:
         """For this process alone."""
         place, checkpoint = parts.placement, parts.checkpoint
         bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype)
@@ -128,7 +127,7 @@ class LocalStages:
     """
 
     def __init__(self, config: DeployConfig, metrics: Metrics | None = None, models: Models | None = None) -> None:
-        parts = Parts.open(config)
+        parts = StageResources.open(config)
         place, tokenizer = parts.placement, parts.tokenizer()
         models = Models.load(parts) if models is None else models
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
@@ -136,34 +135,34 @@ class LocalStages:
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
         defaults = config.topology.think_by_default, config.bagel.request_timeout_s
-        self.expander = Expander(model_config, tokenizer, *defaults)
+        self.expander = RequestPlanner(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         arena = geometry, config.thinker.kv_tokens
         self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *arena, metrics)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode, metrics)
 
-    def expand(self, request: GenerationRequest) -> Visit[Plan]:
+    def expand(self, request: GenerationRequest) -> StageCall[Plan]:
         """Plan at once, on the caller's thread."""
-        visit: Visit[Plan] = Visit("cfg_expand")
+        visit: StageCall[Plan] = StageCall("cfg_expand")
         started = time.perf_counter()
         plan = self.expander.expand(request)
         visit.finish(plan, StageStats("cfg_expand", 0.0, time.perf_counter() - started))
         return visit
 
-    def think(self, plan: Plan) -> Visit[Thoughts]:
+    def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         """Queue at the thinker."""
-        visit: Visit[Thoughts] = Visit("thinker")
+        visit: StageCall[ThinkerOutput] = StageCall("thinker")
         return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress, plan.schedule))
 
-    def denoise(self, job: DenoiseJob) -> Visit[Sequence[Latents]]:
+    def denoise(self, job: DenoiseJob) -> StageCall[Sequence[Latents]]:
         """Queue at the DiT."""
-        visit: Visit[Sequence[Latents]] = Visit("dit")
+        visit: StageCall[Sequence[Latents]] = StageCall("dit")
         return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress, job.schedule))
 
-    def decode(self, latents: Latents, request_id: str) -> Visit[Tensor]:
+    def decode(self, latents: Latents, request_id: str) -> StageCall[Tensor]:
         """Queue at the decoder."""
-        visit: Visit[Tensor] = Visit("vae_decode")
+        visit: StageCall[Tensor] = StageCall("vae_decode")
         return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress))
 
     def abandon(self, request_id: str) -> None:
@@ -177,7 +176,7 @@ class LocalStages:
             engine.close()
 
 
-def follow_job(visit: Visit[Result], job: Job[Task, Result]) -> Visit[Result]:
+def follow_job(visit: StageCall[Result], job: Job[Task, Result]) -> StageCall[Result]:
     """``visit``, filled with what becomes of ``job``."""
 
     def settle(done: Future[tuple[Result, StageStats]]) -> None:

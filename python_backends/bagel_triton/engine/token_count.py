@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bagel_triton.messages import Segment, TextSegment, VaeSegment
 from bagel_triton.model.config import ModelConfig
+from bagel_triton.protocol.messages import Segment, TextSegment, VaeSegment
 
-MARKERS = 2  # <|vision_start|> and <|vision_end|> around a picture's tokens
+VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|> around an image's tokens
 
 
 def segment_tokens(segment: Segment, config: ModelConfig) -> int:
@@ -13,4 +13,4 @@ def segment_tokens(segment: Segment, config: ModelConfig) -> int:
     if isinstance(segment, TextSegment):
         return len(segment.token_ids)
     stride = config.latent.stride if isinstance(segment, VaeSegment) else config.vit.patch_size
-    return (segment.height // stride) * (segment.width // stride) + MARKERS
+    return (segment.height // stride) * (segment.width // stride) + VISION_TOKENS

@@ -1,1 +1,1 @@
-"""Contexts: where keys and values live, who may read them, and for how long."""
+"""KV cache: block pool, prefix cache, leases, connectors."""

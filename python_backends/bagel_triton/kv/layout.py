@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import KVGeometry
 from bagel_triton.kv.store import store_shape
+from bagel_triton.protocol.messages import KVGeometry
 
 Layout = Literal["pair_first", "block_first"]
 """``pair_first``: [2, blocks, block_tokens, kv_heads, head_dim]; ``block_first``: [blocks, 2, ...]."""

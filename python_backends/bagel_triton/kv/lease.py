@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bagel_triton.contexts import LEASE_SLOTS, Address, ContextHandle
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import ArenaFull, Context, KVArena
-from bagel_triton.messages import Branch
+from bagel_triton.kv.block_pool import KVCacheFull, KVCachePool, KVSequence
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import LEASE_SLOTS, Address, Branch, KVHandle
 
 SLOTS = LEASE_SLOTS
 _WORDS = 4  # a slot's words; one is spare
@@ -101,12 +100,12 @@ class LeaseTable:
         """How often the leases in ``slot`` were renewed."""
         return int(self._words[1 + slot, _RENEWALS])
 
-    def carries(self, handle: ContextHandle) -> bool:
+    def carries(self, handle: KVHandle) -> bool:
         """Whether the lease of ``handle`` has not ended, released or not."""
         self.fetch(handle.slot)
         return self.generation == handle.generation and self.granted(handle.slot) == handle.lease
 
-    def check(self, handle: ContextHandle) -> None:
+    def check(self, handle: KVHandle) -> None:
         """Raise :class:`LeaseError` unless ``handle`` may be read now."""
         self.fetch(handle.slot)
         what = f"lease {handle.lease} of request {handle.request_id}, branch {handle.branch}"
@@ -122,13 +121,13 @@ class LeaseTable:
 class _Lease:
     request_id: str
     lease: int
-    context: Context
+    context: KVSequence
     ttl_s: float
     expires_at: float
     renewals: int
 
 
-class LeaseBook:
+class LeaseManager:
     """The producer's side: grants leases on contexts and takes their blocks back.
 
     Owned by the arena's thread.
@@ -136,7 +135,7 @@ class LeaseBook:
 
     def __init__(
         self,
-        arena: KVArena,
+        arena: KVCachePool,
         table: LeaseTable,
         arena_name: str,
         connector: str,
@@ -160,7 +159,7 @@ class LeaseBook:
         """Blocks that leases hold; one that two leases share counts twice."""
         return sum(len(lease.context.blocks) for lease in self._leases.values())
 
-    def publish(self, request_id: str, branch: Branch, context: Context, ttl_s: float) -> ContextHandle:
+    def publish(self, request_id: str, branch: Branch, context: KVSequence, ttl_s: float) -> KVHandle:
         """Lend ``context`` for ``ttl_s`` seconds; the book owns its blocks from here on.
 
         An empty context needs no lease: its handle has ``lease`` 0.
@@ -172,12 +171,12 @@ class LeaseBook:
         expires_at = self._clock() + ttl_s
         if context.tokens:
             if not self._free_slots:
-                raise ArenaFull(f"all {SLOTS} lease slots are taken")
+                raise KVCacheFull(f"all {SLOTS} lease slots are taken")
             slot = self._free_slots.pop()
             self._last_lease = lease = self._last_lease + 1
             self._leases[slot] = _Lease(request_id, lease, context, ttl_s, expires_at, self._table.renewals(slot))
             self._table.grant(slot, lease)
-        return ContextHandle(
+        return KVHandle(
             request_id=request_id,
             branch=branch,
             connector=self._connector,

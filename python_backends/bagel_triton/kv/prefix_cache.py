@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from bagel_triton.kv.arena import Context, KVArena
+from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 
 
 class PrefixCache:
@@ -17,9 +17,9 @@ class PrefixCache:
     Owned by the arena's thread, like the arena.
     """
 
-    def __init__(self, arena: KVArena) -> None:
+    def __init__(self, arena: KVCachePool) -> None:
         self._arena = arena
-        self._kept: OrderedDict[bytes, Context] = OrderedDict()  # least recently used first
+        self._kept: OrderedDict[bytes, KVSequence] = OrderedDict()  # least recently used first
         self._holds = [0] * arena.blocks.count  # of each block, by what is kept
         arena.make_room = self._make_room
 
@@ -36,12 +36,12 @@ class PrefixCache:
         """How many of ``keys``, each of a longer beginning, lead to the longest that is kept; 0 for none."""
         return next((length for length in range(len(keys), 0, -1) if keys[length - 1] in self._kept), 0)
 
-    def take(self, keys: Sequence[bytes]) -> Context:
+    def take(self, keys: Sequence[bytes]) -> KVSequence:
         """A fork of what is kept under the last of ``keys``."""
         self._touch(keys)
         return self._kept[keys[-1]].fork()
 
-    def keep(self, keys: Sequence[bytes], context: Context) -> None:
+    def keep(self, keys: Sequence[bytes], context: KVSequence) -> None:
         """Keep what ``context`` holds now under the last of ``keys``."""
         if keys[-1] not in self._kept:
             kept = self._kept[keys[-1]] = context.fork()

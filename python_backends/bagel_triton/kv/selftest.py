@@ -12,18 +12,17 @@ import zlib
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import Context
+from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.store import store_shape
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 BLOCKS = 4
 TTL_S = 10.0
 
 
-def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> ContextHandle:
+def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> KVHandle:
     """A lease on a pattern of a few scattered blocks, the last one not full.
 
     Raises:
@@ -32,7 +31,7 @@ def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> ContextHandle:
     arena, geometry = producer.arena, producer.arena.geometry
     request_id = f"selftest-{secrets.token_hex(8)}"
     size = geometry.block_tokens
-    context, gaps = Context(arena), Context(arena)
+    context, gaps = KVSequence(arena), KVSequence(arena)
     try:
         for block in range(min(BLOCKS, arena.blocks.count // 2)):
             context.extend(size if block < BLOCKS - 1 else max(1, size - 1))
@@ -50,7 +49,7 @@ def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> ContextHandle:
     return handle
 
 
-def read_pattern(consumer: Consumer, handle: ContextHandle, device: torch.device) -> None:
+def read_pattern(consumer: Consumer, handle: KVHandle, device: torch.device) -> None:
     """Claim the lease of :func:`lend_pattern` into memory of ``device`` and compare.
 
     Raises:

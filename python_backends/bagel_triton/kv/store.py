@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import KVGeometry
-from bagel_triton.model.attention import Span
+from bagel_triton.model.attention import QuerySpan
+from bagel_triton.protocol.messages import KVGeometry
 
 
 def store_shape(geometry: KVGeometry, slots: int) -> tuple[int, int, int, int, int]:
@@ -79,7 +79,7 @@ class PagedStep:
         for target, new in zip(self.store[layer], (key, value), strict=True):
             target.index_copy_(0, self.write_slots[rows], new[rows].to(self.store.device))
 
-    def rounds(self, spans: Sequence[Span]) -> list[list[Span]]:
+    def rounds(self, spans: Sequence[QuerySpan]) -> list[list[QuerySpan]]:
         """A sequence at a time: to read one may be to copy it."""
         return list(_by(lambda span: span.sequence, spans).values())
 
@@ -94,7 +94,7 @@ class PagedStep:
 class WorkspaceStep:
     """One forward's view of stores whose past never moves.
 
-    New tokens go to the slots behind it. Several sequences may share a store, pictures of one
+    New tokens go to the slots behind it. Several sequences may share a store, images of one
     request for example, whose past is the same: each one's new tokens go to the same slots then,
     just before that sequence is read. So nothing past is ever copied.
 
@@ -119,7 +119,7 @@ class WorkspaceStep:
             if not shared:
                 self._copy(layer, sequence, rows)
 
-    def rounds(self, spans: Sequence[Span]) -> list[list[Span]]:
+    def rounds(self, spans: Sequence[QuerySpan]) -> list[list[QuerySpan]]:
         """One sequence of every store at a time."""
         return list(_by(lambda span: self._turns[span.sequence], spans).values())
 
@@ -140,9 +140,9 @@ class WorkspaceStep:
                     target[slot + first - start : slot + last - start].copy_(new[first:last])
 
 
-def _by(key: Callable[[Span], int], spans: Sequence[Span]) -> dict[int, list[Span]]:
+def _by(key: Callable[[QuerySpan], int], spans: Sequence[QuerySpan]) -> dict[int, list[QuerySpan]]:
     """Spans of equal ``key``, in their order."""
-    found: dict[int, list[Span]] = {}
+    found: dict[int, list[QuerySpan]] = {}
     for span in spans:
         found.setdefault(key(span), []).append(span)
     return found

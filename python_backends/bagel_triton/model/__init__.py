@@ -1,1 +1,1 @@
-"""What BAGEL computes: tensors in, tensors out, no requests and no serving."""
+"""The network: tensors in, tensors out; no requests, no serving."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagel_triton.model.crew import ALONE, Crew
+from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 
 OneSpan = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 WORTH_SHARING = 128 * 128  # scores of a head that are worth a thread of a crew
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Span:
+class QuerySpan:
     """Rows ``start:stop`` of a pack that attend to all keys of one sequence.
 
     With ``causal`` the rows are the sequence's last tokens and each sees no later one;
@@ -44,7 +44,7 @@ class StepKV(Protocol):
         Every row is written once, from any thread, before a sequence of the layer is read.
         """
 
-    def rounds(self, spans: Sequence[Span]) -> Iterable[Sequence[Span]]:
+    def rounds(self, spans: Sequence[QuerySpan]) -> Iterable[Sequence[QuerySpan]]:
         """Every span once, with those whose sequences' keys may be in use at the same time."""
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,12 @@ def _flash_attn() -> Any:
 
 
 def attend(
-    query: Tensor, layer: int, spans: Sequence[Span], kv: StepKV, crew: Crew = ALONE, out: Tensor | None = None
+    query: Tensor,
+    layer: int,
+    spans: Sequence[QuerySpan],
+    kv: StepKV,
+    crew: ThreadPool = SINGLE_THREAD,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention for every span of a pack.
 
@@ -92,20 +97,22 @@ def attend(
 
 
 def _attend_round(
-    query: Tensor, layer: int, spans: Sequence[Span], kv: StepKV, crew: Crew, out: Tensor, one_span: OneSpan
+    query: Tensor, layer: int, spans: Sequence[QuerySpan], kv: StepKV, crew: ThreadPool, out: Tensor, one_span: OneSpan
 ) -> None:
     past = {sequence: kv.read(layer, sequence) for sequence in {span.sequence for span in spans}}
 
-    def attend_part(part: tuple[Span, slice, slice]) -> None:
+    def attend_part(part: tuple[QuerySpan, slice, slice]) -> None:
         span, heads, kv_heads = part
         key, value = (each[:, kv_heads] for each in past[span.sequence])
         rows = slice(span.start, span.stop)
         out[rows, heads] = one_span(query[rows, heads], key, value, span.causal)
 
-    crew.each(attend_part, [part for span in spans for part in _parts(span, query, past[span.sequence][0], crew)])
+    crew.parallel_for(
+        attend_part, [part for span in spans for part in _parts(span, query, past[span.sequence][0], crew)]
+    )
 
 
-def _parts(span: Span, query: Tensor, key: Tensor, crew: Crew) -> Iterator[tuple[Span, slice, slice]]:
+def _parts(span: QuerySpan, query: Tensor, key: Tensor, crew: ThreadPool) -> Iterator[tuple[QuerySpan, slice, slice]]:
     """A span with the heads of queries, and those of keys, that one thread takes: all, or one each."""
     heads, kv_heads = query.shape[1], key.shape[1]
     rows = span.stop - span.start

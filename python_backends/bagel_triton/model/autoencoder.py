@@ -200,7 +200,7 @@ def pack_latents(latent: Tensor, patch: int) -> Tensor:
 
 
 def encode(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """A picture's posterior: [height, width, 3] in [-1, 1] -> means, log variances [1, 2 * channels, h, w] float32."""
+    """An image's posterior: [height, width, 3] in [-1, 1] -> means, log variances [1, 2 * channels, h, w] float32."""
     weight = autoencoder.encoder.conv_in.weight
     image = pixels.permute(2, 0, 1).unsqueeze(0).to(device=weight.device, dtype=weight.dtype)  # [1, 3, H, W]
     moments: Tensor = autoencoder.encoder(image)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_triton.model.config import ModelConfig
-from bagel_triton.model.linear import linear
+from bagel_triton.model.cpu.linear import linear
+from bagel_triton.model.image import patchified
 from bagel_triton.model.mot import Transformer
-from bagel_triton.model.picture import patchified
 from bagel_triton.model.vit import Mlp, VisionModel
 
 TIMESTEP_CHANNELS = 256
@@ -109,8 +109,8 @@ class Bagel(nn.Module):
         """
         return linear(latents.to(self.dtype), self.vae2llm.weight, self.vae2llm.bias) + time + positions
 
-    def embed_picture(self, pixels: Tensor) -> Tensor:
-        """A picture for understanding: pixels [height, width, 3] in [-1, 1] -> [patches, hidden]."""
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """An image for understanding: pixels [height, width, 3] in [-1, 1] -> [patches, hidden]."""
         vit = self.config.vit
         rows, columns = pixels.shape[0] // vit.patch_size, pixels.shape[1] // vit.patch_size
         patches = patchified(pixels, vit.patch_size).to(self.device, self.dtype)

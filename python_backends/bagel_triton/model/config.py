@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bagel_triton.request import LATENT_STRIDE
+from bagel_triton.protocol.request import LATENT_STRIDE
 
 
 class CheckpointError(ValueError):
@@ -129,7 +129,7 @@ class LatentConfig:
 
     @property
     def max_side(self) -> int:
-        """Longest picture side in pixels."""
+        """Longest image side in pixels."""
         return self.max_latent_size * self.stride
 
     @classmethod

@@ -1,7 +1,7 @@
 """Rectified flow with classifier-free guidance, as pure functions of tensors.
 
 A latent ``x`` is packed as tokens, [tokens, channels] float32; ``v`` are velocities of
-the same shape. Time runs from 1 (noise) to 0 (picture). Source: the behaviour of the
+the same shape. Time runs from 1 (noise) to 0 (image). Source: the behaviour of the
 model authors' sampler; names follow it.
 """
 
@@ -13,13 +13,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bagel_triton.messages import Branch, FlowSettings
+from bagel_triton.protocol.messages import Branch, FlowSettings
 
 Velocity = Callable[[Tensor, Tensor, Branch], Tensor]
 
 
 def initial_noise(seed: int, tokens: int, channels: int) -> Tensor:
-    """The picture's starting noise: one float32 CPU draw, [tokens, channels]."""
+    """The image's starting noise: one float32 CPU draw, [tokens, channels]."""
     return torch.randn(tokens, channels, generator=torch.Generator("cpu").manual_seed(seed))
 
 
@@ -49,12 +49,12 @@ def _renormed(guided: Tensor, v: Tensor, floor: float, dim: tuple[int, ...]) -> 
 
 
 def guide(v: Tensor, text_v: Tensor, image_v: Tensor | None, settings: FlowSettings) -> Tensor:
-    """The guided velocity of one picture.
+    """The guided velocity of one image.
 
     Args:
         v: velocity of the full context.
         text_v: velocity without the prompt.
-        image_v: velocity without the pictures; None switches image guidance off.
+        image_v: velocity without the images; None switches image guidance off.
     """
     floor = settings.cfg_renorm_min
     guided = text_v + settings.cfg_text_scale * (v - text_v)
@@ -78,8 +78,8 @@ def combine(velocities: dict[Branch, Tensor], settings: FlowSettings) -> Tensor:
 
 
 def denoise(x: Tensor, velocity: Velocity, settings: FlowSettings) -> Tensor:
-    """The whole flow of one picture, one branch at a time: the plain form of what the
-    engine does for many pictures at once."""
+    """The whole flow of one image, one branch at a time: the plain form of what the
+    engine does for many images at once."""
     for t, t_next in pairwise(schedule(settings.num_inference_steps, settings.timestep_shift)):
         velocities = {branch: velocity(x, t, branch) for branch in guidance_branches(t, settings)}
         x = x - combine(velocities, settings) * (t - t_next)

@@ -7,7 +7,7 @@ Sorting makes every expert's rows one slice, so no layer gathers or scatters.
 Everything but the attention is a row's own affair and is done a block of rows at a time:
 what is made on the way from one matrix product to the next stays in the processor's cache,
 and needs no memory that grows with the pack. Whoever runs the pack says who shares the
-blocks (:class:`Crew`).
+blocks (:class:`ThreadPool`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_triton.model.attention import attend
+from bagel_triton.model.batch import GEN, UND, Block, PackedBatch
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.crew import ALONE, Crew
-from bagel_triton.model.linear import add_linear, linear, silu_product
-from bagel_triton.model.pack import GEN, UND, Block, Pack
+from bagel_triton.model.cpu.linear import add_linear, linear, silu_product
+from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 
 
 class RMSNorm(nn.Module):
@@ -118,10 +118,10 @@ def _apply(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
     return linear(x, layer.weight, layer.bias, out)
 
 
-class Room:
+class ScratchBuffers:
     """Memory that the layers of one forward use one after the other, so that none has to ask for its own."""
 
-    def __init__(self, config: LanguageConfig, x: Tensor, pack: Pack, crew: Crew) -> None:
+    def __init__(self, config: LanguageConfig, x: Tensor, pack: PackedBatch, crew: ThreadPool) -> None:
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         #: queries, keys and values of all rows
         self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
@@ -147,7 +147,7 @@ class Layer(nn.Module):
     def _norm(self, name: str, expert: str, x: Tensor) -> Tensor:
         return getattr(self, f"{name}{expert}")(x)  # type: ignore[no-any-return]
 
-    def project(self, layer: int, block: Block, x: Tensor, pack: Pack, room: Room) -> None:
+    def project(self, layer: int, block: Block, x: Tensor, pack: PackedBatch, room: ScratchBuffers) -> None:
         """Queries, keys and values of a block of ``x`` [tokens, hidden], into ``room`` and the pack's store."""
         expert, rows = block
         normed = self._norm("input_layernorm", expert, x[rows])
@@ -156,7 +156,7 @@ class Layer(nn.Module):
         _, key, value = room.projected
         pack.kv.write(layer, key, value, rows)
 
-    def finish(self, block: Block, x: Tensor, room: Room) -> None:
+    def finish(self, block: Block, x: Tensor, room: ScratchBuffers) -> None:
         """Replace a block of ``x`` by the layer's output."""
         expert, rows = block
         residual = x[rows]
@@ -178,19 +178,19 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeddings: Tensor, pack: Pack) -> Tensor:
+    def forward(self, embeddings: Tensor, pack: PackedBatch) -> Tensor:
         """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
         x = torch.empty_like(embeddings)  # which the layers work in
         largest = self._config.hidden_size * self._config.intermediate_size
         if pack.keeps_crew_busy or not pack.crew.has_team_for(largest):
             self._run(embeddings, x, pack, pack.crew)
         else:
-            pack.crew.together(lambda: self._run(embeddings, x, pack, ALONE))
+            pack.crew.together(lambda: self._run(embeddings, x, pack, SINGLE_THREAD))
         return x
 
-    def _run(self, embeddings: Tensor, x: Tensor, pack: Pack, crew: Crew) -> None:
+    def _run(self, embeddings: Tensor, x: Tensor, pack: PackedBatch, crew: ThreadPool) -> None:
         layers: Sequence[Layer] = self.layers  # type: ignore[assignment]
-        room = Room(self._config, x, pack, crew)
+        room = ScratchBuffers(self._config, x, pack, crew)
 
         def begin(block: Block) -> None:
             _, rows = block
@@ -202,10 +202,10 @@ class Transformer(nn.Module):
             if index + 1 < len(layers):
                 layers[index + 1].project(index + 1, block, x, pack, room)
 
-        crew.each(begin, pack.blocks)
+        crew.parallel_for(begin, pack.blocks)
         for index in range(len(layers)):
             last = index + 1 == len(layers)
             spans = [span for span in pack.spans if not last or pack.leads_on(span)]
             attend(room.projected[0], index, spans, pack.kv, crew, room.attended)
             blocks = [block for block in pack.blocks if not last or pack.leads_on(block[1])]
-            crew.each(partial(pass_on, index), blocks)
+            crew.parallel_for(partial(pass_on, index), blocks)

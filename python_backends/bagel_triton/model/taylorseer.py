@@ -18,7 +18,7 @@ MAX_ORDER = 6
 
 @dataclass
 class TaylorSeer:
-    """One branch of one picture; its counter moves only when the branch is evaluated.
+    """One branch of one image; its counter moves only when the branch is evaluated.
 
     ``factors`` are finite-difference derivatives of the last hidden state before the final
     norm, each [tokens, hidden], the state itself first.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
 
-from bagel_triton.messages import TextSegment
 from bagel_triton.model.config import CheckpointError
+from bagel_triton.protocol.messages import TextSegment
 
 START, END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

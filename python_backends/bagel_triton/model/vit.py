@@ -1,4 +1,4 @@
-"""The SigLIP encoder that reads pictures, and the connector into the transformer."""
+"""The SigLIP encoder that reads images, and the connector into the transformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 class VitAttention(nn.Module):
-    """Full attention over one picture's patches."""
+    """Full attention over one image's patches."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, index: Tensor) -> Tensor:
-        """Features of one picture: [n, 3 * patch * patch] -> [n, hidden]."""
+        """Features of one image: [n, 3 * patch * patch] -> [n, hidden]."""
         x = self.embeddings(patches, index)
         for layer in self.encoder.layers:  # type: ignore[union-attr]
             x = layer(x)

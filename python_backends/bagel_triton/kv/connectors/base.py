@@ -8,12 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import Context, KVArena
+from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 from bagel_triton.kv.lease import LeaseTable
 from bagel_triton.kv.store import gather, slots_of, store_shape
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVHandle
 
 
 class ConnectorUnavailable(RuntimeError):
@@ -21,14 +20,14 @@ class ConnectorUnavailable(RuntimeError):
 
 
 class Leases(Protocol):
-    """What a producer has lent; :class:`~bagel_triton.kv.lease.LeaseBook` says what each call does."""
+    """What a producer has lent; :class:`~bagel_triton.kv.lease.LeaseManager` says what each call does."""
 
     def __len__(self) -> int: ...
 
     @property
     def blocks(self) -> int: ...
 
-    def publish(self, request_id: str, branch: Branch, context: Context, ttl_s: float) -> ContextHandle: ...
+    def publish(self, request_id: str, branch: Branch, context: KVSequence, ttl_s: float) -> KVHandle: ...
 
     def reclaim(self) -> int: ...
 
@@ -40,9 +39,9 @@ class Leases(Protocol):
 class LeaseView(Protocol):
     """What a consumer sees of a lease; :class:`~bagel_triton.kv.lease.LeaseTable` says what each call does."""
 
-    def carries(self, handle: ContextHandle) -> bool: ...
+    def carries(self, handle: KVHandle) -> bool: ...
 
-    def check(self, handle: ContextHandle) -> None: ...
+    def check(self, handle: KVHandle) -> None: ...
 
     def release(self, slot: int, lease: int) -> None: ...
 
@@ -58,7 +57,7 @@ class Producer(ABC):
     the stream that wrote them first.
     """
 
-    arena: KVArena
+    arena: KVCachePool
     leases: Leases
 
     @abstractmethod
@@ -76,7 +75,7 @@ class Consumer(ABC):
     """
 
     @abstractmethod
-    def lease_table(self, handle: ContextHandle) -> LeaseView:
+    def lease_table(self, handle: KVHandle) -> LeaseView:
         """The lease words of the arena that ``handle`` points into.
 
         Raises:
@@ -84,7 +83,7 @@ class Consumer(ABC):
         """
 
     @abstractmethod
-    def read(self, handle: ContextHandle, destination: Tensor) -> None:
+    def read(self, handle: KVHandle, destination: Tensor) -> None:
         """Copy the context into ``destination``, whose shape and dtype are right; done on return.
 
         Raises:
@@ -95,7 +94,7 @@ class Consumer(ABC):
     def close(self) -> None:
         """Drop every mapping and connection."""
 
-    def claim(self, handle: ContextHandle, destination: Tensor) -> None:
+    def claim(self, handle: KVHandle, destination: Tensor) -> None:
         """Copy the lease's context into ``destination`` and release the lease.
 
         Args:
@@ -122,17 +121,17 @@ class Consumer(ABC):
         finally:
             table.release(handle.slot, handle.lease)
 
-    def renew(self, handle: ContextHandle) -> None:
+    def renew(self, handle: KVHandle) -> None:
         """Keep a lease that is still wanted from expiring; one that has ended stays so."""
         if handle.lease and (table := self._carrying(handle)):
             table.renew(handle.slot)
 
-    def release(self, handle: ContextHandle) -> None:
+    def release(self, handle: KVHandle) -> None:
         """Give a lease back unread; one that has ended, with its arena or alone, is left alone."""
         if handle.lease and (table := self._carrying(handle)):
             table.release(handle.slot, handle.lease)
 
-    def _carrying(self, handle: ContextHandle) -> LeaseView | None:
+    def _carrying(self, handle: KVHandle) -> LeaseView | None:
         """The table that still carries the lease of ``handle``; None once that has ended."""
         try:
             table = self.lease_table(handle)
@@ -141,7 +140,7 @@ class Consumer(ABC):
             return None
 
 
-def check_blocks(handle: ContextHandle, slots: int) -> None:
+def check_blocks(handle: KVHandle, slots: int) -> None:
     """Raise :class:`LeaseError` unless the blocks hold the tokens and lie in a store of ``slots``."""
     size = handle.geometry.block_tokens
     if handle.tokens > len(handle.blocks) * size or any(not 0 <= block * size < slots for block in handle.blocks):
@@ -152,17 +151,17 @@ class MappedConsumer(Consumer):
     """A consumer that sees the producer's memory as a tensor of its own."""
 
     @abstractmethod
-    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+    def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         """The store and lease table that ``handle`` points into.
 
         Raises:
             LeaseError: the producer's arena is gone.
         """
 
-    def lease_table(self, handle: ContextHandle) -> LeaseTable:
+    def lease_table(self, handle: KVHandle) -> LeaseTable:
         return self.attach(handle)[1]
 
-    def read(self, handle: ContextHandle, destination: Tensor) -> None:
+    def read(self, handle: KVHandle, destination: Tensor) -> None:
         store, _ = self.attach(handle)
         check_blocks(handle, store.shape[2])
         gather(store, slots_of(handle.blocks, handle.tokens, handle.geometry.block_tokens), destination)

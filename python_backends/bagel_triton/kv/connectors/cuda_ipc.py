@@ -11,18 +11,21 @@ the lease back. So neither side ever waits for an event of the other.
 
 from __future__ import annotations
 
+import ctypes
+import os
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, CudaAddress, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import KVArena
+from bagel_triton.ipc.cuda_memory import CudaBytes, device_of, device_uuid
+from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, MappedConsumer, Producer
 from bagel_triton.kv.connectors.shm import SharedWords, new_name
-from bagel_triton.kv.cuda_pool import CudaPool, refuse_expandable_segments
-from bagel_triton.kv.lease import LeaseBook, LeaseTable
+from bagel_triton.kv.lease import LeaseManager, LeaseTable
 from bagel_triton.kv.store import store_shape, token_bytes
-from bagel_triton.model.cuda_bytes import device_of, device_uuid
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import CudaAddress, KVGeometry, KVHandle
 
 
 class CudaIpcProducer(Producer):
@@ -40,9 +43,9 @@ class CudaIpcProducer(Producer):
         address = CudaAddress(device_uuid(device), self._pool.export(), slots)
         name, generation = new_name(prefix)
         self._words = SharedWords.create(name)
-        self.arena = KVArena(_store(self._pool, geometry, slots), geometry)
+        self.arena = KVCachePool(_store(self._pool, geometry, slots), geometry)
         table = LeaseTable(self._words.array)
-        self.leases = LeaseBook(self.arena, table, name, "cuda_ipc", generation, address=address)
+        self.leases = LeaseManager(self.arena, table, name, "cuda_ipc", generation, address=address)
 
     def close(self) -> None:
         """End all leases and unlink the words; the GPU's memory returns when the process ends."""
@@ -57,7 +60,7 @@ class CudaIpcConsumer(MappedConsumer):
         refuse_expandable_segments()
         self._attached: tuple[str, CudaPool, Tensor, LeaseTable] | None = None
 
-    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+    def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         """The mapped store and table of the handle's arena."""
         if self._attached is None or self._attached[0] != handle.arena:
             self.close()
@@ -79,7 +82,7 @@ def _store(pool: CudaPool, geometry: KVGeometry, slots: int) -> Tensor:
     return pool.tensor().view(getattr(torch, geometry.dtype)).view(store_shape(geometry, slots))
 
 
-def _open(handle: ContextHandle) -> CudaPool:
+def _open(handle: KVHandle) -> CudaPool:
     what, address = f"the lease of request {handle.request_id}", handle.address
     if not isinstance(address, CudaAddress):
         raise LeaseError(f"{what} is of connector {handle.connector}; this stage has cuda_ipc")
@@ -90,3 +93,89 @@ def _open(handle: ContextHandle) -> CudaPool:
         return CudaPool.open(device, address.memory, address.slots * token_bytes(handle.geometry))
     except ConnectorUnavailable as error:
         raise LeaseError(f"{what}: its arena on {device} cannot be mapped: {error}") from error
+
+
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; the bindings show a handle's address, not all of them its bytes
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def refuse_expandable_segments() -> None:
+    """Raise :class:`ConnectorUnavailable` where torch's allocator is set to use virtual memory.
+
+    Its memory cannot be exported by the handles used here, and its own way of sharing needs
+    rights that containers lack; so it is refused for a whole stage, before anything is shared.
+    """
+    for variable in ALLOCATOR_VARIABLES:
+        value = os.environ.get(variable, "")
+        if "expandable_segments:true" in value.replace(" ", "").lower():
+            raise ConnectorUnavailable(f"{variable}={value!r}: connector=cuda_ipc needs expandable_segments:False")
+
+
+class CudaPool(CudaBytes):
+    """A pool allocated here, or mapped from another process.
+
+    An allocation is never freed before its process ends: to free what another process has
+    mapped is undefined, and there is no telling whether one has.
+    """
+
+    @classmethod
+    def allocate(cls, device: torch.device, size: int) -> CudaPool:
+        """New memory, zeroed.
+
+        Raises:
+            MemoryError: the GPU has no room.
+        """
+        runtime = _runtime(device)
+        error, pointer = runtime.cudaMalloc(size)
+        if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
+            free, _ = torch.cuda.mem_get_info(device)
+            raise MemoryError(f"{device} has no room for {size} bytes of contexts; {free} are free: lower kv_tokens")
+        _check(runtime, "cudaMalloc", error)
+        pool = cls(device, int(pointer), size)
+        pool.tensor().zero_()
+        torch.cuda.synchronize(device)
+        return pool
+
+    @classmethod
+    def open(cls, device: torch.device, memory: bytes, size: int) -> CudaPool:
+        """Another process's allocation by its handle; :meth:`close` ends the mapping."""
+        if len(memory) != HANDLE_BYTES:
+            raise ConnectorUnavailable(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(memory)}")
+        runtime = _runtime(device)
+        handle = runtime.cudaIpcMemHandle_t()
+        ctypes.memmove(handle.getPtr(), memory, HANDLE_BYTES)
+        error, pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
+        _check(runtime, "cudaIpcOpenMemHandle", error)
+        return cls(device, int(pointer), size)
+
+    def export(self) -> bytes:
+        """The handle by which another process, never this one, opens the allocation."""
+        runtime = _runtime(self.device)
+        error, handle = runtime.cudaIpcGetMemHandle(self.pointer)
+        _check(runtime, "cudaIpcGetMemHandle", error)
+        return ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
+
+    def close(self) -> None:
+        """End a mapping that :meth:`open` made; its tensors must be gone."""
+        runtime = _runtime(self.device)
+        torch.cuda.synchronize(self.device)
+        _check(runtime, "cudaIpcCloseMemHandle", runtime.cudaIpcCloseMemHandle(self.pointer)[0])
+
+
+def _runtime(device: torch.device) -> Any:
+    """The bindings, with ``device`` current in this thread for them and for torch."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise ConnectorUnavailable(
+            f"connector=cuda_ipc needs the package cuda-python, of the CUDA driver's major version: {error}"
+        ) from error
+    torch.cuda.set_device(device)
+    _check(runtime, "cudaSetDevice", runtime.cudaSetDevice(torch.cuda.current_device())[0])
+    return runtime
+
+
+def _check(runtime: Any, call: str, error: Any) -> None:
+    if error != runtime.cudaError_t.cudaSuccess:
+        name = runtime.cudaGetErrorName(error)[1]
+        raise ConnectorUnavailable(f"{call} failed: {name.decode() if isinstance(name, bytes) else name}")

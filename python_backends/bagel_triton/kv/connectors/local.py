@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import KVArena
+from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import MappedConsumer, Producer
-from bagel_triton.kv.lease import LeaseBook, LeaseTable, table_words
+from bagel_triton.kv.lease import LeaseManager, LeaseTable, table_words
 from bagel_triton.kv.store import store_shape
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import KVGeometry, KVHandle
 
 _generations = itertools.count(1)
 _producers: weakref.WeakValueDictionary[str, LocalProducer] = weakref.WeakValueDictionary()
@@ -29,8 +29,8 @@ class LocalProducer(Producer):
         shape = store_shape(geometry, blocks * geometry.block_tokens)
         self.store = torch.zeros(shape, dtype=getattr(torch, geometry.dtype), device=device)
         self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
-        self.arena = KVArena(self.store, geometry)
-        self.leases = LeaseBook(self.arena, self.table, self.name, "local", generation)
+        self.arena = KVCachePool(self.store, geometry)
+        self.leases = LeaseManager(self.arena, self.table, self.name, "local", generation)
         _producers[self.name] = self
 
     def close(self) -> None:
@@ -42,7 +42,7 @@ class LocalProducer(Producer):
 class LocalConsumer(MappedConsumer):
     """Reads any :class:`LocalProducer` of this process."""
 
-    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+    def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         """The producer's own store and table."""
         producer = _producers.get(handle.arena)
         if producer is None:

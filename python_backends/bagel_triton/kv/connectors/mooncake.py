@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, KVGeometry, MooncakeAddress
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import KVArena
+from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import Consumer, Producer, check_blocks
 from bagel_triton.kv.connectors.transfer_engine import Piece, TransferEngine
-from bagel_triton.kv.lease import LeaseBook, LeaseTable, consumer_words, row_bytes, table_words
+from bagel_triton.kv.lease import LeaseManager, LeaseTable, consumer_words, row_bytes, table_words
 from bagel_triton.kv.store import runs_of, store_shape
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import KVGeometry, KVHandle, MooncakeAddress
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ class MooncakeProducer(Producer):
         self._engine: TransferEngine | None = engine
         engine.register(store.data_ptr(), store.nbytes)
         engine.register(self._words.ctypes.data, self._words.nbytes)
-        self.arena = KVArena(store, geometry)
+        self.arena = KVCachePool(store, geometry)
         address = MooncakeAddress(engine.peer, store.data_ptr(), self._words.ctypes.data, slots)
         name = f"{prefix}_kv_{generation}"
-        self.leases = LeaseBook(self.arena, LeaseTable(self._words), name, "mooncake", generation, address=address)
+        self.leases = LeaseManager(self.arena, LeaseTable(self._words), name, "mooncake", generation, address=address)
 
     def close(self) -> None:
         """End all leases and take the memory back from the network."""
@@ -95,7 +95,7 @@ class MooncakeConsumer(Consumer):
         self._table: tuple[MooncakeAddress, _RemoteTable] | None = None
         self._buffer: Tensor | None = None
 
-    def lease_table(self, handle: ContextHandle) -> LeaseTable:
+    def lease_table(self, handle: KVHandle) -> LeaseTable:
         """The words of the handle's arena; fetched when they are read, not before."""
         address = _address(handle)
         if self._table is None or self._table[0] != address:
@@ -103,7 +103,7 @@ class MooncakeConsumer(Consumer):
             self._table = (address, _RemoteTable(self._engine, address.peer, address.words))
         return self._table[1]
 
-    def read(self, handle: ContextHandle, destination: Tensor) -> None:
+    def read(self, handle: KVHandle, destination: Tensor) -> None:
         """Transfer the context's runs of blocks, layer by layer, keys and values."""
         address = _address(handle)
         check_blocks(handle, address.slots)
@@ -141,7 +141,7 @@ class MooncakeConsumer(Consumer):
         self._forget_buffer()
 
 
-def _address(handle: ContextHandle) -> MooncakeAddress:
+def _address(handle: KVHandle) -> MooncakeAddress:
     if not isinstance(handle.address, MooncakeAddress):
         raise LeaseError(
             f"the lease of request {handle.request_id} is of connector {handle.connector}; this stage has mooncake"
@@ -149,7 +149,7 @@ def _address(handle: ContextHandle) -> MooncakeAddress:
     return handle.address
 
 
-def _pieces(handle: ContextHandle, address: MooncakeAddress, target: Tensor) -> list[Piece]:
+def _pieces(handle: KVHandle, address: MooncakeAddress, target: Tensor) -> list[Piece]:
     """Where each run of consecutive tokens comes from and goes to."""
     geometry, itemsize = handle.geometry, target.element_size()
     token = geometry.kv_heads * geometry.head_dim * itemsize

@@ -25,18 +25,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import ArenaFull, Context, KVArena
+from bagel_triton.kv.block_pool import KVCacheFull, KVCachePool, KVSequence
 from bagel_triton.kv.connectors.base import Consumer, LeaseView, Producer
 from bagel_triton.kv.connectors.object_store import ObjectStore, StoreFull
 from bagel_triton.kv.store import gather, store_shape
-from bagel_triton.messages import Branch
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 log = logging.getLogger(__name__)
 
 
-def _key(handle: ContextHandle) -> str:
+def _key(handle: KVHandle) -> str:
     return f"{handle.arena}/{handle.lease}"
 
 
@@ -80,11 +79,11 @@ class _Stored:
 
 
 class StoreLeases:
-    """The producer's side, as :class:`~bagel_triton.kv.lease.LeaseBook`: same calls, same ends."""
+    """The producer's side, as :class:`~bagel_triton.kv.lease.LeaseManager`: same calls, same ends."""
 
     def __init__(
         self,
-        arena: KVArena,
+        arena: KVCachePool,
         store: ObjectStore,
         name: str,
         generation: int,
@@ -103,7 +102,7 @@ class StoreLeases:
         """Blocks' worth of contexts in the store: the thinker admits no more than the arena's size."""
         return sum(lease.blocks for lease in self._leases)
 
-    def publish(self, request_id: str, branch: Branch, context: Context, ttl_s: float) -> ContextHandle:
+    def publish(self, request_id: str, branch: Branch, context: KVSequence, ttl_s: float) -> KVHandle:
         """Lend a copy of ``context`` for ``ttl_s`` seconds; its own blocks are free on return.
 
         Raises:
@@ -120,10 +119,10 @@ class StoreLeases:
             try:
                 self._store.put(key, copy.data_ptr(), copy.nbytes)
             except StoreFull as error:
-                raise ArenaFull(str(error)) from error
+                raise KVCacheFull(str(error)) from error
             self._leases.append(_Stored(request_id, key, len(blocks), ttl_s, expires_at))
             context.free()
-        return ContextHandle(
+        return KVHandle(
             request_id=request_id,
             branch=branch,
             connector="mooncake_store",
@@ -182,7 +181,7 @@ class MooncakeStoreProducer(Producer):
         tokens = torch.zeros(
             store_shape(geometry, blocks * geometry.block_tokens), dtype=getattr(torch, geometry.dtype)
         )
-        self.arena = KVArena(tokens, geometry)
+        self.arena = KVCachePool(tokens, geometry)
         self.leases = StoreLeases(self.arena, store, f"{prefix}_kv_{generation}", generation)
         self._store: ObjectStore | None = store
 
@@ -197,13 +196,13 @@ class MooncakeStoreProducer(Producer):
 class _StoredLease:
     """One handle's words, which are keys."""
 
-    def __init__(self, store: ObjectStore, handle: ContextHandle) -> None:
+    def __init__(self, store: ObjectStore, handle: KVHandle) -> None:
         self._store, self._key = store, _key(handle)
 
-    def carries(self, handle: ContextHandle) -> bool:
+    def carries(self, handle: KVHandle) -> bool:
         return self._store.exist([self._key])[0]
 
-    def check(self, handle: ContextHandle) -> None:
+    def check(self, handle: KVHandle) -> None:
         if not self.carries(handle):
             raise LeaseError(
                 f"lease {handle.lease} of request {handle.request_id}, branch {handle.branch} has ended or was "
@@ -226,7 +225,7 @@ class MooncakeStoreConsumer(Consumer):
     def __init__(self, store: ObjectStore) -> None:
         self._store, self._buffer = store, _Buffer(store)
 
-    def lease_table(self, handle: ContextHandle) -> LeaseView:
+    def lease_table(self, handle: KVHandle) -> LeaseView:
         """The keys of the handle's lease."""
         if handle.connector != "mooncake_store":
             raise LeaseError(
@@ -235,7 +234,7 @@ class MooncakeStoreConsumer(Consumer):
             )
         return _StoredLease(self._store, handle)
 
-    def read(self, handle: ContextHandle, destination: Tensor) -> None:
+    def read(self, handle: KVHandle, destination: Tensor) -> None:
         """Get the whole context, then copy it to its place."""
         copy = self._buffer.like(handle.geometry, handle.tokens)
         size = self._store.get(_key(handle), copy.data_ptr(), copy.nbytes)

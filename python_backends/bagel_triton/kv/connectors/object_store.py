@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagel_triton.deploy.config import MooncakeStoreConfig
-from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.transfer_engine import load, prepare
+from bagel_triton.protocol.errors import LeaseError
 
 UNIT = 16 << 20  # the library takes no smaller segment
 # The library's codes, of which it has no names in Python.

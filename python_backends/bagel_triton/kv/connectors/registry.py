@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bagel_triton.contexts import KVGeometry
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.deploy.connector import choose
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
 from bagel_triton.kv.store import token_bytes
+from bagel_triton.protocol.messages import KVGeometry
 
 # A connector's library is imported only where that connector is chosen.
 

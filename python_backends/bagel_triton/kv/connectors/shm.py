@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagel_triton.contexts import ContextHandle, KVGeometry
-from bagel_triton.errors import LeaseError
-from bagel_triton.kv.arena import KVArena
+from bagel_triton.ipc.shm import SHM_DIRECTORY, reserve
+from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import MappedConsumer, Producer
-from bagel_triton.kv.lease import LeaseBook, LeaseTable, Words, table_words
+from bagel_triton.kv.lease import LeaseManager, LeaseTable, Words, table_words
 from bagel_triton.kv.store import store_shape, token_bytes
-from bagel_triton.shm_file import SHM_DIRECTORY, reserve
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import KVGeometry, KVHandle
 
 
 def new_name(prefix: str) -> tuple[str, int]:
@@ -44,14 +44,14 @@ def _reserve(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
-def _path(handle: ContextHandle) -> Path:
+def _path(handle: KVHandle) -> Path:
     """The store's file; a handle names one in shared memory and nowhere else."""
     if Path(handle.arena).name != handle.arena:
         raise LeaseError(f"arena {handle.arena!r} of request {handle.request_id} is no file's name")
     return SHM_DIRECTORY / handle.arena
 
 
-def _gone(handle: ContextHandle, error: Exception) -> LeaseError:
+def _gone(handle: KVHandle, error: Exception) -> LeaseError:
     return LeaseError(f"arena {handle.arena} of request {handle.request_id} is gone: {error}")
 
 
@@ -78,7 +78,7 @@ class SharedWords:
         return cls(path)
 
     @classmethod
-    def open(cls, handle: ContextHandle) -> Self:
+    def open(cls, handle: KVHandle) -> Self:
         """The words of the arena that ``handle`` names; raises :class:`LeaseError` where it is gone."""
         path = _path(handle)
         try:
@@ -109,8 +109,8 @@ class ShmProducer(Producer):
         except MemoryError:
             self._store_path.unlink()
             raise
-        self.arena = KVArena(_map_store(self._store_path, geometry), geometry)
-        self.leases = LeaseBook(self.arena, LeaseTable(self._words.array), name, "shm", generation)
+        self.arena = KVCachePool(_map_store(self._store_path, geometry), geometry)
+        self.leases = LeaseManager(self.arena, LeaseTable(self._words.array), name, "shm", generation)
 
     def close(self) -> None:
         """End all leases and unlink both files; existing mappings stay readable."""
@@ -125,7 +125,7 @@ class ShmConsumer(MappedConsumer):
     def __init__(self) -> None:
         self._attached: tuple[str, Tensor, LeaseTable] | None = None
 
-    def attach(self, handle: ContextHandle) -> tuple[Tensor, LeaseTable]:
+    def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         """The mapped store and table of the handle's arena."""
         if self._attached is None or self._attached[0] != handle.arena:
             path = _path(handle)

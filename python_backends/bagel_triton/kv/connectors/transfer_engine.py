@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bagel_triton.deploy.config import MooncakeConfig
-from bagel_triton.errors import LeaseError
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
+from bagel_triton.protocol.errors import LeaseError
 
 PACKAGE = "mooncake-transfer-engine-non-cuda"
 RDMA_DEVICES = Path("/sys/class/infiniband")

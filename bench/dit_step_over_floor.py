@@ -1,0 +1,65 @@
+"""``dit_step_over_floor``: one guided step at 512x512 over the time its matrix arithmetic needs at least.
+
+The floor is the arithmetic of two branches (linear layers and attention) at the rate of plain
+matrix products of the model's own shapes by all threads, measured before and after every trial.
+Trials are short and many, as a machine that others use, too, changes its pace within seconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+
+from bagel_triton.engine.build import LocalStages
+from bagel_triton.engine.token_count import VISION_TOKENS
+from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.protocol.messages import DenoiseJob
+from bagel_triton.weights.checkpoint import Checkpoint
+from bench.arithmetic import matmul_rate, products, step_flops
+from bench.figure import Figure, median
+from bench.setting import Setting, denoise_job, image_request
+
+NAME = "dit_step_over_floor"
+SIDE, STEPS = 512, 5
+SHORT = 3  # trials in the time of one
+GOAL = 1.3
+
+
+def run(setting: Setting, side: int = SIDE) -> list[Figure]:
+    """Seconds of a step, of its floor, and their ratio."""
+    config = Checkpoint(setting.checkpoint).config
+    latents = (side // config.latent.stride) ** 2
+    steps, floors, ratios = [], [], []
+    with setting.stages() as stages:
+        device, dtype = stages.dit.placement
+        for trial in range(1 + SHORT * setting.trials):
+            job = denoise_job(stages, image_request(side, side, STEPS, seed=trial))
+            flops = step_flops(config, [(latents + VISION_TOKENS, handle.tokens) for handle in job.handles])
+
+            def rate(rows: int = len(job.handles) * latents) -> float:
+                try:
+                    return matmul_rate(products(config.language), rows, device, dtype)
+                finally:
+                    release_team()
+
+            before = rate()
+            step = step_seconds(stages, job)
+            after = rate()
+            if trial:  # the first warms up
+                steps.append(step)
+                floors.append(flops / ((before + after) / 2))
+                ratios.append(step / floors[-1])
+    return [
+        median(NAME, f"step at {side}x{side}", steps, "s"),
+        median(NAME, "its arithmetic at the matmul rate", floors, "s"),
+        Figure(NAME, "matmul rate", flops / statistics.median(floors) / 1e9, "GFLOP/s"),
+        median(NAME, "step over floor", ratios, "", GOAL, "lower"),
+    ]
+
+
+def step_seconds(stages: LocalStages, job: DenoiseJob) -> float:
+    """The median step of a request that is alone."""
+    told: list[float] = []
+    stages.dit.submit(job, job.request_id, lambda event: told.append(time.perf_counter())).done.result()
+    return statistics.median(after - before for before, after in pairwise(told))

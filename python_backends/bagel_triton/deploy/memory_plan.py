@@ -1,0 +1,291 @@
+"""The memory a configuration takes, from the geometry of its checkpoint; no weights are loaded.
+
+Weights, keys and values are exact. Activations are estimates: what one forward holds at its
+peak, with every image that may be denoised together. Not counted are libraries, CUDA
+contexts, the workspaces of convolutions and what TaylorSeer keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import safetensors
+import torch
+from torch import nn
+
+from bagel_triton.deploy import memory_plan as activations
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.thinker.engine import kv_geometry
+from bagel_triton.engine.token_count import segment_tokens
+from bagel_triton.kv.store import token_bytes
+from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.batch import block_rows
+from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
+from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.model.cpu.linear import CACHED
+from bagel_triton.model.device import Placement
+from bagel_triton.model.image import VAE_RULE, VIT_RULE
+from bagel_triton.protocol.events import Stage
+from bagel_triton.protocol.messages import VaeSegment, VitSegment
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.files import AUTOENCODER_FILE, TensorFiles
+
+PROMPT_TOKENS = 256  # of a long prompt
+BRANCHES = 3
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # dtypes as safetensors files name them
+
+
+class NotEnoughMemory(ValueError):
+    """A configuration needs more memory than there is; the message says what to lower."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One stage's bytes; ``kv`` is the thinker's arena, or the DiT's copies of contexts."""
+
+    stage: Stage
+    weights: int = 0
+    kv: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of the stage, as if it shared no weights."""
+        return self.weights + self.kv + self.activations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stages of one server in bytes.
+
+    ``weights`` are those of all stages, each counted as often as it is in memory.
+    ``shared`` is what lies in the host's shared memory: the connector ``shm``'s arena, and a CPU's converted weights.
+    """
+
+    stages: tuple[StageMemory, ...]
+    kv_token: int
+    weights: int
+    shared: int
+
+    @property
+    def kv(self) -> int:
+        return sum(stage.kv for stage in self.stages)
+
+    @property
+    def activations(self) -> int:
+        return sum(stage.activations for stage in self.stages)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether stages use the same copy of some weights."""
+        return self.weights < sum(stage.weights for stage in self.stages)
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.weights + self.kv + self.activations
+
+
+def plan(
+    checkpoint: Checkpoint,
+    config: DeployConfig,
+    placement: Placement,
+    height: int,
+    width: int,
+    shares_weights: bool = True,
+) -> MemoryPlan:
+    """What the stages take that serve ``config`` at ``placement``.
+
+    Args:
+        height: of every image, in pixels; the contexts are those of editing such images.
+        width: likewise.
+        shares_weights: whether the stages' processes can have one copy of the weights there.
+    """
+    one_process = config.topology.one_process
+    model, dtype = checkpoint.config, placement.torch_dtype
+    with torch.device("meta"):
+        transformer = Bagel(model).to(dtype)
+        autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
+    token = kv_token_bytes(model.language, placement.dtype_name)
+    arena = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
+    images = config.dit.max_num_seqs
+    latents = latent_tokens(model, height, width)
+    past = sum(context_tokens(model, height, width))
+    decoded = 1 if placement.torch_device.type == "cpu" else config.vae_decode.max_batch_size
+    packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
+    condition_width, condition_height = VAE_RULE.size(width, height)
+    stages: tuple[StageMemory, ...] = (
+        StageMemory(
+            "thinker",
+            weights=module_bytes(transformer) + module_bytes(autoencoder),
+            kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
+            activations=max(
+                activations.forward_bytes(model.language, packed, placement, torch.get_num_threads()),
+                activations.encode_bytes(autoencoder.encoder, condition_height, condition_width),
+            ),
+        ),
+        StageMemory(
+            "dit",
+            weights=module_bytes(transformer),
+            kv=images * (past + BRANCHES * latents) * token,
+            activations=activations.forward_bytes(
+                model.language, images * BRANCHES * latents, placement, torch.get_num_threads()
+            ),
+        ),
+        StageMemory(
+            "vae_decode",
+            weights=module_bytes(autoencoder),
+            activations=decoded
+            * activations.decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
+        ),
+    )
+    once = one_process or shares_weights or config.stage_id is not None
+    in_files = placement.torch_device.type == "cpu" and not one_process
+    weights, shared = 0, arena if _arena_is_shared(config, placement) else 0
+    for module, name, loaded_as in (  # two stages have each of them
+        (transformer, "vae2llm.weight", dtype),
+        (autoencoder, "decoder.conv_in.weight", torch.float32),
+    ):
+        weights += module_bytes(module) * (1 if once else 2)
+        if in_files and not _is_stored_as(checkpoint, name, loaded_as):
+            shared += module_bytes(module)
+    if config.stage_id is not None:
+        stages = tuple(stage for stage in stages if stage.stage in config.models)
+    return MemoryPlan(stages, token, weights, shared)
+
+
+def _arena_is_shared(config: DeployConfig, placement: Placement) -> bool:
+    """Whether the arena is in the host's shared memory; else it is the thinker's own, or on the GPU."""
+    on_cpu = placement.torch_device.type == "cpu"
+    return on_cpu and not config.topology.one_process and config.connector in ("auto", "shm")
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights, on whatever device."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def kv_token_bytes(config: LanguageConfig, dtype: str) -> int:
+    """Bytes of one token's keys and values."""
+    return token_bytes(kv_geometry(config, 1, dtype))
+
+
+def latent_tokens(config: ModelConfig, height: int, width: int) -> int:
+    """Tokens of an image that is being made, with its markers."""
+    return segment_tokens(VaeSegment(height, width, bytes(height * width * 3)), config)
+
+
+def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:
+    """Tokens of the contexts ``gen``, ``cfg_text`` and ``cfg_img`` of editing an image with a long prompt."""
+    resized_width, resized_height = VAE_RULE.size(width, height)
+    seen_width, seen_height = VIT_RULE.size(resized_width, resized_height)
+    image = latent_tokens(config, resized_height, resized_width)
+    image += segment_tokens(VitSegment(seen_height, seen_width, bytes(seen_height * seen_width * 3)), config)
+    return image + PROMPT_TOKENS, image, PROMPT_TOKENS
+
+
+def _is_stored_as(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
+    """Whether processes may map the tensor ``name`` from the checkpoint's file, instead of a conversion."""
+    for path in sorted(checkpoint.directory.glob("*.safetensors")):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            if name in file.keys():  # noqa: SIM118, it is no mapping
+                return bool(file.get_slice(name).get_dtype() == STORED[dtype])
+    raise CheckpointError(f"the checkpoint has no tensor {name}")
+
+
+@dataclass(frozen=True)
+class Available:
+    """Bytes that are free: of the machine's memory, of shared memory, and of a CUDA device where one is used.
+
+    ``private_weights`` is why each process needs a copy of the weights there; None where they can share one.
+    """
+
+    host: int
+    shared: int
+    device: int | None = None
+    private_weights: str | None = None
+
+
+def check(need: MemoryPlan, config: DeployConfig, placement: Placement, available: Available) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        NotEnoughMemory: what is needed, what there is, and what to lower.
+    """
+    if need.shared > available.shared:
+        raise NotEnoughMemory(
+            f"the KV arena ({readable(need.stages[0].kv)}) and converted weights need {readable(need.shared)} of "
+            f"shared memory and {readable(available.shared)} are free: enlarge /dev/shm (a container's --shm-size), "
+            f"or lower thinker.kv_tokens={config.thinker.kv_tokens}, or use the checkpoint's own dtype"
+        )
+    if available.device is None:
+        needed, free, where = need.total, available.host, "memory"
+    else:
+        needed, free, where = need.total, available.device, f"memory on {placement.device}"
+    if needed <= free:
+        return
+    remedies = [] if placement.torch_dtype == torch.bfloat16 else ["use dtype bfloat16"]
+    if need.weights > free:
+        duplicated = need.weights > need.stages[0].weights  # the thinker has one of each
+        remedies.append("serve bagel_single_stage" if duplicated else "use a larger machine")
+    else:
+        remedies.append(f"lower dit.max_num_seqs={config.dit.max_num_seqs}")
+        remedies.append(f"lower thinker.kv_tokens={config.thinker.kv_tokens}")
+    raise NotEnoughMemory(
+        f"the stages need {readable(needed)} of {where} and {readable(free)} are free (weights "
+        f"{readable(need.weights)}, keys and values {readable(need.kv)}, activations {readable(need.activations)}): "
+        f"{', or '.join(remedies)}"
+    )
+
+
+def readable(size: int) -> str:
+    """``size`` bytes in a binary unit."""
+    power = min((size.bit_length() - 1) // 10, 4) if size else 0
+    return f"{size / 1024**power:.2f} {'KMGT'[power - 1]}iB" if power else f"{size} B"
+
+
+def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, threads: int = 1) -> int:
+    """Activations of one packed forward at their peak, inside a feed-forward.
+
+    A token has its embedding, residual, query, what that attended to, key, value and rotary
+    tables. The rows of a block for each of ``threads``, which is all rows where there is a GPU,
+    have two vectors of the inner width and a normed one besides; while it is normed, two copies in
+    float32 where it is of another type.
+    """
+    itemsize, on_cpu = placement.torch_dtype.itemsize, placement.torch_device.type == "cpu"
+    heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
+    rows = min(tokens, block_rows(tokens, threads) * threads) if on_cpu else tokens
+    copies = 0 if placement.torch_dtype == torch.float32 else 2 * torch.float32.itemsize
+    inner = rows * (2 * config.intermediate_size * itemsize + config.hidden_size * max(itemsize, copies))
+    spare = min(rows * config.intermediate_size, CACHED * threads) * itemsize if on_cpu else 0
+    return tokens * (2 * config.hidden_size + heads) * itemsize + inner + spare
+
+
+def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False) -> int:
+    """Activations of decoding one image at their peak, in a convolution of the last level.
+
+    In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
+    what one strip needs.
+    """
+    if not tiled or height * width <= strips.WORTH_IT:
+        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
+    first: nn.Conv2d = decoder.up[0].block[0].conv1  # type: ignore[index, union-attr]
+    channels_in, channels_out = first.in_channels, first.out_channels
+    whole = max(channels_in, 2 * channels_out) * height
+    strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
+    return (whole + strip) * width * torch.float32.itemsize
+
+
+def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
+    """Activations of encoding one image at their peak, in a convolution of the first level."""
+    return _level_channels(encoder.down[0]) * height * width * torch.float32.itemsize
+
+
+def _level_channels(level: nn.Module) -> int:
+    """Full-resolution channels that are held at most: what the blocks so far made, and a convolution's copies."""
+    blocks: nn.ModuleList = level.block  # type: ignore[assignment]
+    first: nn.Conv2d = blocks[0].conv1  # type: ignore[assignment]
+    channels_in, channels_out = first.in_channels, first.out_channels
+    earlier = channels_in if len(blocks) > 1 else 0
+    return max(2 * channels_in + channels_out + max(channels_in, channels_out), earlier + 5 * channels_out)

@@ -1,0 +1,228 @@
+"""The deploy YAML that a user writes: a topology, and what its stages may use.
+
+The fields are those users know from vLLM-Omni's deploy files. A field that has no meaning
+here is refused with the reason, never ignored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
+from bagel_triton.deploy.hosts import check_address
+from bagel_triton.deploy.topology import TOPOLOGIES, Topology
+from bagel_triton.protocol.errors import InvalidRequest
+
+_BATCH_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "max_waiting")  # of each stage
+_THINKER_FIELDS = (
+    "max_model_len",
+    "kv_tokens",
+    "block_tokens",
+    "lease_ttl_s",
+    "enable_prefix_caching",
+    "encoder_cache_mb",
+)
+
+
+class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one stage may use; None leaves the default."""
+
+    stage_id: int
+    address: str | None = None
+    devices: str | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_waiting: int | None = None
+    max_model_len: int | None = None
+    kv_tokens: int | None = None
+    block_tokens: int | None = None
+    lease_ttl_s: float | None = None
+    enable_prefix_caching: bool | None = None
+    encoder_cache_mb: int | None = None
+    vae_use_tiling: bool | None = None
+    enforce_eager: bool = True
+    tensor_parallel_size: int = 1
+    input_connectors: dict[str, str] = {}
+    output_connectors: dict[str, str] = {}
+
+
+class DeployYaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    pipeline: str = "bagel"
+    dtype: str = "auto"
+    device: str = "auto"
+    request_timeout_s: float | None = None
+    stages: list[StageSection] = []
+    connectors: dict[str, ConnectorSpec] = {}
+
+
+def load(path: Path, checkpoint: str) -> DeployConfig:
+    """The configuration that the deploy YAML ``path`` gives ``checkpoint``.
+
+    Raises:
+        ConfigError: not readable, an unknown field, or a value that is not allowed.
+    """
+    try:
+        user = _read(path)
+    except (OSError, msgspec.DecodeError, ConfigError) as error:
+        raise ConfigError(f"deploy YAML {path}: {' '.join(str(error).split())}") from error
+    if user.pipeline not in TOPOLOGIES:
+        raise ConfigError(f"pipeline={user.pipeline!r} is not allowed; allowed: {', '.join(TOPOLOGIES)}")
+    topology = TOPOLOGIES[user.pipeline]
+    for index, section in enumerate(user.stages):
+        _check_stage(f"stages[{index}]", section, topology)
+    return DeployConfig(
+        checkpoint=checkpoint,
+        pipeline=user.pipeline,
+        device=_device(user),
+        dtype=_allowed("dtype", user.dtype, ("auto", "float32", "bfloat16")),  # type: ignore[arg-type]
+        **_connector(user),
+        thinker=_thinker(user, topology),
+        dit=_dit(user, topology),
+        vae_decode=_vae_decode(user, topology),
+        bagel=BagelConfig()
+        if user.request_timeout_s is None
+        else BagelConfig(request_timeout_s=user.request_timeout_s),
+        addresses={section.stage_id: section.address for section in user.stages if section.address is not None},
+    )
+
+
+def _read(path: Path) -> DeployYaml:
+    written = msgspec.yaml.decode(path.read_bytes())
+    refuse_unknown("", written, DeployYaml)
+    if isinstance(written, dict):
+        stages, connectors = written.get("stages"), written.get("connectors")
+        for index, section in enumerate(stages if isinstance(stages, list) else ()):
+            refuse_unknown(f"stages[{index}]", section, StageSection)
+        for name, spec in connectors.items() if isinstance(connectors, dict) else ():
+            refuse_unknown(f"connectors.{name}", spec, ConnectorSpec)
+    return msgspec.convert(written, DeployYaml)
+
+
+def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
+    if section.stage_id >= len(topology.stages) or section.stage_id < 0:
+        allowed = f"0 to {len(topology.stages) - 1} in pipeline {topology.name}"
+        raise ConfigError(f"{name}.stage_id={section.stage_id} is not allowed; allowed: {allowed}")
+    if section.tensor_parallel_size != 1:
+        raise ConfigError(f"{name}.tensor_parallel_size={section.tensor_parallel_size}: only 1 is supported")
+    if not section.enforce_eager:
+        raise ConfigError(f"{name}.enforce_eager=false: graphs are not captured here; only true is supported")
+    if section.address is not None:
+        if topology.one_process:
+            raise ConfigError(f"{name}.address={section.address!r}: pipeline {topology.name} is one process")
+        check_address(f"{name}.address", section.address)
+    execution = topology.stages[section.stage_id].execution
+    if section.vae_use_tiling is not None and execution != "diffusion":
+        raise ConfigError(f"{name}.vae_use_tiling belongs to the stage that makes images")
+    if execution == "autoregressive" or topology.one_process:
+        return
+    for field in _THINKER_FIELDS:
+        if getattr(section, field) is not None:
+            raise ConfigError(f"{name}.{field} belongs to an autoregressive stage; stage {section.stage_id} is not one")
+
+
+def _device(user: DeployYaml) -> str:
+    devices = {section.devices for section in user.stages if section.devices is not None}
+    if not devices:
+        return user.device
+    if len(devices) > 1 or any("," in device for device in devices):
+        raise ConfigError(f"stages[].devices={sorted(devices)}: all stages run on one device here")
+    device = devices.pop()
+    return f"cuda:{device}" if device.isdigit() else device
+
+
+def _connector(user: DeployYaml) -> dict[str, Any]:
+    """The connector that the stages name; the only one there is where they name none."""
+    used: list[str] = []
+    for section in user.stages:
+        for reference in (*section.input_connectors.values(), *section.output_connectors.values()):
+            used.append(_allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors)))
+    fields = {name: connector_fields(f"connectors.{name}", spec) for name, spec in user.connectors.items()}
+    names = list(dict.fromkeys(used or fields))
+    if len(names) > 1:
+        raise ConfigError(f"connectors={names}: contexts travel once, from the thinker to the DiT; one may be used")
+    return fields[names[0]] if names else {}
+
+
+def _merged(user: DeployYaml, stage: int, fields: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section in user.stages:
+        if section.stage_id == stage:
+            found.update({name: getattr(section, name) for name in fields if getattr(section, name) is not None})
+    return found
+
+
+def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
+    fields = _merged(user, 0, _THINKER_FIELDS)
+    length = fields.pop("max_model_len", None)
+    if length is not None:
+        fields["kv_tokens"] = max(length, fields.get("kv_tokens", 0))
+    batch = _merged(user, 0, _BATCH_FIELDS)
+    if topology.one_process:  # one process has one stage, whose max_num_seqs are images
+        batch.pop("max_num_seqs", None)
+    return ThinkerConfig(**fields, **batch)
+
+
+def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
+    batch = _merged(user, _diffusion(topology), _BATCH_FIELDS)
+    if topology.one_process:  # and whose token budget is that of prefill
+        batch.pop("max_num_batched_tokens", None)
+    return DitConfig(**batch)
+
+
+def _vae_decode(user: DeployYaml, topology: Topology) -> VaeDecodeConfig:
+    fields = _merged(user, _diffusion(topology), ("vae_use_tiling",))
+    return VaeDecodeConfig(**{name.removeprefix("vae_"): value for name, value in fields.items()})
+
+
+def _diffusion(topology: Topology) -> int:
+    """The stage that makes images, latents and pixels both."""
+    return next(stage.stage_id for stage in topology.stages if stage.execution == "diffusion")
+
+
+def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not allowed; allowed: {', '.join(allowed)}")
+    return value
+
+
+_TOPOLOGY = "the topology that `pipeline` names decides it"
+_FLAT = "its fields stand directly under the stage here"
+# Of vLLM-Omni's files.
+_REASONS = {
+    "gpu_memory_utilization": "memory is what kv_tokens and max_num_seqs make it; `bagel-triton memory` shows it",
+    "max_batch_size": "a stage batches all it has, within max_num_seqs and max_num_batched_tokens",
+    "parallel_config": "all stages run on one device",
+    "platforms": "`device` says where the stages run",
+    "stage_args": "the stages are listed under `stages`",
+    "engine_args": _FLAT,
+    "runtime": _FLAT,
+    "stage_type": _TOPOLOGY,
+    "model_stage": _TOPOLOGY,
+    "model_arch": _TOPOLOGY,
+    "engine_input_source": _TOPOLOGY,
+    "omni_kv_config": _TOPOLOGY,
+}
+
+
+def refuse_unknown(where: str, section: object, known: type[msgspec.Struct]) -> None:
+    """Refuse a field of ``section``, at ``where``, that a ``known`` does not have; what is no mapping has none.
+
+    Raises:
+        ConfigError: names the field, and why there is none such here or which there are.
+    """
+    if not isinstance(section, dict):
+        return
+    allowed = [field.name for field in msgspec.structs.fields(known)]
+    for name in section:
+        if name in allowed:
+            continue
+        path = f"{where}.{name}" if where else str(name)
+        if name in _REASONS:
+            raise ConfigError(f"{path} has no meaning here: {_REASONS[name]}; remove it")
+        raise ConfigError(InvalidRequest.unknown(path, str(name), allowed).message)

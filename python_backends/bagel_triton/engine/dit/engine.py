@@ -1,0 +1,224 @@
+"""The flow stage: one step of the flow for every active image at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from bagel_triton.deploy.config import DitConfig
+from bagel_triton.engine.dit.run import FlowRun, Latents
+from bagel_triton.engine.loop import EngineLoop, Job
+from bagel_triton.engine.token_count import VISION_TOKENS
+from bagel_triton.kv import selftest
+from bagel_triton.kv.connectors.base import Consumer
+from bagel_triton.kv.store import WorkspaceStep, store_shape
+from bagel_triton.model.attention import QuerySpan
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.flow import initial_noise, schedule
+from bagel_triton.model.mot import rotary_tables
+from bagel_triton.protocol.errors import InvalidRequest, LeaseError
+from bagel_triton.protocol.events import ProgressEvent
+from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry, KVHandle
+from bagel_triton.telemetry.metrics import Metrics
+
+DitJob = Job[DenoiseJob, Sequence[Latents]]
+Block = tuple[FlowRun, int, int]  # an image in one context: the run, the image, the context
+
+
+class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
+    """Owns the transformer's generation side, from one thread.
+
+    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
+    and ``arena_tokens`` are those of the thinker's arena.
+    """
+
+    stage = "dit"
+
+    def __init__(
+        self,
+        model: Bagel,
+        consumer: Consumer,
+        config: DitConfig,
+        vision_markers: tuple[int, int],
+        geometry: KVGeometry,
+        arena_tokens: int,
+        metrics: Metrics | None = None,
+    ) -> None:
+        super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
+        self._model, self._consumer, self._config = model, consumer, config
+        self._geometry, self._arena_tokens = geometry, arena_tokens
+        self._runs: list[FlowRun] = []
+        self._packed: tuple[list[Block], PackedBatch] | None = None
+        with torch.inference_mode():
+            self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
+        self.start()
+
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the transformer computes, and in what."""
+        return self._model.device, self._model.dtype
+
+    def read_pattern(self, handle: KVHandle) -> Future[None]:
+        """Read what the thinker lent for the connector's self-test; from any thread."""
+        self._check_handle(handle)
+        return self.call(lambda: selftest.read_pattern(self._consumer, handle, self._model.device))
+
+    def _active(self) -> list[DitJob]:
+        return [run.job for run in self._runs]
+
+    def _check(self, task: DenoiseJob) -> None:
+        self._grid(task.flow)
+        for handle in task.handles:
+            self._check_handle(handle)
+
+    def _check_handle(self, handle: KVHandle) -> None:
+        """Refuse what is not the thinker's: an arena is mapped as its first handle says it is."""
+        if handle.geometry != self._geometry:
+            raise LeaseError(f"the context's geometry {handle.geometry} is not the thinker's {self._geometry}")
+        if handle.tokens > self._arena_tokens + self._geometry.block_tokens:
+            raise LeaseError(f"the context's {handle.tokens} tokens are more than the arena's {self._arena_tokens}")
+
+    def _admit(self, job: DitJob) -> bool:
+        flow = job.task.flow
+        rows, columns = self._grid(flow)
+        images = flow.num_images + sum(len(run.x) for run in self._runs)
+        tokens = (rows * columns + VISION_TOKENS) * len(job.task.handles) * flow.num_images
+        tokens += sum((run.tokens + VISION_TOKENS) * len(run.stores) * len(run.x) for run in self._runs)
+        within = images <= self._config.max_num_seqs and tokens <= self._config.max_num_batched_tokens
+        if self._runs and not within:  # one that is alone may exceed both
+            return False
+        self._runs.append(self._begin(job, rows, columns))
+        return True
+
+    def _grid(self, flow: FlowSettings) -> tuple[int, int]:
+        """Rows and columns of an image's latent tokens."""
+        latent = self._model.config.latent
+        for name, side in (("height", flow.height), ("width", flow.width)):
+            if side % latent.stride or side > latent.max_side:
+                raise InvalidRequest.value(name, side, f"a multiple of {latent.stride} up to {latent.max_side}")
+        return flow.height // latent.stride, flow.width // latent.stride
+
+    @torch.inference_mode()
+    def _begin(self, job: DitJob, rows: int, columns: int) -> FlowRun:
+        model, task, settings = self._model, job.task, job.task.flow
+        channels = model.config.latent.token_channels
+        times = schedule(settings.num_inference_steps, settings.timestep_shift)
+        return FlowRun(
+            job=job,
+            rows=rows,
+            columns=columns,
+            x=[initial_noise(seed, rows * columns, channels).to(model.device) for seed in settings.seeds],
+            times=times,
+            time_embeddings=model.time_embedder(times.to(model.device)),
+            positions=model.latent_pos_embed(rows, columns),
+            stores=self._claim(task.handles, rows * columns + VISION_TOKENS),
+            next_positions=[handle.next_position for handle in task.handles],
+            context_of={context.branch: context.handle for context in task.branches},
+        )
+
+    def _claim(self, handles: Sequence[KVHandle], new_tokens: int) -> list[Tensor]:
+        """Each context copied to the front of a workspace with room for ``new_tokens``.
+
+        Every lease ends here, whether or not all could be claimed.
+        """
+        stores, started = [], time.monotonic()
+        for index, handle in enumerate(handles):
+            try:
+                shape = store_shape(handle.geometry, handle.tokens + new_tokens)
+                store = torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+                self._consumer.claim(handle, store[:, :, : handle.tokens])
+            except Exception:
+                for rest in handles[index:]:
+                    self._consumer.release(rest)
+                raise
+            stores.append(store)
+        self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
+        return stores
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        blocks = [
+            (run, image, context)
+            for run in self._runs
+            for context in run.contexts_to_compute()
+            for image in range(len(run.x))
+        ]
+        computed: dict[tuple[int, int, int], Tensor] = {}
+        if blocks:
+            pack = self._pack(blocks)
+            hidden = self._model.language_model.model(self._embed(blocks), pack)
+            start = 0
+            for run, image, context in blocks:
+                tokens = run.tokens
+                computed[id(run), image, context] = hidden[start : start + tokens]
+                start += tokens
+        for run in list(self._runs):
+            for image in range(len(run.x)):
+                own = {context: state for (of, at, context), state in computed.items() if (of, at) == (id(run), image)}
+                run.update(image, own, self._model.velocity)
+            run.step += 1
+            self._report(run)
+
+    def _embed(self, blocks: Sequence[Block]) -> Tensor:
+        """This step's embeddings, [latents of every block | markers of every block]."""
+        latents: dict[tuple[int, int], Tensor] = {}
+        for run, image, _ in blocks:
+            if (id(run), image) not in latents:
+                time = run.time_embeddings[run.step : run.step + 1]
+                latents[id(run), image] = self._model.embed_latents(run.x[image], time, run.positions)
+        return torch.cat([latents[id(run), image] for run, image, _ in blocks] + [self._markers] * len(blocks))
+
+    def _pack(self, blocks: list[Block]) -> PackedBatch:
+        """The pack of this step; built anew only when images or their branches change."""
+        if self._packed is None or self._packed[0] != blocks:
+            self._packed = (blocks, self._build(blocks))
+        return self._packed[1]
+
+    def _build(self, blocks: Sequence[Block]) -> PackedBatch:
+        gen_rows = sum(run.tokens for run, _, _ in blocks)
+        spans: list[QuerySpan] = []
+        writes, start = [], 0
+        for number, (run, _, context) in enumerate(blocks):
+            markers, past = gen_rows + VISION_TOKENS * number, run.stores[context].shape[2] - run.tokens - VISION_TOKENS
+            rows = ((start, start + run.tokens, past), (markers, markers + VISION_TOKENS, past + run.tokens))
+            # Both spans of a sequence stand together: its new keys are written once for both.
+            spans.extend(QuerySpan(first, last, number, causal=False) for first, last, _ in rows)
+            writes.append(rows)
+            start += run.tokens
+        # One position for a whole block, latents and markers alike.
+        repeats = torch.tensor([run.tokens for run, _, _ in blocks] + [VISION_TOKENS] * len(blocks))
+        positions = torch.tensor([run.next_positions[context] for run, _, context in blocks] * 2)
+        rows_at = positions.repeat_interleave(repeats).to(self._model.device)
+        cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
+        kv = WorkspaceStep([run.stores[c] for run, _, c in blocks], writes)
+        return PackedBatch(gen_rows, cos, sin, spans, kv, self._crew, wanted=slice(0, gen_rows))
+
+    def _report(self, run: FlowRun) -> None:
+        run.job.progress(ProgressEvent("dit", run.step, run.updates))
+        if run.step == run.updates:
+            self._drop(run.job)
+            self.metrics.count("images", len(run.x))
+            run.job.finish([Latents(x, run.rows, run.columns) for x in run.x], self.stage)
+
+    def _renew_leases(self, job: DitJob) -> None:
+        for handle in job.task.handles:
+            self._consumer.renew(handle)
+
+    def _on_rejected(self, job: DitJob) -> None:
+        for handle in job.task.handles:
+            self._consumer.release(handle)
+
+    def _drop(self, job: DitJob) -> None:
+        self._runs = [run for run in self._runs if run.job is not job]
+        self._packed = None
+
+    def close(self) -> None:
+        """Stop the thread and drop every mapping."""
+        super().close()
+        self._consumer.close()

@@ -1,0 +1,98 @@
+"""One request's images on their way from noise: state, and what a step does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from bagel_triton.engine.loop import Job
+from bagel_triton.model.flow import combine, guidance_branches
+from bagel_triton.model.taylorseer import TaylorSeer
+from bagel_triton.protocol.messages import Branch, DenoiseJob, FlowSettings
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A finished flow: ``tokens`` [rows * columns, channels] float32."""
+
+    tokens: Tensor
+    rows: int
+    columns: int
+
+
+@dataclass(eq=False)
+class FlowRun:
+    """The images of one request; everything but ``x``, ``step`` and ``seers`` is fixed.
+
+    They share contexts, times and size, and differ in their noise.
+    """
+
+    job: Job[DenoiseJob, Sequence[Latents]]
+    rows: int
+    columns: int
+    x: list[Tensor]  # an image each: [tokens, channels] float32
+    times: Tensor  # [steps] float32
+    time_embeddings: Tensor  # [steps, hidden]
+    positions: Tensor  # [tokens, hidden]
+    stores: list[Tensor]  # a workspace per context: past keys and values, then a step's
+    next_positions: list[int]  # a RoPE position per context
+    context_of: dict[Branch, int]
+    step: int = 0
+    seers: dict[tuple[int, Branch], TaylorSeer] = field(default_factory=dict)  # by image and branch
+
+    @property
+    def settings(self) -> FlowSettings:
+        """The request's."""
+        return self.job.task.flow
+
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of an image."""
+        return self.rows * self.columns
+
+    @property
+    def updates(self) -> int:
+        """Updates from noise to image."""
+        return self.settings.num_inference_steps - 1
+
+    def branches(self) -> tuple[Branch, ...]:
+        """Branches that this step's guidance needs."""
+        return guidance_branches(self.times[self.step], self.settings)
+
+    def _seer(self, image: int, branch: Branch) -> TaylorSeer | None:
+        if self.settings.cache != "taylorseer":
+            return None
+        return self.seers.setdefault((image, branch), TaylorSeer())
+
+    def contexts_to_compute(self) -> list[int]:
+        """Contexts this step has to run, each once: branches may share one, or be extrapolated."""
+        due = []
+        for branch in self.branches():
+            seer = self._seer(0, branch)  # all images' counters move together
+            if seer is None or seer.due:
+                due.append(self.context_of[branch])
+        return list(dict.fromkeys(due))
+
+    def update(self, image: int, hidden: Mapping[int, Tensor], velocity: Callable[[Tensor], Tensor]) -> None:
+        """Move one image by one step.
+
+        Args:
+            hidden: by context, the computed hidden states [tokens, hidden] before the final norm.
+            velocity: hidden states to velocities, [tokens, channels].
+        """
+        velocities: dict[Branch, Tensor] = {}
+        computed: dict[int, Tensor] = {}
+        for branch in self.branches():
+            context, seer = self.context_of[branch], self._seer(image, branch)
+            if seer is not None:
+                state = seer.update(hidden[context]) if seer.due else seer.extrapolate()
+                velocities[branch] = velocity(state).float()
+                continue
+            if context not in computed:
+                computed[context] = velocity(hidden[context]).float()
+            velocities[branch] = computed[context]
+        t, t_next = self.times[self.step], self.times[self.step + 1]
+        x = self.x[image]
+        self.x[image] = x - combine(velocities, self.settings) * (t - t_next).to(x.device)

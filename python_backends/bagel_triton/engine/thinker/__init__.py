@@ -1,0 +1,1 @@
+"""The autoregressive stage: prefill, text, leases on the KV cache."""

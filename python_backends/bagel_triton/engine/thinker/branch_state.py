@@ -1,0 +1,216 @@
+"""A branch's context under construction: what it still lacks, and who forks from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from bagel_triton.engine.token_count import segment_tokens
+from bagel_triton.kv.block_pool import KVCachePool, KVSequence
+from bagel_triton.model.config import ModelConfig
+from bagel_triton.protocol.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
+
+TEXT_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """Tokens to append causally; with ``scored`` the last one's logits are wanted."""
+
+    context: KVSequence
+    token_ids: tuple[int, ...]
+    scored: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this chunk appends."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class ImageChunk:
+    """A whole image to append as one bidirectional block, markers included."""
+
+    context: KVSequence
+    segment: VitSegment | VaeSegment
+    tokens: int
+    noise: Tensor | None = None  # a VaeSegment's posterior draw, [1, channels, h, w]
+
+
+Chunk = TextChunk | ImageChunk
+
+
+@dataclass(frozen=True)
+class ChunkBoundary:
+    """Where a chunk ends: ``done`` segments and ``offset`` tokens of the next one are in the context.
+
+    ``key`` stands for everything before this point that determines keys and values: tokens,
+    pixels, posterior draws, and where the chunks were cut.
+    """
+
+    key: bytes
+    done: int
+    offset: int
+    tokens: int
+    position: int  # the next RoPE position
+
+
+_START = ChunkBoundary(b"", done=0, offset=0, tokens=0, position=0)
+
+
+@dataclass(eq=False)
+class BranchState:
+    """One branch of one request, from its first token to its last.
+
+    A branch that begins like an earlier one waits for that one to get there, then forks
+    its context: shared prefixes are prefilled once. ``draws`` are the posterior draws of
+    its images for generation, in order.
+    """
+
+    branch: Branch
+    segments: list[Segment]
+    config: ModelConfig
+    context: KVSequence
+    draws: Sequence[Tensor] = ()
+    parent: BranchState | None = None
+    shared: int = 0  # leading segments taken from the parent
+    marks: list[ChunkBoundary] = field(default_factory=list)
+    reached: int = 0  # marks that are in the context
+    children: list[BranchState] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.marks.extend(self._marks_from(0))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it still waits to be forked."""
+        return self.parent is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every segment is in the context."""
+        return not self.waiting and self.reached == len(self.marks)
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Of what is in the context, from its first chunk to the last."""
+        return [mark.key for mark in self.marks[: self.reached]]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the complete context."""
+        return self.marks[-1].tokens if self.marks else 0
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens taken from the parent."""
+        return self._shared_mark.tokens if self.shared else 0
+
+    def append(self, segment: Segment) -> None:
+        """One segment more to come."""
+        self.segments.append(segment)
+        self.marks.extend(self._marks_from(len(self.segments) - 1))
+
+    def next_chunk(self, budget: int, alone: bool) -> Chunk | None:
+        """What to append next within ``budget`` tokens, if anything.
+
+        An image is one block; text is cut every ``TEXT_CHUNK`` tokens and nowhere else, so
+        that a context's numbers do not depend on who shares the step. One chunk that is
+        ``alone`` in the step may exceed the budget.
+        """
+        if self.waiting or self.complete:
+            return None
+        before = self.marks[self.reached - 1] if self.reached else _START
+        tokens = self.marks[self.reached].tokens - before.tokens
+        if tokens > budget and not alone:
+            return None
+        segment = self.segments[before.done]
+        if isinstance(segment, TextSegment):
+            return TextChunk(self.context, segment.token_ids[before.offset : before.offset + tokens])
+        noise = self._draw(before.done) if isinstance(segment, VaeSegment) else None
+        return ImageChunk(self.context, segment, tokens, noise)
+
+    def advance(self) -> None:
+        """The next chunk is in the context now; branches that were waiting for it fork."""
+        self.reached += 1
+        self.fork_children()
+
+    def adopt(self, context: KVSequence, reached: int) -> None:
+        """Go on from ``context``, which has everything up to the mark number ``reached``."""
+        self.context.free()
+        if self.parent is not None:
+            self.parent.children.remove(self)
+        self.context, self.reached, self.parent = context, reached, None
+        self.fork_children()
+
+    def fork_children(self) -> None:
+        """Fork the branches whose shared beginning is in the context."""
+        for child in list(self.children):
+            mark = child._shared_mark
+            if mark.tokens <= self.context.tokens:
+                child.adopt(self.context.fork_at(mark.tokens, mark.position), child.marks.index(mark) + 1)
+
+    @property
+    def _shared_mark(self) -> ChunkBoundary:
+        return next(mark for mark in self.marks if mark.done == self.shared and not mark.offset)
+
+    def _marks_from(self, first: int) -> Iterator[ChunkBoundary]:
+        """The marks of the segments from number ``first`` on; those before are marked already."""
+        mark = self.marks[-1] if self.marks else _START
+        for done, segment in enumerate(self.segments[first:], first):
+            tokens = segment_tokens(segment, self.config)
+            if isinstance(segment, TextSegment):
+                ids = np.asarray(segment.token_ids, dtype=np.int64)
+                for start in range(0, tokens, TEXT_CHUNK):
+                    stop = min(start + TEXT_CHUNK, tokens)
+                    place = (done + 1, 0) if stop == tokens else (done, stop)
+                    key = _key(mark.key, b"text", ids[start:stop].tobytes())
+                    mark = ChunkBoundary(key, *place, mark.tokens + stop - start, mark.position + stop - start)
+                    yield mark
+            else:
+                what = b"%s %dx%d" % (type(segment).__name__.encode(), segment.height, segment.width)
+                draw = self._draw(done).numpy().tobytes() if isinstance(segment, VaeSegment) else b""
+                key = _key(mark.key, what, segment.pixels, draw)
+                mark = ChunkBoundary(key, done + 1, 0, mark.tokens + tokens, mark.position + 1)
+                yield mark
+
+    def _draw(self, index: int) -> Tensor:
+        """The posterior draw of segment ``index``, an image for generation."""
+        return self.draws[sum(isinstance(before, VaeSegment) for before in self.segments[:index])]
+
+
+def _key(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return digest.digest()
+
+
+def build_branch_states(
+    branches: Sequence[BranchPlan], arena: KVCachePool, config: ModelConfig, draws: Sequence[Tensor] = ()
+) -> list[BranchState]:
+    """The branches that need a context, each tied to the earlier one it shares most with."""
+    sequences: list[BranchState] = []
+    for plan in branches:
+        if plan.same_as is not None:
+            continue
+        sequence = BranchState(plan.branch, list(plan.segments), config, KVSequence(arena), draws)
+        best = max(sequences, key=lambda other: _common(other.segments, sequence.segments), default=None)
+        shared = _common(best.segments, sequence.segments) if best else 0
+        if best and shared:
+            sequence.parent, sequence.shared = best, shared
+            best.children.append(sequence)
+        sequences.append(sequence)
+    return sequences
+
+
+def _common(first: Sequence[Segment], second: Sequence[Segment]) -> int:
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length

@@ -1,0 +1,1 @@
+"""The decoding stage: latents to uint8 images."""

@@ -1,0 +1,71 @@
+"""The pixel stage: latents to uint8 images, those of one size together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bagel_triton.deploy.config import VaeDecodeConfig
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.engine.loop import EngineLoop, Job
+from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
+from bagel_triton.model.config import LatentConfig
+from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.telemetry.metrics import Metrics
+
+DecodeJob = Job[Latents, Tensor]
+
+
+class DecoderEngine(EngineLoop[Latents, Tensor]):
+    """Owns the autoencoder's decoder, from one thread; results are uint8 [height, width, 3]."""
+
+    stage = "vae_decode"
+
+    def __init__(
+        self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig, metrics: Metrics | None = None
+    ) -> None:
+        device = next(autoencoder.parameters()).device
+        super().__init__(metrics, config.max_waiting, device=device)
+        self._autoencoder, self._latent, self._config = autoencoder, latent, config
+        # On a CPU a convolution's rounding depends on the batch, and batching gains nothing.
+        on_cpu = device.type == "cpu"
+        self._limit = 1 if on_cpu else config.max_batch_size
+        self._batch: list[DecodeJob] = []
+        self.start()
+
+    def _active(self) -> list[DecodeJob]:
+        return list(self._batch)
+
+    def _admit(self, job: DecodeJob) -> bool:
+        if self._batch:
+            first = self._batch[0].task
+            same_size = (first.rows, first.columns) == (job.task.rows, job.task.columns)
+            if not same_size or len(self._batch) >= self._limit:
+                return False
+        self._batch.append(job)
+        return True
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        latents = torch.stack(
+            [
+                unpack_latents(job.task.tokens, job.task.rows, job.task.columns, self._latent.patch_size)
+                for job in self._batch
+            ]
+        )
+        images = decode(self._autoencoder, latents, self._decoder(latents)).cpu()
+        batch, self._batch = self._batch, []
+        for job, image in zip(batch, images, strict=True):
+            job.finish(image, self.stage)
+
+    def _decoder(self, latents: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """How latents [batch, channels, height, width] are decoded: what an image gets depends on its size alone."""
+        pixels = latents.shape[2] * latents.shape[3] * self._latent.downsample**2
+        whole = not self._config.use_tiling or pixels <= strips.WORTH_IT
+        return None if whole else partial(strips.decode_in_strips, self._autoencoder.decoder)
+
+    def _drop(self, job: DecodeJob) -> None:
+        self._batch.remove(job)

@@ -1,0 +1,1 @@
+"""Shared-memory files, locks and descriptors that processes of one server share."""

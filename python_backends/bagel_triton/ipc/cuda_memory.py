@@ -1,0 +1,199 @@
+"""Memory of a GPU that outlives the process which allocated it, by CUDA's virtual memory management.
+
+An allocation can be exported as a POSIX file descriptor. The driver frees it once every
+mapping, handle and descriptor of it is gone, in whatever process, so it matters to nobody
+whether the exporter still lives; with the handles of CUDA IPC, as contexts use them, it would.
+
+Access: mappings are read-only where the driver grants that. It has a flag for it and does not
+promise to honour it on every device, so nothing relies on it.
+
+Where a call of the driver fails, nothing that was made before it is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagel_triton.weights.device import NotShareable
+
+log = logging.getLogger(__name__)
+
+
+class CudaMemory:
+    """Memory of ``device``, a :class:`~bagel_triton.weights.device.DeviceMemory`."""
+
+    alignment = 512  # of torch's own allocator; matrix kernels are chosen by the alignment they find
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def name(self) -> str:
+        return device_uuid(self.device)
+
+    def allocate(self, size: int) -> tuple[int, Tensor]:
+        """A descriptor of new memory, and its bytes mapped for writing: uint8 [size]."""
+        gpu = _Gpu(self.device)
+        extent = gpu.extent(size)
+        error, handle = gpu.driver.cuMemCreate(extent, gpu.properties, 0)
+        if error == gpu.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            free, _ = torch.cuda.mem_get_info(gpu.index)
+            raise MemoryError(f"{self.device} has no room for {size} bytes of weights; {free} are free")
+        gpu.check("cuMemCreate", error)
+        try:
+            descriptor = gpu.call("cuMemExportToShareableHandle", handle, gpu.kind, 0)
+            try:
+                return descriptor, gpu.mapped(handle, size, extent, read_only=False)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        finally:
+            gpu.call("cuMemRelease", handle)  # the descriptor and the mapping keep the memory
+
+    def open(self, descriptor: int, size: int) -> Tensor:
+        """The bytes behind ``descriptor``, mapped for reading where that can be asked for: uint8 [size]."""
+        gpu = _Gpu(self.device)
+        handle = gpu.call("cuMemImportFromShareableHandle", descriptor, gpu.kind)
+        try:
+            return gpu.mapped(handle, size, gpu.extent(size), read_only=True)
+        finally:
+            gpu.call("cuMemRelease", handle)
+
+    def complete(self) -> None:
+        """Return when all that was copied to the device is there."""
+        torch.cuda.synchronize(self.device)
+
+
+class _Gpu:
+    """The driver's calls for one device, which is made current in this thread.
+
+    Raises:
+        NotShareable: the bindings are missing, or the device cannot export memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise NotShareable(
+                f"that needs the package cuda-python, of the CUDA driver's major version: {error}"
+            ) from error
+        self.driver, self.device = driver, device
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_device(self.index)
+        torch.cuda.synchronize(self.index)  # after which the device has a context
+        self.kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        ordinal = self.call("cuDeviceGet", self.index)
+        for attribute in (
+            driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+            driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+        ):
+            if not self.call("cuDeviceGetAttribute", attribute, ordinal):
+                raise NotShareable(f"{device} has no {attribute.name}")
+        self._place = driver.CUmemLocation()
+        self._place.type, self._place.id = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, self.index
+        self.properties = driver.CUmemAllocationProp()
+        self.properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self.properties.location = self._place
+        self.properties.requestedHandleTypes = self.kind
+
+    def check(self, call: str, error: Any) -> None:
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            raise NotShareable(f"{call} on {self.device} failed: {error!r}")
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What the call returns, if anything."""
+        error, *values = getattr(self.driver, name)(*arguments)
+        self.check(name, error)
+        return values[0] if values else None
+
+    def extent(self, size: int) -> int:
+        """``size`` bytes, rounded up to what can be allocated and mapped."""
+        minimum = self.driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        granularity = int(self.call("cuMemGetAllocationGranularity", self.properties, minimum))
+        return -(-size // granularity) * granularity
+
+    def mapped(self, handle: Any, size: int, extent: int, read_only: bool) -> Tensor:
+        """The first ``size`` of a handle's ``extent`` bytes; the mapping ends with the last tensor of it."""
+        pointer = int(self.call("cuMemAddressReserve", extent, 0, 0, 0))
+        try:
+            self.call("cuMemMap", pointer, extent, 0, handle, 0)
+            try:
+                self._allow(pointer, extent, read_only)
+                mapping = CudaBytes(self.device, pointer, size)
+                contents = mapping.tensor()
+            except BaseException:
+                self.call("cuMemUnmap", pointer, extent)
+                raise
+        except BaseException:
+            self.call("cuMemAddressFree", pointer, extent)
+            raise
+        weakref.finalize(mapping, self._unmap, pointer, extent).atexit = False
+        return contents
+
+    def _allow(self, pointer: int, extent: int, read_only: bool) -> None:
+        access = self.driver.CUmemAccessDesc()
+        access.location = self._place
+        flags = self.driver.CUmemAccess_flags
+        if read_only:
+            access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+            (error,) = self.driver.cuMemSetAccess(pointer, extent, [access], 1)
+            if error == self.driver.CUresult.CUDA_SUCCESS:
+                return
+            log.info("%s maps weights for writing, too: read-only, cuMemSetAccess says %r", self.device, error)
+        access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self.call("cuMemSetAccess", pointer, extent, [access], 1)
+
+    def _unmap(self, pointer: int, extent: int) -> None:
+        torch.cuda.synchronize(self.index)  # a kernel may still be reading
+        self.call("cuMemUnmap", pointer, extent)
+        self.call("cuMemAddressFree", pointer, extent)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why processes cannot share memory of ``device`` now, found by trying; None where they can."""
+    memory = CudaMemory(device)
+    try:
+        descriptor, _ = memory.allocate(1)
+        try:
+            memory.open(descriptor, 1)
+        finally:
+            os.close(descriptor)
+    except (NotShareable, MemoryError) as error:
+        return str(error)
+    return None
+
+
+def device_uuid(device: torch.device) -> str:
+    """What names a GPU alike in every process, however each of them numbers those it sees."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def device_of(uuid: str) -> torch.device | None:
+    """The GPU of that UUID as this process numbers it; None where it is not visible here."""
+    for index in range(torch.cuda.device_count()):
+        if device_uuid(torch.device("cuda", index)) == uuid:
+            return torch.device("cuda", index)
+    return None
+
+
+class CudaBytes:
+    """``size`` bytes at ``pointer`` on ``device``; whoever made them ends them."""
+
+    def __init__(self, device: torch.device, pointer: int, size: int) -> None:
+        self.device, self.pointer, self.size = device, pointer, size
+
+    def tensor(self) -> Tensor:
+        """The memory as uint8 [size]: no copy, and it keeps this object."""
+        return torch.as_tensor(self, device=self.device)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        # Bytes, because the interface knows no bfloat16.
+        return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "strides": None, "version": 3}

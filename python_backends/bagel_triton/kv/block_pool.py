@@ -1,0 +1,153 @@
+"""Fixed-size blocks of tokens, shared by reference count, and the contexts made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bagel_triton.kv.store import slots_of
+from bagel_triton.protocol.messages import KVGeometry
+
+
+class KVCacheFull(Exception):
+    """No free blocks now; they return when leases end."""
+
+
+class BlockAllocator:
+    """Reference counts of ``count`` blocks (``references``, by block). Not thread-safe: one thread owns an arena."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count - 1, -1, -1))  # a stack: low blocks first, in order
+        self.references = [0] * count
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be allocated now."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Blocks that a context or lease holds."""
+        return self.count - len(self._free)
+
+    def allocate(self, number: int) -> list[int]:
+        """``number`` blocks with one reference each; raises :class:`KVCacheFull` and takes none."""
+        if number > len(self._free):
+            raise KVCacheFull(f"{number} blocks wanted, {len(self._free)} of {self.count} free")
+        taken = [self._free.pop() for _ in range(number)]
+        for block in taken:
+            self.references[block] = 1
+        return taken
+
+    def retain(self, blocks: Sequence[int]) -> None:
+        """One more reference to each block."""
+        for block in blocks:
+            if not self.references[block]:
+                raise ValueError(f"block {block} is free and cannot be shared")
+            self.references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One reference less to each block; the last one frees it."""
+        if twice := [block for block in blocks if not self.references[block]]:
+            raise ValueError(f"block {twice[0]} is free already")
+        freed = []
+        for block in blocks:
+            self.references[block] -= 1
+            if not self.references[block]:
+                freed.append(block)
+        if freed:
+            # Sorted, so that the next contexts get consecutive blocks and are read without a gather.
+            self._free.extend(freed)
+            self._free.sort(reverse=True)
+
+    def shared(self, block: int) -> bool:
+        """Whether more than one context holds ``block``."""
+        return self.references[block] > 1
+
+
+class KVSequence:
+    """One branch's tokens in the arena: a path of blocks that forks without a copy."""
+
+    def __init__(
+        self, arena: KVCachePool, blocks: list[int] | None = None, tokens: int = 0, next_position: int = 0
+    ) -> None:
+        self._arena = arena
+        self.blocks = blocks or []
+        self.tokens = tokens
+        self.next_position = next_position
+
+    def fork(self) -> KVSequence:
+        """A context with the same past; the two grow apart from here."""
+        return self.fork_at(self.tokens, self.next_position)
+
+    def fork_at(self, tokens: int, next_position: int) -> KVSequence:
+        """A context with the first ``tokens`` of this one's, which end before ``next_position``."""
+        blocks = self.blocks[: self._arena.blocks_for(tokens)]
+        self._arena.blocks.retain(blocks)
+        return KVSequence(self._arena, blocks, tokens, next_position)
+
+    def extend(self, tokens: int) -> Tensor:
+        """Room for ``tokens`` more: their slots, [tokens] int64.
+
+        A last block that another context shares is copied first, so that neither sees
+        the other's tokens. Raises :class:`KVCacheFull` and changes nothing.
+        """
+        arena, size = self._arena, self._arena.geometry.block_tokens
+        filled = self.tokens % size
+        missing = -(-(self.tokens + tokens) // size) - len(self.blocks)
+        arena.make_room(missing + (bool(filled) and arena.blocks.shared(self.blocks[-1])))
+        copy_tail = bool(filled) and arena.blocks.shared(self.blocks[-1])  # which making room may have ended
+        fresh = arena.blocks.allocate(missing + copy_tail)
+        if copy_tail:
+            tail, copy = self.blocks[-1], fresh.pop(0)
+            arena.store[:, :, copy * size : copy * size + filled] = arena.store[
+                :, :, tail * size : tail * size + filled
+            ]
+            self.blocks[-1] = copy
+            arena.blocks.release([tail])
+        self.blocks.extend(fresh)
+        start, self.tokens = self.tokens, self.tokens + tokens
+        return arena.slots(self.blocks, start, self.tokens)
+
+    def free(self) -> None:
+        """Give the blocks back; the context is empty afterwards."""
+        blocks, self.blocks, self.tokens = self.blocks, [], 0
+        self._arena.blocks.release(blocks)
+
+
+class KVCachePool:
+    """A store, ``[layers, 2, blocks * block_tokens, kv_heads, head_dim]``, cut into blocks.
+
+    ``make_room`` is asked before blocks are allocated to see that so many are free, if
+    there is something that can be let go.
+    """
+
+    def __init__(self, store: Tensor, geometry: KVGeometry) -> None:
+        self.store = store
+        self.geometry = geometry
+        self.make_room: Callable[[int], None] = lambda blocks: None
+        self.blocks = BlockAllocator(store.shape[2] // geometry.block_tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the whole arena holds."""
+        return self.blocks.count * self.geometry.block_tokens
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a new context of ``tokens`` takes."""
+        return -(-tokens // self.geometry.block_tokens)
+
+    def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
+        """Slots of a context's tokens ``start:stop``, [stop - start] int64 on the store's device."""
+        size = self.geometry.block_tokens
+        index = torch.arange(start, stop)
+        slots = torch.tensor(blocks, dtype=torch.int64)[index // size] * size + index % size
+        return slots.to(self.store.device)
+
+    def read_slots(self, context: KVSequence) -> slice | Tensor:
+        """Slots of a whole context, for :class:`~bagel_triton.kv.store.PagedStep`."""
+        slots = slots_of(context.blocks, context.tokens, self.geometry.block_tokens)
+        return slots if isinstance(slots, slice) else slots.to(self.store.device)

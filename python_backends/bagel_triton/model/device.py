@@ -1,0 +1,74 @@
+"""Where and in what precision a stage computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from bagel_triton.model.attention import backend_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A resolved device and dtype, and the attention backend they lead to."""
+
+    torch_device: torch.device
+    torch_dtype: torch.dtype
+
+    @property
+    def device(self) -> str:
+        """The device's name, such as ``cpu`` or ``cuda:0``."""
+        return str(self.torch_device)
+
+    @property
+    def dtype_name(self) -> Literal["float32", "bfloat16"]:
+        """The dtype's name."""
+        return "float32" if self.torch_dtype == torch.float32 else "bfloat16"
+
+    @property
+    def attention(self) -> str:
+        """The attention backend's name."""
+        return backend_name(self.torch_device, self.torch_dtype)
+
+
+def resolve(device: str, dtype: str) -> Placement:
+    """``auto`` device: CUDA where there is one; ``auto`` dtype: float32 on a CPU, bfloat16 on CUDA.
+
+    ``cuda`` becomes ``cuda:0``: what makes a device current, or names it, needs the number.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    name = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device={device!r} is not allowed; allowed: auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ValueError(f"device={device!r} is not there: this machine has {count} CUDA devices")
+    if dtype == "auto":
+        dtype = "float32" if kind == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not allowed; allowed: auto, {', '.join(DTYPES)}")
+    return Placement(torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(name), DTYPES[dtype])
+
+
+CPU = torch.device("cpu")
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether whatever is asked of ``device`` fails, as after an illegal access: CUDA repeats that error for ever.
+
+    An error that was a call's own, too little memory for example, is over with that call.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

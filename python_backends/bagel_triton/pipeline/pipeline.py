@@ -1,0 +1,141 @@
+"""The life of a request: which stage follows which, and what is undone when one fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ImageEvent, StageStats
+from bagel_triton.protocol.messages import Answer, DenoiseJob, FlowSettings, Plan, ThinkerOutput, Usage
+from bagel_triton.telemetry.spans import (
+    Attributes,
+    NoSpan,
+    Span,
+    image_attributes,
+    request_attributes,
+    size_attributes,
+    text_attributes,
+)
+
+RequestT = TypeVar("RequestT", contravariant=True)
+LatentsT = TypeVar("LatentsT")
+PixelsT = TypeVar("PixelsT")
+T = TypeVar("T")
+
+
+class Stages(Protocol[RequestT, LatentsT, PixelsT]):
+    """The four stages, wherever they run. Each call starts a visit and returns at once."""
+
+    def expand(self, request: RequestT) -> StageCall[Plan]:
+        """``cfg_expand``: validate and plan."""
+
+    def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
+        """``thinker``: prefill, decode text, and lend the contexts."""
+
+    def denoise(self, job: DenoiseJob) -> StageCall[Sequence[LatentsT]]:
+        """``dit``: claim the contexts and run the flow, of every image asked for."""
+
+    def decode(self, latents: LatentsT, request_id: str) -> StageCall[PixelsT]:
+        """``vae_decode``: one image's latents to uint8 [height, width, 3]."""
+
+    def abandon(self, request_id: str) -> None:
+        """Stop what a request has anywhere, and take its leases back."""
+
+
+@dataclass(frozen=True)
+class GeneratedImage(Generic[PixelsT]):
+    """A finished image and its description."""
+
+    event: ImageEvent
+    pixels: PixelsT
+
+
+class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
+    """Chains the stages for one request at a time per call; calls may run in parallel."""
+
+    def __init__(self, stages: Stages[RequestT, LatentsT, PixelsT], stage_timeout_s: float) -> None:
+        self._stages, self._timeout_s = stages, stage_timeout_s
+
+    def run(
+        self, request: RequestT, cancelled: Callable[[], bool] = lambda: False, span: Span | None = None
+    ) -> Iterator[Event | GeneratedImage[PixelsT]]:
+        """Events of one request, :class:`DoneEvent` last; ``span``, the request's, is told of each visit.
+
+        Raises:
+            BagelError: the request failed; nothing of it is left in any stage.
+        """
+        times: list[StageStats] = []
+        started, deadline = time.time(), None
+        whole = span or NoSpan()
+
+        def follow(visit: StageCall[T], attributes: Attributes = MappingProxyType({})) -> Generator[Event, None, T]:
+            with whole.child(visit.stage, visit.started_at) as part:
+                part.set_attributes(attributes)
+                result, stats = yield from visit.follow(cancelled, self._timeout_s, deadline)
+                part.set_attributes({"queue_s": stats.queue_s, "run_s": stats.run_s})
+                if isinstance(result, ThinkerOutput):
+                    part.set_attributes(text_attributes(result.answers))
+            times.append(stats)
+            return result
+
+        plan = yield from follow(self._stages.expand(request))
+        whole.set_attributes(request_attributes(plan))
+        if plan.schedule.deadline is not None:  # it was set when the plan was made, which took its time
+            deadline = plan.schedule.deadline - (time.time() - started)
+        images: list[PixelsT] = []
+        finished = False
+        try:
+            thoughts = yield from follow(self._stages.think(plan), {"prompt_tokens": plan.usage.prompt_tokens})
+            whole.set_attributes(text_attributes(thoughts.answers))
+            yield from _answers(thoughts.answers)
+            if thoughts.job is not None:
+                latents = yield from follow(self._stages.denoise(thoughts.job), image_attributes(plan.flow))
+                for visit in [self._stages.decode(one, plan.request_id) for one in latents]:
+                    images.append((yield from follow(visit, size_attributes(plan.flow))))
+            finished = True
+        finally:
+            if not finished:  # also when the consumer closes this generator
+                self._stages.abandon(plan.request_id)
+        if plan.flow is not None:
+            yield from _images(plan.flow, images)
+        yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, thoughts.answers), _by_stage(times))
+
+
+def _answers(answers: Sequence[Answer]) -> Iterator[AnswerEvent]:
+    for index, answer in enumerate(answers):
+        yield AnswerEvent(index, answer.content, answer.reasoning, answer.finish_reason)
+
+
+def _images(flow: FlowSettings, images: Sequence[PixelsT]) -> Iterator[GeneratedImage[PixelsT]]:
+    for index, (seed, pixels) in enumerate(zip(flow.seeds, images, strict=True)):
+        yield GeneratedImage(ImageEvent(index, flow.height, flow.width, seed), pixels)
+
+
+def _seed(plan: Plan) -> int | None:
+    if plan.flow is not None:
+        return plan.flow.seed
+    sampled = plan.decoding is not None and plan.decoding.temperature > 0
+    return plan.decoding.seeds[0] if plan.decoding is not None and sampled else None
+
+
+def _usage(plan: Plan, answers: Sequence[Answer]) -> Usage:
+    return msgspec.structs.replace(
+        plan.usage,
+        text_tokens=sum(answer.tokens for answer in answers),
+        reasoning_tokens=sum(answer.reasoning_tokens for answer in answers),
+    )
+
+
+def _by_stage(times: Sequence[StageStats]) -> tuple[StageStats, ...]:
+    """One entry a stage: of several visits, decoding ``n`` images, the sums."""
+    merged: dict[str, StageStats] = {}
+    for one in times:
+        before = merged.get(one.stage, StageStats(one.stage, 0.0, 0.0))
+        merged[one.stage] = StageStats(one.stage, before.queue_s + one.queue_s, before.run_s + one.run_s)
+    return tuple(merged.values())

@@ -1,0 +1,1 @@
+"""What travels between processes: requests, messages, events, errors; imports nothing else of ours."""

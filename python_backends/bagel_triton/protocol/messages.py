@@ -1,0 +1,312 @@
+"""What the stages tell each other: frozen, typed, and the only thing that travels.
+
+Messages are ``msgspec.Struct``s: frozen dataclasses with a strict codec (unknown
+fields, wrong types and impossible values are refused) and tagged unions. Stages exchange
+them as MessagePack in one tensor. A value that no stage could work with is refused when a
+message is decoded, whoever sent it; what a user may ask for, with a checkpoint's own limits,
+is checked in ``defaults.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+MIN_STEPS, MAX_STEPS = 2, 1000
+MAX_SCALE = 1000
+MIN_SHIFT, MAX_SHIFT = 0.001, 1000
+MAX_RESULTS = 10  # images or texts of a request
+MAX_NEW_TOKENS = 32768
+Share = Annotated[float, Meta(ge=0, le=1)]
+Scale = Annotated[float, Meta(ge=0, le=MAX_SCALE)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """MessagePack bytes of ``message``."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """The message of type ``kind`` in ``data``.
+
+    Raises:
+        msgspec.ValidationError: ``data`` is not a ``kind``.
+    """
+    return msgspec.msgpack.decode(data, type=kind)
+
+
+class SchedulingParams(Message, frozen=True):
+    """When a request is worked on: lower ``priority`` first; not after ``deadline``, Unix seconds."""
+
+    priority: int = 0
+    deadline: float | None = None
+
+
+class Branch(StrEnum):
+    """The contexts of guidance: ``cfg_text`` has no prompt, ``cfg_img`` no image."""
+
+    GEN = "gen"
+    CFG_TEXT = "cfg_text"
+    CFG_IMG = "cfg_img"
+
+
+class TextSegment(Message, frozen=True, tag="text"):
+    """Tokens appended causally, one position each, markers included."""
+
+    token_ids: Annotated[tuple[Index, ...], Meta(min_length=1)]
+
+
+class _ImageSegment(Message, frozen=True):
+    """One bidirectional block at one position; ``pixels`` are uint8 [height, width, 3]."""
+
+    height: Count
+    width: Count
+    pixels: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.pixels) != self.height * self.width * 3:
+            raise ValueError(f"{len(self.pixels)} bytes are not {self.height}x{self.width} pixels")
+
+
+class VitSegment(_ImageSegment, frozen=True, tag="vit"):
+    """An image for understanding, resized for the ViT already."""
+
+
+class VaeSegment(_ImageSegment, frozen=True, tag="vae"):
+    """An image for generation, resized for the autoencoder already."""
+
+
+Segment = TextSegment | VitSegment | VaeSegment
+
+
+class BranchPlan(Message, frozen=True):
+    """One branch's context. With ``same_as`` it is another branch's, token for token,
+    and ``segments`` is empty: it needs no forward of its own."""
+
+    branch: Branch
+    segments: tuple[Segment, ...] = ()
+    same_as: Branch | None = None
+
+
+class FlowSettings(Message, frozen=True):
+    """What the denoising loop needs of a request; names and meaning as in the paper's code.
+
+    ``height`` and ``width`` are pixels. ``num_inference_steps`` counts sample points
+    (N points are N-1 updates). Guidance acts where ``lo < t <= hi`` of ``cfg_interval``.
+    """
+
+    height: Count
+    width: Count
+    num_inference_steps: Annotated[int, Meta(ge=MIN_STEPS, le=MAX_STEPS)]
+    seed: Seed
+    timestep_shift: Annotated[float, Meta(ge=MIN_SHIFT, le=MAX_SHIFT)]
+    cfg_text_scale: Scale
+    cfg_img_scale: Scale
+    cfg_interval: tuple[Share, Share]
+    cfg_renorm_type: Literal["global", "channel", "text_channel"]
+    cfg_renorm_min: Share
+    num_images: Annotated[int, Meta(ge=1, le=MAX_RESULTS)] = 1
+    cache: Literal["none", "taylorseer"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed an image: ``seed``, ``seed`` + 1, ..."""
+        return tuple(range(self.seed, self.seed + self.num_images))
+
+
+class Decoding(Message, frozen=True):
+    """How text is decoded, and what for.
+
+    ``first_token`` is fed first: the start token, or the last token of a prompt taken
+    verbatim. With ``purpose`` "think" the text is appended to the ``gen`` context, as a
+    segment of its own, before that is lent; with "answer" it is the result, once per seed.
+    ``temperature`` 0 is greedy. ``max_think_tokens`` bounds the tokens before a
+    ``</think>`` where ``split_thinking`` is set.
+    """
+
+    purpose: Literal["answer", "think"]
+    first_token: Index
+    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_NEW_TOKENS)]
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_p: Annotated[float, Meta(gt=0)] = 1.0
+    top_k: Index = 0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    stop: tuple[str, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_RESULTS)] = (0,)
+    split_thinking: bool = False
+    max_think_tokens: Count | None = None
+
+
+class Usage(Message, frozen=True):
+    """Token counts: the context a request brought, text and latents it made.
+
+    ``reasoning_tokens`` are those of ``text_tokens`` that were thinking.
+    """
+
+    prompt_tokens: Index = 0
+    text_tokens: Index = 0
+    image_tokens: Index = 0
+    reasoning_tokens: Index = 0
+
+
+class Plan(Message, frozen=True):
+    """``cfg_expand``'s answer: everything the later stages need of a request."""
+
+    request_id: str
+    branches: tuple[BranchPlan, ...]
+    usage: Usage
+    flow: FlowSettings | None = None  # None where no image is wanted
+    decoding: Decoding | None = None
+    schedule: SchedulingParams = SchedulingParams()
+
+    def __post_init__(self) -> None:
+        own = [plan.branch for plan in self.branches if plan.same_as is None]
+        if own[:1] != [Branch.GEN] or len({plan.branch for plan in self.branches}) != len(self.branches):
+            raise ValueError("branches must begin with gen and name none twice")
+        if lost := [plan.same_as for plan in self.branches if plan.same_as not in (None, *own)]:
+            raise ValueError(f"a branch is the same as {lost[0]}, which has no context")
+
+
+class Pulse(Message, frozen=True):
+    """What a stage at work sends the ensemble that it is a step of, for the next step to look at."""
+
+    stage: str
+    request_id: str
+
+
+LEASE_SLOTS = 4096  # contexts that are lent at a time
+
+
+class KVGeometry(Message, frozen=True):
+    """A block is ``[layers, 2, block_tokens, kv_heads, head_dim]`` of ``dtype`` (a torch dtype's name)."""
+
+    layers: Count
+    kv_heads: Count
+    head_dim: Count
+    block_tokens: Count
+    dtype: str
+
+
+class MooncakeAddress(Message, frozen=True, tag="mooncake"):
+    """Where a transfer engine finds an arena of ``slots`` tokens.
+
+    ``peer`` is the engine, ``host:port``; ``store`` and ``words`` are addresses in its
+    process.
+    """
+
+    peer: str
+    store: int
+    words: int
+    slots: int
+
+
+class CudaAddress(Message, frozen=True, tag="cuda_ipc"):
+    """An arena of ``slots`` tokens on the GPU ``device`` (its UUID); ``memory`` is its CUDA IPC handle."""
+
+    device: str
+    memory: bytes
+    slots: int
+
+
+Address = MooncakeAddress | CudaAddress
+
+
+class KVHandle(Message, frozen=True):
+    """A lease on one branch's context: enough to map and check it, no KV.
+
+    ``blocks`` are block indices in the arena named ``arena`` of generation
+    ``generation``; an empty context has none and needs no lease (``lease`` 0).
+    ``expires_at`` is ``time.monotonic()`` seconds, comparable between processes of
+    one host only. ``address`` is what a connector needs beyond the arena's name.
+    """
+
+    request_id: str
+    branch: Branch
+    connector: str
+    arena: str
+    generation: int
+    slot: Annotated[int, Meta(ge=0, lt=LEASE_SLOTS)]
+    lease: Seed
+    blocks: tuple[Index, ...]
+    tokens: Index
+    next_position: Index
+    geometry: KVGeometry
+    expires_at: float
+    address: Address | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.lease) != bool(self.tokens):
+            raise ValueError(f"lease {self.lease} is of {self.tokens} tokens: an empty context alone has none")
+        if "\0" in self.arena or "\0" in self.request_id:
+            raise ValueError("a name holds a NUL")
+        if len(self.blocks) != -(-self.tokens // self.geometry.block_tokens):
+            raise ValueError(f"{len(self.blocks)} blocks do not hold {self.tokens} tokens")
+
+
+def encode_handle(handle: KVHandle) -> bytes:
+    """JSON of ``handle``: what the connector's self-test passes between the stages."""
+    return msgspec.json.encode(handle)
+
+
+def decode_handle(data: bytes) -> KVHandle:
+    """The handle in JSON ``data``; raises ``msgspec.ValidationError``."""
+    return msgspec.json.decode(data, type=KVHandle)
+
+
+class BranchKV(Message, frozen=True):
+    """Which handle a branch reads: its own, or another branch's."""
+
+    branch: Branch
+    handle: Index
+
+
+class DenoiseJob(Message, frozen=True):
+    """The thinker's answer, the DiT's input: flow settings and leased contexts."""
+
+    request_id: str
+    flow: FlowSettings
+    handles: tuple[KVHandle, ...]
+    branches: tuple[BranchKV, ...]
+    schedule: SchedulingParams = SchedulingParams()
+
+    def __post_init__(self) -> None:
+        if {context.branch for context in self.branches} != set(Branch):
+            raise ValueError(f"branches must have a context for each of {', '.join(Branch)}")
+        if any(context.handle >= len(self.handles) for context in self.branches):
+            raise ValueError(f"a branch reads a handle beyond the {len(self.handles)} there are")
+
+
+class Answer(Message, frozen=True):
+    """One decoded text: what was thought, what is answered, why it ended."""
+
+    content: str
+    reasoning: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+    reasoning_tokens: int
+
+
+class ThinkerOutput(Message, frozen=True):
+    """The thinker's answer: texts it decoded, and contexts where an image is to follow."""
+
+    answers: tuple[Answer, ...] = ()
+    job: DenoiseJob | None = None

@@ -1,1 +1,0 @@
-"""The OpenAI-compatible proxy: thin, stateless, and free of model knowledge."""

@@ -1,1 +1,0 @@
-"""Running the server: finding tritonserver, starting and stopping everything, the command line."""

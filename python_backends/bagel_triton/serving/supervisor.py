@@ -1,0 +1,207 @@
+"""The supervisor: tritonserver as a child, the proxy in this process, both stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+
+from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.ipc.control_file import SERVER, ControlFile
+from bagel_triton.ipc.prefix import SharedMemoryPrefix
+from bagel_triton.serving import connector_test
+from bagel_triton.serving import triton_process as triton_log
+from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving.model_repository import ModelRepository
+from bagel_triton.serving.startup_progress import StartupProgress
+from bagel_triton.serving.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
+from bagel_triton.serving.watchdog import RestartBudget, RestartNeeded, Watchdog
+
+GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
+LAST_S = 1  # for them to do so; then Triton's end cuts them off
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that it takes to start one server.
+
+    Without ``proxy`` and ``listener`` it is one that another server calls. ``url`` is where it
+    is reached, ``addresses`` the gRPC address of every model that it uses.
+    """
+
+    command: list[str]
+    environment: dict[str, str]
+    models: tuple[str, ...]
+    http_port: int
+    log: Path
+    proxy: Starlette | None
+    listener: socket.socket | None
+    url: str
+    addresses: Mapping[str, str]
+    shared: SharedMemoryPrefix
+    verbose: bool
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that leaves the signals to the supervisor."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Proxy:
+    """The proxy of a server; nothing, for as long, where it has none."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._listener, self._ended = launch.listener, asyncio.Event()
+        self._server = None if launch.proxy is None else _Uvicorn(_uvicorn_config(launch.proxy))
+
+    async def serve(self) -> None:
+        """Serve until :meth:`end`."""
+        if self._server is None:
+            await self._ended.wait()
+        else:
+            assert self._listener is not None
+            await self._server.serve(sockets=[self._listener])
+
+    def end(self) -> None:
+        """Let requests in flight end, for a moment, and stop."""
+        self._ended.set()
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+def _uvicorn_config(app: Starlette) -> uvicorn.Config:
+    timeout_s = GRACE_S + LAST_S + int(STOP_TIMEOUT_S) + 1
+    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=timeout_s)
+
+
+async def supervise(launch: Launch, stop: asyncio.Event) -> None:
+    """Run both servers until ``stop`` is set; neither is left when this returns or raises.
+
+    Prints a line that starts with ``READY`` once every model is ready. A tritonserver that
+    crashes or hangs is started again: a stub that is killed while it holds a lock in the
+    memory that they share brings it down.
+
+    Raises:
+        CommandError: one of them ended by itself, a stage cannot be kept alive, or contexts do
+            not get from stage to stage.
+    """
+    proxy = _Proxy(launch)
+    serving = asyncio.create_task(proxy.serve())
+    stopped = asyncio.create_task(stop.wait())
+    helpers: list[asyncio.Task[Any]] = [stopped]
+    if launch.verbose:
+        launch.log.touch()
+        helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
+    tries, notices = RestartBudget(), ControlFile(launch.shared.prefix)
+    try:
+        while crash := await _serve_once(launch, proxy, serving, stopped, tries, notices):
+            if not tries.again(time.monotonic()):
+                raise CommandError(crash)
+            print(f"{crash}; starting it again", flush=True)
+            launch.shared.clear()
+            notices.reloaded(SERVER)
+    finally:
+        proxy.end()
+        await asyncio.wait({serving})
+        for task in helpers:
+            task.cancel()
+        await asyncio.wait(helpers)
+
+
+async def _serve_once(
+    launch: Launch,
+    proxy: _Proxy,
+    serving: asyncio.Task[None],
+    stopped: asyncio.Task[bool],
+    tries: RestartBudget,
+    notices: ControlFile,
+) -> str | None:
+    """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
+    triton = await TritonProcess.start(
+        launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
+    )
+    ended = asyncio.create_task(triton.ended())
+    ready = asyncio.create_task(_until_ready(triton, launch))
+    watching = asyncio.create_task(_watch(triton, launch, notices))
+    crash = None
+    try:
+        ends = {serving, ended, stopped, watching}
+        done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if done == {ready}:
+            ready.result()
+            tries.back(time.monotonic())
+            print(f"READY {launch.url}", flush=True)
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if stopped in done:
+            print("stopping", flush=True)
+        elif ended in done:
+            if not triton.crashed:
+                raise CommandError(ended.result())
+            crash = ended.result()
+        elif watching in done:
+            crash = _restart_reason(watching)
+        else:
+            serving.result()
+            raise CommandError("the proxy ended by itself")
+    finally:
+        watching.cancel()  # stages that stop now are not dead
+        if crash is None:
+            proxy.end()
+            await asyncio.wait({serving}, timeout=GRACE_S)
+            notices.stop()
+            await asyncio.wait({serving}, timeout=LAST_S)
+        await triton.stop(at_once=crash is not None)
+        for task in (ended, ready, watching):
+            task.cancel()
+        await asyncio.wait({ended, ready, watching})
+    return crash
+
+
+def _restart_reason(watching: asyncio.Task[None]) -> str:
+    try:
+        watching.result()
+    except RestartNeeded as error:
+        return str(error)
+    raise CommandError("the watchdog ended by itself")
+
+
+async def _watch(triton: TritonProcess, launch: Launch, notices: ControlFile) -> None:
+    await triton.loaded.wait()
+    async with ModelRepository(launch.http_port) as repository:
+        await Watchdog(launch.shared.prefix, repository, notices.reloaded).run()
+
+
+async def _until_ready(triton: TritonProcess, launch: Launch) -> None:
+    await triton.until_ready()
+    if launch.proxy is not None:
+        await _until_healthy(launch)
+    if {THINKER, DIT} <= launch.addresses.keys():
+        connector = await connector_test.check(launch.addresses)
+        print(f"  self-test: {connector} carried a pattern from {THINKER} to {DIT}", flush=True)
+
+
+async def _until_healthy(launch: Launch) -> None:
+    """Wait for the models elsewhere, telling now and then which are not ready, and for the proxy to know.
+
+    It may still wait to connect again, after a question that came too early.
+    """
+    wait = StartupProgress()
+    async with httpx.AsyncClient(base_url=launch.url, trust_env=False, timeout=None) as client:
+        while not (answer := await client.get("/health")).is_success:
+            away = [model for model, ready in answer.json()["models"].items() if not ready]
+            if wait.due:
+                wait.tell(", ".join(f"{model} at {launch.addresses[model]}" for model in away))
+            await asyncio.sleep(POLL_S)

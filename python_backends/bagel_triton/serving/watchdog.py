@@ -1,0 +1,138 @@
+"""Stages whose processes died are loaded anew."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from bagel_triton.deploy.topology import ORCHESTRATOR
+from bagel_triton.ipc import liveness
+from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving.model_repository import ReloadError
+
+POLL_S = 0.25
+
+
+class RestartBudget:
+    """The tries since it last lived for :data:`STABLE_S` seconds; all times are in seconds of one clock.
+
+    What does not get there in :data:`MAX_TRIES` tries will not recover: then the server had
+    better end than look alive.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._back_at: float | None = None  # None while it is dead
+
+    def again(self, now: float) -> bool:
+        """It died, or could not be brought back: whether to try again."""
+        if self._back_at is not None and now - self._back_at >= STABLE_S:
+            self.count = 0
+        self._back_at = None
+        if self.count == MAX_TRIES:
+            return False
+        self.count += 1
+        return True
+
+    def back(self, now: float) -> None:
+        """It lives."""
+        self._back_at = now
+
+
+class RestartNeeded(Exception):
+    """Nothing less than a new tritonserver helps; the message says why."""
+
+
+class Repository(Protocol):
+    """What can give a model new processes."""
+
+    async def reload(self, model: str) -> None:
+        """Raises :class:`ReloadError` where it cannot, and TimeoutError where Triton hangs."""
+
+
+@dataclass
+class _History:
+    tries: RestartBudget = field(default_factory=RestartBudget)
+    reloads: int = 0
+    next_try_at: float = -math.inf
+
+
+class Watchdog:
+    """Watches the processes announced under ``prefix``; ``reloaded`` hears of every stage that is back.
+
+    A stage that cannot be kept alive ends the server: see :class:`RestartBudget`.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        repository: Repository,
+        reloaded: Callable[[str], None],
+        directory: Path = liveness.DIRECTORY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._prefix, self._repository, self._directory, self._clock = prefix, repository, directory, clock
+        self._reloaded = reloaded
+        self._histories: dict[str, _History] = {}
+
+    async def run(self) -> None:
+        """Watch for ever.
+
+        Raises:
+            CommandError: a stage cannot be kept alive.
+            RestartNeeded: a stage cannot be replaced alone.
+        """
+        while True:
+            await self.check()
+            await asyncio.sleep(POLL_S)
+
+    async def check(self) -> None:
+        """Load every stage anew, one after the other, that has lost a process and whose turn it is.
+
+        Raises:
+            CommandError: a stage cannot be kept alive.
+            RestartNeeded: a stage cannot be replaced alone.
+        """
+        for stage, dead in liveness.dead_stages(self._prefix, self._directory).items():
+            history = self._histories.setdefault(stage, _History())
+            if self._clock() >= history.next_try_at:
+                await self._reload(stage, ", ".join(str(process.pid) for process in dead), history)
+
+    async def _reload(self, stage: str, pids: str, history: _History) -> None:
+        started = self._clock()
+        if not history.tries.again(started):
+            raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
+        if stage == ORCHESTRATOR:
+            # Triton goes on delivering to it what the stages answer, and they hang as soon as it is full.
+            raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
+        print(f"stage {stage} died (process {pids}); reloading", flush=True)
+        before = liveness.processes(self._prefix, stage, self._directory)
+        try:
+            await self._repository.reload(stage)
+        except TimeoutError as error:
+            raise RestartNeeded(f"{stage} died (process {pids}), and Triton hangs") from error
+        except ReloadError as error:
+            # What it lacks, such as memory, others may have to free first.
+            history.next_try_at = self._clock() + 2.0 ** (history.tries.count - 1)
+            print(f"stage {stage} could not be reloaded: {error}", flush=True)
+            return
+        for process in before:
+            if process.alive:
+                # Triton leaves another process of the stage running where the dead one lost
+                # a request, as it waits for that for ever. Its lock says the id is still its own.
+                os.kill(process.pid, signal.SIGKILL)
+            process.remove()
+        history.reloads += 1
+        self._reloaded(stage)
+        history.tries.back(now := self._clock())
+        print(f"stage {stage} is back after {now - started:.1f} s (reload {history.reloads})", flush=True)
+
+
+MAX_TRIES, STABLE_S = 5, 10.0

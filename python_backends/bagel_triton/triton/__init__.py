@@ -1,0 +1,1 @@
+"""Triton's side: the only room that imports pb_utils or tritonclient."""

@@ -1,0 +1,205 @@
+"""The one connection to Triton: a gRPC stream per request to the decoupled model ``bagel``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import InferInput, InferResult
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
+from bagel_triton.ipc import liveness
+from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
+from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, decode_event
+from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+from bagel_triton.triton.client import CHANNEL_ARGS
+
+LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+@dataclass(frozen=True)
+class StageResponse:
+    """One response of ``bagel``; ``image`` [H, W, 3] comes with an ``ImageEvent`` only."""
+
+    event: Event
+    image: NDArray[np.uint8] | None = None
+
+
+class Client(Protocol):
+    """What the proxy asks of Triton."""
+
+    def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        """Responses as they come, a ``DoneEvent`` last; closing it cancels the request.
+
+        ``headers`` go with it.
+
+        Raises:
+            BagelError: whatever a stage raised, or Triton is gone.
+        """
+
+    async def readiness(self) -> dict[str, bool]:
+        """Whether each model is ready.
+
+        Raises:
+            StageUnavailable: Triton cannot be reached.
+        """
+
+    async def close(self) -> None:
+        """Give the connection back."""
+
+
+class TritonClient:
+    """:class:`Client` over gRPC. Connects on first use, in the event loop that uses it."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self._settings = settings
+        self._connection: InferenceServerClient | None = None
+
+    @property
+    def _triton(self) -> InferenceServerClient:
+        if self._connection is None:
+            self._connection = InferenceServerClient(self._settings.triton_grpc, channel_args=CHANNEL_ARGS)
+        return self._connection
+
+    async def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        call = {"model_name": ORCHESTRATOR, "inputs": _inputs(request), "request_id": request_id}
+        responses = self._triton.stream_infer(_once(call), headers=dict(headers))
+        alive = self._watch()
+        last: Event | None = None
+        try:
+            # The request side is closed after one request, so Triton ends the stream
+            # when it has seen the final flag.
+            while (response := await self._next(responses, alive)) is not None:
+                last = response.event
+                yield response
+        finally:
+            responses.cancel()
+        if not isinstance(last, DoneEvent):
+            raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
+
+    def _watch(self) -> Callable[[], bool]:
+        prefix = self._settings.shm_prefix
+        return (lambda: True) if prefix is None else liveness.watch(prefix, ORCHESTRATOR)
+
+    async def _next(self, responses: Any, alive: Callable[[], bool]) -> StageResponse | None:
+        """The next response; ``None`` at the end of the stream."""
+        timeout_s = self._settings.silence_timeout_s
+        reading = asyncio.create_task(_read(responses))
+        try:
+            async with asyncio.timeout(timeout_s):
+                lived = True
+                while not (await asyncio.wait({reading}, timeout=LIVENESS_S))[0]:
+                    # Twice, so that what was sent before its death is still read.
+                    if not (lived or alive()):
+                        raise StageUnavailable(f"{ORCHESTRATOR} died")
+                    lived = alive()
+            if (answer := reading.result()) is None:
+                return None
+            result, error = answer
+        except TimeoutError as timeout:
+            raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
+        except grpc.RpcError as broken:
+            raise self._from_rpc(broken.code(), broken.details()) from broken
+        finally:
+            reading.cancel()
+        if error is not None:
+            typed = from_text(error.message())
+            if isinstance(typed, Cancelled):  # not by this client, which would not be listening
+                raise StageUnavailable(f"{ORCHESTRATOR} is being stopped")
+            raise typed
+        return _decode(result)
+
+    async def readiness(self) -> dict[str, bool]:
+        timeout_s, remote = self._settings.ready_timeout_s, self._settings.remote
+        try:
+            models = await self._told_to_load() if self._settings.models is None else self._settings.models
+            *states, elsewhere = await asyncio.gather(
+                *(self._triton.is_model_ready(model, client_timeout=timeout_s) for model in models),
+                asyncio.gather(*(self._is_ready_at(address, model) for model, address in remote.items())),
+            )
+        except InferenceServerException as error:
+            raise StageUnavailable(self._unreachable(error.message())) from error
+        dead = () if self._settings.shm_prefix is None else liveness.dead_stages(self._settings.shm_prefix)
+        here = {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
+        return here | dict(zip(remote, elsewhere, strict=True))
+
+    async def _told_to_load(self) -> tuple[str, ...]:
+        """The models of ours that Triton was told to load, and :data:`ORCHESTRATOR` in any case.
+
+        They differ with the topology, and with the stage where each has a server of its own.
+        """
+        index = await self._triton.get_model_repository_index(client_timeout=self._settings.ready_timeout_s)
+        told = {ORCHESTRATOR} | {model.name for model in index.models if model.state}
+        return tuple(model for model in MODELS if model in told)
+
+    async def _is_ready_at(self, address: str, model: str) -> bool:
+        # By a connection of its own: an old one to a host that has gone and come back may stay silent.
+        async with InferenceServerClient(address, channel_args=CHANNEL_ARGS) as client:
+            try:
+                return bool(await client.is_model_ready(model, client_timeout=self._settings.ready_timeout_s))
+            except InferenceServerException:
+                return False
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None
+
+    def _from_rpc(self, code: grpc.StatusCode, details: str) -> BagelError:
+        return StageUnavailable(self._unreachable(details)) if code in _GONE else from_text(details)
+
+    def _unreachable(self, details: str) -> str:
+        return f"Triton at {self._settings.triton_grpc} cannot be reached: {details}"
+
+
+async def _read(responses: Any) -> Any | None:
+    """The next pair of a result and an error; ``None`` at the end of the stream."""
+    try:
+        return await anext(responses)
+    except StopAsyncIteration:
+        return None
+
+
+def _inputs(request: GenerationRequest) -> list[InferInput]:
+    inputs = []
+    for name, array in to_tensors(request).items():
+        tensor = InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype)
+        inputs.append(tensor.set_data_from_numpy(array))
+    return inputs
+
+
+async def _once(call: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield call
+
+
+def _decode(result: InferResult) -> StageResponse | None:
+    """The typed response in ``result``; sizes are checked, as Triton may lose an output."""
+    events = result.as_numpy("event")
+    if events is None or events.size != 1:
+        raise Internal(f"a response of {ORCHESTRATOR} carries no event")
+    try:
+        event = decode_event(events.reshape(-1)[0])
+    except msgspec.DecodeError as error:
+        raise Internal(f"a response of {ORCHESTRATOR} carries an event that cannot be read: {error}") from error
+    if not isinstance(event, ImageEvent):
+        return StageResponse(event)
+    image = result.as_numpy("generated_image")
+    shape = (event.height, event.width, 3)
+    if image is None or image.shape != shape or image.dtype != np.uint8:
+        found = "nothing" if image is None else f"{image.dtype} {list(image.shape)}"
+        raise Internal(f"generated_image should be uint8 {list(shape)} but is {found}")
+    return StageResponse(event, image)
