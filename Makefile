@@ -29,7 +29,9 @@ test-all: setup ## those that take minutes, too: every case between two hosts, e
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
 	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bench $(BENCH_ARGS)
 
-lint: setup ## format, lint and types
+lint: setup ## style, types, and which room may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+	@set -e; for model in model_repository/*/1/model.py; do echo $(BIN)/mypy $$model; $(BIN)/mypy $$model; done

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bagel_triton.engine.build import LocalStages
+from bagel_triton.pipeline.local import LocalStages
 from bench.figure import Figure, median
 from bench.setting import Setting, denoise_job, image_request
 

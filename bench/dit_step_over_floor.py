@@ -11,9 +11,9 @@ import statistics
 import time
 from itertools import pairwise
 
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.token_count import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.messages import DenoiseJob
 from bagel_triton.weights.checkpoint import Checkpoint
 from bench.arithmetic import matmul_rate, products, step_flops

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from bagel_triton.engine.build import LocalStages
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from bench.figure import Figure, median
 from bench.setting import Setting, answer, plan_of

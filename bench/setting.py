@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
-from bagel_triton.engine.build import LocalStages
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.events import Event, StageStats
 from bagel_triton.protocol.messages import DenoiseJob, Plan

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import LocalStages
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.cases import Case, load_cases

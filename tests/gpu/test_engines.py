@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.model.attention import QuerySpan, attend
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.cases import Case, load_cases
 from tests.support.nearness import mean_levels, relative_rms

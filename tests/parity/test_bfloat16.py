@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import LocalStages
+from bagel_triton.pipeline.local import LocalStages
 from tests.support.cases import load_cases
 from tests.support.nearness import mean_levels, relative_rms
 from tests.support.runs import generate

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.kv.connectors.local import LocalConsumer
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.messages import Branch, BranchPlan, Plan, TextSegment, VaeSegment, VitSegment
 from tests.support.cases import Case, load_cases
 from tests.support.kv import claim

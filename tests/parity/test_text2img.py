@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.kv.connectors.local import LocalConsumer
 from bagel_triton.model.flow import initial_noise
 from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.messages import Branch, DenoiseJob, Plan
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.weights.checkpoint import Checkpoint

@@ -100,10 +100,11 @@ def _image_options(fields: dict[str, Any]) -> dict[str, Any]:
         options["max_think_tokens"] = options.pop("max_think_token_n") - 1  # the recorded one counts the start token
     if "size" in fields:
         options["height"], options["width"] = fields["size"]
-    return options | {"seed": fields["seed"], "modality": "image"}
+    settings: dict[str, Any] = options | {"seed": fields["seed"], "modality": "image"}
+    return settings
 
 
 def _text_options(fields: dict[str, Any]) -> dict[str, Any]:
     recorded = fields["kw"]
-    tokens = recorded["max_new_tokens"] if "max_new_tokens" in recorded else recorded["max_think_token_n"] - 1
+    tokens: int = recorded["max_new_tokens"] if "max_new_tokens" in recorded else recorded["max_think_token_n"] - 1
     return {"max_tokens": tokens, "modality": "text"}

@@ -43,7 +43,7 @@ def mooncake_master(log: Path) -> Iterator[str]:
 
     port, metrics = ports.choose({"master": 0, "metrics": 0}).values()
     folder = Path(mooncake.__path__[0])
-    command = [folder / "mooncake_master", "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
+    command = [str(folder / "mooncake_master"), "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
     command += ["--metrics_host=127.0.0.1", f"--metrics_port={metrics}"]
     libraries = {**os.environ, "LD_LIBRARY_PATH": str(folder)}  # where the set-up may have put libibverbs
     with log.open("wb") as output:

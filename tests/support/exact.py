@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -31,7 +33,7 @@ def assert_same(one: Tensor, other: Tensor, what: object = None) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def same_image(one: np.ndarray, other: np.ndarray) -> bool:
+def same_image(one: NDArray[Any], other: NDArray[Any]) -> bool:
     """Whether images are equal where rows are stable, elsewhere but for the rounding of a uint8."""
     if rows_are_stable():
         return np.array_equal(one, other)

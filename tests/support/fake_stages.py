@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.errors import StageUnavailable
@@ -53,9 +54,11 @@ class FakeStages:
 
     def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         name = plan.request_id.rpartition("-")[0]
-        return self._visit("thinker", ThinkerOutput(self.answers, f"job of {name}" if plan.flow else None))
+        job: Any = f"job of {name}" if plan.flow else None  # a name in place of a job
+        return self._visit("thinker", ThinkerOutput(self.answers, job))
 
     def denoise(self, job: str) -> StageCall[list[str]]:
+        assert self.flow is not None, "an image was asked for"
         delay = next((delay for name, delay in self.delays.items() if job.endswith(name)), 0.0)
         progress = [ProgressEvent("dit", step, 2) for step in (1, 2)]
         latents = [f"latents {number} of {job}" for number in range(self.flow.num_images)]
@@ -69,11 +72,11 @@ class FakeStages:
 
     def _visit(
         self, stage: Stage, result: object, progress: list[ProgressEvent] | None = None, delay: float = 0.0
-    ) -> StageCall:
+    ) -> StageCall[Any]:
         if stage == self.refuses:
             raise StageUnavailable(f"{stage} is not loaded")
         self.visited.append(stage)
-        visit = StageCall(stage)
+        visit: StageCall[Any] = StageCall(stage)
         if stage == self.silent:
             return visit
         for event in progress or []:

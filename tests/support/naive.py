@@ -89,4 +89,5 @@ class NaiveBagel:
         self, embeddings: Tensor, gen_rows: int, positions: Tensor, spans: list[QuerySpan], kv: NaiveKV
     ) -> Tensor:
         tables = rotary_tables(positions, self._bagel.config.language, self._bagel.dtype)
-        return self._bagel.language_model.model(embeddings, PackedBatch(gen_rows, *tables, spans, kv))
+        hidden: Tensor = self._bagel.language_model.model(embeddings, PackedBatch(gen_rows, *tables, spans, kv))
+        return hidden

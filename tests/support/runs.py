@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.dit.run import Latents
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.pipeline.stage_call import Result, StageCall
 from bagel_triton.protocol.messages import DenoiseJob, Plan
 from bagel_triton.protocol.request import GenerationRequest
@@ -50,7 +50,7 @@ def generate(stages: LocalStages, request: GenerationRequest) -> Run:
     """``request`` from prompt to pixels."""
     plan, job = think(stages, request)
     latents = result_of(stages.denoise(job))
-    return Run(plan, latents, [result_of(stages.decode(one, plan.request_id)) for one in latents])
+    return Run(plan, list(latents), [result_of(stages.decode(one, plan.request_id)) for one in latents])
 
 
 def generate_together(stages: LocalStages, requests: Sequence[GenerationRequest]) -> list[Run]:

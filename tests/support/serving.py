@@ -20,6 +20,7 @@ from typing import Any, Self
 import httpx
 import numpy as np
 import tritonclient.grpc as triton
+from numpy.typing import NDArray
 from PIL import Image
 
 from bagel_triton.protocol.request import REQUEST_TENSORS, Arrays, GenerationRequest, to_tensors
@@ -100,21 +101,21 @@ class Server:
         url = f"{self.url}/v1/chat/completions"
         return httpx.post(url, json=body, headers=headers, timeout=ANSWER_S, trust_env=False)
 
-    def images(self, body: dict[str, Any]) -> list[np.ndarray]:
+    def images(self, body: dict[str, Any]) -> list[NDArray[np.uint8]]:
         """The images that a chat request is answered with."""
         response = self.chat(body)
         assert response.status_code == 200, response.text
         return reply_images(response.json())
 
 
-def reply_images(reply: dict[str, Any]) -> list[np.ndarray]:
+def reply_images(reply: dict[str, Any]) -> list[NDArray[np.uint8]]:
     """The images in a chat completion, uint8 [height, width, 3] each."""
     parts = reply["choices"][0]["message"]["content"]
     assert all(part["type"] == "image_url" for part in parts)
     return [decode_data_url(part["image_url"]["url"]) for part in parts]
 
 
-def decode_data_url(url: str) -> np.ndarray:
+def decode_data_url(url: str) -> NDArray[np.uint8]:
     """The pixels of a ``data:image/png`` URL."""
     head, _, data = url.partition(",")
     assert head == "data:image/png;base64"
@@ -146,7 +147,7 @@ class Streamed:
     events: list[dict[str, Any]]
     arrays: list[Arrays]
 
-    def last(self, name: str) -> np.ndarray:
+    def last(self, name: str) -> NDArray[np.uint8]:
         """The last tensor called ``name``."""
         return next(arrays[name] for arrays in reversed(self.arrays) if name in arrays)
 

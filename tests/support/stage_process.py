@@ -19,7 +19,7 @@ class AnnouncedProcess:
     """One process of ``stage``, announced in ``directory``."""
 
     def __init__(self, directory: Path, stage: str) -> None:
-        command = [sys.executable, Path(__file__).with_name("announced.py"), directory, PREFIX, stage]
+        command = [sys.executable, str(Path(__file__).with_name("announced.py")), str(directory), PREFIX, stage]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._expect("announced")
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bagel_triton.deploy import memory_plan as activations
 from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.autoencoder import Autoencoder, decode, encode
@@ -22,6 +21,7 @@ from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Placement
 from bagel_triton.model.mot import Transformer, rotary_tables
 from bagel_triton.protocol.messages import KVGeometry
+from bagel_triton.serving import memory_plan as activations
 from bench.gpu import PUBLISHED
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.runs import generate
 from tests.support.waiting import on_a_thread, soon

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.kv import lease as lease_module
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
 from bagel_triton.protocol.errors import Cancelled, InvalidRequest, LeaseError, Overloaded, StageUnavailable
 from bagel_triton.protocol.events import ProgressEvent

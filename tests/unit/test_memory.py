@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from bagel_triton.deploy import memory_plan as memory
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
-from bagel_triton.deploy.memory_plan import Available, NotEnoughMemory
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.device import Placement
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.serving import memory_plan as memory
+from bagel_triton.serving.memory_plan import Available, NotEnoughMemory
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig

@@ -7,8 +7,8 @@ import socket
 import httpx
 import pytest
 
-from bagel_triton.openai import main
 from bagel_triton.serving import ports
+from bagel_triton.serving import proxy as main
 from bagel_triton.serving.command_error import CommandError
 from tests.support.proxy_process import proxy_process
 from tests.support.triton_service import TritonService, serving

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bagel_triton.serving import connector_test
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.protocol.errors import StageUnavailable
+from bagel_triton.triton import connector_test
 from tests.support.triton_service import TritonService, serving
 
 
@@ -44,22 +44,22 @@ def test_a_dit_elsewhere_is_asked_there(triton: TritonService, address: str) -> 
 
 def test_a_stages_error_is_the_reason_given(triton: TritonService, address: str) -> None:
     triton.answers["dit"] = ValueError("LeaseError(): read 3 of 240 numbers wrong")
-    with pytest.raises(CommandError, match=r"self-test failed at dit: LeaseError\(\): read 3 of 240 numbers wrong"):
+    with pytest.raises(StageUnavailable, match=r"self-test failed at dit: LeaseError\(\): read 3 of 240 numbers wrong"):
         _check(address)
 
 
 def test_an_answer_without_a_lease_fails(triton: TritonService, address: str) -> None:
     del triton.answers["thinker"]
-    with pytest.raises(CommandError, match="self-test failed at thinker: it answered nothing"):
+    with pytest.raises(StageUnavailable, match="self-test failed at thinker: it answered nothing"):
         _check(address)
 
 
 def test_nothing_there_fails() -> None:
-    with pytest.raises(CommandError, match="self-test failed at thinker: UNAVAILABLE"):
+    with pytest.raises(StageUnavailable, match="self-test failed at thinker: UNAVAILABLE"):
         _check("127.0.0.1:1")
 
 
 def test_no_answer_fails(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connector_test, "TIMEOUT_S", 0.0)
-    with pytest.raises(CommandError, match="self-test failed at thinker: it was silent for 0 s"):
+    with pytest.raises(StageUnavailable, match="self-test failed at thinker: it was silent for 0 s"):
         _check(address)

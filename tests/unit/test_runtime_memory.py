@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
-from bagel_triton.deploy.memory_plan import Available
 from bagel_triton.model.device import Placement
 from bagel_triton.serving import available_memory, cli, memory
 from bagel_triton.serving.available_memory import _ask_device
 from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving.memory_plan import Available
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 GIB = 2**30

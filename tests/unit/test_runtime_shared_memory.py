@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.ipc.prefix import SharedMemoryPrefix, sweep_leftovers
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.ipc.prefix import SharedMemoryPrefix, SharedMemoryUnavailable, sweep_leftovers
 
 CLAIM_AND_DIE = """
 import os, signal, sys
@@ -59,7 +58,7 @@ def test_files_of_no_supervisor_are_not_swept(tmp_path: Path):
 
 
 def test_no_shared_memory_is_a_clear_error(tmp_path: Path):
-    with pytest.raises(CommandError, match=r"shared memory in .*absent cannot be used"):
+    with pytest.raises(SharedMemoryUnavailable, match=r"shared memory in .*absent cannot be used"):
         SharedMemoryPrefix(tmp_path / "absent")
 
 

@@ -39,7 +39,7 @@ class TritonPythonModel:
         self._metrics = TritonMetrics(tuple(CATALOGUE) if one_process else [args["model_name"], SUPERVISOR])
         self._config, self._shm_prefix, self._local = config.bagel, config.shm_prefix, None
         if one_process:
-            from bagel_triton.engine.build import LocalStages  # otherwise this process needs no torch
+            from bagel_triton.pipeline.local import LocalStages  # otherwise this process needs no torch
 
             self._local = LocalStages(config, self._metrics)
             for engine in (self._local.thinker, self._local.dit, self._local.decoder):

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagel_triton.weights.device import NotShareable
-
 log = logging.getLogger(__name__)
+
+
+class NotShareable(RuntimeError):
+    """Memory of a device cannot be given to another process here; the message says why."""
 
 
 class CudaMemory:

@@ -14,18 +14,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bagel_triton.serving.command_error import CommandError
-
 DIRECTORY = Path("/dev/shm")
 NAME = "bagel_triton"
 LOCK_SUFFIX = ".lock"
+
+
+class SharedMemoryUnavailable(ValueError):
+    """The folder of shared memory cannot be written; the message says why."""
 
 
 class SharedMemoryPrefix:
     """The claim of one server on a prefix; on exit, every file under it is removed.
 
     Raises:
-        CommandError: the shared-memory folder cannot be written.
+        SharedMemoryUnavailable: the shared-memory folder cannot be written.
     """
 
     def __init__(self, directory: Path = DIRECTORY) -> None:
@@ -37,7 +39,7 @@ class SharedMemoryPrefix:
             while (lock := _lock(path, os.O_CREAT)) is None:  # a sweep came between
                 pass
         except OSError as error:
-            raise CommandError(f"shared memory in {directory} cannot be used: {error.strerror}") from error
+            raise SharedMemoryUnavailable(f"shared memory in {directory} cannot be used: {error.strerror}") from error
         self._lock = lock
 
     def clear(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bagel_triton.protocol.request import LATENT_STRIDE
+from bagel_triton.protocol.messages import LATENT_STRIDE
 
 
 class CheckpointError(ValueError):

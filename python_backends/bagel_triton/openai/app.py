@@ -16,7 +16,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.openai import schema, stream
 from bagel_triton.openai.chat import to_task
 from bagel_triton.openai.errors import BodyTooLarge, error_response, http_exception, to_bagel_error
@@ -90,7 +89,7 @@ class _Api:
         try:
             models = await self._client.readiness()
         except StageUnavailable as error:
-            models = dict.fromkeys(self._settings.models or (ORCHESTRATOR,), False)
+            models = dict.fromkeys(self._settings.models or ("bagel",), False)
             return JSONResponse({"status": "not ready", "models": models, "message": error.message}, 503)
         waiting = [name for name, ready in models.items() if not ready]
         if waiting:

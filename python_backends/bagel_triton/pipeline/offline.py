@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import LocalStages
 from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.pipeline.pipeline import GeneratedImage, LatentsT, Pipeline, PixelsT, RequestT, Stages
 from bagel_triton.protocol.errors import BagelError, Cancelled, StageUnavailable, from_exception
 from bagel_triton.protocol.events import DoneEvent, Event, ProgressEvent, StageStats

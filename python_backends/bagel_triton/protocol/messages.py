@@ -23,6 +23,7 @@ MIN_STEPS, MAX_STEPS = 2, 1000
 MAX_SCALE = 1000
 MIN_SHIFT, MAX_SHIFT = 0.001, 1000
 MAX_RESULTS = 10  # images or texts of a request
+LATENT_STRIDE = 16  # pixels that a latent token covers per side: VAE stride 8, patches of 2
 MAX_NEW_TOKENS = 32768
 Share = Annotated[float, Meta(ge=0, le=1)]
 Scale = Annotated[float, Meta(ge=0, le=MAX_SCALE)]

@@ -16,7 +16,6 @@ from bagel_triton.protocol.errors import InvalidRequest, truncate
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]  # tensors by name, as Triton carries them
-LATENT_STRIDE = 16  # pixels a latent token covers per side: VAE stride 8, patches of 2
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):

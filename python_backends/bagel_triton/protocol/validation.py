@@ -13,6 +13,7 @@ import msgspec
 
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import (
+    LATENT_STRIDE,
     MAX_NEW_TOKENS,
     MAX_RESULTS,
     MAX_SCALE,
@@ -24,7 +25,7 @@ from bagel_triton.protocol.messages import (
     FlowSettings,
     SchedulingParams,
 )
-from bagel_triton.protocol.request import LATENT_STRIDE, GenerationRequest, TextPart, utf8
+from bagel_triton.protocol.request import GenerationRequest, TextPart, utf8
 
 T = TypeVar("T")
 Renorm = Literal["global", "channel", "text_channel"]

@@ -16,15 +16,15 @@ from bagel_triton.ipc.prefix import DIRECTORY
 if TYPE_CHECKING:
     import torch
 
-    from bagel_triton.deploy.memory_plan import Available
     from bagel_triton.model.device import Placement
+    from bagel_triton.serving.memory_plan import Available
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def read(placement: Placement) -> Available:
     """What is free for stages at ``placement``."""
-    from bagel_triton.deploy.memory_plan import Available
+    from bagel_triton.serving.memory_plan import Available
 
     shared = os.statvfs(DIRECTORY)
     free = host(), shared.f_bavail * shared.f_frsize

@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("bagel_triton.serving.serve", "start Triton and the OpenAI API on a checkpoint"),
-    "proxy": Command("bagel_triton.openai.main", "start the OpenAI API alone, for a Triton that runs elsewhere"),
+    "proxy": Command("bagel_triton.serving.proxy", "start the OpenAI API alone, for a Triton that runs elsewhere"),
     "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, make one image, stop"),
     "tiny-checkpoint": Command("bagel_triton.weights.tiny.checkpoint", "write a small checkpoint of random weights"),
     "memory": Command("bagel_triton.serving.memory", "show the memory that each stage of a configuration takes"),

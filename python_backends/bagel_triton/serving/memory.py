@@ -17,8 +17,8 @@ from bagel_triton.serving.command_error import CommandError
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
-    from bagel_triton.deploy.memory_plan import MemoryPlan
     from bagel_triton.model.device import Placement
+    from bagel_triton.serving.memory_plan import MemoryPlan
     from bagel_triton.weights.checkpoint import Checkpoint
 
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the checkpoint or an argument is wrong, or the device does not answer.
     """
-    from bagel_triton.deploy import memory_plan as memory
+    from bagel_triton.serving import memory_plan as memory
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
@@ -77,8 +77,8 @@ def require(config: DeployConfig) -> None:
     Raises:
         CommandError: what is needed, what there is, and what to lower.
     """
-    from bagel_triton.deploy import memory_plan as memory
     from bagel_triton.model.device import resolve
+    from bagel_triton.serving import memory_plan as memory
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
@@ -93,7 +93,7 @@ def require(config: DeployConfig) -> None:
 
 def table(need: MemoryPlan) -> str:
     """``need`` for a person: a row a stage, and one for all together."""
-    from bagel_triton.deploy.memory_plan import readable
+    from bagel_triton.serving.memory_plan import readable
 
     rows: list[tuple[str, ...]] = [("stage", "weights", "KV a token", "KV", "activations", "total")]
     for stage in need.stages:

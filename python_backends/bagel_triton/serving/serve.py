@@ -122,7 +122,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
 
         for prefix in shared_memory.sweep_leftovers():
             print(f"removed the shared memory of a server that died: {prefix}", flush=True)
-        with shared_memory.SharedMemoryPrefix() as shared:
+        with _shared_memory() as shared:
             server = tritonserver.find(directory)
             deploy = msgspec.structs.replace(
                 config, shm_prefix=shared.prefix, device=placement.device, dtype=placement.dtype_name
@@ -206,6 +206,13 @@ def _listener(options: ServeOptions) -> contextlib.AbstractContextManager[socket
     if options.headless:
         return contextlib.nullcontext()
     return contextlib.closing(ports.listen(options.host, options.port, "--port"))
+
+
+def _shared_memory() -> shared_memory.SharedMemoryPrefix:
+    try:
+        return shared_memory.SharedMemoryPrefix()
+    except shared_memory.SharedMemoryUnavailable as error:
+        raise CommandError(str(error)) from error
 
 
 def _check(config: DeployConfig) -> Placement:

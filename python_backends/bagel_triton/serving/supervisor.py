@@ -19,13 +19,14 @@ from starlette.applications import Starlette
 from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.ipc.control_file import SERVER, ControlFile
 from bagel_triton.ipc.prefix import SharedMemoryPrefix
-from bagel_triton.serving import connector_test
+from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.serving import triton_process as triton_log
 from bagel_triton.serving.command_error import CommandError
 from bagel_triton.serving.model_repository import ModelRepository
 from bagel_triton.serving.startup_progress import StartupProgress
 from bagel_triton.serving.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
 from bagel_triton.serving.watchdog import RestartBudget, RestartNeeded, Watchdog
+from bagel_triton.triton import connector_test
 
 GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
 LAST_S = 1  # for them to do so; then Triton's end cuts them off
@@ -189,7 +190,10 @@ async def _until_ready(triton: TritonProcess, launch: Launch) -> None:
     if launch.proxy is not None:
         await _until_healthy(launch)
     if {THINKER, DIT} <= launch.addresses.keys():
-        connector = await connector_test.check(launch.addresses)
+        try:
+            connector = await connector_test.check(launch.addresses)
+        except StageUnavailable as error:
+            raise CommandError(error.message) from error
         print(f"  self-test: {connector} carried a pattern from {THINKER} to {DIT}", flush=True)
 
 

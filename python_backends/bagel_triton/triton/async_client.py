@@ -17,7 +17,6 @@ from tritonclient.utils import InferenceServerException
 
 from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
 from bagel_triton.ipc import liveness
-from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, decode_event
 from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
@@ -33,6 +32,23 @@ class StageResponse:
 
     event: Event
     image: NDArray[np.uint8] | None = None
+
+
+class ClientSettings(Protocol):
+    """Where Triton is and which of its models must be ready: the part of the proxy's settings that the client reads."""
+
+    @property
+    def triton_grpc(self) -> str: ...
+    @property
+    def silence_timeout_s(self) -> float: ...
+    @property
+    def ready_timeout_s(self) -> float: ...
+    @property
+    def models(self) -> tuple[str, ...] | None: ...
+    @property
+    def shm_prefix(self) -> str | None: ...
+    @property
+    def remote(self) -> Mapping[str, str]: ...
 
 
 class Client(Protocol):
@@ -63,7 +79,7 @@ class Client(Protocol):
 class TritonClient:
     """:class:`Client` over gRPC. Connects on first use, in the event loop that uses it."""
 
-    def __init__(self, settings: ProxySettings) -> None:
+    def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._connection: InferenceServerClient | None = None
 

@@ -16,15 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bagel_triton.ipc.cuda_memory import NotShareable
 from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from bagel_triton.weights.files import FileIdentity
 from bagel_triton.weights.layout import Layout
 
 log = logging.getLogger(__name__)
-
-
-class NotShareable(RuntimeError):
-    """Memory of a device cannot be given to another process here; the message says why."""
 
 
 class DeviceMemory(Protocol):
@@ -33,7 +30,9 @@ class DeviceMemory(Protocol):
     A mapping lasts as long as any tensor of it. Every call may raise :class:`NotShareable`.
     """
 
-    alignment: int  # bytes, at which the device's kernels want a tensor to begin
+    @property
+    def alignment(self) -> int:
+        """Bytes, at which the device's kernels want a tensor to begin."""
 
     @property
     def device(self) -> torch.device: ...

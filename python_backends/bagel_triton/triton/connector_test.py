@@ -12,7 +12,7 @@ from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
 from bagel_triton.deploy.topology import DIT, THINKER
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.triton.client import CHANNEL_ARGS
 
 FIELD = "selftest"
@@ -23,7 +23,7 @@ async def check(addresses: Mapping[str, str]) -> str:
     """The connector that carried a pattern from ``thinker`` to ``dit``, models at gRPC ``addresses``.
 
     Raises:
-        CommandError: it did not, with the stage's reason.
+        StageUnavailable: it did not, with the stage's reason.
     """
     lease = await _ask(addresses[THINKER], THINKER, "lend")
     return await _ask(addresses[DIT], DIT, lease)
@@ -48,7 +48,7 @@ async def _ask(address: str, model: str, text: str) -> str:
             reason = f"{error.code().name}: {error.details()}"
         finally:
             responses.cancel()
-    raise CommandError(f"the KV connector's self-test failed at {model}: {reason}")
+    raise StageUnavailable(f"the KV connector's self-test failed at {model}: {reason}")
 
 
 async def _once(call: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ import safetensors
 import torch
 from torch import nn
 
-from bagel_triton.deploy import memory_plan as activations
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.thinker.engine import kv_geometry
 from bagel_triton.engine.token_count import segment_tokens
@@ -121,23 +120,20 @@ def plan(
             weights=module_bytes(transformer) + module_bytes(autoencoder),
             kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
             activations=max(
-                activations.forward_bytes(model.language, packed, placement, torch.get_num_threads()),
-                activations.encode_bytes(autoencoder.encoder, condition_height, condition_width),
+                forward_bytes(model.language, packed, placement, torch.get_num_threads()),
+                encode_bytes(autoencoder.encoder, condition_height, condition_width),
             ),
         ),
         StageMemory(
             "dit",
             weights=module_bytes(transformer),
             kv=images * (past + BRANCHES * latents) * token,
-            activations=activations.forward_bytes(
-                model.language, images * BRANCHES * latents, placement, torch.get_num_threads()
-            ),
+            activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads()),
         ),
         StageMemory(
             "vae_decode",
             weights=module_bytes(autoencoder),
-            activations=decoded
-            * activations.decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
+            activations=decoded * decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
         ),
     )
     once = one_process or shares_weights or config.stage_id is not None

@@ -1,0 +1,98 @@
+"""Every stage in this process: engines over one copy of the weights, behind the interface of :class:`Stages`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from torch import Tensor
+
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.build import Models, StageResources
+from bagel_triton.engine.dit.engine import DitEngine
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.engine.loop import Job
+from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
+from bagel_triton.engine.vae.engine import DecoderEngine
+from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
+from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.protocol.events import StageStats
+from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.telemetry.metrics import Metrics
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class LocalStages:
+    """All stages in this process over one copy of the weights; KV by the ``local`` connector.
+
+    ``models`` are run instead of the checkpoint's, whose tokenizer is still used.
+    """
+
+    def __init__(self, config: DeployConfig, metrics: Metrics | None = None, models: Models | None = None) -> None:
+        parts = StageResources.open(config)
+        place, tokenizer = parts.placement, parts.tokenizer()
+        models = Models.load(parts) if models is None else models
+        model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
+        geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
+        blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
+        self.producer = LocalProducer(geometry, blocks, place.torch_device)
+        defaults = config.topology.think_by_default, config.bagel.request_timeout_s
+        self.expander = RequestPlanner(model_config, tokenizer, *defaults)
+        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
+        markers = (tokenizer.vision_start, tokenizer.vision_end)
+        arena = geometry, config.thinker.kv_tokens
+        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *arena, metrics)
+        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode, metrics)
+
+    def expand(self, request: GenerationRequest) -> StageCall[Plan]:
+        """Plan at once, on the caller's thread."""
+        visit: StageCall[Plan] = StageCall("cfg_expand")
+        started = time.perf_counter()
+        plan = self.expander.expand(request)
+        visit.finish(plan, StageStats("cfg_expand", 0.0, time.perf_counter() - started))
+        return visit
+
+    def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
+        """Queue at the thinker."""
+        visit: StageCall[ThinkerOutput] = StageCall("thinker")
+        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress, plan.schedule))
+
+    def denoise(self, job: DenoiseJob) -> StageCall[Sequence[Latents]]:
+        """Queue at the DiT."""
+        visit: StageCall[Sequence[Latents]] = StageCall("dit")
+        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress, job.schedule))
+
+    def decode(self, latents: Latents, request_id: str) -> StageCall[Tensor]:
+        """Queue at the decoder."""
+        visit: StageCall[Tensor] = StageCall("vae_decode")
+        return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress))
+
+    def abandon(self, request_id: str) -> None:
+        """Cancel in every engine."""
+        for engine in (self.decoder, self.dit, self.thinker):
+            engine.cancel(request_id)
+
+    def close(self) -> None:
+        """Stop every engine."""
+        for engine in (self.decoder, self.dit, self.thinker):
+            engine.close()
+
+
+def follow_job(visit: StageCall[Result], job: Job[Task, Result]) -> StageCall[Result]:
+    """``visit``, filled with what becomes of ``job``."""
+
+    def settle(done: Future[tuple[Result, StageStats]]) -> None:
+        error = done.exception()
+        if error is None:
+            visit.finish(*done.result())
+        else:
+            visit.fail(error)
+
+    job.done.add_done_callback(settle)
+    return visit
