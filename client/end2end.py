@@ -22,10 +22,9 @@ import msgspec
 from progress_bar import ProgressBar
 
 from bagel_triton.pipeline.pipeline import GeneratedImage
-from bagel_triton.protocol import validation as defaults
 from bagel_triton.protocol.errors import BagelError, InvalidRequest
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ProgressEvent
-from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.serving.command_error import CommandError
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
@@ -41,7 +40,7 @@ NO_MEANING = {
     "--ray-address": NO_RAY,
     "--init-sleep-seconds": "nothing sleeps, the batch begins as soon as the stages are loaded (see --init-timeout)",
 }
-FLOW = defaults.TEXT2IMG
+FLOW = TEXT2IMG
 # Fields of the request by option. What is not given keeps the server's default for the modality.
 REQUEST_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--steps": ("num_inference_steps", {"type": int, "help": f"denoising steps (default: {FLOW.num_inference_steps})"}),

@@ -24,7 +24,8 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
+from bagel_triton.protocol.tensors import to_tensors
 
 ENSEMBLE = "bagel_text2img"
 
@@ -47,7 +48,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def inputs(request: GenerationRequest) -> list[InferInput]:
     """Only what the request gives: every other input is optional and has its default."""
     return [
-        InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype).set_data_from_numpy(array)
+        InferInput(name, list(array.shape), REQUEST_FIELDS[name].datatype).set_data_from_numpy(array)
         for name, array in to_tensors(request).items()
     ]
 

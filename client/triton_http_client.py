@@ -26,7 +26,7 @@ from server_address import http_url, without_login
 from triton_task import add_arguments, generation_request, results, show
 
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.request import to_tensors
+from bagel_triton.protocol.tensors import to_tensors
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bagel_triton.protocol.messages import Plan, ThinkerOutput, decode
-from bagel_triton.protocol.request import REQUEST_TENSORS, to_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.tensors import to_tensors
 from tests.support.cases import Case, load_cases
 from tests.support.serving import Server, chat_body, generate, infer, reply_images
 
@@ -34,7 +35,7 @@ def assert_recorded(pixels: np.ndarray, case: Case) -> None:
 
 @named(PLAIN)
 def test_stage_by_stage(server: Server, case: Case) -> None:
-    types = {name: spec.datatype for name, spec in REQUEST_TENSORS.items()}
+    types = {name: spec.datatype for name, spec in REQUEST_FIELDS.items()}
     planned = infer(server.grpc, "cfg_expand", to_tensors(case.request), types).last("plan")
     plan = decode(planned[0], Plan)
     assert plan.branches[0].segments[0].token_ids == case.prompt_ids

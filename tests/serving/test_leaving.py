@@ -17,7 +17,8 @@ import httpx
 import pytest
 import tritonclient.grpc as triton
 
-from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
+from bagel_triton.protocol.tensors import to_tensors
 from tests.serving.test_together import EIGHT, image_body, until_idle
 from tests.support.exact import same_image
 from tests.support.serving import ANSWER_S, ENDLESS_TEXT, STOP_S, Server, generate, infer, reply_images
@@ -92,7 +93,7 @@ def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
 def triton_inputs(request: GenerationRequest) -> list[triton.InferInput]:
     inputs = []
     for name, array in to_tensors(request).items():
-        inputs.append(triton.InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype))
+        inputs.append(triton.InferInput(name, list(array.shape), REQUEST_FIELDS[name].datatype))
         inputs[-1].set_data_from_numpy(array)
     return inputs
 

@@ -14,7 +14,8 @@ import pytest
 
 from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig
 from bagel_triton.protocol.messages import MooncakeAddress, ThinkerOutput, decode, decode_handle, encode
-from bagel_triton.protocol.request import REQUEST_TENSORS, to_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.tensors import to_tensors
 from tests.support.cases import Case, load_cases
 from tests.support.connectors import mooncake_master, require_mooncake
 from tests.support.serving import infer
@@ -80,7 +81,7 @@ def test_recorded_cases_agree_by_way_of_a_store(hosts_of_a_store: Hosts, case: C
 
 def _check(case: Case, hosts: Hosts, connector: str) -> None:
     thinker, dit = (host.grpc for host in hosts)
-    types = {name: spec.datatype for name, spec in REQUEST_TENSORS.items()}
+    types = {name: spec.datatype for name, spec in REQUEST_FIELDS.items()}
     plan = infer(thinker, "cfg_expand", to_tensors(case.request), types).last("plan")
     thoughts = decode(infer(thinker, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("thoughts")[0], ThinkerOutput)
     texts = [answer.reasoning or answer.content for answer in thoughts.answers]

@@ -23,7 +23,8 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from PIL import Image
 
-from bagel_triton.protocol.request import REQUEST_TENSORS, Arrays, GenerationRequest, to_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
+from bagel_triton.protocol.tensors import Arrays, to_tensors
 
 START_S, STOP_S, ANSWER_S = 180, 15, 120
 ENDLESS_TEXT = {  # what was said becomes so likely that nothing else is: it runs to its limit, nearly all of the arena
@@ -130,7 +131,7 @@ def data_url(encoded: bytes, kind: str = "png") -> str:
 def chat_body(request: GenerationRequest) -> dict[str, Any]:
     """``request`` as a chat body."""
     skipped = ("prompt", "image", "messages", "modality")
-    fields = {name: getattr(request, name) for name in REQUEST_TENSORS if name not in skipped}
+    fields = {name: getattr(request, name) for name in REQUEST_FIELDS if name not in skipped}
     content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
     content += [{"type": "image_url", "image_url": {"url": data_url(encoded)}} for encoded in request.image or ()]
     return {
@@ -181,4 +182,4 @@ def generate(address: str, model: str, request: GenerationRequest) -> Streamed:
     arrays = to_tensors(request)
     if model != "bagel":
         arrays.pop("modality", None)
-    return infer(address, model, arrays, {name: spec.datatype for name, spec in REQUEST_TENSORS.items()})
+    return infer(address, model, arrays, {name: spec.datatype for name, spec in REQUEST_FIELDS.items()})

@@ -172,26 +172,6 @@ MARKS = "marks {} images with <|image_pad|>, and {} are given; allowed: a mark f
             "messages",
             "messages refer to images [0, 0, 7], and image holds 1; allowed: each of them once",
         ),
-        (
-            {"prompt": "x", "height": 64, "modality": "text"},
-            "height",
-            "height=64 has no meaning for text output; allowed: only with image output",
-        ),
-        (
-            {"prompt": "x", "top_p": 0.5},
-            "top_p",
-            "top_p=0.5 has no meaning for image output; allowed: only with text output or with think",
-        ),
-        (
-            {"prompt": "x", "max_think_tokens": 5, "modality": "text"},
-            "max_think_tokens",
-            "max_think_tokens=5 has no meaning for text output; allowed: only with think",
-        ),
-        (
-            {"prompt": "x", "stop": ("x" * 1000,)},
-            "stop",
-            f'stop=["{"x" * 1000}'[:122] + "... has no meaning for image output; allowed: only with text output",
-        ),
     ],
 )
 def test_what_has_no_place_is_refused(

@@ -29,7 +29,13 @@ EVERY_FIELD: dict[str, Any] = {
     "temperature": 0.7,
     "top_p": 0.9,
     "top_k": 40,
+    "min_p": 0.05,
     "repetition_penalty": 1.1,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -1,
+    "logit_bias": {"5": -100},
+    "top_logprobs": 2,
+    "partial_images": 3,
     "stop": ["\n", "END"],
     "priority": -1,
     "timeout": 30.5,
@@ -38,7 +44,7 @@ CONVERSATION = {"prompt", "image", "messages", "modality"}
 
 
 def test_every_field_reaches_the_request_from_top_level_and_from_extra_body() -> None:
-    values = {**EVERY_FIELD, "cfg_interval": (0.0, 1.0), "stop": ("\n", "END")}
+    values = {**EVERY_FIELD, "cfg_interval": (0.0, 1.0), "stop": ("\n", "END"), "logit_bias": {5: -100}}
     expected = GenerationRequest(messages=A_CAT, modality="image", **values)
     assert generation(chat_body(**EVERY_FIELD)) == expected
     assert generation(chat_body(extra_body=EVERY_FIELD)) == expected
@@ -101,8 +107,12 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"stop": 5}, "stop", "stop=5 is not allowed; allowed: a text or a list of texts"),
     ({"stop": ["a", 5]}, "stop[1]", "stop[1]=5 is not allowed; allowed: a text"),
     # fields
-    ({"guidance_scale": 4}, "guidance_scale", "guidance_scale is not a known field; allowed: cache, cfg_img_scale, "),
-    ({"extra_body": {"steps": 4}}, "extra_body.steps", "num_inference_steps, priority, repetition_penalty, seed, stop"),
+    ({"guidance": 4}, "guidance", "guidance is not a known field; allowed: cache, cfg_img_scale, "),
+    (
+        {"extra_body": {"stepping": 4}},
+        "extra_body.stepping",
+        "presence_penalty, priority, repetition_penalty, seed, step",
+    ),
     ({"extra_body": {"messages": []}}, "extra_body.messages", "is not a known field"),
     ({"extra_body": {"height": "5"}}, "extra_body.height", "extra_body.height='5' is not allowed; allowed: an integer"),
     ({"stream_options": {"usage": True}}, "stream_options.usage", "allowed: include_usage"),
@@ -203,5 +213,5 @@ LONG = "9" * 1_000_000
 def test_a_long_value_is_cut_in_the_message(fields: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         generation(chat_body(**fields))
-    assert len(caught.value.message) < 600  # the known fields' names are 300 of them
+    assert len(caught.value.message) < 700  # the known fields' names are 500 of them
     assert len(caught.value.param or "") <= 120

@@ -88,8 +88,6 @@ def test_a_data_url_may_be_written_in_any_valid_way(url: str) -> None:
 
 def test_what_asks_for_nothing_that_the_model_cannot_do_is_taken() -> None:
     nothing = {
-        "frequency_penalty": 0,
-        "presence_penalty": 0.0,
         "logprobs": False,
         "logit_bias": {},
         "response_format": {"type": "text"},
@@ -123,8 +121,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"modalities": ["image", "image"]}, "modalities", "is not allowed"),
     ({"modalities": [1]}, "modalities[0]", "modalities[0]=1 is not allowed; allowed: a text"),
     # what the model cannot do
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty=0.5 is not allowed; allowed: 0"),
-    ({"presence_penalty": False}, "presence_penalty", "presence_penalty=false is not allowed; allowed: 0"),
+    ({"presence_penalty": False}, "presence_penalty", "presence_penalty=false is not allowed; allowed: a number"),
     ({"logprobs": True}, "logprobs", "logprobs=true is not allowed; allowed: false"),
     (
         {"response_format": {"type": "json_object"}},

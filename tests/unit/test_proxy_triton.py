@@ -17,7 +17,8 @@ from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable
 from bagel_triton.protocol.events import encode_event
-from bagel_triton.protocol.request import GenerationRequest, from_tensors
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.tensors import from_tensors
 from bagel_triton.triton.async_client import StageResponse, TritonClient
 from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 

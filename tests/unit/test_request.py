@@ -1,9 +1,10 @@
-"""The request: what may be asked for, what is said of the rest, and how it travels."""
+"""The request: its fields, their limits and defaults, and its form as tensors."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,24 +13,27 @@ import torch
 
 from bagel_triton.model.flow import schedule
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.messages import FlowSettings
+from bagel_triton.protocol.messages import Decoding, FlowSettings
 from bagel_triton.protocol.request import (
-    REQUEST_TENSORS,
+    FIELD_ALIASES,
+    IMG2IMG,
+    MAX_SEED,
+    REQUEST_FIELDS,
+    TEXT2IMG,
     GenerationRequest,
     ImageRef,
     TextPart,
     Turn,
-    from_tensors,
-    to_tensors,
 )
-from bagel_triton.protocol.validation import IMG2IMG, MAX_SEED, TEXT2IMG, bounded, flow_settings
+from bagel_triton.protocol.tensors import from_tensors, to_tensors
+from bagel_triton.protocol.validation import check_text_size, resolve_decoding, resolve_flow, resolve_modality
 
 MAX_SIDE = 1024
 NAN, INFINITY = math.nan, math.inf
 
 
 def _resolve(max_side: int = MAX_SIDE, **fields: Any) -> FlowSettings:
-    return flow_settings(GenerationRequest(prompt="A cat", **fields), max_side, TEXT2IMG)
+    return resolve_flow(GenerationRequest(prompt="A cat", **fields), max_side, TEXT2IMG)
 
 
 def test_what_is_left_out_has_the_servers_defaults() -> None:
@@ -57,7 +61,7 @@ def test_what_is_given_is_kept() -> None:
 
 
 def test_an_edit_has_the_authors_defaults_for_edits() -> None:
-    settings = flow_settings(GenerationRequest(prompt="A cat", seed=1), MAX_SIDE, IMG2IMG)
+    settings = resolve_flow(GenerationRequest(prompt="A cat", seed=1), MAX_SIDE, IMG2IMG)
     assert (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_interval) == (4.0, 2.0, (0.0, 1.0))
     assert settings.cfg_renorm_type == "text_channel"
 
@@ -73,8 +77,8 @@ def test_the_default_size_fits_a_checkpoint_with_a_small_table() -> None:
     assert (settings.height, settings.width) == (320, 320)
 
 
-def test_a_seed_is_drawn_where_none_is_given() -> None:
-    seeds = {_resolve().seed for _ in range(20)}
+def test_a_seed_is_drawn_if_none_or_a_random_one_is_given() -> None:
+    seeds = {_resolve(seed=seed).seed for seed in (None, -1) for _ in range(10)}
     assert len(seeds) > 15
     assert all(0 <= seed <= MAX_SEED for seed in seeds)
 
@@ -94,8 +98,9 @@ SCALE = "a number from 0 to 1000"
         ("num_inference_steps", 1, "an integer from 2 to 1000"),
         ("num_inference_steps", 0, "an integer from 2 to 1000"),
         ("num_inference_steps", 1001, "an integer from 2 to 1000"),
-        ("seed", -1, f"an integer from 0 to {MAX_SEED}"),
-        ("seed", 2**63, f"an integer from 0 to {MAX_SEED}"),
+        ("seed", -2, f"an integer from -1 to {MAX_SEED}; -1 draws one"),
+        ("seed", 2**63, f"an integer from -1 to {MAX_SEED}"),
+        ("partial_images", 4, "an integer from 0 to 3"),
         ("cfg_text_scale", -0.1, SCALE),
         ("cfg_text_scale", NAN, SCALE),
         ("cfg_img_scale", INFINITY, SCALE),
@@ -121,6 +126,77 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(field: str, value: o
     shown = repr(value) if isinstance(value, str) else json.dumps(value)
     assert refusal.value.message.startswith(f"{field}={shown} is not allowed; allowed: ")
     assert allowed in refusal.value.message
+
+
+VOCAB = 512
+
+
+def _decoding(wanted: str = "text", **fields: Any) -> Decoding:
+    return resolve_decoding(GenerationRequest(prompt="A cat", **fields), 1, wanted, VOCAB)  # type: ignore[arg-type]
+
+
+def test_text_is_greedy_and_plain_by_default() -> None:
+    plain = _decoding()
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.min_p) == (0.0, 1.0, 0, 0.0)
+    assert (plain.repetition_penalty, plain.frequency_penalty, plain.presence_penalty) == (1.0, 0.0, 0.0)
+    assert (plain.logit_bias, plain.top_logprobs, plain.stop) == ({}, None, ())
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}])
+def test_a_cut_of_the_distribution_alone_asks_for_sampling(fields: dict[str, Any]) -> None:
+    assert _decoding(**fields).temperature == 1.0
+    assert _decoding(**fields, temperature=0.0).temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("min_p", -0.1, "a number from 0 to 1"),
+        ("min_p", NAN, "a number from 0 to 1"),
+        ("top_p", 0.0, "a number above 0, at most 1"),
+        ("frequency_penalty", 2.1, "a number from -2 to 2"),
+        ("presence_penalty", -2.1, "a number from -2 to 2"),
+        ("top_logprobs", 21, "an integer from 0 to 20"),
+        ("top_logprobs", -1, "an integer from 0 to 20"),
+        ("logit_bias", {VOCAB: 1.0}, f"token ids from 0 to {VOCAB - 1}"),
+        ("logit_bias", {-1: 1.0}, f"token ids from 0 to {VOCAB - 1}"),
+        ("logit_bias", {3: 100.5}, "from -100 to 100"),
+        ("logit_bias", {3: NAN}, "from -100 to 100"),
+        ("logit_bias", dict.fromkeys(range(2000), 1.0), "at most 1024 token ids"),
+        ("max_tokens", 0, "an integer from 1 to 32768"),
+    ],
+)
+def test_a_sampling_value_out_of_range_is_named_with_what_is_allowed(field: str, value: object, allowed: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}=.* is not allowed; allowed: .*{allowed}") as refusal:
+        _decoding(**{field: value})
+    assert refusal.value.param == field
+
+
+def test_fields_of_the_other_output_have_no_effect() -> None:
+    """Chat clients send ``max_tokens`` beside images, and image clients ``height`` beside texts."""
+    assert resolve_modality(GenerationRequest(prompt="x", modality="text", height=64, num_inference_steps=4)) == "text"
+    thought = _decoding("image", think=True, seed=3)
+    assert _decoding("image", think=True, seed=3, max_tokens=5, stop=("x",), top_logprobs=2, n=4) == thought
+    with pytest.raises(InvalidRequest, match=r"^modality='video' is not allowed; allowed: image, text$"):
+        resolve_modality(GenerationRequest(prompt="x", modality="video"))
+
+
+def test_aliases_are_no_fields_themselves() -> None:
+    assert FIELD_ALIASES["guidance_scale"] == "cfg_text_scale"
+    assert not FIELD_ALIASES.keys() & REQUEST_FIELDS.keys()
+
+
+def _row(name: str) -> str:
+    """The field's row in the table of docs/api.md."""
+    field = REQUEST_FIELDS[name]
+    names = ", ".join(f"`{one}`" for one in (name, *field.aliases))
+    shape = f"{field.datatype} [{field.length}]"
+    return f"| {names} | {shape} | {field.affects} | {field.default} | {field.allowed} | {field.doc} |"
+
+
+def test_the_documentation_has_every_field_as_it_is_declared() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert [row for row in map(_row, REQUEST_FIELDS) if row not in text] == []
 
 
 def _accepted(**fields: float) -> FlowSettings | None:
@@ -157,6 +233,7 @@ FULL = GenerationRequest(
     cfg_renorm_type="channel",
     cfg_renorm_min=0.3,
     timestep_shift=2.9,
+    partial_images=2,
 )
 
 
@@ -174,6 +251,11 @@ FULL = GenerationRequest(
             max_tokens=7,
             temperature=0.7,
             stop=("end", "\n"),
+            min_p=0.1,
+            frequency_penalty=-0.5,
+            presence_penalty=1.5,
+            logit_bias={7: -100.0, 12: 2.5},
+            top_logprobs=0,
         ),
     ],
     ids=["all", "bare", "empty", "conversation"],
@@ -182,10 +264,10 @@ def test_a_request_travels_unchanged(request_: GenerationRequest) -> None:
     arrays = to_tensors(request_)
     assert from_tensors(arrays) == request_
     for name, array in arrays.items():
-        spec = REQUEST_TENSORS[name]
+        spec = REQUEST_FIELDS[name]
         assert array.dtype == spec.numpy_type
         assert array.ndim == 1
-    assert all(getattr(request_, name) is None for name in REQUEST_TENSORS.keys() - arrays.keys())
+    assert all(getattr(request_, name) is None for name in REQUEST_FIELDS.keys() - arrays.keys())
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 2**63), ("height", 2**31), ("width", -(2**31) - 1)])
@@ -197,7 +279,7 @@ def test_an_integer_too_long_for_its_tensor_is_named(field: str, value: int) -> 
 @pytest.mark.parametrize("fields", [{"prompt": "a\udcff"}, {"negative_prompt": "\udcff"}, {"stop": ("x", "\ud800")}])
 def test_half_a_character_is_named(fields: dict[str, Any]) -> None:
     (name,) = fields
-    for refuse in (to_tensors, bounded):
+    for refuse in (to_tensors, check_text_size):
         with pytest.raises(InvalidRequest, match=rf"^{name}='.*\\ud.*' is not allowed; allowed: UTF-8 text$"):
             refuse(GenerationRequest(**fields))
 
@@ -221,5 +303,5 @@ def test_messages_that_are_no_turns_are_shown(turns: bytes) -> None:
 
 def test_text_that_is_not_utf8_is_named() -> None:
     arrays = to_tensors(FULL)
-    with pytest.raises(InvalidRequest, match=r"^negative_prompt=2 bytes is .* allowed: UTF-8 text \(byte 1 is none\)$"):
+    with pytest.raises(InvalidRequest, match=r"^negative_prompt=2 bytes is .* allowed: UTF-8 text \(byte 1 is not\)$"):
         from_tensors(arrays | {"negative_prompt": np.array([b"x\xff"], dtype=np.object_)})

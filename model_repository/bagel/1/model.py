@@ -13,7 +13,8 @@ from bagel_triton.pipeline.in_flight import InFlight
 from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
 from bagel_triton.protocol.errors import Cancelled, StageUnavailable, from_exception
 from bagel_triton.protocol.events import encode_event
-from bagel_triton.protocol.request import REQUEST_TENSORS, from_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.tensors import from_tensors
 from bagel_triton.telemetry import tracing
 from bagel_triton.telemetry.metric_defs import CATALOGUE, SUPERVISOR
 from bagel_triton.telemetry.spans import Span
@@ -72,7 +73,7 @@ class TritonPythonModel:
         self._metrics.count("requests", status=str(status))
 
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
-        triton_io.refuse_parameters(request, REQUEST_TENSORS)
+        triton_io.refuse_parameters(request, REQUEST_FIELDS)
         inputs: Any = triton_io.arrays_of(request)
         stages: Any = self._local or TritonStages(request, self._shm_prefix, self._remote)
         if self._local:

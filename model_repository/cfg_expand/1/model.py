@@ -7,7 +7,8 @@ from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.ipc.liveness import Announcement, end_with_parent
 from bagel_triton.protocol.events import StageStats, encode_stats
-from bagel_triton.protocol.request import ENSEMBLE_FIELDS, from_tensors
+from bagel_triton.protocol.request import ENSEMBLE_FIELDS
+from bagel_triton.protocol.tensors import from_tensors
 from bagel_triton.triton import io as triton_io
 
 

@@ -10,7 +10,7 @@ from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.dit.run import Latents
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import DenoiseJob, KVHandle, decode_handle
-from bagel_triton.protocol.request import Arrays
+from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.triton.io import Reply, bytes_array, message_of, text_of
 from bagel_triton.triton.stage_model import StageModel
 

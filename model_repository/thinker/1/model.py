@@ -3,7 +3,7 @@
 from bagel_triton.engine.build import StageResources, build_thinker
 from bagel_triton.engine.thinker.engine import ThinkerEngine
 from bagel_triton.protocol.messages import Plan, ThinkerOutput, encode_handle
-from bagel_triton.protocol.request import Arrays
+from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.triton.io import Reply, bytes_array, message_array, message_of
 from bagel_triton.triton.stage_model import StageModel
 

@@ -7,7 +7,7 @@ from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.vae.engine import DecoderEngine
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import SchedulingParams
-from bagel_triton.protocol.request import Arrays
+from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.triton.io import Reply
 from bagel_triton.triton.stage_model import StageModel
 

@@ -11,8 +11,7 @@ from typing import Any
 from bagel_triton.openai.image_source import ImageLoader, ImageUrl
 from bagel_triton.openai.schema import ChatBody, ChatMessage, ImagePart
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
-from bagel_triton.protocol.validation import MAX_INPUT_IMAGES, Modality
+from bagel_triton.protocol.request import MAX_INPUT_IMAGES, GenerationRequest, ImageRef, Modality, TextPart, Turn
 from bagel_triton.triton.async_client import Client, StageResponse
 
 _MODALITIES: dict[tuple[str, ...], Modality] = {("text",): "text", ("image",): "image", ("image", "text"): "image"}

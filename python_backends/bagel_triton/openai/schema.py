@@ -8,10 +8,9 @@ checked here: ``cfg_expand`` owns them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-import msgspec
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,8 +24,8 @@ from pydantic import (
 
 from bagel_triton.openai.errors import not_allowed, to_invalid_request, unknown_field
 from bagel_triton.protocol.errors import InvalidRequest, truncate
-from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.protocol.validation import MAX_MESSAGES, MAX_STOPS
+from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS
+from bagel_triton.protocol.validation import MAX_MESSAGES
 
 
 class StrictModel(BaseModel):
@@ -100,8 +99,10 @@ _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body'
 
 
 def _json_type(annotation: Any) -> Any:
-    """JSON has no tuples: where ``annotation`` wants one, a list is taken."""
-    members = (Annotated[kind, Strict(False)] if get_origin(kind) is tuple else kind for kind in get_args(annotation))
+    """JSON has no tuples and no integers as names: a list and a number's text are taken in their place."""
+    members = [Annotated[kind, Strict(False)] if get_origin(kind) is tuple else kind for kind in get_args(annotation)]
+    if get_origin(members[0]) is Mapping:
+        members[0] = dict[Annotated[int, Strict(False)], float]
     return Union[tuple(members)]  # noqa: UP007 - built from a sequence
 
 
@@ -122,11 +123,8 @@ def _field_type(name: str, annotation: Any) -> Any:
 
 
 NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0,
-    "logit_bias": {},
     "logprobs": False,
     "metadata": {},
-    "presence_penalty": 0,
     "response_format": {"type": "text"},
     "store": False,
     "tool_choice": "none",
@@ -149,12 +147,9 @@ NEUTRAL_FIELDS: dict[str, Any] = {
 
 
 _GENERATION_FIELDS: dict[str, Any] = {
-    field.name: (_field_type(field.name, field.type), None)
-    for field in msgspec.structs.fields(GenerationRequest)
-    if field.name not in _CONVERSATION
+    name: (_field_type(name, annotation), None) for name, annotation in FIELD_TYPES.items() if name not in _CONVERSATION
 }
-_ALIASES = {"max_completion_tokens": "max_tokens"}
-_GENERATION_FIELDS |= {alias: _GENERATION_FIELDS[name] for alias, name in _ALIASES.items()}
+_GENERATION_FIELDS |= {alias: _GENERATION_FIELDS[name] for alias, name in FIELD_ALIASES.items()}
 if TYPE_CHECKING:
 
     class GenerationFields(StrictModel):
@@ -187,9 +182,9 @@ class ChatBody(_OpenAIFields):
         written: dict[str, str] = {}
         for prefix, source in (("", self), ("extra_body.", self.extra_body)):
             for alias in _GENERATION_FIELDS:
-                name = _ALIASES.get(alias, alias)
+                name = FIELD_ALIASES.get(alias, alias)
                 value = getattr(source, alias, None)
-                if value is None or value == ():
+                if value is None or value in ((), {}):
                     continue
                 if name in fields:
                     raise InvalidRequest(

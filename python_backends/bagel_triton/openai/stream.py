@@ -23,7 +23,7 @@ from bagel_triton.openai.reply import (
     usage,
 )
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ImageEvent, ProgressEvent, Stage, TextEvent
-from bagel_triton.protocol.validation import Modality
+from bagel_triton.protocol.request import Modality
 from bagel_triton.triton.async_client import StageResponse
 
 _DONE = b"data: [DONE]\n\n"

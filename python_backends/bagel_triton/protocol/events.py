@@ -1,4 +1,4 @@
-"""What a person or a client reads: a request's events and its times, as JSON."""
+"""The events of a request as clients read them, and its times in the stages; JSON."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import Literal
 
 import msgspec
 
-from bagel_triton.protocol.messages import Message, Usage
+from bagel_triton.protocol.messages import Message
+from bagel_triton.protocol.messages import TokenLogprob as TokenLogprob
+from bagel_triton.protocol.messages import Usage as Usage
 
 Stage = Literal["cfg_expand", "thinker", "dit", "vae_decode"]
 
 
 class StageStats(Message, frozen=True):
-    """Where one request's time went in one stage, in seconds."""
+    """The time one request spent in one stage, waiting and running, in seconds."""
 
     stage: Stage
     queue_s: float
@@ -30,32 +32,55 @@ def decode_stats(data: bytes) -> StageStats:
 
 
 class ProgressEvent(Message, frozen=True, tag="progress"):
-    """``step`` of ``steps`` updates are done; 0 of 0: the request waits for the stage."""
+    """``step`` of ``steps`` updates are done; 0 of 0 while the request waits for the stage."""
 
     stage: Stage
     step: int
     steps: int
 
 
-class TextEvent(Message, frozen=True, tag="text"):
-    """More text of answer ``index``."""
+class TextEvent(Message, frozen=True, tag="text", omit_defaults=True):
+    """More text of answer ``index``.
+
+    ``logprobs`` are of the answer's tokens decoded since the last event of this answer.
+    """
 
     index: int
     channel: Literal["content", "reasoning"]
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class AnswerEvent(Message, frozen=True, tag="answer"):
-    """Answer ``index``, whole; ``content`` is empty where the thinking was for an image."""
+class AnswerEvent(Message, frozen=True, tag="answer", omit_defaults=True):
+    """The whole answer ``index``; ``content`` is empty if an image follows.
+
+    ``logprobs`` has an entry for each token of ``content``.
+    """
 
     index: int
     content: str
     reasoning: str
     finish_reason: Literal["stop", "length"]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class PartialImageEvent(Message, frozen=True, tag="partial_image"):
+    """Describes the ``generated_image`` of the same response, a preview of image ``index``.
+
+    ``partial_index`` counts the previews of that image from 0; ``step`` of ``steps`` updates
+    were done when it was made. Sizes are in pixels.
+    """
+
+    index: int
+    partial_index: int
+    step: int
+    steps: int
+    height: int
+    width: int
 
 
 class ImageEvent(Message, frozen=True, tag="image"):
-    """Describes the ``generated_image`` of the same response; sizes in pixels."""
+    """Describes the ``generated_image`` of the same response, a finished image; sizes in pixels."""
 
     index: int
     height: int
@@ -72,7 +97,7 @@ class DoneEvent(Message, frozen=True, tag="done"):
     stages: tuple[StageStats, ...]
 
 
-Event = ProgressEvent | TextEvent | AnswerEvent | ImageEvent | DoneEvent
+Event = ProgressEvent | TextEvent | AnswerEvent | PartialImageEvent | ImageEvent | DoneEvent
 
 
 def encode_event(event: Event) -> bytes:

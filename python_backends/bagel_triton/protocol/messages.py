@@ -1,10 +1,10 @@
-"""What the stages tell each other: frozen, typed, and the only thing that travels.
+"""The messages between stages: frozen, typed, and the only form in which stages exchange data.
 
 Messages are ``msgspec.Struct``s: frozen dataclasses with a strict codec (unknown
-fields, wrong types and impossible values are refused) and tagged unions. Stages exchange
-them as MessagePack in one tensor. A value that no stage could work with is refused when a
-message is decoded, whoever sent it; what a user may ask for, with a checkpoint's own limits,
-is checked in ``defaults.py``.
+fields, wrong types and impossible values are refused) and tagged unions. They travel as
+MessagePack in one tensor. Decoding refuses values that no stage can work with, whatever
+their source. The limits of a user's request, which depend on the checkpoint too, are
+checked in ``validation.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MIN_SHIFT, MAX_SHIFT = 0.001, 1000
 MAX_RESULTS = 10  # images or texts of a request
 LATENT_STRIDE = 16  # pixels that a latent token covers per side: VAE stride 8, patches of 2
 MAX_NEW_TOKENS = 32768
+MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS = 100, 20
+MAX_PARTIAL_IMAGES = 3  # previews of one image
 Share = Annotated[float, Meta(ge=0, le=1)]
 Scale = Annotated[float, Meta(ge=0, le=MAX_SCALE)]
 
@@ -108,6 +110,7 @@ class FlowSettings(Message, frozen=True):
 
     ``height`` and ``width`` are pixels. ``num_inference_steps`` counts sample points
     (N points are N-1 updates). Guidance acts where ``lo < t <= hi`` of ``cfg_interval``.
+    ``partial_images`` counts the previews of each image.
     """
 
     height: Count
@@ -122,6 +125,7 @@ class FlowSettings(Message, frozen=True):
     cfg_renorm_min: Share
     num_images: Annotated[int, Meta(ge=1, le=MAX_RESULTS)] = 1
     cache: Literal["none", "taylorseer"] = "none"
+    partial_images: Annotated[int, Meta(ge=0, le=MAX_PARTIAL_IMAGES)] = 0
 
     def __post_init__(self) -> None:
         for name in ("timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min"):
@@ -140,8 +144,10 @@ class Decoding(Message, frozen=True):
     ``first_token`` is fed first: the start token, or the last token of a prompt taken
     verbatim. With ``purpose`` "think" the text is appended to the ``gen`` context, as a
     segment of its own, before that is lent; with "answer" it is the result, once per seed.
-    ``temperature`` 0 is greedy. ``max_think_tokens`` bounds the tokens before a
-    ``</think>`` where ``split_thinking`` is set.
+    ``temperature`` 0 is greedy. ``frequency_penalty`` and ``presence_penalty`` concern the
+    decoded tokens, ``repetition_penalty`` the context's as well. ``top_logprobs`` asks for
+    each token's log-probability and those of this many alternatives. ``max_think_tokens``
+    bounds the tokens before a ``</think>`` where ``split_thinking`` is set.
     """
 
     purpose: Literal["answer", "think"]
@@ -150,11 +156,32 @@ class Decoding(Message, frozen=True):
     temperature: Annotated[float, Meta(ge=0)] = 0.0
     top_p: Annotated[float, Meta(gt=0)] = 1.0
     top_k: Index = 0
+    min_p: Share = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: dict[Index, Annotated[float, Meta(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]] = msgspec.field(
+        default_factory=dict
+    )
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stop: tuple[str, ...] = ()
     seeds: Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_RESULTS)] = (0,)
     split_thinking: bool = False
     max_think_tokens: Count | None = None
+
+
+class TokenLogprob(Message, frozen=True, omit_defaults=True):
+    """A token and the natural logarithm of its probability.
+
+    The probability is the model's own: softmax of the logits before penalties, bias and
+    temperature. ``bytes`` are the token's UTF-8; ``token`` is their text, with U+FFFD for a
+    part of a character. ``top`` holds the most probable tokens at the same place, best first.
+    """
+
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
 
 
 class Usage(Message, frozen=True):
@@ -297,13 +324,17 @@ class DenoiseJob(Message, frozen=True):
 
 
 class Answer(Message, frozen=True):
-    """One decoded text: what was thought, what is answered, why it ended."""
+    """One decoded text: thinking, answer, and the reason why it ended.
+
+    ``logprobs`` has an entry for each token of the answer, those of the thinking left out.
+    """
 
     content: str
     reasoning: str
     finish_reason: Literal["stop", "length"]
     tokens: int
     reasoning_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class ThinkerOutput(Message, frozen=True):

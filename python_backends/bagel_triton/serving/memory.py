@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig
-from bagel_triton.protocol import validation as defaults
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
+from bagel_triton.protocol.validation import resolve_flow
 from bagel_triton.serving import available_memory
 from bagel_triton.serving.command_error import CommandError
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deploy-config", metavar="YAML", type=Path, help="deploy YAML")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of the KV arena (thinker.kv_tokens)")
     parser.add_argument("--max-requests", type=int, metavar="N", help="images denoised together (dit.max_num_seqs)")
-    side = defaults.TEXT2IMG.side
+    side = TEXT2IMG.side
     parser.add_argument("--height", type=int, help=f"of every image, in pixels (default: {side})")
     parser.add_argument("--width", type=int, help=f"of every image, in pixels (default: {side})")
     parser.add_argument("--device", help="auto, cpu, cuda, also where there is none, or cuda:N (default: the YAML's)")
@@ -137,5 +137,5 @@ def _placement(config: DeployConfig) -> tuple[Placement, bool]:
 def _size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tuple[int, int]:
     """The images' height and width in pixels, checked, with their defaults."""
     request = GenerationRequest(height=height, width=width)
-    flow = defaults.flow_settings(request, checkpoint.config.latent.max_side, defaults.TEXT2IMG)
+    flow = resolve_flow(request, checkpoint.config.latent.max_side, TEXT2IMG)
     return flow.height, flow.width

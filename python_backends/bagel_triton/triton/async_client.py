@@ -19,7 +19,8 @@ from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, decode_event
-from bagel_triton.protocol.request import REQUEST_TENSORS, GenerationRequest, to_tensors
+from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
+from bagel_triton.protocol.tensors import to_tensors
 from bagel_triton.triton.client import CHANNEL_ARGS
 
 LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
@@ -193,7 +194,7 @@ async def _read(responses: Any) -> Any | None:
 def _inputs(request: GenerationRequest) -> list[InferInput]:
     inputs = []
     for name, array in to_tensors(request).items():
-        tensor = InferInput(name, list(array.shape), REQUEST_TENSORS[name].datatype)
+        tensor = InferInput(name, list(array.shape), REQUEST_FIELDS[name].datatype)
         inputs.append(tensor.set_data_from_numpy(array))
     return inputs
 

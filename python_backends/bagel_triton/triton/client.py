@@ -16,7 +16,7 @@ from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype, serialize_byte_tensor
 
 from bagel_triton.protocol.errors import BagelError, StageUnavailable, from_text
-from bagel_triton.protocol.request import Array, Arrays
+from bagel_triton.protocol.tensors import Array, Arrays
 
 GRPC_VARIABLE, DEFAULT_GRPC = "BAGEL_TRITON_GRPC", "127.0.0.1:8001"
 DROP_S = 2.0  # a cancellation takes milliseconds, unless its stage dies meanwhile

@@ -17,7 +17,8 @@ import triton_python_backend_utils as pb_utils
 from bagel_triton.protocol.errors import BagelError, Cancelled, InvalidRequest, from_exception
 from bagel_triton.protocol.events import Event, StageStats, encode_event, encode_stats
 from bagel_triton.protocol.messages import Message, Pulse, decode, encode
-from bagel_triton.protocol.request import REQUEST_TENSORS, Array, Arrays
+from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.telemetry import tracing
 
 M = TypeVar("M", bound=Message)
@@ -65,7 +66,7 @@ def refuse_parameters(request: Any, allowed: Collection[str]) -> None:
     """
     for name in parameters_of(request):
         known = name.startswith("triton_") or name in TRITON_PARAMETERS or name.lower() in tracing.HEADERS
-        if not known and name in REQUEST_TENSORS:
+        if not known and name in REQUEST_FIELDS:
             raise InvalidRequest(f"{name} is no field of this model; allowed: {', '.join(allowed)}", name)
         if not known:
             raise InvalidRequest.unknown(name, name, allowed)

@@ -15,7 +15,7 @@ from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.protocol.events import Event
 from bagel_triton.protocol.messages import Pulse, SchedulingParams
-from bagel_triton.protocol.request import Arrays
+from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.telemetry.metric_defs import SUPERVISOR
 from bagel_triton.triton import client as triton_call
 from bagel_triton.triton import io as triton_io

@@ -14,7 +14,7 @@ from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.errors import Internal
 from bagel_triton.protocol.events import Stage, decode_event, decode_stats
 from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput, decode
-from bagel_triton.protocol.request import Array, Arrays
+from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.client import RemoteModels, call, drop, own_address
 

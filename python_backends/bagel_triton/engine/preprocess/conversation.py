@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from bagel_triton.model.tokenizer import IMAGE_PAD, START, Tokenizer, unwrapped
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.messages import Segment, TextSegment
-from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
-from bagel_triton.protocol.validation import Modality
+from bagel_triton.protocol.request import GenerationRequest, ImageRef, Modality, TextPart, Turn
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from bagel_triton.model.image import VAE_RULE, VIT_RULE, flattened, to_bytes
 from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
 from bagel_triton.protocol.messages import Segment, VaeSegment, VitSegment
-from bagel_triton.protocol.validation import MAX_IMAGE_BYTES, MAX_INPUT_IMAGES, Modality
+from bagel_triton.protocol.request import MAX_INPUT_IMAGES, Modality
+from bagel_triton.protocol.validation import MAX_IMAGE_BYTES
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64 * 2**20

@@ -13,10 +13,17 @@ from bagel_triton.engine.preprocess.image_input import image_segments
 from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer
-from bagel_triton.protocol import validation as defaults
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import Branch, BranchPlan, Decoding, Plan, Segment, TextSegment, Usage
-from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.request import IMG2IMG, TEXT2IMG, GenerationRequest, Modality
+from bagel_triton.protocol.validation import (
+    check_text_size,
+    resolve_decoding,
+    resolve_flow,
+    resolve_modality,
+    resolve_scheduling,
+    resolve_seed,
+)
 from bagel_triton.weights.files import CheckpointFiles
 
 # The model was trained with these two texts, the space before each newline included.
@@ -65,9 +72,9 @@ class RequestPlanner:
             InvalidRequest: names the field, its value and what is allowed.
         """
         think = self._think if request.think is None else request.think
-        request = msgspec.structs.replace(request, think=think, seed=defaults.seed(request))
-        wanted = defaults.modality(request)
-        defaults.bounded(request)
+        request = msgspec.structs.replace(request, think=think, seed=resolve_seed(request))
+        wanted = resolve_modality(request)
+        check_text_size(request)
         images, size = image_segments(request.image or (), wanted, self._config.latent.max_side)
         turns = turns_of(request, len(images))
         plain = request.prompt is not None
@@ -75,7 +82,7 @@ class RequestPlanner:
         conversation = converse(turns, images, self._tokenizer, wanted, names)
         make = self._image if wanted == "image" else self._text
         plan = make(request, conversation, size, f"{client_id or 'request'}-{secrets.token_hex(6)}")
-        return msgspec.structs.replace(plan, schedule=defaults.schedule(request, self._timeout_s))
+        return msgspec.structs.replace(plan, schedule=resolve_scheduling(request, self._timeout_s))
 
     def _opening(self, instruction: str, think: bool | None) -> tuple[Segment, ...]:
         return (self._tokenizer.segment(instruction),) if think else ()
@@ -84,8 +91,8 @@ class RequestPlanner:
         self, request: GenerationRequest, conversation: Conversation, size: tuple[int, int] | None, request_id: str
     ) -> Plan:
         has_images = size is not None
-        flow_defaults = defaults.IMG2IMG if has_images else defaults.TEXT2IMG
-        flow = defaults.flow_settings(request, self._config.latent.max_side, flow_defaults, size)
+        flow_defaults = IMG2IMG if has_images else TEXT2IMG
+        flow = resolve_flow(request, self._config.latent.max_side, flow_defaults, size)
         opening = self._opening(THINK_BEFORE_IMAGE, request.think)
         gen = (*opening, *conversation.before, conversation.prompt)
         text_free = (*opening, *conversation.before)
@@ -105,7 +112,7 @@ class RequestPlanner:
             branches=tuple(branches),
             usage=Usage(prompt_tokens=self._count((*gen, *negative)), image_tokens=latents * flow.num_images),
             flow=flow,
-            decoding=defaults.decoding(request, self._tokenizer.start, "image") if request.think else None,
+            decoding=self._decoding(request, "image") if request.think else None,
         )
 
     def _text(
@@ -113,12 +120,15 @@ class RequestPlanner:
     ) -> Plan:
         opening = self._opening(THINK_BEFORE_ANSWER, request.think)
         segments: tuple[Segment, ...] = (*opening, *conversation.before, conversation.prompt)
-        decoding = defaults.decoding(request, self._tokenizer.start, "text")
+        decoding = self._decoding(request, "text")
         usage = Usage(prompt_tokens=self._count(segments))
         if conversation.continues:
             segments, decoding = _continued(segments, conversation.prompt, decoding)
         branches = (BranchPlan(Branch.GEN, segments),)
         return Plan(request_id=request_id, branches=branches, usage=usage, decoding=decoding)
+
+    def _decoding(self, request: GenerationRequest, wanted: Modality) -> Decoding:
+        return resolve_decoding(request, self._tokenizer.start, wanted, self._config.language.vocab_size)
 
     def _count(self, segments: Sequence[Segment]) -> int:
         return sum(segment_tokens(segment, self._config) for segment in segments)
