@@ -74,6 +74,9 @@ def test_it_serves_without_triton_and_stops_on_sigterm() -> None:
     assert "Triton at 127.0.0.1:1 cannot be reached" in health.json()["message"]
     assert "this server fetches none" in refused.json()["error"]["message"]
     assert unavailable.status_code == 503
-    first, second = errors.splitlines()  # a line each, no traceback
-    assert first.startswith("400 InvalidRequest: messages[0].content[0].image_url='http://127.0.0.1/' is a remote")
-    assert second.startswith("503 StageUnavailable: Triton at 127.0.0.1:1 cannot be reached")
+    refusal, access, outage, _ = errors.splitlines()  # no traceback
+    assert "400 InvalidRequest: messages[0].content[0].image_url='http://127.0.0.1/' is a remote" in refusal
+    assert f"400 POST {CHAT}" in access
+    assert refused.headers["x-request-id"] in refusal
+    assert refused.headers["x-request-id"] in access
+    assert "503 StageUnavailable: Triton at 127.0.0.1:1 cannot be reached" in outage

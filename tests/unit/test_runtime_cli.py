@@ -171,13 +171,13 @@ def test_a_missing_model_repository(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_model_names_begin_with_the_folders_and_have_no_duplicates():
-    from bagel_triton.serving.serve import ALIASES, ServeOptions, add_arguments
+    from bagel_triton.serving.serve import ALIASES, add_arguments, options
 
     def names(checkpoint: str, name: str | None) -> tuple[str, ...]:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         named = [] if name is None else ["--served-model-name", name]
-        return ServeOptions(**vars(parser.parse_args([checkpoint, *named]))).model_names
+        return options(parser.parse_args([checkpoint, *named])).model_names
 
     assert names("/models/mine", None) == ("mine", *ALIASES)
     assert names("/models/mine", "other") == ("other", *ALIASES)

@@ -26,19 +26,6 @@ def test_an_address_of_no_machine_is_refused():
         ports.listen("not-an-address", 0, "--port")
 
 
-def test_the_listener_accepts_connections_at_its_url():
-    with ports.listen(ports.LOOPBACK, 0, "--port") as listener:
-        host, _, port = ports.base_url(listener).removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port)), timeout=5):
-            connection, _ = listener.accept()
-            connection.close()
-
-
-def test_a_wildcard_address_is_reached_at_the_loopback_one():
-    with ports.listen("0.0.0.0", 0, "--port") as listener:
-        assert ports.base_url(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
 def test_chosen_ports_differ_and_are_free_to_bind():
     with ports.listen(ports.LOOPBACK, 0, "--x") as probe:
         wanted = probe.getsockname()[1]

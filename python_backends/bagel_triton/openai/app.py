@@ -1,142 +1,72 @@
-"""The HTTP API: routes, and what a request goes through."""
+"""The HTTP API as an ASGI application: its endpoints, and what surrounds them all."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, Route
 
-from bagel_triton.openai import schema, stream
-from bagel_triton.openai.chat import to_task
-from bagel_triton.openai.errors import BodyTooLarge, error_response, http_exception, to_bagel_error
+from bagel_triton.openai import completions, health, models, request_id
+from bagel_triton.openai.auth import ApiKeys
+from bagel_triton.openai.endpoint import Api
+from bagel_triton.openai.errors import http_exception
+from bagel_triton.openai.http_metrics import HttpMetrics, RequestLog
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_source import ImageLoader
-from bagel_triton.openai.reply import collect, new_header
-from bagel_triton.openai.settings import ProxySettings
-from bagel_triton.protocol.errors import Cancelled, ModelNotFound, StageUnavailable
-from bagel_triton.telemetry import tracing
+from bagel_triton.openai.settings import HttpOptions, ProxySettings
 from bagel_triton.triton.async_client import Client, TritonClient
 
-T = TypeVar("T")
+PAGE_PATHS, PAGE_PREFIXES = ("/",), ("/page/",)  # the page holds no secret and asks for the key itself
 
 
 def create_app(settings: ProxySettings, client: Client | None = None, remote: RemoteImages | None = None) -> Starlette:
-    """The proxy as an ASGI application; it closes ``client`` when it ends."""
+    """The API; it closes ``client`` when it ends."""
     source = ImageLoader((remote or RemoteImages()) if settings.fetch_remote else None)
-    api = _Api(settings, client or TritonClient(settings), source)
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
-            Route("/v1/models", api.models, methods=["GET"]),
-            Route("/health", api.health, methods=["GET"]),
-        ],
-        exception_handlers={HTTPException: partial(http_exception, metrics_url=settings.metrics_url)},
-        lifespan=api.lifespan,
-    )
-
-
-class _Api:
-    def __init__(self, settings: ProxySettings, client: Client, source: ImageLoader) -> None:
-        self._settings = settings
-        self._client = client
-        self._source = source
-        self._created = int(time.time())
+    api, metrics = Api(settings, client or TritonClient(settings), source), HttpMetrics()
+    routes: list[BaseRoute] = [
+        *completions.routes(api),
+        *models.routes(api),
+        *health.routes(api, metrics),
+    ]
+    known = [route.path for route in routes if isinstance(route, Route)]
 
     @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await self._client.close()
+        await api.client.close()
 
-    async def chat_completions(self, request: Request) -> Response:
-        try:
-            return await self._complete(request)
-        except Exception as error:
-            return error_response(to_bagel_error(error), self._settings.retry_after_s)
-
-    async def _complete(self, request: Request) -> Response:
-        body = schema.parse(await self._read(request))
-        header = new_header(self._served_model(body.model))
-        task = to_task(body)
-        came = request.headers
-        trace = tracing.passed_on(came.getlist(tracing.PARENT), came.getlist(tracing.STATE))
-        responses = task.run(self._client, self._source, header.id, trace)
-        if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = stream.chunks(responses, header, task.modality, include_usage)
-            return stream.EventStream(await _unless_gone(request, anext(chunks)), chunks)
-        async with aclosing(responses):
-            completion = await _unless_gone(request, collect(responses, header, task.modality))
-        return Response(msgspec.json.encode(completion), media_type="application/json")
-
-    async def models(self, request: Request) -> Response:
-        models = [
-            {"id": name, "object": "model", "created": self._created, "owned_by": "bagel-triton"}
-            for name in self._settings.served_model_names
-        ]
-        return JSONResponse({"object": "list", "data": models})
-
-    async def health(self, request: Request) -> Response:
-        try:
-            models = await self._client.readiness()
-        except StageUnavailable as error:
-            models = dict.fromkeys(self._settings.models or ("bagel",), False)
-            return JSONResponse({"status": "not ready", "models": models, "message": error.message}, 503)
-        waiting = [name for name, ready in models.items() if not ready]
-        if waiting:
-            message = f"not ready: {', '.join(waiting)}"
-            return JSONResponse({"status": "not ready", "models": models, "message": message}, 503)
-        return JSONResponse({"status": "ready", "models": models})
-
-    def _served_model(self, model: str | None) -> str:
-        names = self._settings.served_model_names
-        if model is None:
-            return names[0]
-        if model not in names:
-            raise ModelNotFound.value("model", model, ", ".join(names))
-        return model
-
-    async def _read(self, request: Request) -> bytes:
-        limit = self._settings.max_body_bytes
-        body = bytearray()
-        try:
-            async for part in request.stream():
-                body += part
-                if len(body) > limit:
-                    raise BodyTooLarge(f"the body is too large; allowed: at most {limit} bytes")
-        except ClientDisconnect as error:
-            raise Cancelled("the client left while it sent the request") from error
-        return bytes(body)
+    app = Starlette(
+        routes=routes,
+        middleware=_middleware(settings.http, metrics),
+        exception_handlers={HTTPException: partial(http_exception, known=known)},
+        lifespan=lifespan,
+    )
+    # A slash too many would be redirected, which a client that posts an image pays for twice.
+    app.router.redirect_slashes = False
+    app.state.http = settings.http
+    return app
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns; it is cancelled if the client leaves before it does.
-
-    Raises:
-        Cancelled: the client left.
-    """
-    worker = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({worker, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            return worker.result()
-        raise Cancelled("the client left before the reply was ready")
-    finally:
-        worker.cancel()
-        gone.cancel()
-        await asyncio.gather(worker, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
+    """The outermost first. CORS comes before the keys: a browser's preflight carries none."""
+    around = [Middleware(RequestLog, metrics, options.access_log)]
+    if options.cors_origins:
+        exposed = [request_id.HEADER, "Retry-After"]
+        around.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=options.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=exposed,
+            )
+        )
+    if options.api_keys:
+        around.append(Middleware(ApiKeys, options.api_keys, (*health.OPEN_PATHS, *PAGE_PATHS), PAGE_PREFIXES))
+    return around

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -14,6 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from bagel_triton.openai import request_id
+from bagel_triton.openai.not_found import hint
 from bagel_triton.protocol.errors import BagelError, InvalidRequest, Overloaded, from_exception, truncate
 
 log = logging.getLogger(__name__)
@@ -26,13 +28,20 @@ class BodyTooLarge(InvalidRequest):
     http_status = 413
 
 
+class RequestTimeout(InvalidRequest):
+    """The client took too long to send the request."""
+
+    http_status = 408
+
+
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """OpenAI's error object; ``code`` is the error's kind in snake case."""
+    """OpenAI's error object; ``code`` is the error's kind in snake case, ``request_id`` that of the log."""
 
     message: str
     type: str
     param: str | None
     code: str
+    request_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -41,10 +50,15 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
+def error_detail(message: str, kind: str, param: str | None, code: str) -> ErrorDetail:
+    """OpenAI's error object, with the id of the request at hand."""
+    return ErrorDetail(message, kind, param, code, request_id.CURRENT.get() or msgspec.UNSET)
+
+
 def error_body(error: BagelError) -> ErrorBody:
     """``error`` in OpenAI's shape."""
     code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.kind).lower()
-    return ErrorBody(ErrorDetail(error.message, error.openai_type, error.param, code))
+    return ErrorBody(error_detail(error.message, error.openai_type, error.param, code))
 
 
 def to_bagel_error(error: Exception) -> BagelError:
@@ -69,17 +83,15 @@ def error_response(error: BagelError, retry_after_s: int) -> Response:
     return _json(error_body(error), error.http_status, headers)
 
 
-async def http_exception(request: Request, error: Exception, metrics_url: str | None = None) -> Response:
-    """What the router refuses (no such path, wrong method), in the same shape.
-
-    ``metrics_url`` is where Triton's metrics are, for who looks for them here; None where that is not known.
-    """
+async def http_exception(request: Request, error: Exception, known: Iterable[str] = ()) -> Response:
+    """The router's refusals (no such path, wrong method) in the same shape; ``known`` are the paths there are."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {truncate(request.url.path)}: {error.detail}"
+    path = request.url.path
+    message = f"{request.method} {truncate(path)}: {error.detail}"
     if allowed := (error.headers or {}).get("Allow"):
         message += f"; allowed: {allowed}"
-    if request.url.path == "/metrics":
-        message += f"; Triton has the metrics, at {metrics_url or 'its metrics port'}"
+    if error.status_code == 404:
+        message += f"; {hint(path, known)}"
     return _json(error_body(InvalidRequest(message)), error.status_code, error.headers)
 
 

@@ -1,28 +1,65 @@
-"""What the proxy needs to know to run."""
+"""What the HTTP API needs to know to run, and the options that say it.
+
+Nothing heavy is imported here: every command that starts the API declares its options with
+:func:`add_arguments`, and ``--help`` must not wait for a web framework.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MIB = 1024 * 1024
+API_KEY_VARIABLE = "BAGEL_API_KEY"
+
+
+class OptionError(ValueError):
+    """An option has a value that is not allowed; the message names both and what is allowed."""
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """How the API is served, whatever Triton is behind it.
+
+    With ``api_keys`` a request must carry one of them. ``cors_origins`` are the origins whose
+    pages may call the API, ``*`` for any. Times are in seconds: a connection has
+    ``header_timeout_s`` to send a request's header, ``body_timeout_s`` to send its body,
+    ``write_timeout_s`` to read on once the send buffer is full, and stays open for
+    ``keep_alive_s`` between two requests.
+    """
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    keep_alive_s: int = 90
+    header_timeout_s: int = 30
+    body_timeout_s: int = 300
+    write_timeout_s: int = 300
+    access_log: bool = True
+
+    @property
+    def scheme(self) -> str:
+        """``https`` with a certificate."""
+        return "https" if self.ssl_certfile else "http"
 
 
 @dataclass(frozen=True)
 class ProxySettings:
     """Where Triton is, which names requests may use, and the proxy's own limits.
 
-    ``triton_grpc`` is ``host:port``. A request for any of ``served_model_names`` is
-    served; replies to requests that name none carry the first. A stream that stays
-    silent for ``silence_timeout_s`` is given up: it must exceed what ``bagel`` itself
-    grants a stage. ``retry_after_s`` is what a client of an overloaded server is told.
-    ``fetch_remote`` lets requests name images by ``http`` and ``https`` URLs. ``models``
-    are the Triton models that must be ready for the server to be, and ``remote`` those that must
-    be so elsewhere, with the gRPC address of each; None where nobody knows which models there
-    are before Triton says so. Where Triton's processes
-    run on this host, ``shm_prefix`` is their server's: one that dies is noticed at once.
-    ``metrics_url`` is where Triton's metrics are, if that is known, for those who look for them here.
+    ``triton_grpc`` is ``host:port``. A request for any of ``served_model_names`` is served;
+    replies to requests that name none carry the first. A stream that stays silent for
+    ``silence_timeout_s`` is aborted: it must exceed the time ``bagel`` itself allows a stage.
+    ``retry_after_s`` is the ``Retry-After`` of an overloaded server. ``fetch_remote`` lets
+    requests name images by ``http`` and ``https`` URLs. ``models`` are the Triton models that
+    must be ready for the server to be, and ``remote`` those that must be ready at another gRPC
+    address; None means that Triton's repository index says which. Where Triton's processes run
+    on this host, ``shm_prefix`` names their server's shared memory, so a dead one is noticed at
+    once. ``metrics_url`` is Triton's metrics page, if it is known.
     """
 
     triton_grpc: str
@@ -36,6 +73,7 @@ class ProxySettings:
     shm_prefix: str | None = None
     remote: Mapping[str, str] = field(default_factory=dict)
     metrics_url: str | None = None
+    http: HttpOptions = HttpOptions()
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
@@ -53,3 +91,95 @@ def add_fetch_remote(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="refuse images that a request names by an http or https URL",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the HTTP API: those of :class:`HttpOptions`, and of images by URL."""
+    add_fetch_remote(parser)
+    group = parser.add_argument_group("HTTP API")
+    defaults = HttpOptions()
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"a key that requests must carry as 'Authorization: Bearer KEY'; may be repeated; or ${API_KEY_VARIABLE}",
+    )
+    group.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="more keys, a line each; empty lines and # lines are skipped"
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="an origin whose pages may call the API, such as https://app.example, or '*'; may be repeated",
+    )
+    group.add_argument("--ssl-certfile", metavar="PEM", help="certificate chain; the API is then served over HTTPS")
+    group.add_argument("--ssl-keyfile", metavar="PEM", help="its private key, if it is not in the same file")
+    for flag, seconds, meaning in (
+        ("--timeout-keep-alive", defaults.keep_alive_s, "an idle connection is kept open"),
+        ("--timeout-header", defaults.header_timeout_s, "a client may take to send a request's header"),
+        ("--timeout-body", defaults.body_timeout_s, "a client may take to send a request's body"),
+        ("--timeout-write", defaults.write_timeout_s, "a client may leave a full connection unread"),
+    ):
+        group.add_argument(
+            flag, type=int, default=seconds, metavar="S", help=f"seconds {meaning} (default: %(default)s)"
+        )
+    group.add_argument("--no-access-log", dest="access_log", action="store_false", help="do not log each request")
+
+
+def http_options(args: argparse.Namespace) -> HttpOptions:
+    """What the options of :func:`add_arguments` say, with the keys of the environment.
+
+    Raises:
+        OptionError: a value is not allowed, or a file cannot be read.
+    """
+    for flag in ("timeout_keep_alive", "timeout_header", "timeout_body", "timeout_write"):
+        if getattr(args, flag) < 1:
+            name = f"--{flag.replace('_', '-')}"
+            raise OptionError(f"{name}={getattr(args, flag)} is not allowed; allowed: whole seconds, 1 or more")
+    if args.ssl_keyfile and not args.ssl_certfile:
+        raise OptionError("--ssl-keyfile is given without --ssl-certfile; allowed: both, or the certificate alone")
+    for flag, path in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
+        if path is not None and not Path(path).is_file():
+            raise OptionError(f"{flag}={path} is not a file")
+    return HttpOptions(
+        api_keys=_api_keys(args.api_key, args.api_key_file),
+        cors_origins=tuple(_origin(origin) for origin in args.cors_origin),
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        keep_alive_s=args.timeout_keep_alive,
+        header_timeout_s=args.timeout_header,
+        body_timeout_s=args.timeout_body,
+        write_timeout_s=args.timeout_write,
+        access_log=args.access_log,
+    )
+
+
+def _api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """Every key, from the flags, the environment and the file; an error never shows one."""
+    sources = {"--api-key": list(given)}
+    if variable := os.environ.get(API_KEY_VARIABLE):
+        sources[f"${API_KEY_VARIABLE}"] = [variable]
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"--api-key-file={file} cannot be read: {error}") from error
+        sources["--api-key-file"] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not sources["--api-key-file"]:
+            raise OptionError(f"--api-key-file={file} holds no key; allowed: a key a line")
+    for source, keys in sources.items():
+        if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+            raise OptionError(f"{source} holds an empty key or a blank; allowed: printable ASCII without blanks")
+    return tuple(dict.fromkeys(key for keys in sources.values() for key in keys))
+
+
+def _origin(origin: str) -> str:
+    scheme, separator, host = origin.partition("://")
+    if origin != "*" and (not separator or not scheme or not host or "/" in host):
+        raise OptionError(
+            f"--cors-origin={origin} is not allowed; allowed: scheme://host or scheme://host:port, or '*'"
+        )
+    return origin

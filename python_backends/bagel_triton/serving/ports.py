@@ -1,4 +1,4 @@
-"""TCP ports: the proxy's, bound from the start, and those that tritonserver will bind."""
+"""The TCP ports that tritonserver will bind."""
 
 from __future__ import annotations
 
@@ -55,11 +55,3 @@ def choose(wanted: Mapping[str, int], hosts: Mapping[str, str] | None = None) ->
             listener = held.enter_context(listen((hosts or {}).get(flag, LOOPBACK), wanted[flag], flag))
             chosen[flag] = int(listener.getsockname()[1])
     return {flag: chosen[flag] for flag in wanted}
-
-
-def base_url(listener: socket.socket) -> str:
-    """The URL at which this machine reaches ``listener``."""
-    host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = LOOPBACK
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import gc
 import socket
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,8 @@ from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.ipc import prefix as shared_memory
-from bagel_triton.openai.settings import ProxySettings, add_fetch_remote
+from bagel_triton.openai.settings import HttpOptions, OptionError, ProxySettings, http_options
+from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.serving import memory, ports, run_directory, source_tree, tritonserver
 from bagel_triton.serving.command_error import CommandError
 from bagel_triton.serving.stop_signals import Stopped, StopSignals
@@ -52,6 +55,7 @@ class ServeOptions:
     stage_id: int | None = None
     headless: bool = False
     host_address: str | None = None
+    http: HttpOptions = field(default_factory=HttpOptions)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -80,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint folder's name")
     parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the source tree's")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
-    add_fetch_remote(parser)
+    add_http_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,18 +93,33 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the server cannot start, or ended by itself.
     """
-    options = ServeOptions(**{field.name: getattr(args, field.name) for field in fields(ServeOptions)})
+    given = options(args)
     with StopSignals() as signals:
         try:
-            asyncio.run(_serve(options, signals))
+            asyncio.run(_serve(given, signals))
         except Stopped:
             print("stopping", flush=True)
     return 0
 
 
+def options(args: argparse.Namespace) -> ServeOptions:
+    """The options in ``args``.
+
+    Raises:
+        CommandError: one is not allowed.
+    """
+    names = (option.name for option in fields(ServeOptions) if option.name != "http")
+    try:
+        return ServeOptions(**{name: getattr(args, name) for name in names}, http=http_options(args))
+    except OptionError as error:
+        raise CommandError(str(error)) from error
+
+
 async def _serve(options: ServeOptions, signals: StopSignals) -> None:
+    from bagel_triton.openai import http_server
+
     config = _configuration(options)
-    with _listener(options) as listener, run_directory.created() as directory:
+    with _listeners(options) as listeners, run_directory.created() as directory:
         grpc_host, grpc_port = config.own_address or (ports.LOOPBACK, 0)
         http_port, grpc_port, metrics_port = ports.choose(
             {
@@ -111,7 +130,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             {"--triton-grpc-port": grpc_host},
         ).values()
         grpc = f"{grpc_host}:{grpc_port}"
-        url = grpc if listener is None else ports.base_url(listener)
+        urls = [http_server.base_url(listener, options.http) for listener in listeners]
         metrics_url = f"http://{ports.LOOPBACK}:{metrics_port}/metrics"
         placement = _check(config)
         connector = _connector(config, placement)
@@ -138,7 +157,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "dtype": placement.dtype_name,
                 "attention": placement.attention,
                 "KV connector": connector,
-                "OpenAI API": "none (headless)" if listener is None else url,
+                "OpenAI API": " and ".join(urls) or "none (headless)",
                 "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
                 "Triton gRPC": grpc,
                 "Triton metrics": metrics_url,
@@ -150,6 +169,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             print("\n".join(f"  {name:<15} {value}" for name, value in choices.items()), flush=True)
             # What is loaded now is never garbage, and walking it took half a second at the end.
             gc.freeze()
+            http_server.configure_logging()
             await supervise(
                 Launch(
                     command=server.command(
@@ -167,7 +187,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                     http_port=http_port,
                     log=directory / run_directory.LOG_FILE,
                     proxy=None
-                    if listener is None
+                    if not listeners
                     else create_app(
                         ProxySettings(
                             grpc,
@@ -177,11 +197,12 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                             shm_prefix=shared.prefix,
                             remote=deploy.remote,
                             metrics_url=metrics_url,
+                            http=options.http,
                         )
                     ),
                     shared=shared,
-                    listener=listener,
-                    url=url,
+                    listeners=listeners,
+                    url=urls[0] if urls else grpc,
                     addresses=dict.fromkeys(deploy.models, grpc) | deploy.remote,
                     verbose=options.verbose,
                 ),
@@ -202,10 +223,22 @@ def _configuration(options: ServeOptions) -> DeployConfig:
     return msgspec.structs.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
-def _listener(options: ServeOptions) -> contextlib.AbstractContextManager[socket.socket | None]:
-    if options.headless:
-        return contextlib.nullcontext()
-    return contextlib.closing(ports.listen(options.host, options.port, "--port"))
+@contextlib.contextmanager
+def _listeners(options: ServeOptions) -> Iterator[list[socket.socket]]:
+    """The sockets of the HTTP API; none where there is no API."""
+    from bagel_triton.openai import http_server
+
+    try:
+        http_server.check_tls(options.http)
+        listeners = [] if options.headless else http_server.listen(options.host, options.port)
+    except OptionError as error:
+        raise CommandError(str(error)) from error
+    with contextlib.ExitStack() as held:
+        for listener in listeners:
+            held.enter_context(listener)
+        if (warning := http_server.exposure(listeners, options.http)) is not None:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        yield listeners
 
 
 def _shared_memory() -> shared_memory.SharedMemoryPrefix:

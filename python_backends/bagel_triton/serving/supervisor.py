@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.ipc.control_file import SERVER, ControlFile
 from bagel_triton.ipc.prefix import SharedMemoryPrefix
+from bagel_triton.openai import http_server
 from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.serving import triton_process as triton_log
 from bagel_triton.serving.command_error import CommandError
@@ -36,7 +37,7 @@ LAST_S = 1  # for them to do so; then Triton's end cuts them off
 class Launch:
     """All that it takes to start one server.
 
-    Without ``proxy`` and ``listener`` it is one that another server calls. ``url`` is where it
+    Without ``proxy`` and ``listeners`` it is one that another server calls. ``url`` is where it
     is reached, ``addresses`` the gRPC address of every model that it uses.
     """
 
@@ -46,7 +47,7 @@ class Launch:
     http_port: int
     log: Path
     proxy: Starlette | None
-    listener: socket.socket | None
+    listeners: list[socket.socket]
     url: str
     addresses: Mapping[str, str]
     shared: SharedMemoryPrefix
@@ -65,7 +66,7 @@ class _Proxy:
     """The proxy of a server; nothing, for as long, where it has none."""
 
     def __init__(self, launch: Launch) -> None:
-        self._listener, self._ended = launch.listener, asyncio.Event()
+        self._listeners, self._ended = launch.listeners, asyncio.Event()
         self._server = None if launch.proxy is None else _Uvicorn(_uvicorn_config(launch.proxy))
 
     async def serve(self) -> None:
@@ -73,8 +74,7 @@ class _Proxy:
         if self._server is None:
             await self._ended.wait()
         else:
-            assert self._listener is not None
-            await self._server.serve(sockets=[self._listener])
+            await self._server.serve(sockets=self._listeners)
 
     def end(self) -> None:
         """Let requests in flight end, for a moment, and stop."""
@@ -85,7 +85,7 @@ class _Proxy:
 
 def _uvicorn_config(app: Starlette) -> uvicorn.Config:
     timeout_s = GRACE_S + LAST_S + int(STOP_TIMEOUT_S) + 1
-    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=timeout_s)
+    return http_server.config(app, app.state.http, timeout_s)
 
 
 async def supervise(launch: Launch, stop: asyncio.Event) -> None:
@@ -203,7 +203,10 @@ async def _until_healthy(launch: Launch) -> None:
     It may still wait to connect again, after a question that came too early.
     """
     wait = StartupProgress()
-    async with httpx.AsyncClient(base_url=launch.url, trust_env=False, timeout=None) as client:
+    assert launch.proxy is not None
+    # Not over the network: the API may have a certificate for another name.
+    transport = httpx.ASGITransport(launch.proxy)
+    async with httpx.AsyncClient(base_url=launch.url, transport=transport, timeout=None) as client:
         while not (answer := await client.get("/health")).is_success:
             away = [model for model, ready in answer.json()["models"].items() if not ready]
             if wait.due:

@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 import bagel_triton
 from bagel_triton.protocol.errors import Cancelled, from_exception
 from bagel_triton.telemetry.spans import Attributes
-from bagel_triton.telemetry.tracing import HEADERS
+from bagel_triton.telemetry.tracing import HEADERS, REQUEST_ID
 
 CLOSE_S = 1.5  # tritonserver itself waits two seconds for what is left
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class OpenTelemetryTracing:
         # Into an empty context: the parent is the one given and no other.
         parent = self._headers.extract(given, context=Context())
         span = self._tracer.start_span("bagel", context=parent, kind=SpanKind.SERVER)
+        if (request_id := given.get(REQUEST_ID)) is not None:
+            span.set_attribute("bagel.http_request_id", request_id)
         with _ended(self._tracer, span) as within:
             yield within
             within.set_attributes({"status": 200})

@@ -17,7 +17,8 @@ from bagel_triton.telemetry.spans import NoSpan, Span
 
 # https://www.w3.org/TR/trace-context/
 PARENT, STATE = "traceparent", "tracestate"
-HEADERS = (PARENT, STATE)
+REQUEST_ID = "x-request-id"  # of the HTTP API's log
+HEADERS = (PARENT, STATE, REQUEST_ID)
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 MAX_STATE = 512  # characters that the standard wants passed on
 _PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,256})?")

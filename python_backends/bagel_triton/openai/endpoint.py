@@ -1,0 +1,143 @@
+"""What every endpoint does with a request: read it within limits, run it, and answer errors in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from bagel_triton.openai import request_id
+from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, error_response, to_bagel_error
+from bagel_triton.openai.image_source import ImageLoader
+from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.errors import Cancelled, ModelNotFound
+from bagel_triton.telemetry import tracing
+from bagel_triton.triton.async_client import Client, StageResponse
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+LARGE_BODY = 256 * 1024  # bytes; a smaller body is parsed faster than a thread is started
+
+
+class Runnable(Protocol):
+    """A request in the model's terms."""
+
+    def run(
+        self, client: Client, source: ImageLoader, request_id: str, headers: dict[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        """The responses to it; closing the generator aborts the request."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the endpoints share: the connection to Triton, the image loader and the settings."""
+
+    settings: ProxySettings
+    client: Client
+    source: ImageLoader
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def endpoint(self, handler: Handler) -> Handler:
+        """``handler`` with every exception answered as an error in OpenAI's shape."""
+
+        @functools.wraps(handler)
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except Exception as error:
+                return error_response(to_bagel_error(error), self.settings.retry_after_s)
+
+        return answer
+
+    async def parse(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        """What ``parse`` makes of the whole body; a large one is parsed in a thread.
+
+        Raises:
+            InvalidRequest: the body is too large, or is not what ``parse`` takes.
+            Cancelled: the client left while it sent the body.
+        """
+        parts = [part async for part in self.body(request)]
+        if sum(map(len, parts)) <= LARGE_BODY:
+            return parse(b"".join(parts))
+        return await asyncio.to_thread(lambda: parse(b"".join(parts)))
+
+    async def body(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """The pieces of the body as they come.
+
+        Raises:
+            BodyTooLarge: it has more bytes than the settings allow.
+            RequestTimeout: it took longer than the settings allow.
+            Cancelled: the client left.
+        """
+        limit, timeout_s = self.settings.max_body_bytes, self.settings.http.body_timeout_s
+        too_large = BodyTooLarge(f"the body is too large; allowed: at most {limit} bytes")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > limit:
+            raise too_large
+        stream, received = request.stream(), 0
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    part = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise RequestTimeout(f"the body did not arrive within {timeout_s} s") from error
+            except ClientDisconnect as error:
+                raise Cancelled("the client left while it sent the request") from error
+            received += len(part)
+            if received > limit:
+                raise too_large
+            yield part
+
+    def served_model(self, model: str | None) -> str:
+        """The name that the reply carries for a request for ``model``.
+
+        Raises:
+            ModelNotFound: it is none of those served.
+        """
+        names = self.settings.served_model_names
+        if model is None:
+            return names[0]
+        if model not in names:
+            raise ModelNotFound.value("model", model, ", ".join(names))
+        return model
+
+    def run(self, task: Runnable, request: Request, reply_id: str) -> AsyncGenerator[StageResponse, None]:
+        """The responses to ``task``, under the trace and the request id that ``request`` carries."""
+        came = request.headers
+        headers = tracing.passed_on(came.getlist(tracing.PARENT), came.getlist(tracing.STATE))
+        if (current := request_id.CURRENT.get()) is not None:
+            headers[request_id.HEADER] = current
+        return task.run(self.client, self.source, reply_id, headers)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` returns; it is cancelled if the client leaves before it does.
+
+    Raises:
+        Cancelled: the client left.
+    """
+    worker = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({worker, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise Cancelled("the client left before the reply was ready")
+    finally:
+        worker.cancel()
+        gone.cancel()
+        await asyncio.gather(worker, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,58 @@
+"""``/health``, ``/ping`` and ``/metrics``: whether the server is ready, and its measurements."""
+
+from __future__ import annotations
+
+import httpx
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bagel_triton.openai.endpoint import Api
+from bagel_triton.openai.http_metrics import CONTENT_TYPE, HttpMetrics
+from bagel_triton.protocol.errors import StageUnavailable
+
+OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping")  # they need no key
+METRICS_TIMEOUT_S = 5.0
+
+
+def routes(api: Api, metrics: HttpMetrics) -> list[Route]:
+    """The endpoints' routes."""
+
+    async def ready(request: Request) -> Response:
+        try:
+            models = await api.client.readiness()
+        except StageUnavailable as error:
+            models = dict.fromkeys(api.settings.models or ("bagel",), False)
+            return JSONResponse({"status": "not ready", "models": models, "message": error.message}, 503)
+        waiting = [name for name, is_ready in models.items() if not is_ready]
+        if waiting:
+            message = f"not ready: {', '.join(waiting)}"
+            return JSONResponse({"status": "not ready", "models": models, "message": message}, 503)
+        return JSONResponse({"status": "ready", "models": models})
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def all_metrics(request: Request) -> Response:
+        return Response(await _triton_metrics(api.settings.metrics_url) + metrics.page(), media_type=CONTENT_TYPE)
+
+    return [
+        Route("/health", ready, methods=["GET"]),
+        Route("/health/ready", ready, methods=["GET"]),
+        Route("/health/live", live, methods=["GET"]),
+        Route("/ping", ready, methods=["GET", "POST"]),
+        Route("/metrics", all_metrics, methods=["GET"]),
+    ]
+
+
+async def _triton_metrics(url: str | None) -> bytes:
+    """Triton's page; a comment that says why where it cannot be had, so that the proxy's own are still there."""
+    if url is None:
+        return b"# Triton's metrics are left out: --triton-metrics says where they are\n"
+    try:
+        async with httpx.AsyncClient(trust_env=False, timeout=METRICS_TIMEOUT_S) as client:
+            page = (await client.get(url)).raise_for_status().content
+    except httpx.HTTPError as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"# Triton's metrics at {url} cannot be had: {reason}\n".encode()
+    return page if page.endswith(b"\n") else page + b"\n"
