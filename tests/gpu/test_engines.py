@@ -43,7 +43,7 @@ def stages(dtype: str) -> Iterator[LocalStages]:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.height], ids=lambda case: case.name)
-def test_a_image_is_near_the_one_recorded(stages: LocalStages, dtype: str, case: Case) -> None:
+def test_an_image_is_near_the_one_recorded(stages: LocalStages, dtype: str, case: Case) -> None:
     run = generate(stages, case.request)
     assert run.latents[0].tokens.device == stages.producer.arena.store.device == GPU
     assert relative_rms(run.latents[0].tokens, case.tensors()["latent"]) < RMS[dtype]

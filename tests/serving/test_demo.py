@@ -25,14 +25,14 @@ def demo(checkpoint: Path, directory: Path, *options: str) -> subprocess.Popen[s
     )
 
 
-def test_it_makes_a_image_and_shows_where_and_how_long(tmp_path: Path):
-    image = tmp_path / "cat.png"
-    with demo(CHECKPOINT, tmp_path, "--output", str(image), "--height", "48", "--width", "64", "--steps", "3") as run:
+def test_it_makes_an_image_and_shows_where_and_how_long(tmp_path: Path):
+    path = tmp_path / "cat.png"
+    with demo(CHECKPOINT, tmp_path, "--output", str(path), "--height", "48", "--width", "64", "--steps", "3") as run:
         out, errors = run.communicate(timeout=180)
     assert (run.returncode, errors) == (0, "")
-    with Image.open(image) as image:
+    with Image.open(path) as image:
         assert image.size == (64, 48)
-    assert f"image: {image}" in out
+    assert f"image: {path}" in out
     for stage in ("cfg_expand", "thinker", "dit", "vae_decode"):
         assert any(line.startswith(stage) and " s" in line for line in out.splitlines()), stage
     assert list(tmp_path.glob("bagel_triton_*")) == []

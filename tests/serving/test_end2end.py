@@ -83,7 +83,7 @@ def test_it_runs_on_its_own(tmp_path: Path):
     assert run.stdout.startswith("[0] A cute cat\nimage   bagel_output/0.png, 96x64 pixels, seed 7")
 
 
-def test_many_prompts_become_a_image_each(end2end: Runner):
+def test_many_prompts_become_an_image_each(end2end: Runner):
     out = end2end.good("--prompts", "A cute cat", "A red fox", "A house", *SMALL)
     printed = blocks(out)
     assert sorted(printed) == [0, 1, 2]
@@ -104,13 +104,13 @@ def test_images_of_one_prompt_have_seeds_in_a_row(end2end: Runner):
     assert not np.array_equal(end2end.pixels("0.png"), end2end.pixels("0_1.png"))
 
 
-def test_thinking_comes_with_a_image(end2end: Runner):
+def test_thinking_comes_with_an_image(end2end: Runner):
     out = end2end.good("--prompts", "A cute cat", "--think", "--max-think-tokens", "8", *SMALL)
     assert re.search(r"^thinking  \S", out, re.MULTILINE)
     assert end2end.pixels("0.png").shape == (64, 96, 3)
 
 
-def test_a_image_is_edited_in_its_own_size(end2end: Runner, photo: Path):
+def test_an_image_is_edited_in_its_own_size(end2end: Runner, photo: Path):
     guidance = ("--cfg-text-scale", "3", "--cfg-img-scale", "1.5", "--cfg-interval", "0", "1", "--cache", "taylorseer")
     end2end.good(
         "--modality", "img2img", "--image-path", str(photo), "--prompts", "Make it night", "--steps", "3", *guidance
@@ -118,7 +118,7 @@ def test_a_image_is_edited_in_its_own_size(end2end: Runner, photo: Path):
     assert end2end.pixels("0.png").shape == (512, 640, 3)
 
 
-def test_a_image_is_described(end2end: Runner, photo: Path):
+def test_an_image_is_described(end2end: Runner, photo: Path):
     arguments = ("--modality", "img2text", "--prompts", "What is this?", "--max-tokens", "8")
     out = end2end.good(*arguments, "--image-path", str(photo))
     assert re.search(r"^\[0\] What is this\?\nanswer    \S", out, re.MULTILINE)

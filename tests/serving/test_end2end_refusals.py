@@ -73,7 +73,7 @@ def test_wrong_arguments_are_one_line_and_status_2(refusal: Refusal, arguments: 
         (["--txt-prompts", "absent.txt"], "--txt-prompts absent.txt: No such"),
         (["--txt-prompts", "empty.txt"], "--txt-prompts empty.txt has no prompt in it"),
         (["--txt-prompts", "latin.txt"], "--txt-prompts latin.txt is not UTF-8 text"),
-        (["--prompts", "x", "--modality", "img2text", "--image-path", "latin.txt"], "image[0]=5 bytes is not a pic"),
+        (["--prompts", "x", "--modality", "img2text", "--image-path", "latin.txt"], "image[0]=5 bytes is not an im"),
     ],
 )
 def test_what_no_prompt_could_make_right_is_refused_at_once(

@@ -72,7 +72,7 @@ def test_every_metric_is_there_before_the_first_request_and_no_other(fresh: Serv
         assert f"# HELP {metric.exposed} {metric.meaning}\n# TYPE {metric.exposed} {metric.kind}\n" in text
 
 
-def test_a_image_and_a_text_are_counted_once_where_they_went(fresh: Server) -> None:
+def test_an_image_and_a_text_are_counted_once_where_they_went(fresh: Server) -> None:
     usage = [fresh.chat(body).json()["usage"] for body in (IMAGE, TEXT)]
     tokens = usage[1]["completion_tokens"]
     found = told(

@@ -39,7 +39,7 @@ def curl(server: Server, body: str, tmp_path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("body", [TEXT2IMG, IMG2IMG], ids=["text2img", "img2img"])
-def test_curl_for_a_image(server: Server, body: str, tmp_path: Path) -> None:
+def test_curl_for_an_image(server: Server, body: str, tmp_path: Path) -> None:
     (image,) = reply_images(curl(server, body, tmp_path))
     assert image.shape == (512, 512, 3)
     assert image.std() > 0
@@ -72,7 +72,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_the_client_makes_a_image(server: Server, tmp_path: Path) -> None:
+def test_the_client_makes_an_image(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     run = client(server, "-p", "A cute cat", "-o", output, "--height", "64", "--width", "96", "--steps", "5")
     assert run.returncode == 0, run.stderr
@@ -80,7 +80,7 @@ def test_the_client_makes_a_image(server: Server, tmp_path: Path) -> None:
     assert str(output) in run.stdout
 
 
-def test_the_client_edits_a_image(server: Server, tmp_path: Path) -> None:
+def test_the_client_edits_an_image(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     run = client(server, "-m", "img2img", "-i", CAT, "-p", "Make the cat stand up", "-o", output, "--steps", "3")
     assert run.returncode == 0, run.stderr

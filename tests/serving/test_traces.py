@@ -60,7 +60,7 @@ def _whole(collector: Collector, trace: str) -> tuple[Span, list[Span]]:
     return request, [span for span in spans if span is not request]
 
 
-def test_a_image_is_a_span_a_stage_under_the_clients(traced: Server, collector: Collector) -> None:
+def test_an_image_is_a_span_a_stage_under_the_clients(traced: Server, collector: Collector) -> None:
     trace, parent = _ids()
     reply = traced.chat(IMAGE, {"traceparent": _traceparent(trace, parent)})
     assert reply.status_code == 200
@@ -87,7 +87,7 @@ def test_a_image_is_a_span_a_stage_under_the_clients(traced: Server, collector: 
     assert stages[2].attributes["bagel.num_inference_steps"] == 4
 
 
-def test_a_text_has_its_tokens_and_no_span_of_a_image(traced: Server, collector: Collector) -> None:
+def test_a_text_has_its_tokens_and_no_span_of_an_image(traced: Server, collector: Collector) -> None:
     trace, parent = _ids()
     reply = traced.chat(TEXT, {"traceparent": _traceparent(trace, parent)}).json()
     request, stages = _whole(collector, trace)

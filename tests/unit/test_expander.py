@@ -98,7 +98,7 @@ def test_images_come_first_or_where_the_prompt_marks_them(
     assert told(expander, tokenizer, request) == segments
 
 
-def test_a_wrapped_prompt_is_what_it_wraps_for_a_image_and_stands_as_it_is_for_a_text(
+def test_a_wrapped_prompt_is_what_it_wraps_for_an_image_and_stands_as_it_is_for_a_text(
     expander: RequestPlanner, tokenizer: Tokenizer
 ) -> None:
     bare, wrapped = "What is this?", "<|im_start|>What is this?<|im_end|>"

@@ -46,7 +46,7 @@ def _nothing_left(stages: LocalStages) -> bool:
     return stages.thinker.blocks_used == 0 and len(stages.producer.leases) == 0
 
 
-def test_a_image_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
+def test_an_image_leaves_nothing_in_the_arena(local_stages: LocalStages) -> None:
     generate(local_stages, SMALL)
     assert soon(lambda: _nothing_left(local_stages))
 

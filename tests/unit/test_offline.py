@@ -81,7 +81,7 @@ def test_an_empty_batch_is_done():
     assert list(run_batch(FakeStages(), [], 5.0, 8)) == []
 
 
-def test_a_image_is_never_written_over(tmp_path: Path):
+def test_an_image_is_never_written_over(tmp_path: Path):
     black, white = torch.zeros(2, 3, 3, dtype=torch.uint8), torch.full((2, 3, 3), 255, dtype=torch.uint8)
     paths = [save_png(tmp_path, "0", pixels) for pixels in (black, white, black)]
     assert [path.name for path in paths] == ["0.png", "0-2.png", "0-3.png"]

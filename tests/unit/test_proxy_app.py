@@ -26,7 +26,7 @@ from bagel_triton.openai.app import create_app
 from bagel_triton.protocol.request import GenerationRequest
 
 
-def test_a_image_is_answered_losslessly_with_true_counts_seed_and_timings() -> None:
+def test_an_image_is_answered_losslessly_with_true_counts_seed_and_timings() -> None:
     client = FakeClient()
     reply = http(client).post(CHAT, json=chat_body(seed=7, height=32))
     assert reply.status_code == 200

@@ -28,7 +28,7 @@ def refusal(host: Host, url: str, **limits: float) -> str:
     return str(caught.value)
 
 
-def test_a_image_is_fetched_by_its_hosts_name_from_the_address_that_was_checked(host: Host) -> None:
+def test_an_image_is_fetched_by_its_hosts_name_from_the_address_that_was_checked(host: Host) -> None:
     assert fetch(host, "http://images.example:8080/cat.png?v=2#top") == BODY
     assert host.seen == [("images.example:8080", "/cat.png?v=2")]
     assert host.reached == [PUBLIC]

@@ -97,7 +97,7 @@ def test_events_and_the_image_arrive_typed_and_in_order() -> None:
     np.testing.assert_array_equal(responses[3].image, PIXELS)
 
 
-def test_a_image_larger_than_grpcs_own_limit_arrives() -> None:
+def test_an_image_larger_than_grpcs_own_limit_arrives() -> None:
     pixels = np.zeros((1500, 1500, 3), dtype=np.uint8)
     event = type(IMAGE.event)(0, 1500, 1500, 7)  # type: ignore[call-arg]
     responses = play(Service([wire(StageResponse(event, pixels)), wire(DONE)]), everything)
