@@ -12,7 +12,7 @@ import time
 from itertools import pairwise
 
 from bagel_triton.engine.token_count import VISION_TOKENS
-from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.messages import DenoiseJob
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def run(setting: Setting, side: int = SIDE) -> list[Figure]:
                 try:
                     return matmul_rate(products(config.language), rows, device, dtype)
                 finally:
-                    release_team()
+                    release_intraop_threads()
 
             before = rate()
             step = step_seconds(stages, job)

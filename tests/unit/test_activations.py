@@ -57,11 +57,11 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
 
     def forward() -> torch.Tensor:
         cos, sin = rotary_tables(torch.arange(tokens), language, dtype)
-        return transformer(torch.ones(tokens, 112, dtype=dtype), PackedBatch(gen_rows, cos, sin, spans, kv, crew))
+        return transformer(torch.ones(tokens, 112, dtype=dtype), PackedBatch(gen_rows, cos, sin, spans, kv, pool))
 
-    crew = ThreadPool(threads)
+    pool = ThreadPool(threads)
     peak = peak_bytes(forward, tmp_path)
-    crew.close()
+    pool.close()
     estimated = activations.forward_bytes(language, tokens, Placement(CPU, dtype), threads)
     # Threads need not be at their peaks at the same time.
     assert (0.95 if threads == 1 else 0.75) * estimated < peak < 1.05 * estimated

@@ -37,7 +37,7 @@ def test_a_steps_arithmetic_is_what_torch_counts(
     local_stages: LocalStages, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Torch counts what one thread does, and no product that is added in place.
-    monkeypatch.setattr(ThreadPool, "parallel_for", lambda crew, task, items: [task(item) for item in items])
+    monkeypatch.setattr(ThreadPool, "parallel_for", lambda pool, task, items: [task(item) for item in items])
     job = denoise_job(local_stages, image_request(128, 128, 2))
     counted: list[int] = []
     real = local_stages.dit._step

@@ -15,7 +15,7 @@ from bagel_triton.model import batch as pack
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import GEN, UND, PackedBatch
-from bagel_triton.model.cpu import thread_pool as crew
+from bagel_triton.model.cpu import thread_pool
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -86,15 +86,15 @@ def test_a_sequence_does_not_depend_on_its_pack(bagel: Bagel, sizes: tuple[int, 
 
 @pytest.mark.parametrize("size", [2, 3, 16])
 @pytest.mark.parametrize("worth", [1, 64, 10**6])
-@pytest.mark.parametrize("wide", [True, False], ids=["team", "no-team"])
-def test_a_crew_changes_nothing(
+@pytest.mark.parametrize("wide", [True, False], ids=["intraop", "one-thread"])
+def test_a_thread_pool_changes_nothing(
     bagel: Bagel, monkeypatch: pytest.MonkeyPatch, size: int, worth: int, wide: bool
 ) -> None:
     sequences = [_sequence(bagel, tokens, seed) for seed, tokens in enumerate((255, 170, 3))]
     alone = _hidden(bagel, sequences)
     monkeypatch.setattr(pack, "WORTH_SHARING", worth)
     monkeypatch.setattr(attention, "WORTH_SHARING", worth)
-    monkeypatch.setattr(crew, "WORTH_A_TEAM", 0 if wide else 10**9)
+    monkeypatch.setattr(thread_pool, "MIN_INTRAOP_WEIGHTS", 0 if wide else 10**9)
     many = ThreadPool(size)
     shared = _hidden(bagel, sequences, many)
     many.close()
@@ -104,7 +104,7 @@ def test_a_crew_changes_nothing(
 
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
 @pytest.mark.parametrize("rows", [64, 256, 512, 612, 1000, 3072, 20000])
-def test_nobody_of_a_crew_has_much_more_to_do_than_others(size: int, rows: int) -> None:
+def test_threads_share_rows_about_evenly(size: int, rows: int) -> None:
     longest = pack.block_rows(rows, size)
     assert longest <= pack.BLOCK_ROWS
     even = max(rows / size, pack.WORTH_SHARING)  # fewer rows than these are not worth a thread

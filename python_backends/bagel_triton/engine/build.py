@@ -17,7 +17,7 @@ from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import ModelConfig
-from bagel_triton.model.cpu.thread_pool import release_team
+from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.model.device import Placement, resolve
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.messages import KVGeometry
@@ -49,13 +49,13 @@ class StageResources:
     def load_bagel(self) -> Bagel:
         """The transformer, its weights shared with the server's other processes."""
         model = self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self.weights)
-        release_team()  # whoever loads leaves the computing to an engine
+        release_intraop_threads()  # the engine computes on other threads
         return model
 
     def load_autoencoder(self) -> Autoencoder:
         """The autoencoder, likewise; it always computes in float32."""
         autoencoder = self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self.weights)
-        release_team()
+        release_intraop_threads()
         return autoencoder
 
     @property
@@ -105,5 +105,5 @@ class Models:
         place, checkpoint = parts.placement, parts.checkpoint
         bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype)
         models = cls(checkpoint.config, bagel, checkpoint.load_autoencoder(place.torch_device, torch.float32))
-        release_team()
+        release_intraop_threads()
         return models

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool, release_team
+from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool, release_intraop_threads
 from bagel_triton.model.device import CPU, is_lost
 from bagel_triton.protocol.errors import (
     BagelError,
@@ -136,7 +136,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
     Subclasses own ``active`` jobs and implement :meth:`_admit`, :meth:`_step` and
     :meth:`_drop`. An exception in a step fails the jobs that took part in it, and the
     worker goes on. Jobs wait by priority, then by age, and no more than ``max_waiting``
-    of them; one whose deadline passes fails wherever it is. ``crew`` is the worker's own.
+    of them; one whose deadline passes fails wherever it is. ``pool`` belongs to this engine and is closed with it.
     """
 
     stage: Stage
@@ -146,10 +146,10 @@ class EngineLoop(ABC, Generic[Task, Result]):
         self,
         metrics: Metrics | None = None,
         max_waiting: int = 256,
-        crew: ThreadPool = SINGLE_THREAD,
+        pool: ThreadPool = SINGLE_THREAD,
         device: torch.device = CPU,
     ) -> None:
-        self.metrics, self._crew, self._device = metrics or NoMetrics(), crew, device
+        self.metrics, self._pool, self._device = metrics or NoMetrics(), pool, device
         self.gauge = ChangedGauges(self.metrics, f"{self.stage}_")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: WaitingQueue[Task, Result] = WaitingQueue(max_waiting)
@@ -206,7 +206,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
         self._closing.set()
         self._inbox.put(lambda: None)
         self._thread.join()
-        self._crew.close()
+        self._pool.close()
 
     # --- the engine's part, all on the worker's thread ---
 
@@ -240,7 +240,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
         """Free what a request left behind after its job was done."""
 
     def _run(self) -> None:
-        self._crew.lead()
+        self._pool.use_caller_thread()
         while not self._closing.is_set() and not self.lost.is_set():
             try:
                 self._turn()
@@ -271,7 +271,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
             self._step()
             self.metrics.observe(f"{self.stage}_step_seconds", time.monotonic() - started)
         else:
-            release_team()
+            release_intraop_threads()
             self._drain(self.poll_s if polling or self._waiting else None)
 
     def _send_heartbeats(self) -> None:

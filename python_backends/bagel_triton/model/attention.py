@@ -16,7 +16,7 @@ from torch import Tensor
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 
 OneSpan = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-WORTH_SHARING = 128 * 128  # scores of a head that are worth a thread of a crew
+WORTH_SHARING = 128 * 128  # scores of a head that are worth a thread of a pool
 LEAST_ROWS = 32  # fewer are not worth it however many keys there are
 log = logging.getLogger(__name__)
 
@@ -75,14 +75,14 @@ def attend(
     layer: int,
     spans: Sequence[QuerySpan],
     kv: StepKV,
-    crew: ThreadPool = SINGLE_THREAD,
+    pool: ThreadPool = SINGLE_THREAD,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attention for every span of a pack.
 
     Args:
         query: [tokens, heads, head_dim], after norm and RoPE.
-        crew: threads that take a head each.
+        pool: threads that take a head each.
         out: where the result goes, [tokens, heads, head_dim].
 
     Returns:
@@ -92,12 +92,12 @@ def attend(
     one_span = _flash_attention if flash else _sdpa_attention
     out = torch.empty_like(query) if out is None else out
     for together in kv.rounds(spans):
-        _attend_round(query, layer, together, kv, crew, out, one_span)
+        _attend_round(query, layer, together, kv, pool, out, one_span)
     return out.flatten(1)
 
 
 def _attend_round(
-    query: Tensor, layer: int, spans: Sequence[QuerySpan], kv: StepKV, crew: ThreadPool, out: Tensor, one_span: OneSpan
+    query: Tensor, layer: int, spans: Sequence[QuerySpan], kv: StepKV, pool: ThreadPool, out: Tensor, one_span: OneSpan
 ) -> None:
     past = {sequence: kv.read(layer, sequence) for sequence in {span.sequence for span in spans}}
 
@@ -107,16 +107,16 @@ def _attend_round(
         rows = slice(span.start, span.stop)
         out[rows, heads] = one_span(query[rows, heads], key, value, span.causal)
 
-    crew.parallel_for(
-        attend_part, [part for span in spans for part in _parts(span, query, past[span.sequence][0], crew)]
+    pool.parallel_for(
+        attend_part, [part for span in spans for part in _parts(span, query, past[span.sequence][0], pool)]
     )
 
 
-def _parts(span: QuerySpan, query: Tensor, key: Tensor, crew: ThreadPool) -> Iterator[tuple[QuerySpan, slice, slice]]:
+def _parts(span: QuerySpan, query: Tensor, key: Tensor, pool: ThreadPool) -> Iterator[tuple[QuerySpan, slice, slice]]:
     """A span with the heads of queries, and those of keys, that one thread takes: all, or one each."""
     heads, kv_heads = query.shape[1], key.shape[1]
     rows = span.stop - span.start
-    if crew.size == 1 or rows < LEAST_ROWS or rows * len(key) < WORTH_SHARING:
+    if pool.size == 1 or rows < LEAST_ROWS or rows * len(key) < WORTH_SHARING:
         yield span, slice(0, heads), slice(0, kv_heads)
         return
     for head in range(heads):

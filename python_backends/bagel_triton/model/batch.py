@@ -13,7 +13,7 @@ from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 
 UND, GEN = "", "_moe_gen"  # suffixes of the experts' names
 BLOCK_ROWS = 576  # of a block on a CPU at most: an MLP's inner rows are a few MB then
-WORTH_SHARING = 64  # rows of a block that are worth a thread of a crew
+WORTH_SHARING = 64  # rows of a block that are worth a thread of a pool
 Block = tuple[str, slice]  # an expert's suffix, and rows of that expert
 
 
@@ -23,7 +23,7 @@ class PackedBatch:
 
     ``cos`` and ``sin`` are the rotary tables of the rows' positions, [tokens, 1, head_dim].
     Of other rows than ``wanted``, all if None, the last layer computes only keys and values, and what comes
-    out means nothing. ``crew`` shares the work.
+    out means nothing. ``pool`` shares the work.
     """
 
     gen_rows: int
@@ -31,13 +31,13 @@ class PackedBatch:
     sin: Tensor
     spans: Sequence[QuerySpan]
     kv: StepKV
-    crew: ThreadPool = SINGLE_THREAD
+    pool: ThreadPool = SINGLE_THREAD
     wanted: slice | None = None
 
     @property
-    def keeps_crew_busy(self) -> bool:
+    def keeps_pool_busy(self) -> bool:
         """Whether there are rows for everyone."""
-        return len(self.cos) >= self.crew.size * WORTH_SHARING
+        return len(self.cos) >= self.pool.size * WORTH_SHARING
 
     def leads_on(self, rows: slice | QuerySpan) -> bool:
         """Whether the last layer has to finish some of these rows."""
@@ -45,21 +45,21 @@ class PackedBatch:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Every row once, in slices of one expert each, in the order in which a crew begins them."""
+        """Every row once, in slices of one expert each, in the order in which a pool begins them."""
         return tuple(self._cut(UND, self.gen_rows, len(self.cos))) + tuple(self._cut(GEN, 0, self.gen_rows))
 
     def _cut(self, expert: str, start: int, stop: int) -> Iterator[Block]:
         on_cpu = self.cos.device.type == "cpu"
-        step = block_rows(stop - start, self.crew.size) if on_cpu else max(stop - start, 1)
+        step = block_rows(stop - start, self.pool.size) if on_cpu else max(stop - start, 1)
         for first in range(start, stop, step):
             yield expert, slice(first, min(first + step, stop))
 
 
-def block_rows(rows: int, crew: int) -> int:
-    """Rows of a block on a CPU: few enough for the cache, and as many blocks for each of a crew if there are enough."""
-    if crew == 1:
+def block_rows(rows: int, pool: int) -> int:
+    """Rows of a block on a CPU: few enough for the cache, and as many blocks for each of a pool if there are enough."""
+    if pool == 1:
         return BLOCK_ROWS
     # Whoever took the other expert's few rows first gets the last block, which is shorter by their cost.
     rows += WORTH_SHARING
-    rounds = -(-rows // (BLOCK_ROWS * crew))
-    return -(-rows // min(rounds * crew, max(rows // WORTH_SHARING, 1)))
+    rounds = -(-rows // (BLOCK_ROWS * pool))
+    return -(-rows // min(rounds * pool, max(rows // WORTH_SHARING, 1)))

@@ -121,15 +121,15 @@ def _apply(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
 class ScratchBuffers:
     """Memory that the layers of one forward use one after the other, so that none has to ask for its own."""
 
-    def __init__(self, config: LanguageConfig, x: Tensor, pack: PackedBatch, crew: ThreadPool) -> None:
+    def __init__(self, config: LanguageConfig, x: Tensor, pack: PackedBatch, pool: ThreadPool) -> None:
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         #: queries, keys and values of all rows
         self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
         self.attended = torch.empty_like(self.projected[0])
         rows = max((block.stop - block.start for _, block in pack.blocks), default=0)
-        #: of an MLP, a set for each of the crew: whoever works takes one and puts it back
+        #: of an MLP, a set for each of the pool: whoever works takes one and puts it back
         self.inner = deque(
-            tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(crew.size)
+            tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(pool.size)
         )
 
 
@@ -182,15 +182,15 @@ class Transformer(nn.Module):
         """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
         x = torch.empty_like(embeddings)  # which the layers work in
         largest = self._config.hidden_size * self._config.intermediate_size
-        if pack.keeps_crew_busy or not pack.crew.has_team_for(largest):
-            self._run(embeddings, x, pack, pack.crew)
+        if pack.keeps_pool_busy or not pack.pool.prefers_intraop_threads(largest):
+            self._run(embeddings, x, pack, pack.pool)
         else:
-            pack.crew.together(lambda: self._run(embeddings, x, pack, SINGLE_THREAD))
+            pack.pool.run_with_intraop_threads(lambda: self._run(embeddings, x, pack, SINGLE_THREAD))
         return x
 
-    def _run(self, embeddings: Tensor, x: Tensor, pack: PackedBatch, crew: ThreadPool) -> None:
+    def _run(self, embeddings: Tensor, x: Tensor, pack: PackedBatch, pool: ThreadPool) -> None:
         layers: Sequence[Layer] = self.layers  # type: ignore[assignment]
-        room = ScratchBuffers(self._config, x, pack, crew)
+        room = ScratchBuffers(self._config, x, pack, pool)
 
         def begin(block: Block) -> None:
             _, rows = block
@@ -202,10 +202,10 @@ class Transformer(nn.Module):
             if index + 1 < len(layers):
                 layers[index + 1].project(index + 1, block, x, pack, room)
 
-        crew.parallel_for(begin, pack.blocks)
+        pool.parallel_for(begin, pack.blocks)
         for index in range(len(layers)):
             last = index + 1 == len(layers)
             spans = [span for span in pack.spans if not last or pack.leads_on(span)]
-            attend(room.projected[0], index, spans, pack.kv, crew, room.attended)
+            attend(room.projected[0], index, spans, pack.kv, pool, room.attended)
             blocks = [block for block in pack.blocks if not last or pack.leads_on(block[1])]
-            crew.parallel_for(partial(pass_on, index), blocks)
+            pool.parallel_for(partial(pass_on, index), blocks)

@@ -197,7 +197,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         rows_at = positions.repeat_interleave(repeats).to(self._model.device)
         cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
         kv = WorkspaceStep([run.stores[c] for run, _, c in blocks], writes)
-        return PackedBatch(gen_rows, cos, sin, spans, kv, self._crew, wanted=slice(0, gen_rows))
+        return PackedBatch(gen_rows, cos, sin, spans, kv, self._pool, wanted=slice(0, gen_rows))
 
     def _report(self, run: FlowRun) -> None:
         run.job.progress(ProgressEvent("dit", run.step, run.updates))

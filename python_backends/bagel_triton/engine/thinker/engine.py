@@ -69,7 +69,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
-        self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers, self._crew)
+        self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers, self._pool)
         self._prefixes = PrefixCache(producer.arena)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0

@@ -46,7 +46,7 @@ class _Rows:
 class Prefiller:
     """Appends chunks to their contexts.
 
-    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``crew`` shares
+    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``pool`` shares
     the forwards, and is the caller's.
     """
 
@@ -57,10 +57,10 @@ class Prefiller:
         arena: KVCachePool,
         encodings: EncodingCache,
         vision_markers: tuple[int, int],
-        crew: ThreadPool,
+        pool: ThreadPool,
     ) -> None:
         self._model, self._autoencoder, self._arena, self._encodings = model, autoencoder, arena, encodings
-        self._crew = crew
+        self._pool = pool
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
             self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
@@ -108,12 +108,12 @@ class Prefiller:
         packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
         wanted = slice(min(scored, default=0), max(scored, default=-1) + 1)
         hidden = self._model.language_model.model(
-            packed, PackedBatch(gen_rows, cos, sin, spans, kv, self._crew, wanted)
+            packed, PackedBatch(gen_rows, cos, sin, spans, kv, self._pool, wanted)
         )
         if not scored:
             return packed.new_empty(0, self._model.config.language.vocab_size)
-        if self._crew.has_team_for(self._model.language_model.lm_head.weight.numel()):
-            return self._crew.together(lambda: self._model.logits(hidden[scored]))
+        if self._pool.prefers_intraop_threads(self._model.language_model.lm_head.weight.numel()):
+            return self._pool.run_with_intraop_threads(lambda: self._model.logits(hidden[scored]))
         return self._model.logits(hidden[scored])
 
     def _embedded(self, texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
@@ -137,7 +137,7 @@ class Prefiller:
         return self._model.embed_latents(tokens, self._clean, self._model.latent_pos_embed(rows, columns))
 
     def _encode(self, encoder: str, segment: VitSegment | VaeSegment, make: Callable[[], Tensor]) -> Tensor:
-        return self._encodings.get(_key(encoder, segment), lambda: self._crew.together(make))
+        return self._encodings.get(_key(encoder, segment), lambda: self._pool.run_with_intraop_threads(make))
 
 
 def _pixels(segment: VitSegment | VaeSegment) -> Tensor:

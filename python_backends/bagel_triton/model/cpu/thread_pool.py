@@ -1,9 +1,9 @@
 """Threads that share one forward's work by rows and by heads.
 
-Within an operation a CPU's threads have to meet at its end, a hundred microseconds or less
-after they started, and as many do nothing in between as there are short operations. A crew
-meets a few times a layer: each of its threads takes a block of rows, or a head, through all
-operations by itself.
+torch parallelises within an operation: its OpenMP threads meet at the end of each one, every
+hundred microseconds or less, and most operations between two matrix products are too short
+to be worth that. A pool's threads meet a few times a layer instead. Each computes with one
+intra-op thread and takes a tile of rows, or a head, through all operations.
 """
 
 from __future__ import annotations
@@ -20,98 +20,96 @@ import torch
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
-WORTH_A_TEAM = 1 << 23  # weights of a product with few rows: a few milliseconds of one core's reading
-_setting = threading.Lock()
+# A product with few rows reads each weight once. From this many on that takes one core milliseconds,
+# and all cores together read them faster.
+MIN_INTRAOP_WEIGHTS = 1 << 23
+OMP_PAUSE_SOFT = 1  # ends the threads and keeps settings such as their number
+_set_num_threads_lock = threading.Lock()
 
 
 class ThreadPool:
-    """``size`` threads, whoever calls :meth:`each` one of them.
+    """``size`` threads, one of which is the caller of :meth:`parallel_for`.
 
-    Each of a crew of two or more computes without a team of its own, that is, without OpenMP
-    threads within an operation; so must the caller, who is to :meth:`lead`, or its team takes
-    the others' cores while it waits. What has no rows to share runs :meth:`together` instead,
-    on one thread that has a team.
-    Threads: the methods from one thread at a time.
+    A pool of two or more has one intra-op thread in each of its threads. The caller has to set
+    itself up alike (:meth:`use_caller_thread`), or its waiting OpenMP threads occupy the cores.
+    Work that has no rows to share runs on one further thread with all intra-op threads
+    (:meth:`run_with_intraop_threads`).
+
+    Threads: call the methods from one thread at a time.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._usual = torch.get_num_threads()  # of an operation, on threads that nobody told otherwise
-        self._rounds: queue.SimpleQueue[_Round[Any] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._run, name=f"crew-{n}", daemon=True) for n in range(1, size)]
+        self._intraop_threads = torch.get_num_threads()
+        self._tasks: queue.SimpleQueue[_ParallelFor[Any] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"pool-{n}", daemon=True) for n in range(1, size)]
         for thread in self._threads:
             thread.start()
-        # Started when it is needed; it alone has a team.
-        self._team = ThreadPoolExecutor(1, "crew-team", _compute_with, (self._usual, self._usual))
+        # Its thread starts at the first task.
+        threads = self._intraop_threads
+        self._intraop = ThreadPoolExecutor(1, "pool-intraop", _set_num_threads, (threads, threads))
 
     @classmethod
     def of(cls, device: torch.device) -> ThreadPool:
-        """As many as the calling thread's operations use on a CPU; nobody else on a GPU."""
+        """As many threads as the caller has intra-op threads on a CPU; the caller alone on a GPU."""
         return cls(torch.get_num_threads() if device.type == "cpu" else 1)
 
-    def lead(self) -> None:
-        """From here on, the calling thread's operations leave the cores to the crew's other threads."""
+    def use_caller_thread(self) -> None:
+        """From now on the calling thread computes with one intra-op thread, as the pool's own threads do."""
         if self.size > 1:
-            _compute_with(1, self._usual)
+            _set_num_threads(1, self._intraop_threads)
 
     def parallel_for(self, task: Callable[[Item], None], items: Iterable[Item]) -> None:
-        """``task`` of every item, begun in the order given; back when all are done.
+        """Run ``task`` once for each item, started in order; return when all have ended.
 
         Raises:
-            Exception: the first that a task raised; items not begun by then are left out.
+            Exception: the first error of a task; items that have not started by then are skipped.
         """
-        work: _Round[Item] = _Round(task, items)
+        work: _ParallelFor[Item] = _ParallelFor(task, items)
         helpers = self._threads[: max(len(work) - 1, 0)]
         for _ in helpers:
-            self._rounds.put(work)
+            self._tasks.put(work)
         work.run()
         for _ in helpers:
             work.ended.get()
         if work.errors:
             raise work.errors[0]
 
-    def has_team_for(self, numbers: int) -> bool:
-        """Whether operations that read as many numbers are worth all threads within each of them."""
-        return self.size > 1 and numbers >= WORTH_A_TEAM
+    def prefers_intraop_threads(self, weights: int) -> bool:
+        """Whether a product of few rows with so many weights is faster with all intra-op threads."""
+        return self.size > 1 and weights >= MIN_INTRAOP_WEIGHTS
 
-    def together(self, task: Callable[[], Value]) -> Value:
-        """What ``task`` returns or raises, all threads within each of its operations: for what has no rows to share.
+    def run_with_intraop_threads(self, task: Callable[[], Value]) -> Value:
+        """Return or raise what ``task`` does, run with all intra-op threads.
 
-        It is not to call :meth:`each`.
+        For work that has no rows to share; ``task`` must not call :meth:`parallel_for`.
         """
         if self.size == 1:
             return task()
-        return self._team.submit(self._with_team, task, torch.is_inference_mode_enabled()).result()
-
-    def _with_team(self, task: Callable[[], Value], inference: bool) -> Value:
-        try:
-            with torch.inference_mode(inference):
-                return task()
-        finally:
-            release_team()
+        return self._intraop.submit(_run_and_release, task, torch.is_inference_mode_enabled()).result()
 
     def close(self) -> None:
         """End the threads."""
         for _ in self._threads:
-            self._rounds.put(None)
+            self._tasks.put(None)
         for thread in self._threads:
             thread.join()
-        self._team.shutdown()
+        self._intraop.shutdown()
 
     def _run(self) -> None:
-        _compute_with(1, self._usual)
-        while (work := self._rounds.get()) is not None:
+        _set_num_threads(1, self._intraop_threads)
+        while (work := self._tasks.get()) is not None:
             with torch.inference_mode(work.inference):
                 work.run()
             work.ended.put(None)
 
 
-class _Round(Generic[Item]):
-    """One task and the items it is still to be done for."""
+class _ParallelFor(Generic[Item]):
+    """One task and the items that it has not been started for."""
 
     def __init__(self, task: Callable[[Item], None], items: Iterable[Item]) -> None:
         self._task, self._items = task, deque(items)
-        self.inference = torch.is_inference_mode_enabled()  # which is each thread's own
+        self.inference = torch.is_inference_mode_enabled()  # a setting of each thread
         self.ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.errors: list[Exception] = []
 
@@ -119,11 +117,11 @@ class _Round(Generic[Item]):
         return len(self._items)
 
     def run(self) -> None:
-        """Do what no other thread has begun."""
+        """Work until no item is left; several threads run this at the same time."""
         while self._items:
             try:
                 item = self._items.popleft()
-            except IndexError:  # another thread was quicker
+            except IndexError:  # another thread took the last item
                 return
             try:
                 self._task(item)
@@ -132,38 +130,44 @@ class _Round(Generic[Item]):
                 self._items.clear()
 
 
-def _compute_with(threads: int, others: int) -> None:
-    """The calling thread's operations use ``threads`` from here on, those of later threads ``others``.
+def _run_and_release(task: Callable[[], Value], inference: bool) -> Value:
+    try:
+        with torch.inference_mode(inference):
+            return task()
+    finally:
+        release_intraop_threads()
 
-    A thread whose very first operation comes while this runs takes its number for its own, as
-    torch has one for all to begin with: engines are built before others compute.
+
+def _set_num_threads(own: int, later: int) -> None:
+    """Give the calling thread ``own`` intra-op threads, and threads that start from now on ``later``.
+
+    torch has one process-wide default, which a thread copies at its first operation. A thread
+    whose first operation runs at the same time as this function copies the wrong number, so
+    engines are built before other threads compute.
     """
-    with _setting:
-        torch.get_num_threads()  # a thread's first operation would set the number anew
-        torch.set_num_threads(threads)
-        restore = threading.Thread(target=torch.set_num_threads, args=(others,))  # what a new thread begins with
+    with _set_num_threads_lock:
+        torch.get_num_threads()  # makes this thread copy the default now, not after it is set
+        torch.set_num_threads(own)
+        restore = threading.Thread(target=torch.set_num_threads, args=(later,))
         restore.start()
         restore.join()
 
 
-SINGLE_THREAD = ThreadPool(1)
-
-
-PAUSE_SOFT = 1  # omp_pause_soft: what was set, such as the number of threads, is kept
-
-
-def _find() -> Callable[[int], int] | None:
+def _find_pause() -> Callable[[int], int] | None:
     try:
         pause: Callable[[int], int] = ctypes.CDLL(None).omp_pause_resource_all
-    except AttributeError:  # this torch computes without OpenMP 5
+    except AttributeError:  # torch was built without OpenMP 5
         return None
     return pause
 
 
-_pause = _find()
+_pause = _find_pause()
 
 
-def release_team() -> None:
-    """End the calling thread's team, where it has one; its next operation starts another, in some 50 us."""
+def release_intraop_threads() -> None:
+    """End the calling thread's OpenMP threads, which would spin; its next operation starts new ones in some 50 us."""
     if _pause is not None:
-        _pause(PAUSE_SOFT)
+        _pause(OMP_PAUSE_SOFT)
+
+
+SINGLE_THREAD = ThreadPool(1)
