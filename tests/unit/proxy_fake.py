@@ -153,10 +153,12 @@ A_CAT = (user_turn("A cute cat"),)
 
 
 @contextmanager
-def live_proxy(client: FakeClient, remote: RemoteImages | None = None) -> Iterator[str]:
+def live_proxy(
+    client: FakeClient, remote: RemoteImages | None = None, settings: ProxySettings = SETTINGS
+) -> Iterator[str]:
     """The URL of a proxy in front of ``client``."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(SETTINGS, client, remote), log_config=None))
+        server = uvicorn.Server(uvicorn.Config(create_app(settings, client, remote), log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
-from bagel_triton.openai import completions, health, models, request_id
+from bagel_triton.openai import completions, health, models, page, request_id
 from bagel_triton.openai.auth import ApiKeys
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.openai.errors import http_exception
@@ -33,6 +33,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
         *completions.routes(api),
         *models.routes(api),
         *health.routes(api, metrics),
+        *page.routes(),
     ]
     known = [route.path for route in routes if isinstance(route, Route)]
 
