@@ -16,6 +16,16 @@ IMAGE_PAD = "<|image_pad|>"
 BYTES = 256
 
 
+def _byte_symbols() -> dict[str, int]:
+    """The byte of each symbol of byte-level BPE, which writes unprintable bytes as characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(BYTES + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_symbols()
+
+
 def unwrapped(prompt: str) -> str:
     """``X`` for a prompt that is exactly ``<|im_start|>X<|im_end|>``; else the prompt itself."""
     inner = prompt.removeprefix(START).removesuffix(END)
@@ -43,6 +53,7 @@ class Tokenizer:
         self.backend = self._tokenizer.backend_tokenizer
         if not (Path(directory) / "tokenizer.json").exists():  # it would be read instead
             self._check_merges(Path(directory) / "merges.txt")
+        self._added_tokens = self.backend.get_added_tokens_decoder().keys()
         self.start, self.end = self._special(START), self._special(END)
         self.vision_start, self.vision_end = self._special(VISION_START), self._special(VISION_END)
         self._check_added_tokens(Path(directory) / "tokenizer_config.json", vocab_size)
@@ -93,6 +104,15 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Text of ``token_ids``, special tokens included."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)  # type: ignore[no-any-return]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of one token, which may be part of a character; empty for an id without a token."""
+        token: str | None = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_tokens:
+            return token.encode()
+        return bytes(_BYTE_OF[symbol] for symbol in token)
 
     def stream(self) -> DetokenizerStream:
         """A detokeniser that takes one token at a time."""

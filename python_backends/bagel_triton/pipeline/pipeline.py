@@ -109,7 +109,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
 
 def _answers(answers: Sequence[Answer]) -> Iterator[AnswerEvent]:
     for index, answer in enumerate(answers):
-        yield AnswerEvent(index, answer.content, answer.reasoning, answer.finish_reason)
+        yield AnswerEvent(index, answer.content, answer.reasoning, answer.finish_reason, answer.logprobs)
 
 
 def _images(flow: FlowSettings, images: Sequence[PixelsT]) -> Iterator[GeneratedImage[PixelsT]]:

@@ -138,7 +138,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             if active.job.done.done():  # another of its texts failed
                 continue
             try:
-                events = decoder.take(decoder.choose(scores, token_id))
+                events = decoder.take(decoder.choose(scores, token_id), scores)
             except Exception as error:  # its own failure, not that of those that share the step
                 self._ends_with(error)
                 self._drop(active.job)
@@ -162,17 +162,23 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         gen = active.sequences[0]
         prompt = [i for segment in gen.segments if isinstance(segment, TextSegment) for i in segment.token_ids]
         for index, seed in enumerate(decoding.seeds):
-            growing = IncrementalDetokenizer(index, decoding, self._tokenizer)
-            generator = torch.Generator("cpu").manual_seed(seed)
-            seen = [*prompt, decoding.first_token]
-            active.decoders.append(TextDecoder(gen.context.fork(), decoding, growing, generator, seen))
+            decoder = TextDecoder(
+                context=gen.context.fork(),
+                decoding=decoding,
+                tokenizer=self._tokenizer,
+                detokenizer=IncrementalDetokenizer(index, decoding, self._tokenizer),
+                generator=torch.Generator("cpu").manual_seed(seed),
+                last_token=decoding.first_token,
+                seen={*prompt, decoding.first_token},
+            )
+            active.decoders.append(decoder)
 
     def _append_thought(self, active: ThinkerRun) -> None:
         """The thought joins ``gen`` encoded afresh; its decoded keys and values do not."""
         decoder = active.decoders[0]
         decoder.context.free()
         tokenizer = self._tokenizer
-        thought = (tokenizer.start, *tokenizer.encode(decoder.growing.text), tokenizer.end)
+        thought = (tokenizer.start, *tokenizer.encode(decoder.detokenizer.text), tokenizer.end)
         gen = active.sequences[0]
         gen.append(TextSegment(thought))
         self._admission.reuse(active, gen, 0)
@@ -181,7 +187,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     def _finish(self, active: ThinkerRun) -> None:
         flow = active.job.task.flow
         job = None if flow is None else self._publish(active, flow)
-        answers = tuple(decoder.growing.answer() for decoder in active.decoders)
+        answers = tuple(decoder.detokenizer.answer() for decoder in active.decoders)
         active.tell(self.metrics)
         self._drop(active.job)
         active.job.finish(ThinkerOutput(answers, job), self.stage)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -12,9 +14,17 @@ from bagel_triton.engine.loop import Job
 from bagel_triton.engine.thinker.branch_state import BranchState, TextChunk
 from bagel_triton.engine.thinker.detokenizer import IncrementalDetokenizer
 from bagel_triton.kv.block_pool import KVSequence
-from bagel_triton.model.sampling import next_token, penalised
+from bagel_triton.model.sampling import (
+    add_bias,
+    distribution,
+    log_probabilities,
+    penalise_counts,
+    penalise_repetition,
+    sample,
+)
+from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.events import TextEvent
-from bagel_triton.protocol.messages import Decoding, Plan, ThinkerOutput
+from bagel_triton.protocol.messages import Decoding, Plan, ThinkerOutput, TokenLogprob
 from bagel_triton.telemetry.metrics import Metrics
 
 
@@ -24,33 +34,61 @@ class TextDecoder:
 
     context: KVSequence
     decoding: Decoding
-    growing: IncrementalDetokenizer
+    tokenizer: Tokenizer
+    detokenizer: IncrementalDetokenizer
     generator: torch.Generator
-    seen: list[int]  # prompt and text so far, for the repetition penalty
+    last_token: int
+    seen: set[int]  # tokens of prompt and text so far, for the repetition penalty
+    counts: Counter[int] = field(default_factory=Counter)  # of the text so far alone
     first_at: float = 0.0  # monotonic seconds of the first token and of the last
     last_at: float = 0.0
 
     @property
     def chunk(self) -> TextChunk:
         """The last token, to be appended and scored."""
-        return TextChunk(self.context, (self.seen[-1],), scored=True)
+        return TextChunk(self.context, (self.last_token,), scored=True)
 
-    def take(self, token_id: int) -> list[TextEvent]:
-        """Add the next token; the text that became certain."""
-        self.seen.append(token_id)
+    def take(self, token_id: int, logits: Tensor) -> list[TextEvent]:
+        """Add the token chosen for ``logits`` [vocabulary]; the text that became certain."""
+        self.last_token = token_id
+        self.seen.add(token_id)
+        self.counts[token_id] += 1
         self.last_at = time.monotonic()
         self.first_at = self.first_at or self.last_at
-        return list(self.growing.push(token_id))
+        return list(self.detokenizer.push(token_id, self._logprob(token_id, logits)))
 
     def choose(self, logits: Tensor, best: int) -> int:
         """The next token for ``logits`` [vocabulary], of which number ``best`` is the largest."""
         how = self.decoding
-        if how.temperature == 0.0 and how.repetition_penalty == 1.0:
-            return best
+        shaped = self._shaped(logits)
+        if how.temperature == 0.0:
+            return best if shaped is logits else int(shaped.argmax())
+        chances = distribution(shaped.float().cpu(), how.temperature, how.top_k, how.top_p, how.min_p)
+        return sample(chances, self.generator)
+
+    def _shaped(self, logits: Tensor) -> Tensor:
+        """``logits`` with bias and penalties, in float32; themselves where there are none."""
+        how = self.decoding
+        if how.logit_bias:
+            logits = add_bias(logits.float(), how.logit_bias)
         if how.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(self.seen)), device=logits.device)
-            logits = penalised(logits, seen, how.repetition_penalty)
-        return next_token(logits, how.temperature, how.top_k, how.top_p, self.generator)
+            logits = penalise_repetition(logits.float(), self.seen, how.repetition_penalty)
+        if self.counts and (how.frequency_penalty or how.presence_penalty):
+            logits = penalise_counts(logits.float(), self.counts, how.frequency_penalty, how.presence_penalty)
+        return logits
+
+    def _logprob(self, token_id: int, logits: Tensor) -> TokenLogprob | None:
+        """The log-probabilities that the request wants of a token."""
+        top = self.decoding.top_logprobs
+        if top is None or token_id == self.tokenizer.end:
+            return None
+        own, best = log_probabilities(logits, token_id, top)
+        alternatives = tuple(self._described(token, value) for token, value in best)
+        return msgspec.structs.replace(self._described(token_id, own), top=alternatives)
+
+    def _described(self, token_id: int, logprob: float) -> TokenLogprob:
+        data = self.tokenizer.token_bytes(token_id)
+        return TokenLogprob(data.decode(errors="replace"), tuple(data), logprob)
 
 
 @dataclass(eq=False)
@@ -73,7 +111,7 @@ class ThinkerRun:
     @property
     def running(self) -> list[TextDecoder]:
         """Texts that have not ended."""
-        return [decoder for decoder in self.decoders if decoder.growing.finish_reason is None]
+        return [decoder for decoder in self.decoders if decoder.detokenizer.finish_reason is None]
 
     def tell(self, metrics: Metrics) -> None:
         """Measurements of a request that is through."""
@@ -82,7 +120,7 @@ class ThinkerRun:
         if job.started_at is not None and self.prefilled_at:
             metrics.observe("thinker_prefill_seconds", self.prefilled_at - job.started_at)
         for decoder in self.decoders:
-            tokens = len(decoder.growing.tokens)
+            tokens = len(decoder.detokenizer.tokens)
             metrics.count("generated_tokens", tokens)
             metrics.observe("time_to_first_token_seconds", decoder.first_at - job.submitted_at)
             if tokens > 1:
