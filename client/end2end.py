@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
-from progress_bar import ProgressBar
+from common import ProgressBar
 
 from bagel_triton.pipeline.pipeline import GeneratedImage
 from bagel_triton.protocol.errors import BagelError, InvalidRequest

@@ -17,9 +17,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from image_file import fail, unwritable
-from server_address import grpc_address
-from triton_task import Result, add_arguments, generation_request, results, show
+from common import grpc_address
+from triton_task import Result, add_arguments, fail, generation_request, results, show, unwritable
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import httpx
 import msgspec
-from image_file import fail, unwritable
-from server_address import http_url, without_login
-from triton_task import add_arguments, generation_request, results, show
+from common import http_url, without_login
+from triton_task import add_arguments, fail, generation_request, results, show, unwritable
 
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.tensors import to_tensors

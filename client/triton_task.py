@@ -1,4 +1,4 @@
-"""What the Triton clients ask for and what they show, whatever protocol is between."""
+"""What the Triton clients request and how they show the result, whatever the protocol."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from image_file import save
+from common import ProgressBar
 from numpy.typing import ArrayLike, NDArray
-from progress_bar import ProgressBar
+from PIL import Image
 
 from bagel_triton.protocol.events import AnswerEvent, ImageEvent, ProgressEvent, decode_event
 from bagel_triton.protocol.request import GenerationRequest
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_request(args: argparse.Namespace, images: Iterable[bytes] = ()) -> GenerationRequest:
-    """What the arguments ask for, of encoded ``images``; what was not given has the server's default."""
+    """The request of ``args`` with encoded ``images``; fields that are not given have the server's defaults."""
     return GenerationRequest(
         prompt=args.prompt,
         image=tuple(images) or None,
@@ -53,7 +53,7 @@ def generation_request(args: argparse.Namespace, images: Iterable[bytes] = ()) -
 
 
 def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterator[Result]:
-    """What responses lead to, each an encoded event and the pixels that came with it, if any; shows the progress."""
+    """The results in ``responses``, each an encoded event and the pixels beside it, if any; shows the progress."""
     with contextlib.closing(ProgressBar()) as bar:
         for encoded, pixels in responses:
             event = decode_event(encoded)
@@ -63,6 +63,15 @@ def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterat
                 yield event
             elif isinstance(event, ImageEvent):
                 yield np.asarray(pixels, dtype=np.uint8).reshape(event.height, event.width, 3), event.seed
+
+
+def unwritable(output: Path) -> str | None:
+    """The reason why no image can be written to ``output``, as far as it is known before there is an image."""
+    if not output.parent.is_dir():
+        return f"cannot write {output}: {output.parent} is not a folder"
+    if output.suffix.lower() not in Image.registered_extensions():
+        return f"cannot write {output}: its name has no ending of an image, such as .png"
+    return None
 
 
 def show(found: Iterable[Result], args: argparse.Namespace) -> int:
@@ -77,3 +86,19 @@ def show(found: Iterable[Result], args: argparse.Namespace) -> int:
             continue
         status = status or save(*result, args.output)
     return status
+
+
+def save(pixels: NDArray[np.uint8], seed: int, output: Path) -> int:
+    """Write the image and print its path; the exit status."""
+    try:
+        Image.fromarray(pixels).save(output)
+    except (OSError, ValueError) as error:  # ValueError: a format that cannot be written
+        return fail(f"cannot write {output}: {getattr(error, 'strerror', None) or error}")
+    print(f"image  {output}, {pixels.shape[1]}x{pixels.shape[0]} pixels, seed {seed}")
+    return 0
+
+
+def fail(message: str) -> int:
+    """Print an error; the exit status."""
+    print(message, file=sys.stderr)
+    return 1

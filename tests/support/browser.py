@@ -38,8 +38,12 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def open_page(browser: Browser, url: str) -> Iterator[Page]:
-    """The page at ``url`` in a fresh session; fails where a script raised or the policy blocked something."""
+def open_page(browser: Browser, url: str, state: str = "ready") -> Iterator[Page]:
+    """The page at ``url`` in a fresh session, once it shows the server as ``state``.
+
+    Raises:
+        AssertionError: a script raised, or the policy blocked something.
+    """
     context = browser.new_context(accept_downloads=True)
     page = context.new_page()
     faults: list[str] = []
@@ -47,7 +51,7 @@ def open_page(browser: Browser, url: str) -> Iterator[Page]:
     page.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
     try:
         page.goto(url)
-        expect(page.locator("#dot[data-state=ready]")).to_be_attached()
+        expect(page.locator(f"#dot[data-state={state}]")).to_be_attached()
         yield page
         assert faults == []
     finally:

@@ -33,6 +33,7 @@ from proxy_fake import (
     text,
 )
 
+from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
 from bagel_triton.protocol.request import ImageRef, TextPart
 from tests.support.browser import attach, chromium, open_page, send
@@ -253,30 +254,23 @@ def test_an_error_has_the_servers_message_and_the_request_can_be_tried_again(
     expect(failure).to_have_count(0)
 
 
-def test_a_server_that_wants_a_key_gets_one(open_for: Open, browser: Browser) -> None:
-    page = open_for(FakeClient())
-    sent: list[str | None] = []
-
-    def guard(route) -> None:  # type: ignore[no-untyped-def]
-        sent.append(route.request.headers.get("authorization"))
-        if sent[-1] == "Bearer secret":
-            route.continue_()
-        else:
-            body = {"error": {"message": "no key", "type": "x", "param": None, "code": None}}
-            route.fulfill(status=401, json=body)
-
-    page.route("**/v1/**", guard)
-    page.reload()
-    page.get_by_label("API key", exact=True).fill("secret")
-    page.get_by_role("button", name="Use key").click()
-    expect(page.locator("#dot[data-state=ready]")).to_be_attached()
-    expect(page.get_by_label("API key", exact=True)).to_be_hidden()
-    send(page, "A cute cat")
-    expect(page.get_by_role("img", name="Result: A cute cat")).to_be_visible()
-    assert sent[0] is None
-    page.get_by_role("button", name="curl").click()
-    expect(page.locator("pre")).to_contain_text("$BAGEL_API_KEY")
-    assert "secret" not in page.locator("pre").inner_text()
+def test_a_server_that_wants_a_key_gets_one(browser: Browser) -> None:
+    client = FakeClient()
+    settings = replace(SERVED, http=HttpOptions(api_keys=("secret",)))
+    with live_proxy(client, settings=settings) as url, open_page(browser, url, "down") as page:
+        key = page.get_by_label("API key", exact=True)
+        key.fill("wrong")
+        page.get_by_role("button", name="Use key").click()
+        expect(key).to_be_empty()
+        expect(page.get_by_role("status").filter(has_text="API key needed")).to_be_visible()
+        key.fill("secret")
+        page.get_by_role("button", name="Use key").click()
+        expect(key).to_be_hidden()
+        send(page, "A cute cat")
+        expect(page.get_by_role("img", name="Result: A cute cat")).to_be_visible()
+        page.get_by_role("button", name="curl").click()
+        expect(page.locator("pre")).to_contain_text("$BAGEL_API_KEY")
+        assert "secret" not in page.locator("pre").inner_text()
 
 
 PROMPT = 'It\'s "so" $HOME `id` \\n 50%\nnext é'
@@ -380,10 +374,7 @@ def test_what_matters_is_said_to_screen_readers(open_for: Open) -> None:
 
 def test_a_server_that_still_loads_is_shown_as_loading_until_it_is_ready(browser: Browser) -> None:
     client = FakeClient(ready={"thinker": False})
-    with live_proxy(client) as url:
-        page = browser.new_page()
-        page.goto(url)
+    with live_proxy(client) as url, open_page(browser, url, "loading") as page:
         expect(page.get_by_text("Loading the model")).to_be_visible()
         client.ready = {"thinker": True}
         expect(page.locator("#dot[data-state=ready]")).to_be_attached()
-        page.close()

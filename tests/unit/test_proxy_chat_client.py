@@ -3,9 +3,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import socket
 import subprocess
 import sys
 import termios
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from proxy_fake import (
     ONE_ANSWER,
     PIXELS,
     PROGRESS,
+    SETTINGS,
     THOUGHT_IMAGES,
     TWO_ANSWERS,
     FakeClient,
@@ -22,6 +26,7 @@ from proxy_fake import (
     user_turn,
 )
 
+from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
 from bagel_triton.protocol.request import GenerationRequest
 
@@ -92,7 +97,7 @@ def test_progress_is_a_bar_on_a_terminal_and_taken_away_at_the_end(tmp_path: Pat
 
 def test_a_refusal_has_no_bar_before_it(tmp_path: Path) -> None:
     with live_proxy(FakeClient(InvalidRequest("no"))) as url:
-        assert on_a_terminal("-s", url, cwd=tmp_path) == "the server said no (400): no\r\n"
+        assert on_a_terminal("-s", url, cwd=tmp_path) == "the server refused the request (400): no\r\n"
 
 
 def test_a_server_may_be_named_by_host_and_port(tmp_path: Path) -> None:
@@ -169,23 +174,82 @@ def test_images_are_read_here_and_an_edit_keeps_its_size(tmp_path: Path) -> None
     assert (second.height, second.width) == (None, 64)
 
 
+def test_an_image_is_taken_whatever_the_task(tmp_path: Path) -> None:
+    backend = FakeClient()
+    Image.fromarray(PIXELS).save(tmp_path / "cat.png")
+    with live_proxy(backend) as url:
+        run_client("-s", url, "-m", "text2img", "-i", "cat.png", cwd=tmp_path)
+    [request] = backend.requests
+    assert (request.image, request.height) == (((tmp_path / "cat.png").read_bytes(),), None)
+
+
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
     assert "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1]
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    with live_proxy(FakeClient(InvalidRequest("height has no meaning for text output", "height"))) as url:
-        done = run_client("-s", url, "-m", "text2text", "--height", "64", cwd=tmp_path)
+    with live_proxy(FakeClient(InvalidRequest("height=17 is not allowed", "height"))) as url:
+        done = run_client("-s", url, "--height", "17", cwd=tmp_path)
     assert done.returncode == 1
-    assert last_line(done) == "the server said no (400): height has no meaning for text output"
+    assert last_line(done) == "the server refused the request (400): height=17 is not allowed"
+
+
+def test_a_key_is_sent_and_asked_for_where_it_is_missing(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, http=HttpOptions(api_keys=("secret",)))
+    with live_proxy(FakeClient(), settings=settings) as url:
+        refused = run_client("-s", url, cwd=tmp_path)
+        done = run_client("-s", url, "--api-key", "secret", cwd=tmp_path)
+    assert (refused.returncode, done.returncode) == (1, 0)
+    assert last_line(refused).startswith("the server refused the request (401): an API key is required")
+    assert last_line(refused).endswith("; --api-key gives one")
+
+
+def test_the_base_url_of_openai_clients_is_taken_too(tmp_path: Path) -> None:
+    with live_proxy(FakeClient()) as url:
+        done = run_client("-s", f"{url}/v1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"])
+def test_another_servers_port_has_a_hint(tmp_path: Path, answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reply() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        done = run_client("-s", f"127.0.0.1:{listener.getsockname()[1]}", cwd=tmp_path)
+        thread.join()
+    assert done.returncode == 1
+    assert "is this the port of the OpenAI API? It is 8091 by default" in last_line(done)
+
+
+def test_without_streaming_the_same_is_shown(tmp_path: Path) -> None:
+    for script, options in (
+        (THOUGHT_IMAGES, ("--think", "--n", "2")),
+        (ONE_ANSWER, ("-m", "text2text")),
+        (TWO_ANSWERS, ("-m", "text2text", "--n", "2", "--temperature", "1")),
+    ):
+        with live_proxy(FakeClient(*script)) as url:
+            streamed = run_client("-s", url, *options, cwd=tmp_path)
+            whole = run_client("-s", url, "--no-stream", *options, cwd=tmp_path)
+        assert (whole.returncode, whole.stdout.splitlines()[:2]) == (0, streamed.stdout.splitlines()[:2])
+        assert whole.stderr.splitlines()[:2] == streamed.stderr.splitlines()[:2]
 
 
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (("-p", "\udcff"), "the server said no (400): the body is not JSON: "),
-        (("-m", "text2text", "--temperature", "nan"), "the server said no (400): temperature=NaN is not allowed"),
+        (("-p", "\udcff"), "the server refused the request (400): the body is not JSON: "),
+        (
+            ("-m", "text2text", "--temperature", "nan"),
+            "the server refused the request (400): temperature=NaN is not allowed",
+        ),
     ],
 )
 def test_what_json_cannot_carry_is_refused_by_the_server(tmp_path: Path, args: tuple[str, ...], text: str) -> None:
@@ -211,9 +275,9 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
         (("-s", "http://me:secret@127.0.0.1:1/api"), 1, "no answer from http://127.0.0.1:1/api: "),
         (("-s", "localhost"), 2, "argument --server/-s: 'localhost' is not allowed; allowed: HOST:PORT, http://HOST:"),
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
-        (("-i", "cat.png"), 2, "--modality text2img takes no --image-url"),
+        (("--pro", "cat"), 2, "unrecognized arguments: --pro cat"),
         (("-m", "img2img", "-i", "missing.png"), 1, "--image-url missing.png: No such file or directory"),
-        (("-m", "img2img", "-i", "notes.txt"), 1, "--image-url notes.txt: not a URL, and not the name of an image"),
+        (("-m", "img2img", "-i", "notes.txt"), 1, "--image-url notes.txt: neither a URL nor the name of an image"),
     ],
 )
 def test_what_cannot_be_sent_is_said_in_one_line(tmp_path: Path, args: tuple[str, ...], code: int, text: str) -> None:
