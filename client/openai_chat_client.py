@@ -102,6 +102,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "stream": args.stream or None,
+        "stream_options": {"include_progress": True} if args.stream else None,
     }
     return {
         "messages": [{"role": "user", "content": content}],

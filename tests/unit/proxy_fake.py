@@ -23,7 +23,15 @@ from bagel_triton.openai.app import create_app
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_source import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
-from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, ProgressEvent, StageStats, TextEvent
+from bagel_triton.protocol.events import (
+    AnswerEvent,
+    DoneEvent,
+    ImageEvent,
+    PartialImageEvent,
+    ProgressEvent,
+    StageStats,
+    TextEvent,
+)
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
 from bagel_triton.triton.async_client import StageResponse
@@ -33,6 +41,7 @@ SETTINGS = ProxySettings("127.0.0.1:1", NAMES, max_body_bytes=10_000, models=BAG
 PIXELS: NDArray[np.uint8] = np.random.default_rng(3).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 PROGRESS = [StageResponse(ProgressEvent("dit", step, 3)) for step in (1, 2, 3)]
 IMAGE = StageResponse(ImageEvent(0, 32, 48, 7), PIXELS)
+PREVIEW = StageResponse(PartialImageEvent(0, 1, 2, 3, 32, 48), PIXELS)
 STAGES = (StageStats("thinker", 0.25, 0.5), StageStats("dit", 1.0, 2.0))
 DONE = StageResponse(DoneEvent("r", 7, Usage(5, 0, 6), STAGES))
 CHAT = "/v1/chat/completions"

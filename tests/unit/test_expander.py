@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import Image
@@ -45,6 +46,10 @@ def user(*parts: str | int) -> Turn:
     return Turn("user", tuple(TextPart(part) if isinstance(part, str) else ImageRef(part) for part in parts))
 
 
+def said(role: Literal["system", "assistant"], *words: str) -> Turn:
+    return Turn(role, tuple(map(TextPart, words)))
+
+
 def branch(plan: Plan, name: Branch) -> tuple[Segment, ...]:
     return next(branch.segments for branch in plan.branches if branch.branch is name)
 
@@ -70,17 +75,7 @@ def told(expander: RequestPlanner, tokenizer: Tokenizer, request: GenerationRequ
     ("prompt", "segments"),
     [
         ("What?", ["SMALL", "LARGE", "<|im_start|>What?<|im_end|>"]),
-        (f"{PAD}\n{PAD}\nWhat?", ["SMALL", "LARGE", "<|im_start|>What?<|im_end|>"]),
-        (
-            f"Compare {PAD} and {PAD}, please",
-            [
-                "<|im_start|>Compare<|im_end|>",
-                "SMALL",
-                "<|im_start|>and<|im_end|>",
-                "LARGE",
-                "<|im_start|>, please<|im_end|>",
-            ],
-        ),
+        (f"Is {PAD} in it?", ["SMALL", "LARGE", f"<|im_start|>Is {PAD} in it?<|im_end|>"]),
         (
             f"<|im_start|>See {PAD}{PAD} there<|im_end|>",
             ["<|im_start|>See ", "SMALL", "LARGE", " there<|im_end|>"],
@@ -109,15 +104,55 @@ def test_a_wrapped_prompt_is_what_it_wraps_for_an_image_and_stands_as_it_is_for_
 
 
 def test_images_of_earlier_messages_go_where_those_mark_them(expander: RequestPlanner, tokenizer: Tokenizer) -> None:
-    turns = (user(f"This {PAD} here", 1), Turn("assistant", (TextPart("A cat."),)), user(0), user("And?"))
+    turns = (
+        user(f"<|im_start|>This {PAD} here<|im_end|>", 1),
+        Turn("assistant", (TextPart("A cat."),)),
+        user(0),
+        user("And?"),
+    )
     request = GenerationRequest(messages=turns, image=(SMALL, LARGE), modality="text")
     texts = ["<|im_start|>A cat.<|im_end|>", "SMALL", "<|im_start|>And?<|im_end|>"]
     assert told(expander, tokenizer, request) == [
-        "<|im_start|>This<|im_end|>",
+        "<|im_start|>This ",
         "LARGE",
-        "<|im_start|>here<|im_end|>",
+        " here<|im_end|>",
         *texts,
     ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "segments"),
+    [
+        ((user("Hi"), said("assistant", "It is")), ["<|im_start|>Hi<|im_end|>", "<|im_start|>It is"]),
+        ((user("Hi"), said("assistant", "")), ["<|im_start|>Hi<|im_end|>"]),
+        ((user("Hi"), said("assistant")), ["<|im_start|>Hi<|im_end|>"]),
+        ((said("system", " "), user("Hi")), ["<|im_start|>Hi<|im_end|>"]),
+        ((user("Hi"), said("system", "Rhyme.")), ["<|im_start|>Hi<|im_end|>", "<|im_start|>Rhyme.<|im_end|>"]),
+        ((said("system", "Talk."),), ["<|im_start|>Talk.<|im_end|>"]),
+        ((user(""), said("assistant", "Hm"), user("Hi")), ["<|im_start|>Hm<|im_end|>", "<|im_start|>Hi<|im_end|>"]),
+        ((user(0),), ["SMALL"]),
+        ((user(" ", 0),), ["SMALL"]),
+        (
+            (user("Hi"), said("assistant", "Oh"), user(0)),
+            ["<|im_start|>Hi<|im_end|>", "<|im_start|>Oh<|im_end|>", "SMALL"],
+        ),
+    ],
+)
+def test_a_conversation_may_end_with_anyone_and_what_is_empty_adds_nothing(
+    expander: RequestPlanner, tokenizer: Tokenizer, turns: tuple[Turn, ...], segments: list[str]
+) -> None:
+    image = (SMALL,) if "SMALL" in segments else None
+    request = GenerationRequest(messages=turns, image=image, modality="text")
+    assert told(expander, tokenizer, request) == segments
+
+
+@pytest.mark.parametrize("last", [said("system", "In oil."), said("assistant", "Here it is:")])
+def test_guidance_compares_without_the_users_last_text_and_what_follows_it(
+    expander: RequestPlanner, tokenizer: Tokenizer, last: Turn
+) -> None:
+    plan = expander.expand(GenerationRequest(messages=(said("system", "Draw."), user("A cat"), last)))
+    assert len(branch(plan, Branch.GEN)) == 3
+    assert branch(plan, Branch.CFG_TEXT) == branch(plan, Branch.GEN)[:1]
 
 
 def refused(expander: RequestPlanner, **fields: object) -> InvalidRequest:
@@ -132,26 +167,26 @@ MARKS = "marks {} images with <|image_pad|>, and {} are given; allowed: a mark f
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"prompt": f"A {PAD} cat"}, "prompt", f"prompt='A {PAD} cat' {MARKS.format(1, 0)}"),
         (
-            {"prompt": f"{PAD}{PAD}x", "image": (SMALL,)},
+            {"prompt": f"<|im_start|>{PAD}{PAD}x<|im_end|>", "image": (SMALL,)},
             "prompt",
-            f"prompt='{PAD}{PAD}x' {MARKS.format(2, 1)}",
+            f"prompt='<|im_start|>{PAD}{PAD}x<|im_end|>' {MARKS.format(2, 1)}",
         ),
         (
-            {"messages": (user(f"{PAD} a", 0), user(f"{PAD} b")), "image": (SMALL,)},
+            {"messages": (user("x", 0), user(f"<|im_start|>{PAD} b<|im_end|>")), "image": (SMALL,)},
             "messages[1].content",
-            f"messages[1].content='{PAD} b' {MARKS.format(1, 0)}",
+            f"messages[1].content='<|im_start|>{PAD} b<|im_end|>' {MARKS.format(1, 0)}",
         ),
         (
-            {"prompt": f"What is this? {PAD}", "image": (SMALL,)},
+            {"prompt": f"<|im_start|>What is this? {PAD}<|im_end|>", "image": (SMALL,)},
             "prompt",
-            f"prompt='What is this? {PAD}' is not allowed; allowed: a text that goes on after the last {PAD}",
+            f"prompt='<|im_start|>What is this? {PAD}<|im_end|>' is not allowed; "
+            f"allowed: a text that goes on after the last {PAD}",
         ),
         (
-            {"prompt": "x", "negative_prompt": f"no {PAD}"},
+            {"prompt": "x", "negative_prompt": f"<|im_start|>no {PAD}<|im_end|>"},
             "negative_prompt",
-            f"negative_prompt='no {PAD}' is not allowed; allowed: a text without {PAD}",
+            f"negative_prompt='<|im_start|>no {PAD}<|im_end|>' is not allowed; allowed: a template without {PAD}",
         ),
         *(
             (
@@ -163,9 +198,14 @@ MARKS = "marks {} images with <|image_pad|>, and {} are given; allowed: a mark f
             for image, beside in ((None, ""), ((SMALL,), " beside the images"))
         ),
         (
-            {"messages": (user(" ", 0), user("x")), "image": (SMALL,)},
-            "messages[0].content",
-            "messages[0].content=' ' is not allowed; allowed: a text that is not empty beside the images",
+            {"messages": (user("x"), said("assistant", "y"), user(" ")), "modality": "text"},
+            "messages[2].content",
+            "messages[2].content=' ' is not allowed; allowed: a text that is not empty",
+        ),
+        (
+            {"messages": (said("system", ""), said("assistant", "")), "modality": "text"},
+            "messages[1].content",
+            "messages[1].content='' is not allowed; allowed: a text that is not empty",
         ),
         (
             {"messages": (user("x", 0, 0, 7),), "image": (SMALL,)},
@@ -215,8 +255,9 @@ def test_more_text_than_fits_is_refused_at_once(
 
 
 def test_a_megabyte_of_text_is_still_looked_at(expander: RequestPlanner) -> None:
-    plan = expander.expand(GenerationRequest("<|im_start|>" * (MAX_TEXT_BYTES // 12)))
-    assert plan.usage.prompt_tokens == MAX_TEXT_BYTES // 12
+    message = "<|im_start|><|im_end|>"
+    plan = expander.expand(GenerationRequest(message * (MAX_TEXT_BYTES // len(message))))
+    assert plan.usage.prompt_tokens == MAX_TEXT_BYTES // len(message) * 2
 
 
 def test_planning_needs_no_torch(checkpoint_dir: Path) -> None:

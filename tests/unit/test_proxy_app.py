@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from proxy_fake import (
     A_CAT,
@@ -23,7 +24,10 @@ from proxy_fake import (
 from starlette.testclient import TestClient
 
 from bagel_triton.openai.app import create_app
+from bagel_triton.openai.settings import HttpOptions
+from bagel_triton.protocol.events import AnswerEvent, TokenLogprob
 from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.triton.async_client import StageResponse
 
 
 def test_an_image_is_answered_losslessly_with_true_counts_seed_and_timings() -> None:
@@ -39,6 +43,7 @@ def test_an_image_is_answered_losslessly_with_true_counts_seed_and_timings() -> 
     assert (choice["index"], choice["finish_reason"], choice["message"]["role"]) == (0, "stop", "assistant")
     assert "reasoning_content" not in choice["message"]
     [part] = choice["message"]["content"]
+    assert choice["message"]["images"] == [part]
     np.testing.assert_array_equal(pixels_of(part), PIXELS)
     assert body["usage"] == {
         "prompt_tokens": 5,
@@ -75,6 +80,59 @@ def test_several_images_and_the_thinking_before_them_are_one_choice() -> None:
     assert body["usage"]["completion_tokens"] == 16
     details = {"image_tokens": 12, "text_tokens": 4, "reasoning_tokens": 4}
     assert body["usage"]["completion_tokens_details"] == details
+
+
+OPENAI_SDK = {"user-agent": "OpenAI/Python 3.57.0", "x-stainless-lang": "python"}
+RAW = {"x-stainless-raw-response": "true"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "members"),
+    [
+        ({"user-agent": "python-requests/2.32"}, {}, "both"),
+        ({"user-agent": "curl/8"}, {}, "both"),
+        (OPENAI_SDK, {}, "both"),
+        (OPENAI_SDK | RAW, {"stream": False}, "both"),  # LangChain
+        (OPENAI_SDK | RAW, {}, "images"),  # LiteLLM
+        ({"user-agent": "litellm/1.110.2"}, {}, "images"),
+        ({"user-agent": "aiperf/1.0"}, {"stream": False}, "images"),
+        ({"user-agent": "litellm/1.110.2"}, {"image_reply": "both"}, "both"),
+        ({}, {"image_reply": "images"}, "images"),
+        ({}, {"image_reply": "list"}, "list"),
+        ({}, {"extra_body": {"image_reply": "list"}}, "list"),
+    ],
+)
+def test_images_are_where_the_client_reads_them(
+    headers: dict[str, str], fields: dict[str, object], members: str
+) -> None:
+    body = http(FakeClient(*THOUGHT_IMAGES)).post(CHAT, json=chat_body(**fields), headers=headers).json()
+    message = body["choices"][0]["message"]
+    assert (message["content"] == "") == (members == "images")
+    assert ("images" in message) == (members != "list")
+    images = message["content"] or message["images"]
+    assert [(image["index"], image["seed"]) for image in images] == [(0, 7), (1, 8)]
+
+
+def test_the_server_may_say_where_images_are() -> None:
+    settings = dataclasses.replace(SETTINGS, http=HttpOptions(image_reply="list"))
+    client = TestClient(create_app(settings, FakeClient()))
+    message = client.post(CHAT, json=chat_body()).json()["choices"][0]["message"]
+    assert "images" not in message
+    message = client.post(CHAT, json=chat_body(image_reply="images")).json()["choices"][0]["message"]
+    assert message["content"] == ""
+
+
+def test_log_probabilities_are_in_openais_shape() -> None:
+    top = (TokenLogprob("Paris", (80, 97), -0.1), TokenLogprob("Lyon", (76,), -2.5))
+    tokens = (TokenLogprob("Paris", (80, 97), -0.1, top),)
+    script = (StageResponse(AnswerEvent(0, "Paris", "", "stop", tokens)), ONE_ANSWER[-1])
+    fields = {"modalities": ["text"], "logprobs": True, "top_logprobs": 2}
+    choice = http(FakeClient(*script)).post(CHAT, json=chat_body(**fields)).json()["choices"][0]
+    shown = {"token": "Paris", "bytes": [80, 97], "logprob": -0.1}
+    assert choice["logprobs"] == {
+        "content": [{**shown, "top_logprobs": [shown, {"token": "Lyon", "bytes": [76], "logprob": -2.5}]}],
+        "refusal": None,
+    }
 
 
 def test_an_answer_is_text_and_greedy_text_has_no_seed() -> None:

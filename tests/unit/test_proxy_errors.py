@@ -136,7 +136,7 @@ def test_what_a_stage_refuses_is_named_as_it_was_written(
 
 def test_the_next_good_request_works_after_any_bad_one() -> None:
     client = http(FakeClient(*ONE_ANSWER))
-    for url in (PNG_URL[:-1], "file:///etc/passwd", "http://127.0.0.1/", "http://localhost:1/x", "data:,x"):
+    for url in (PNG_URL[:-3], "file:///etc/passwd", "http://127.0.0.1/", "http://localhost:1/x", "data:,x"):
         messages = [{"role": "user", "content": [image_part(url)]}]
         reply = client.post(CHAT, json={"messages": messages})
         assert reply.status_code == 400

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
 from PIL import Image
-from proxy_fake import DONE, PIXELS, PROGRESS, THOUGHT_IMAGES, TWO_ANSWERS, FakeClient, answer, live_proxy, text
+from proxy_fake import (
+    DONE,
+    PIXELS,
+    PNG_URL,
+    PREVIEW,
+    PROGRESS,
+    THOUGHT_IMAGES,
+    TWO_ANSWERS,
+    FakeClient,
+    answer,
+    image_part,
+    live_proxy,
+    text,
+)
 
 from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
 
@@ -26,9 +40,9 @@ def official(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def request(client: openai.OpenAI, **fields: Any) -> Any:
+def request(client: openai.OpenAI, messages: Any = MESSAGES, **fields: Any) -> Any:
     extra = {"modalities": ["image"], "seed": 7, "extra_body": {"height": 32}}
-    return client.chat.completions.create(model="bagel", messages=MESSAGES, extra_body=extra, **fields)
+    return client.chat.completions.create(model="bagel", messages=messages, extra_body=extra, **fields)
 
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
@@ -59,10 +73,9 @@ def test_the_official_client_reads_the_stream() -> None:
         chunks = list(request(client, stream=True, stream_options={"include_usage": True}))
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk.id for chunk in chunks}) == 1
-    assert [chunk.progress for chunk in chunks[:3]] == [{"stage": "dit", "step": n, "steps": 3} for n in (1, 2, 3)]
-    opening, image, finish, usage = chunks[3:]
+    opening, image, finish, usage = chunks
     assert opening.choices[0].delta.role == "assistant"
-    np.testing.assert_array_equal(pixels_of(image.choices[0].delta.content[0]), PIXELS)
+    np.testing.assert_array_equal(pixels_of(image.choices[0].delta.images[0]), PIXELS)
     assert image.choices[0].finish_reason is None
     assert (finish.choices[0].finish_reason, finish.choices[0].delta.content, finish.seed) == ("stop", None, 7)
     assert finish.metrics["stages"]["dit"] == {"queue_s": 1.0, "run_s": 2.0}
@@ -108,18 +121,46 @@ def test_thinking_that_was_never_closed_comes_again_as_the_answer() -> None:
 
 
 def test_thinking_then_progress_then_images_are_streamed() -> None:
+    options = {"include_progress": True}
     with live_proxy(FakeClient(*THOUGHT_IMAGES)) as url, official(url) as client:
-        chunks = list(request(client, stream=True))
+        chunks = list(request(client, stream=True, stream_options=options))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert joined(chunks[:3], 0, "reasoning_content") == "A cat, in snow."
     assert [chunk.progress["step"] for chunk in chunks[3:6]] == [1, 2, 3]
     first, second, finish = chunks[6:]
-    [image] = first.choices[0].delta.content
+    [image] = first.choices[0].delta.images
     np.testing.assert_array_equal(pixels_of(image), PIXELS)
-    [image] = second.choices[0].delta.content
+    [image] = second.choices[0].delta.images
     np.testing.assert_array_equal(pixels_of(image), PIXELS[::-1])
     assert image["seed"] == 8
     assert finish.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("options", [{}, {"include_progress": True}])
+def test_the_stream_helper_adds_up_several_images(options: dict[str, bool]) -> None:
+    extra = {"modalities": ["image"], "stream_options": options, "partial_images": 1}
+    script = (PREVIEW, *THOUGHT_IMAGES)
+    with (
+        live_proxy(FakeClient(*script)) as url,
+        official(url) as client,
+        client.chat.completions.stream(model="bagel", messages=MESSAGES, n=2, extra_body=extra) as helper,
+    ):
+        assert [event.type for event in helper]
+        message: Any = helper.get_final_completion().choices[0].message
+    np.testing.assert_array_equal(pixels_of(message.images[0]), PIXELS)
+    np.testing.assert_array_equal(pixels_of(message.images[1]), PIXELS[::-1])
+
+
+def test_a_reply_dumped_by_the_official_client_can_be_sent_back() -> None:
+    backend = FakeClient()
+    with live_proxy(backend) as url, official(url) as client:
+        reply = request(client).choices[0].message
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a list is no text to pydantic
+            dumped = reply.model_dump()
+        dumped["images"] = dumped["content"] = [image_part(PNG_URL)]  # the fake's own is larger than it takes
+        request(client, messages=[*MESSAGES, dumped, *MESSAGES])
+    assert backend.requests[1].image == (b"an image",)
 
 
 def test_an_error_before_the_first_event_has_its_own_status() -> None:

@@ -15,6 +15,7 @@ from proxy_fake import (
     DONE,
     IMAGE,
     ONE_ANSWER,
+    PREVIEW,
     PROGRESS,
     SILENCE,
     THOUGHT_IMAGES,
@@ -22,10 +23,12 @@ from proxy_fake import (
     answer,
     chat_body,
     live_proxy,
+    text,
 )
 from starlette.requests import ClientDisconnect
 
-from bagel_triton.openai.reply import new_header
+from bagel_triton.openai import stream
+from bagel_triton.openai.reply import ReplyOptions, new_header
 from bagel_triton.openai.stream import EventStream, chunks
 from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.protocol.request import GenerationRequest
@@ -36,8 +39,55 @@ def events(url: str, **fields: object) -> list[Any]:
     """The payloads of the server-sent events of a streamed request."""
     reply = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=True, **fields), trust_env=False)
     assert reply.headers["content-type"].startswith("text/event-stream")
-    payloads = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
+    lines = [line for line in reply.text.split("\n\n") if line and not line.startswith(":")]
+    payloads = [line.removeprefix("data: ") for line in lines]
     return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
+
+
+def test_every_chunk_has_a_choice_and_progress_comes_only_if_asked_for() -> None:
+    with live_proxy(FakeClient(*PROGRESS, PREVIEW, IMAGE, DONE)) as url:
+        *plain, _ = events(url)
+        *told, _ = events(url, stream_options={"include_progress": True})
+    assert all(len(chunk["choices"]) == 1 for chunk in (*plain, *told))
+    assert not any("progress" in chunk for chunk in plain)
+    shown = [chunk for chunk in told if "progress" in chunk]
+    assert [chunk["progress"] for chunk in shown] == [{"stage": "dit", "step": n, "steps": 3} for n in (1, 2, 3)]
+    assert [chunk["choices"][0]["delta"] for chunk in shown] == [{}] * 3
+
+
+def test_a_preview_is_a_member_of_a_chunk_that_adds_nothing() -> None:
+    with live_proxy(FakeClient(PREVIEW, IMAGE, DONE)) as url:
+        first, *_ = events(url, partial_images=1)
+    assert first["choices"][0]["delta"] == {}
+    assert (first["partial_image"]["index"], first["partial_image"]["partial_image_index"]) == (0, 1)
+    assert first["partial_image"]["url"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("where", "members"), [(None, ["images"]), ("list", ["content"]), ("both", ["content", "images"])]
+)
+def test_streamed_images_are_numbered(where: str | None, members: list[str]) -> None:
+    with live_proxy(FakeClient(*THOUGHT_IMAGES)) as url:
+        *chunks, _ = events(url, n=2, image_reply=where)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    for member in ("images", "content"):
+        numbers = [image["index"] for delta in deltas for image in delta.get(member, [])]
+        assert numbers == ([0, 1] if member in members else [])
+
+
+def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "KEEP_ALIVE_S", 0.01)
+    backend = FakeClient(text(0, "content", "Par"), SILENCE)
+    with (
+        live_proxy(backend) as url,
+        httpx.stream(
+            "POST", f"{url}/v1/chat/completions", json=chat_body(stream=True, modalities=["text"]), trust_env=False
+        ) as reply,
+    ):
+        comments = (line for line in reply.iter_lines() if line.startswith(":"))
+        assert [next(comments) for _ in range(3)] == [": keep-alive"] * 3
+    assert backend.cancelled.wait(10)
 
 
 def test_greedy_text_streams_without_a_seed() -> None:
@@ -74,7 +124,7 @@ def test_the_stream_ends_with_done_and_has_usage_only_if_asked_for() -> None:
 def test_an_error_after_the_first_event_is_an_event_and_the_last() -> None:
     with live_proxy(FakeClient(*PROGRESS, StageUnavailable("dit died"))) as url:
         raw = events(url)
-    assert len(raw) == 4
+    assert len(raw) == 1
     assert raw[-1]["error"].pop("request_id").startswith("req_")
     assert raw[-1]["error"] == {
         "message": "dit died",
@@ -127,7 +177,7 @@ def test_a_connection_that_breaks_while_sending_cancels_its_request() -> None:
 
     async def session() -> None:
         responses = backend.generate(GenerationRequest(messages=A_CAT), "r", {})
-        rest = chunks(responses, new_header("bagel"), "image", include_usage=False)
+        rest = chunks(responses, new_header("bagel"), ReplyOptions("image"))
         reply = EventStream(await anext(rest), rest)
         with pytest.raises(ClientDisconnect):
             await reply({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send)

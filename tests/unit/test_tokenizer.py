@@ -23,7 +23,7 @@ def test_prompts_become_the_recorded_ids(tokenizer: Tokenizer, cases: tuple[Case
         assert tokenizer.segment(case.prompt).token_ids == case.prompt_ids
 
 
-@pytest.mark.parametrize("prompt", ["A cute cat", " two  spaces\n", "naïve café, 山", "ends with <|im_end|> inside"])
+@pytest.mark.parametrize("prompt", ["A cute cat", " two  spaces\n", "naïve café, 山"])
 def test_a_bare_prompt_gets_the_two_markers_and_nothing_else(tokenizer: Tokenizer, prompt: str) -> None:
     start, *inner, end = tokenizer.segment(prompt).token_ids
     assert (start, end) == (tokenizer.start, tokenizer.end)
@@ -41,9 +41,7 @@ def test_a_wrapped_prompt_means_what_it_wraps(tokenizer: Tokenizer, prompt: str)
     [
         "<|im_start|>user\nA cat<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>system\nBe brief.<|im_end|><|im_start|>A cat<|im_end|>",
-        "<|im_start|>A cat",
-        "A cat<|im_start|>",
-        "<|im_start|>A<|im_end|> cat<|im_end|>",
+        "<|im_start|>A cat<|im_end|><|im_start|>",
     ],
 )
 def test_a_prompt_in_chat_form_stands_as_it_is(tokenizer: Tokenizer, prompt: str) -> None:
@@ -51,6 +49,25 @@ def test_a_prompt_in_chat_form_stands_as_it_is(tokenizer: Tokenizer, prompt: str
     assert token_ids == tokenizer.encode(prompt)
     assert token_ids.count(tokenizer.start) == prompt.count("<|im_start|>")
     assert token_ids.count(tokenizer.end) == prompt.count("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>A cat",
+        "A cat<|im_start|>",
+        "<|im_start|>A<|im_end|> cat<|im_end|>",
+        "ends with <|im_end|> inside",
+        "a <|image_pad|> and <|vision_start|>",
+        "<|im_end|>",
+    ],
+)
+def test_a_special_tokens_name_in_prose_is_text(tokenizer: Tokenizer, prompt: str) -> None:
+    start, *inner, end = tokenizer.segment(prompt).token_ids
+    assert (start, end) == (tokenizer.start, tokenizer.end)
+    assert tokenizer.decode(inner) == prompt
+    special = {tokenizer.start, tokenizer.end, tokenizer.vision_start, tokenizer.vision_end}
+    assert not special.intersection(inner)
 
 
 def test_a_special_token_with_another_id_than_the_file_says_is_named(checkpoint_dir: Path, tmp_path: Path) -> None:

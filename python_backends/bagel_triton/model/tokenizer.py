@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -16,6 +18,12 @@ IMAGE_PAD = "<|image_pad|>"
 BYTES = 256
 
 
+_BODY = rf"(?:(?!{re.escape(START)}|{re.escape(END)}).)*"
+_MESSAGE = re.escape(START) + _BODY + re.escape(END)
+_WRAPPED = re.compile(rf"{re.escape(START)}({_BODY}){re.escape(END)}", re.DOTALL)
+_TEMPLATE = re.compile(rf"(?:{_MESSAGE}\s*)+(?:{re.escape(START)}{_BODY})?", re.DOTALL)
+
+
 def _byte_symbols() -> dict[str, int]:
     """The byte of each symbol of byte-level BPE, which writes unprintable bytes as characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -26,12 +34,19 @@ def _byte_symbols() -> dict[str, int]:
 _BYTE_OF = _byte_symbols()
 
 
+def is_template(prompt: str) -> bool:
+    """Whether ``prompt`` is a chat template's output, and its markers are tokens.
+
+    That is one or more whole messages, ``<|im_start|>...<|im_end|>``, and perhaps the beginning
+    of another one. The same words anywhere else are text.
+    """
+    return prompt.startswith(START) and _TEMPLATE.fullmatch(prompt) is not None
+
+
 def unwrapped(prompt: str) -> str:
     """``X`` for a prompt that is exactly ``<|im_start|>X<|im_end|>``; else the prompt itself."""
-    inner = prompt.removeprefix(START).removesuffix(END)
-    if prompt == f"{START}{inner}{END}" and START not in inner and END not in inner:
-        return inner
-    return prompt
+    found = _WRAPPED.fullmatch(prompt)
+    return found[1] if found else prompt
 
 
 class Tokenizer:
@@ -51,6 +66,8 @@ class Tokenizer:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
         self.backend = self._tokenizer.backend_tokenizer
+        self._plain = copy.deepcopy(self.backend)
+        self._plain.encode_special_tokens = True
         if not (Path(directory) / "tokenizer.json").exists():  # it would be read instead
             self._check_merges(Path(directory) / "merges.txt")
         self._added_tokens = self.backend.get_added_tokens_decoder().keys()
@@ -93,13 +110,16 @@ class Tokenizer:
         """Token ids of ``text``, special tokens parsed, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of ``text``, in which the name of a special token is text too."""
+        return self._plain.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+
     def segment(self, text: str) -> TextSegment:
-        """``text`` as a segment: bare or wrapped text between the two markers;
-        text that holds ``<|im_start|>`` in any other way stands as it is."""
+        """``text`` as a segment: bare or wrapped text between the two markers, a longer template as it is."""
         inner = unwrapped(text)
-        if START in inner:
-            return TextSegment(tuple(self.encode(inner)))
-        return TextSegment((self.start, *self.encode(inner), self.end))
+        if inner == text and is_template(text):
+            return TextSegment(tuple(self.encode(text)))
+        return TextSegment((self.start, *self.encode_text(inner), self.end))
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of ``token_ids``, special tokens included."""

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
 from bagel_triton.openai import completions, health, models, page, request_id
+from bagel_triton.openai.address_rules import AllowedSources
 from bagel_triton.openai.auth import ApiKeys
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.openai.errors import http_exception
@@ -27,7 +28,8 @@ PAGE_PATHS, PAGE_PREFIXES = ("/",), ("/page/",)  # the page holds no secret and 
 
 def create_app(settings: ProxySettings, client: Client | None = None, remote: RemoteImages | None = None) -> Starlette:
     """The API; it closes ``client`` when it ends."""
-    source = ImageLoader((remote or RemoteImages()) if settings.fetch_remote else None)
+    remote = remote or RemoteImages(allowed=AllowedSources(settings.http.allowed_image_hosts))
+    source = ImageLoader(remote if settings.fetch_remote else None)
     api, metrics = Api(settings, client or TritonClient(settings), source), HttpMetrics()
     routes: list[BaseRoute] = [
         *completions.routes(api),

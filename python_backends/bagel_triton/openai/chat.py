@@ -6,9 +6,10 @@ import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bagel_triton.openai.image_source import ImageLoader, ImageUrl
+from bagel_triton.openai.reply import ImageReply, ReplyOptions
 from bagel_triton.openai.schema import ChatBody, ChatMessage, ImagePart
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, GenerationRequest, ImageRef, Modality, TextPart, Turn
@@ -50,9 +51,9 @@ class Task:
                 async for response in responses:
                     yield response
         except InvalidRequest as error:
-            raise self._in_the_bodys_names(error) from error
+            raise self._in_body_names(error) from error
 
-    def _in_the_bodys_names(self, error: InvalidRequest) -> InvalidRequest:
+    def _in_body_names(self, error: InvalidRequest) -> InvalidRequest:
         names = self.written | {f"image[{index}]": image.param for index, image in enumerate(self.images)}
         if error.param not in names:
             return error
@@ -70,43 +71,77 @@ def to_task(body: ChatBody) -> Task:
         InvalidRequest: modalities, roles or parts that make no request.
     """
     fields, written = body.generation_fields()
-    modality = _modality(body.modalities, fields)
+    modality = _modality(body.modalities, body.param("modalities"))
     images: list[ImageUrl] = []
     turns = tuple(_turn(message, f"messages[{index}]", images) for index, message in enumerate(body.messages))
-    if turns[-1].role != "user":
-        param = f"messages[{len(turns) - 1}].role"
-        raise InvalidRequest.value(param, body.messages[-1].role, "'user' for the last message")
     if len(images) > MAX_INPUT_IMAGES:
         raise InvalidRequest.value("messages", f"{len(images)} images", f"at most {MAX_INPUT_IMAGES} images")
     return Task(modality, turns, tuple(images), fields, written)
 
 
-def _modality(given: list[str] | None, fields: dict[str, Any]) -> Modality:
-    """What is wanted; an image with text is one with thinking, which is set in ``fields``."""
+# What a client that rejects a list as a message's content calls itself.
+_TEXT_CONTENT_ONLY = ("litellm/", "aiperf")
+
+
+def reply_options(
+    body: ChatBody, modality: Modality, headers: Mapping[str, str], default: ImageReply | Literal["auto"]
+) -> ReplyOptions:
+    """The reply that ``body`` asks for.
+
+    Args:
+        headers: the request's, by lower-case name.
+        default: where images are unless ``body`` says it; ``auto`` looks at the client.
+    """
+    images = body.image_reply or (_for_client(body, headers) if default == "auto" else default)
+    wanted = body.stream_options
+    return ReplyOptions(
+        modality=modality,
+        images=images,
+        include_usage=bool((wanted and wanted.include_usage) or (body.usage and body.usage.include)),
+        include_progress=bool(wanted and wanted.include_progress),
+    )
+
+
+def _for_client(body: ChatBody, headers: Mapping[str, str]) -> ImageReply:
+    """Where the client that sent ``body`` finds an image.
+
+    No one form serves them all. vLLM-Omni's clients and LangChain read a list in ``content``,
+    which LiteLLM and aiperf refuse to parse; they, Open WebUI and OpenRouter's clients read
+    ``images``. So both are there, but for clients that a list would break. LiteLLM sends
+    OpenAI's SDK's headers; unlike LangChain, it wants the raw response of a body that does not
+    mention ``stream``. A stream has ``images`` alone: OpenAI's stream helpers, which add up
+    every member of a delta, make no sense of a list where they expect a text.
+    """
+    if body.stream or headers.get("user-agent", "").lower().startswith(_TEXT_CONTENT_ONLY):
+        return "images"
+    is_litellm = "x-stainless-raw-response" in headers and body.stream is None
+    return "images" if is_litellm else "both"
+
+
+def _modality(given: list[str] | None, param: str) -> Modality:
+    """The kind of output; for an image and a text it is an image, with its thought if there is one."""
     if given is None:
         return "text"
-    modality = _MODALITIES.get(tuple(sorted(given)))
+    modality = _MODALITIES.get(tuple(sorted(set(given))))
     if modality is None:
         allowed = ", ".join(json.dumps(list(known)) for known in _MODALITIES)
-        raise InvalidRequest.value("modalities", given, allowed)
-    if len(given) == 2 and not fields.setdefault("think", True):
-        raise InvalidRequest.value("think", False, f"true with modalities {json.dumps(given)}")
+        raise InvalidRequest.value(param, given, allowed)
     return modality
 
 
 def _turn(message: ChatMessage, param: str, images: list[ImageUrl]) -> Turn:
     """``message`` as a turn; its images are added to ``images``."""
     role = "system" if message.role == "developer" else message.role
-    if message.reasoning_content is not None and role != "assistant":
-        name = f"{param}.reasoning_content"
-        where = f"in a message of role {message.role!r}"
-        raise InvalidRequest.meaningless(name, message.reasoning_content, where, "only in one of role 'assistant'")
     parts: list[TextPart | ImageRef] = []
-    for index, part in enumerate(message.content):
+    named = [(f"{param}.content[{index}]", part) for index, part in enumerate(message.content)]
+    shown = {part.image_url.url for part in message.content if isinstance(part, ImagePart)}
+    for index, image in enumerate(message.images):
+        if image.image_url.url not in shown:
+            named.append((f"{param}.images[{index}]", image))
+    for name, part in named:
         if not isinstance(part, ImagePart):
             parts.append(TextPart(part.text))
             continue
-        name = f"{param}.content[{index}]"
         if role == "system":
             raise InvalidRequest.value(f"{name}.type", part.type, f"'text' in a message of role {message.role!r}")
         parts.append(ImageRef(len(images)))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bagel_triton.openai import schema, stream
-from bagel_triton.openai.chat import to_task
+from bagel_triton.openai.chat import reply_options, to_task
 from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.openai.reply import collect, new_header
 
@@ -24,12 +24,12 @@ def routes(api: Api) -> list[Route]:
         header = new_header(api.served_model(body.model))
         task = to_task(body)
         responses = api.run(task, request, header.id)
+        options = reply_options(body, task.modality, request.headers, api.settings.http.image_reply)
         if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = stream.chunks(responses, header, task.modality, include_usage)
+            chunks = stream.chunks(responses, header, options)
             return stream.EventStream(await unless_gone(request, anext(chunks)), chunks)
         async with aclosing(responses):
-            completion = await unless_gone(request, collect(responses, header, task.modality))
+            completion = await unless_gone(request, collect(responses, header, options))
         return Response(msgspec.json.encode(completion), media_type="application/json")
 
     return [Route("/v1/chat/completions", chat_completions, methods=["POST"])]

@@ -1,35 +1,41 @@
 """Images from other hosts, fetched without opening a way into this network.
 
-A user's URL may lead anywhere, so a name's addresses are checked, on every redirect anew,
-and the connection goes to a checked address: what the name resolves to later is no matter.
+A user's URL may name any host. Every address of that host is checked, again after each
+redirect, and the connection goes to the checked address, so a later change of DNS has no effect.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
-import ipaddress
+import html
+import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
 
 import httpx
 
+from bagel_triton import __version__
+from bagel_triton.openai.address_rules import AllowedSources, is_public
 from bagel_triton.protocol.validation import MAX_IMAGE_BYTES
 
 MAX_REDIRECTS = 3
 TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 3.0  # of one address, so that a dead one leaves time for the next
 SCHEMES = {"http": 80, "https": 443}  # and their ports
-_HEADERS = {"User-Agent": "bagel-triton", "Accept": "image/*", "Accept-Encoding": "identity"}
+_USER_AGENT = f"bagel-triton/{__version__} (inference server fetching an image for its user) httpx/{httpx.__version__}"
+_HEADERS = {"User-Agent": _USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
+_MAX_REASON = 4096  # bytes of an error page that are read
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 
 class FetchError(Exception):
-    """The message says why an image could not be had."""
+    """The message says why an image could not be fetched."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -64,15 +70,17 @@ class RemoteImages:
         connect: Callable[[], httpx.AsyncBaseTransport] = connect,
         timeout_s: float = TIMEOUT_S,
         max_bytes: int = MAX_IMAGE_BYTES,
+        allowed: AllowedSources | None = None,
     ) -> None:
         self._resolve, self._connect = resolve, connect
+        self._allowed = allowed or AllowedSources()
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
 
     async def fetch(self, url: str) -> bytes:
         """What ``url`` leads to.
 
         Raises:
-            FetchError: it leads to nothing, to where nobody is let, or to too much.
+            FetchError: it leads to nothing, to an address that is not allowed, or to too much.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -111,15 +119,19 @@ class RemoteImages:
             raise FetchError(f"port {port} does not exist; allowed: 1 to 65535")
         addresses = await self._resolve(host, port)
         for address in addresses:
-            if not is_public(address):
+            if not is_public(address) and not self._allowed.permits(host, address):
                 raise FetchError(f"{host} has the address {address}; allowed: public addresses")
         return addresses
 
     async def _get(self, url: httpx.URL, address: str) -> bytes | str:
+        headers = {**_HEADERS, "Host": url.netloc.decode()}
+        if url.userinfo:
+            login = f"{url.username}:{url.password}".encode()
+            headers["Authorization"] = f"Basic {base64.b64encode(login).decode()}"
         request = httpx.Request(
             "GET",
-            url.copy_with(host=address, fragment=None),
-            headers={**_HEADERS, "Host": url.netloc.decode()},
+            url.copy_with(host=address, fragment=None, userinfo=b""),
+            headers=headers,
             extensions={
                 "sni_hostname": url.raw_host.decode(),
                 "timeout": httpx.Timeout(None, connect=CONNECT_TIMEOUT_S).as_dict(),
@@ -134,9 +146,11 @@ class RemoteImages:
         if response.status_code in _REDIRECTS and (location := response.headers.get("Location")):
             return str(location)
         if response.status_code != 200:
-            raise FetchError(f"the host answered {response.status_code} {response.reason_phrase}".rstrip())
-        if "Content-Encoding" in response.headers:  # it could grow without bound
-            raise FetchError(f"the host sent it with Content-Encoding {response.headers['Content-Encoding']}")
+            status = f"{response.status_code} {response.reason_phrase}".rstrip()
+            raise FetchError(f"the host answered {status}{await _reason(response)}")
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.strip().lower() not in ("identity", ""):  # it could grow without bound
+            raise FetchError(f"the host sent it with Content-Encoding {encoding}")
         body = bytearray()
         async for piece in response.aiter_raw():
             body += piece
@@ -145,16 +159,20 @@ class RemoteImages:
         return bytes(body)
 
 
-def is_public(address: str) -> bool:
-    """Whether the numeric ``address`` is one of the public internet.
+async def _reason(response: httpx.Response) -> str:
+    """What the host wrote about its refusal, as far as it is text."""
+    if not response.headers.get("Content-Type", "").startswith(("text/", "application/json")):
+        return ""
+    page = b""
+    async for piece in response.aiter_raw():
+        page += piece
+        if len(page) >= _MAX_REASON:
+            break
+    text = re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<[^>]*>", " ", page[:_MAX_REASON].decode(errors="replace"))
+    words = " ".join(html.unescape(text).split())
+    return f": {words}" if words else ""
 
-    An IPv6 address that carries an IPv4 one (mapped, or 6to4) is as public as that.
-    """
-    number = ipaddress.ip_address(address)
-    if isinstance(number, ipaddress.IPv6Address):
-        inner = number.ipv4_mapped or number.sixtofour
-        if inner is not None:
-            number = inner
-        elif number.is_site_local:
-            return False
-    return number.is_global and not (number.is_multicast or number.is_reserved)
+
+def without_login(url: str) -> str:
+    """``url`` as an error may show it: without the user and password in it."""
+    return re.sub(r"^([a-zA-Z]+://)[^/?#]*@", r"\1***@", url)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
+import re
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bagel_triton.openai.image_fetch import SCHEMES, FetchError, RemoteImages
-from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
+from bagel_triton.openai.image_fetch import SCHEMES, FetchError, RemoteImages, without_login
+from bagel_triton.protocol.errors import MAX_SHOWN, InvalidRequest, format_value, truncate
 
-_WHITESPACE = b" \t\r\n\f"
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass(frozen=True)
@@ -51,41 +51,67 @@ class ImageLoader:
                 load.cancel()
 
     async def _load(self, image: ImageUrl) -> bytes:
-        scheme, colon, rest = image.url.partition(":")
+        url = image.url.strip()
+        scheme, colon, rest = url.partition(":")
         if colon and scheme.lower() == "data":
             return _decode(rest, image.param)
         if not colon or scheme.lower() not in SCHEMES:
             allowed = "a data: URL" if self._remote is None else "a data:, http: or https: URL"
-            raise InvalidRequest.value(image.param, image.url, allowed)
+            raise InvalidRequest.value(image.param, url, allowed)
         if self._remote is None:
             raise InvalidRequest(
-                f"{image.param}={format_value(image.url)} is a remote image, and this server fetches none; "
+                f"{image.param}={format_value(without_login(url))} is a remote image, and this server fetches none; "
                 "allowed: a data: URL",
                 image.param,
             )
         try:
-            return await self._remote.fetch(image.url)
+            return await self._remote.fetch(url)
         except FetchError as error:
+            shown = format_value(without_login(url))
             raise InvalidRequest(
-                f"{image.param}={format_value(image.url)} cannot be fetched: {truncate(str(error))}", image.param
+                f"{image.param}={shown} cannot be fetched: {truncate(str(error))}", image.param
             ) from error
 
 
 def _decode(rest: str, param: str) -> bytes:
     """The bytes in ``rest`` of a ``data:`` URL, after its scheme."""
     head, comma, data = rest.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise InvalidRequest.value(param, f"data:{rest}", "data:<media type>;base64,<data>")
+    if not comma or "base64" not in [word.strip().lower() for word in head.split(";")[1:]]:
+        raise InvalidRequest.value(param, f"data:{rest[:MAX_SHOWN]}", "data:<media type>;base64,<data>")
     try:
-        encoded = urllib.parse.unquote_to_bytes(data).translate(None, _WHITESPACE)
-        decoded = base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
+        decoded = base64.b64decode(_canonical(urllib.parse.unquote_to_bytes(data)), validate=True)
+    except ValueError as error:  # binascii.Error is one
         raise InvalidRequest(
             f"{param}={format_value(f'data:{rest}')} holds malformed base64: {error}", param
         ) from error
     if not decoded:
         raise InvalidRequest(f"{param}={format_value(f'data:{rest}')} holds no data", param)
     return decoded
+
+
+def _canonical(encoded: bytes) -> bytes:
+    """``encoded`` in the standard alphabet, padded, on one line.
+
+    Line breaks mean nothing. A form encoder turns ``+`` into a blank, and to leave that out
+    would give other bytes, so blanks are accepted only between pieces of equal length.
+
+    Raises:
+        ValueError: it is not base64 of either alphabet.
+    """
+    lines = re.sub(rb"\s*[\r\n\f\v]\s*", b"", encoded).split()
+    if len(lines) > 1:
+        width = len(lines[0])
+        if any(len(line) != width for line in lines[1:-1]) or len(lines[-1]) > width or width % 4:
+            raise ValueError("blanks between characters that are no line breaks; was a + lost in a form?")
+    joined = b"".join(lines)
+    if b"-" in joined or b"_" in joined:
+        if b"+" in joined or b"/" in joined:
+            raise ValueError("characters of both the standard and the URL-safe alphabet")
+        joined = joined.translate(_FROM_URL_SAFE)
+    digits = joined.rstrip(b"=")
+    if len(joined) - len(digits) > 2 or len(digits) % 4 == 1 or (len(lines) > 1 and len(joined) % 4):
+        raise ValueError("wrong padding, or characters are missing")
+    return digits + b"=" * (-len(digits) % 4)
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

@@ -1,4 +1,4 @@
-"""The chat completion: what a request that succeeded is answered with."""
+"""The chat completion: the reply to a request that succeeded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagel_triton.openai.image_source import data_url
+from bagel_triton.protocol import events as protocol_events
 from bagel_triton.protocol.errors import Internal
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, Stage
 from bagel_triton.protocol.messages import Usage as StageUsage
@@ -29,18 +31,44 @@ class ImageUrl(msgspec.Struct, frozen=True):
 
 
 class ImagePart(msgspec.Struct, frozen=True):
-    """An image among a message's parts, and the seed it was made with."""
+    """An image of a message, its number there, and the seed it was made with."""
 
     image_url: ImageUrl
+    index: int
     seed: int
     type: Literal["image_url"] = "image_url"
 
 
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token, its UTF-8 bytes and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+
+
+class ContentLogprob(TokenLogprob, frozen=True):
+    """A token of the answer, and the most probable ones at its place."""
+
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """The log-probabilities of an answer, token by token."""
+
+    content: tuple[ContentLogprob, ...]
+    refusal: None = None
+
+
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """The model's answer, and what was thought before it, if anything was."""
+    """The model's answer, and the thinking before it if there was some.
+
+    Images are in ``content``, in ``images``, or in both, as :class:`ReplyOptions` say.
+    """
 
     content: str | tuple[ImagePart, ...]
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    images: tuple[ImagePart, ...] | msgspec.UnsetType = msgspec.UNSET
     role: Literal["assistant"] = "assistant"
 
 
@@ -50,11 +78,11 @@ class Choice(msgspec.Struct, frozen=True):
     message: AssistantMessage
     finish_reason: str
     index: int = 0
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    """What the completion's tokens are: latent tokens of images, and text, some of it thinking."""
+    """The completion's tokens by kind: latent tokens of images, and text, some of it thinking."""
 
     image_tokens: int
     text_tokens: int
@@ -71,21 +99,38 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class StageMetrics(msgspec.Struct, frozen=True):
-    """Seconds a stage kept the request waiting and worked on it."""
+    """Seconds that the request waited for a stage and ran in it."""
 
     queue_s: float
     run_s: float
 
 
 class Metrics(msgspec.Struct, frozen=True):
-    """Where the time went; ``total_s`` is from the request's arrival to its last event."""
+    """The time in each stage; ``total_s`` is from the request's arrival to its last event."""
 
     stages: dict[Stage, StageMetrics]
     total_s: float
 
 
+ImageReply = Literal["list", "images", "both"]
+
+
+@dataclass(frozen=True)
+class ReplyOptions:
+    """The parts of a reply that a client may choose.
+
+    ``images`` says where images are: ``list``, parts of the message's content;
+    ``images``, its member of that name, beside a content that is a text; or both.
+    """
+
+    modality: Modality = "text"
+    images: ImageReply = "both"
+    include_usage: bool = False
+    include_progress: bool = False
+
+
 class Header(msgspec.Struct, frozen=True):
-    """What identifies a reply; ``started`` is ``time.perf_counter()`` at arrival."""
+    """The identity of a reply; ``started`` is ``time.perf_counter()`` at arrival."""
 
     id: str
     created: int
@@ -115,9 +160,26 @@ def new_header(model: str) -> Header:
     return Header(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, time.perf_counter())
 
 
-async def image_part(pixels: NDArray[np.uint8], seed: int) -> ImagePart:
-    """``pixels`` [H, W, 3] as a part; compressed in a thread, as it takes long."""
-    return ImagePart(ImageUrl(await asyncio.to_thread(data_url, pixels)), seed)
+async def image_part(pixels: NDArray[np.uint8], index: int, seed: int) -> ImagePart:
+    """``pixels`` [H, W, 3] as a part; compressed in a thread, as that takes long."""
+    return ImagePart(ImageUrl(await asyncio.to_thread(data_url, pixels)), index, seed)
+
+
+def logprobs(tokens: Sequence[protocol_events.TokenLogprob]) -> Logprobs | None:
+    """``tokens`` in OpenAI's shape; None without any."""
+    if not tokens:
+        return None
+    return Logprobs(
+        tuple(
+            ContentLogprob(
+                token.token,
+                token.logprob,
+                token.bytes,
+                tuple(TokenLogprob(other.token, other.logprob, other.bytes) for other in token.top),
+            )
+            for token in tokens
+        )
+    )
 
 
 def usage(counts: StageUsage) -> Usage:
@@ -138,41 +200,46 @@ def incomplete(header: Header, modality: Modality) -> Internal:
     return Internal(f"{header.id} ended without {'an image' if modality == 'image' else 'an answer'}")
 
 
-async def collect(responses: AsyncIterable[StageResponse], header: Header, modality: Modality) -> ChatCompletion:
+async def collect(responses: AsyncIterable[StageResponse], header: Header, options: ReplyOptions) -> ChatCompletion:
     """The completion that ``responses`` amount to.
 
     Raises:
         Internal: they end without an image, or without an answer.
     """
-    parts: list[ImagePart] = []
+    images: list[ImagePart] = []
     answers: list[AnswerEvent] = []
     done: DoneEvent | None = None
     async for response in responses:
         event = response.event
         if isinstance(event, ImageEvent) and response.image is not None:
-            parts.append(await image_part(response.image, event.seed))
+            images.append(await image_part(response.image, event.index, event.seed))
         elif isinstance(event, AnswerEvent):
             answers.append(event)
         elif isinstance(event, DoneEvent):
             done = event
-    if done is None or not (parts if modality == "image" else answers):
-        raise incomplete(header, modality)
+    if done is None or not (images if options.modality == "image" else answers):
+        raise incomplete(header, options.modality)
+    drawn = options.modality == "image"
     return ChatCompletion(
         id=header.id,
         created=header.created,
         model=header.model,
-        choices=(_drawn(parts, answers),) if modality == "image" else tuple(_answered(answer) for answer in answers),
+        choices=(_drawn(tuple(images), answers, options.images),) if drawn else tuple(map(_answered, answers)),
         usage=usage(done.usage),
         seed=done.seed,
         metrics=metrics(done, header),
     )
 
 
-def _drawn(parts: Sequence[ImagePart], thoughts: Sequence[AnswerEvent]) -> Choice:
-    reasoning = "".join(thought.reasoning for thought in thoughts)
-    return Choice(AssistantMessage(tuple(parts), reasoning or msgspec.UNSET), IMAGE_FINISH)
+def _drawn(images: tuple[ImagePart, ...], thoughts: Sequence[AnswerEvent], where: ImageReply) -> Choice:
+    message = AssistantMessage(
+        content="" if where == "images" else images,
+        reasoning_content="".join(thought.reasoning for thought in thoughts) or msgspec.UNSET,
+        images=msgspec.UNSET if where == "list" else images,
+    )
+    return Choice(message, IMAGE_FINISH)
 
 
 def _answered(answer: AnswerEvent) -> Choice:
     message = AssistantMessage(answer.content, answer.reasoning or msgspec.UNSET)
-    return Choice(message, answer.finish_reason, answer.index)
+    return Choice(message, answer.finish_reason, answer.index, logprobs(answer.logprobs))

@@ -1,51 +1,72 @@
 """The body of a chat request, as strict pydantic models.
 
-The generation fields come from :class:`bagel_triton.protocol.request.GenerationRequest`: a field
-added there is accepted here, at top level and inside ``extra_body``. Ranges are not
-checked here: ``cfg_expand`` owns them.
+The generation fields, their types, aliases and descriptions come from
+:mod:`bagel_triton.protocol.request`: a field declared there is accepted here, at top level and
+inside ``extra_body``. Ranges are checked by the planning stage, which owns them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     Strict,
     ValidationError,
     create_model,
     model_validator,
 )
 
-from bagel_triton.openai.errors import not_allowed, to_invalid_request, unknown_field
+from bagel_triton.openai.noop_fields import IGNORED, NOOP
+from bagel_triton.openai.pydantic_errors import noop_field, not_allowed, to_invalid_request, unknown_field
 from bagel_triton.protocol.errors import InvalidRequest, truncate
-from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS
+from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS
 from bagel_triton.protocol.validation import MAX_MESSAGES
+
+MAX_MODALITIES = 8  # more than there are
+_CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
 
 
 class StrictModel(BaseModel):
-    """No coercion, no NaN, and unknown fields are refused with the names of the known."""
+    """No coercion and no NaN. ``null`` means not given, whatever the field's name.
+
+    ``place`` names the tables of :mod:`noop_fields` that apply; any other unknown field is
+    refused with the names of the known ones.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    place: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _only_known_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for name in value:
-                if name not in cls.model_fields:
-                    raise unknown_field(name, [known for known in cls.model_fields if known not in NEUTRAL])
-        return value
+    def _known_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ignored, noop = IGNORED.get(cls.place, frozenset()), NOOP.get(cls.place, {})
+        kept = {}
+        for name, member in value.items():
+            if member is None or name in ignored:
+                continue
+            if name in cls.model_fields:
+                kept[name] = member
+            elif name not in noop:
+                raise unknown_field(name, list(cls.model_fields))
+            elif not noop[name].permits(member):
+                raise noop_field(name, member, noop[name].values, noop[name].instead)
+        return kept
 
 
 class TextPart(StrictModel):
     """A text part of a message."""
 
+    place: ClassVar[str] = "part"
     type: Literal["text"]
     text: str
 
@@ -53,15 +74,21 @@ class TextPart(StrictModel):
 class ImageUrl(StrictModel):
     """Where an image is."""
 
+    place: ClassVar[str] = "image_url"
     url: str
 
 
-class ImagePart(StrictModel):
-    """An image part of a message; ``seed`` is there where a reply is sent back as it came."""
+def _to_image_url(value: Any) -> Any:
+    """A plain text is the URL."""
+    return {"url": value} if isinstance(value, str) else value
 
+
+class ImagePart(StrictModel):
+    """An image part of a message."""
+
+    place: ClassVar[str] = "part"
     type: Literal["image_url"]
-    image_url: ImageUrl
-    seed: int | None = None
+    image_url: Annotated[ImageUrl, BeforeValidator(_to_image_url)]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -79,119 +106,205 @@ def _to_parts(content: Any) -> Any:
 class ChatMessage(StrictModel):
     """One message; ``content`` is a list of parts however it was written.
 
-    ``reasoning_content`` is there where a reply is sent back as it came: what was thought
-    in an earlier turn is no part of the conversation.
+    ``images`` are there if a reply is sent back as it came: those that are in ``content`` too
+    are the same ones.
     """
 
+    place: ClassVar[str] = "message"
     role: Literal["user", "system", "assistant", "developer"]
-    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)]
-    reasoning_content: str | None = None
+    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)] = []
+    images: Annotated[list[ImagePart], Field(max_length=MAX_MESSAGES, fail_fast=True)] = []
 
 
 class StreamOptions(StrictModel):
     """What a streamed reply carries besides its deltas."""
 
-    include_usage: bool | None = None
+    place: ClassVar[str] = "stream_options"
+    include_usage: bool = False
+    include_progress: bool = False
 
 
-MAX_MODALITIES = 8  # more than there are
-_CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
+class TemplateOptions(StrictModel):
+    """``chat_template_kwargs`` of other servers: both names switch thinking."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
 
 
-def _json_type(annotation: Any) -> Any:
-    """JSON has no tuples and no integers as names: a list and a number's text are taken in their place."""
-    members = [Annotated[kind, Strict(False)] if get_origin(kind) is tuple else kind for kind in get_args(annotation)]
-    if get_origin(members[0]) is Mapping:
-        members[0] = dict[Annotated[int, Strict(False)], float]
-    return Union[tuple(members)]  # noqa: UP007 - built from a sequence
+class Thinking(StrictModel):
+    """``thinking`` as Anthropic's API has it."""
+
+    type: Literal["enabled", "disabled", "adaptive"] | None = None
+    budget_tokens: int | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Reasoning(StrictModel):
+    """``reasoning`` as OpenRouter's API has it."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    max_tokens: int | None = None
+    exclude: Literal[False] | None = None
+
+
+class UsageOptions(StrictModel):
+    """``usage`` as OpenRouter's API has it."""
+
+    include: bool = False
+
+
+def _to_integer(value: Any) -> Any:
+    """64.0 is 64: some languages write every number so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _to_texts(stop: Any) -> Any:
     """A plain text is a list of one text."""
     if isinstance(stop, str):
         return [stop]
-    if stop is not None and not isinstance(stop, list):
+    if not isinstance(stop, list):
         raise not_allowed("a text or a list of texts")
-    if stop is not None and len(stop) > MAX_STOPS:  # before each of them is looked at
+    if len(stop) > MAX_STOPS:  # before each of them is looked at
         raise not_allowed(f"at most {MAX_STOPS} texts")
     return stop
 
 
-def _field_type(name: str, annotation: Any) -> Any:
-    json_type = _json_type(annotation)
-    return Annotated[json_type, BeforeValidator(_to_texts)] if name == "stop" else json_type
+def _to_token_ids(bias: Any) -> Any:
+    """JSON's names are texts, and these are token ids."""
+    if not isinstance(bias, dict):
+        raise not_allowed("an object")
+    if not all(re.fullmatch(r"[0-9]{1,9}", token) for token in bias):
+        raise not_allowed(REQUEST_FIELDS["logit_bias"].allowed)
+    return {int(token): value for token, value in bias.items()}
 
 
-NEUTRAL: dict[str, Any] = {
-    "logprobs": False,
-    "metadata": {},
-    "response_format": {"type": "text"},
-    "store": False,
-    "tool_choice": "none",
-    "tools": [],
-}
+def _validator(name: str, annotation: Any) -> Callable[[Any], Any] | None:
+    if name == "stop":
+        return _to_texts
+    if name == "logit_bias":
+        return _to_token_ids
+    return _to_integer if int in get_args(annotation) else None
 
 
-def _only(neutral: Any) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value is None or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool)):
-            return value
-        raise not_allowed(json.dumps(neutral))
-
-    return check
+def _json_type(annotation: Any) -> Any:
+    """JSON has no tuples: if ``annotation`` wants one, a list is taken."""
+    members = (Annotated[kind, Strict(False)] if get_origin(kind) is tuple else kind for kind in get_args(annotation))
+    return Union[tuple(members)]  # noqa: UP007 - built from a sequence
 
 
-NEUTRAL_FIELDS: dict[str, Any] = {
-    name: (Annotated[Any, BeforeValidator(_only(value))], None) for name, value in NEUTRAL.items()
-}
+def _field(name: str) -> Any:
+    """The pydantic declaration of the request field ``name``."""
+    declared, annotation = REQUEST_FIELDS[name], FIELD_TYPES[name]
+    json_type, validator = _json_type(annotation), _validator(name, annotation)
+    if validator is not None:
+        json_type = Annotated[json_type, BeforeValidator(validator)]
+    allowed, default = declared.allowed, declared.default
+    notes = [declared.doc, *([f"Allowed: {allowed}"] if allowed else []), *([f"Default: {default}"] if default else [])]
+    return (json_type, Field(None, description=". ".join(notes)))
 
 
-_GENERATION_FIELDS: dict[str, Any] = {
-    name: (_field_type(name, annotation), None) for name, annotation in FIELD_TYPES.items() if name not in _CONVERSATION
-}
-_GENERATION_FIELDS |= {alias: _GENERATION_FIELDS[name] for alias, name in FIELD_ALIASES.items()}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
 if TYPE_CHECKING:
 
     class GenerationFields(StrictModel):
-        """The fields of ``GenerationRequest`` except those that say the conversation."""
-
-    class _OpenAIFields(GenerationFields):
-        """And those that may only ask for nothing."""
+        """The fields of ``GenerationRequest`` except those that say the conversation, and their aliases."""
 else:
-    GenerationFields = create_model("GenerationFields", __base__=StrictModel, **_GENERATION_FIELDS)
-    _OpenAIFields = create_model("OpenAIFields", __base__=GenerationFields, **NEUTRAL_FIELDS)
+    GenerationFields = create_model(
+        "GenerationFields", __base__=StrictModel, **{written: _field(name) for written, name in _NAMES.items()}
+    )
 
 
-class ChatBody(_OpenAIFields):
-    """A request body; ``null`` means not given, as in OpenAI's API."""
+class ChatBody(GenerationFields):
+    """A request body. The members of ``extra_body`` are read as if they stood beside it."""
 
+    place: ClassVar[str] = "body"
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: str | None = None
     modalities: Annotated[list[str], Field(max_length=MAX_MODALITIES, fail_fast=True)] | None = None
+    size: str | None = None
+    logprobs: bool | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    include_reasoning: Literal[True] | None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    extra_body: GenerationFields | None = None
+    usage: UsageOptions | None = None
+    image_reply: Literal["list", "images", "both"] | None = None
+    _in_extra_body: frozenset[str] = PrivateAttr(frozenset())
 
     def generation_fields(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The given fields of ``GenerationRequest``, and how those are written whose name differs here.
+        """The given fields of ``GenerationRequest``, and the names they have in the body.
 
         Raises:
-            InvalidRequest: a field is given twice, by another name or in ``extra_body``.
+            InvalidRequest: a field is given twice, by two names or by two ways to say it.
         """
         fields: dict[str, Any] = {}
         written: dict[str, str] = {}
-        for prefix, source in (("", self), ("extra_body.", self.extra_body)):
-            for alias in _GENERATION_FIELDS:
-                name = FIELD_ALIASES.get(alias, alias)
-                value = getattr(source, alias, None)
-                if value is None or value in ((), {}):
-                    continue
-                if name in fields:
-                    raise InvalidRequest(
-                        f"{written[name]} and {prefix}{alias} are both given; allowed: one of them", f"{prefix}{alias}"
-                    )
-                fields[name], written[name] = value, f"{prefix}{alias}"
+
+        def give(name: str, value: Any, alias: str) -> None:
+            if value is None or value == () or value == {}:
+                return
+            alias = self.param(alias)
+            if name in fields and not (name == "think" and fields[name] == value):
+                raise InvalidRequest(f"{written[name]} and {alias} are both given; allowed: one of them", alias)
+            fields[name], written[name] = value, written.get(name, alias)
+
+        for alias, name in _NAMES.items():
+            give(name, getattr(self, alias), alias)
+        for name, value in zip(("height", "width"), self._sides(), strict=True):
+            give(name, value, "size")
+        for alias, think, budget in self._thinking():
+            give("think", think, alias)
+            give("max_think_tokens", budget, alias)
+        if not self.logprobs:
+            fields.pop("top_logprobs", None)
+        else:
+            give("top_logprobs", None if "top_logprobs" in fields else 0, "logprobs")
         return fields, {name: text for name, text in written.items() if text != name}
+
+    def param(self, name: str) -> str:
+        """``name`` as an error has it: with ``extra_body.`` before it, if the field was given there."""
+        return f"extra_body.{name}" if name.partition(".")[0] in self._in_extra_body else name
+
+    def _sides(self) -> tuple[int | None, int | None]:
+        """Height and width that ``size`` names, width first as in OpenAI's API."""
+        if self.size is None or self.size.strip() in ("auto", ""):
+            return None, None
+        found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", self.size.strip())
+        if found is None:
+            allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
+            raise InvalidRequest.value(self.param("size"), self.size, allowed)
+        return int(found[2]), int(found[1])
+
+    def _thinking(self) -> list[tuple[str, bool | None, int | None]]:
+        """Every other way to switch thinking on or off: its name, what it says, and its token budget."""
+        ways: list[tuple[str, bool | None, int | None]] = [("enable_thinking", self.enable_thinking, None)]
+        if self.reasoning_effort is not None:
+            ways.append(("reasoning_effort", _thinks(self.reasoning_effort), None))
+        if self.reasoning is not None:
+            enabled = self.reasoning.enabled
+            if enabled is None and self.reasoning.effort is not None:
+                enabled = _thinks(self.reasoning.effort)
+            budget = self.reasoning.max_tokens
+            ways.append(("reasoning", True if enabled is None and budget else enabled, budget))
+        if self.thinking is not None:
+            on = None if self.thinking.type is None else self.thinking.type != "disabled"
+            ways.append(("thinking", on, self.thinking.budget_tokens))
+        if self.chat_template_kwargs is not None:
+            for name in ("enable_thinking", "thinking"):
+                ways.append((f"chat_template_kwargs.{name}", getattr(self.chat_template_kwargs, name), None))
+        return ways
+
+
+def _thinks(effort: str) -> bool:
+    return effort not in ("none", "minimal")
 
 
 def parse(data: bytes) -> ChatBody:
@@ -200,23 +313,84 @@ def parse(data: bytes) -> ChatBody:
     Raises:
         InvalidRequest: not JSON, not an object, an unknown field, one that is there twice, or a wrong type.
     """
+    body = to_object(data)
+    extra = _extra_body(body)
     try:
-        body = ChatBody.model_validate_json(data)
+        chat = ChatBody.model_validate({**body, **extra})
     except ValidationError as error:
-        raise to_invalid_request(error) from error
-    json.loads(data.decode(), object_pairs_hook=_refuse_twins)  # pydantic takes the last one
-    if body.stream_options is not None and not body.stream:
-        given = body.stream_options.model_dump(exclude_unset=True)
-        raise InvalidRequest.meaningless("stream_options", given, "without stream", "only with stream=true")
+        raise _in_extra_body(to_invalid_request(error), extra) from error
+    chat._in_extra_body = frozenset(extra)
+    _check_stream_fields(chat)
+    return chat
+
+
+def to_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in ``data``; a byte-order mark before it is no part of it.
+
+    Raises:
+        InvalidRequest: not JSON, not an object, or a field that is there twice.
+    """
+    try:
+        body = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        if _SURROGATE.search(data):
+            json.dumps(body, ensure_ascii=False).encode()  # half a character would break every reply that shows it
+    except RecursionError as error:
+        raise InvalidRequest("the body is not JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {truncate(str(error))}") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest.value("body", body, "a JSON object")
     return body
 
 
-def _refuse_twins(members: list[tuple[str, Any]]) -> None:
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    whole = dict(members)
+    if len(whole) == len(members):
+        return whole
     names = [name for name, _ in members]
-    if len(set(names)) == len(names):
-        return
     twin = next(name for at, name in enumerate(names) if name in names[:at])
     raise InvalidRequest(f"{truncate(twin)} is given {names.count(twin)} times in one object; allowed: once", twin)
 
 
-# The one value of each, besides null, that asks for nothing.
+def _extra_body(body: dict[str, Any]) -> Mapping[str, Any]:
+    """What ``extra_body`` gives; it is taken out of ``body``, and so are its twins that are null there."""
+    extra = body.pop("extra_body", None)
+    if extra is None:
+        return {}
+    if not isinstance(extra, dict):
+        raise InvalidRequest.value("extra_body", extra, "an object")
+    for name in ("messages", "extra_body"):
+        if extra.get(name) is not None:
+            known = sorted({*ChatBody.model_fields} - {"messages"})
+            raise InvalidRequest.unknown(f"extra_body.{name}", name, known)
+    given = {name: value for name, value in extra.items() if value is not None}
+    for name in given:
+        if body.get(name) is not None:
+            param = f"extra_body.{name}"
+            raise InvalidRequest(f"{truncate(name)} and {truncate(param)} are both given; allowed: one of them", param)
+    return given
+
+
+def _in_extra_body(error: InvalidRequest, extra: Mapping[str, Any]) -> InvalidRequest:
+    """``error``, with the name of a field that is inside ``extra_body``."""
+    param = error.param or ""
+    root = re.split(r"[.\[]", param, maxsplit=1)[0]
+    if root not in extra:
+        return error
+    renamed = f"extra_body.{param}"
+    message = error.message
+    return type(error)(renamed + message[len(param) :] if message.startswith(param) else message, renamed)
+
+
+def _check_stream_fields(body: ChatBody) -> None:
+    """Refuse what only a stream can carry."""
+    if body.stream:
+        return
+    if body.stream_options is not None and body.stream_options.model_fields_set:
+        given = body.stream_options.model_dump(exclude_unset=True)
+        param = body.param("stream_options")
+        raise InvalidRequest.meaningless(param, given, "without stream", "only with stream=true")
+    partial = getattr(body, "partial_images", None)
+    if partial:
+        param = body.param("partial_images")
+        raise InvalidRequest.meaningless(param, partial, "without stream", "only with stream=true, or 0")

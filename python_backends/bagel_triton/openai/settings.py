@@ -11,6 +11,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from bagel_triton.openai.address_rules import AllowedSources
 
 MIB = 1024 * 1024
 API_KEY_VARIABLE = "BAGEL_API_KEY"
@@ -28,7 +31,10 @@ class HttpOptions:
     pages may call the API, ``*`` for any. Times are in seconds: a connection has
     ``header_timeout_s`` to send a request's header, ``body_timeout_s`` to send its body,
     ``write_timeout_s`` to read on once the send buffer is full, and stays open for
-    ``keep_alive_s`` between two requests.
+    ``keep_alive_s`` between two requests. ``image_reply`` says where a reply has its images, unless
+    the request does: ``list``, ``images``, ``both``, or ``auto`` for what the client can read.
+    ``allowed_image_hosts`` are hosts and networks that images may be fetched from although their
+    addresses are not public.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -40,6 +46,8 @@ class HttpOptions:
     body_timeout_s: int = 300
     write_timeout_s: int = 300
     access_log: bool = True
+    image_reply: Literal["auto", "list", "images", "both"] = "auto"
+    allowed_image_hosts: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> str:
@@ -126,6 +134,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag, type=int, default=seconds, metavar="S", help=f"seconds {meaning} (default: %(default)s)"
         )
+    group.add_argument(
+        "--image-reply",
+        choices=("auto", "list", "images", "both"),
+        default=defaults.image_reply,
+        help="where a chat message has its images: in a list as content, in its member images, in both, "
+        "or as the client that asks can read them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--allow-image-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host, address or network (10.0.0.0/8) that images may be fetched from although it is not public; "
+        "may be repeated",
+    )
     group.add_argument("--no-access-log", dest="access_log", action="store_false", help="do not log each request")
 
 
@@ -144,6 +167,10 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
     for flag, path in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
         if path is not None and not Path(path).is_file():
             raise OptionError(f"{flag}={path} is not a file")
+    try:
+        AllowedSources(args.allow_image_host)
+    except ValueError as error:
+        raise OptionError(f"--allow-image-host={error}") from error
     return HttpOptions(
         api_keys=_api_keys(args.api_key, args.api_key_file),
         cors_origins=tuple(_origin(origin) for origin in args.cors_origin),
@@ -154,6 +181,8 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
         body_timeout_s=args.timeout_body,
         write_timeout_s=args.timeout_write,
         access_log=args.access_log,
+        image_reply=args.image_reply,
+        allowed_image_hosts=tuple(args.allow_image_host),
     )
 
 

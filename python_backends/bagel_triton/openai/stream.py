@@ -1,7 +1,13 @@
-"""The streamed reply: server-sent events of ``chat.completion.chunk`` objects."""
+"""The streamed reply: server-sent events of ``chat.completion.chunk`` objects.
+
+Every chunk has a choice, as many clients read the first one unasked; only the usage chunk,
+which a client has to ask for, has none, as in OpenAI's API. A stream that has nothing to say
+sends comment lines, which no client shows.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Literal
@@ -11,38 +17,60 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bagel_triton.openai.errors import error_body, to_bagel_error
+from bagel_triton.openai.image_source import data_url
 from bagel_triton.openai.reply import (
     IMAGE_FINISH,
     Header,
     ImagePart,
+    Logprobs,
     Metrics,
+    ReplyOptions,
     Usage,
     image_part,
     incomplete,
+    logprobs,
     metrics,
     usage,
 )
-from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ImageEvent, ProgressEvent, Stage, TextEvent
-from bagel_triton.protocol.request import Modality
+from bagel_triton.protocol.events import (
+    AnswerEvent,
+    DoneEvent,
+    ImageEvent,
+    PartialImageEvent,
+    ProgressEvent,
+    Stage,
+    TextEvent,
+)
 from bagel_triton.triton.async_client import StageResponse
 
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for a minute, some much sooner
 _DONE = b"data: [DONE]\n\n"
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """``step`` of ``steps`` updates are done in ``stage``."""
+    """``step`` of ``steps`` updates are done in ``stage``; 0 of 0 while the request waits for it."""
 
     stage: Stage
     step: int
     steps: int
 
 
+class PartialImage(msgspec.Struct, frozen=True):
+    """Preview ``partial_image_index`` of image ``index``, as a ``data:`` URL."""
+
+    index: int
+    partial_image_index: int
+    url: str
+
+
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a chunk adds to the message."""
+    """An addition to the message."""
 
     role: str | None = None
     content: str | tuple[ImagePart, ...] | None = None
     reasoning_content: str | None = None
+    images: tuple[ImagePart, ...] | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -51,7 +79,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
     delta: Delta
     finish_reason: str | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -60,9 +88,10 @@ class Chunk(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
-    choices: tuple[ChunkChoice, ...] = ()
+    choices: tuple[ChunkChoice, ...] = (ChunkChoice(Delta()),)
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     progress: Progress | msgspec.UnsetType = msgspec.UNSET
+    partial_image: PartialImage | msgspec.UnsetType = msgspec.UNSET
     seed: int | msgspec.UnsetType | None = msgspec.UNSET
     metrics: Metrics | msgspec.UnsetType = msgspec.UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -74,62 +103,76 @@ def encode(event: msgspec.Struct) -> bytes:
 
 
 async def chunks(
-    responses: AsyncGenerator[StageResponse, None], header: Header, modality: Modality, include_usage: bool
-) -> AsyncGenerator[Chunk, None]:
-    """The chunks that ``responses`` become; closes ``responses`` at the end.
+    responses: AsyncGenerator[StageResponse, None], header: Header, options: ReplyOptions
+) -> AsyncGenerator[bytes, None]:
+    """The server-sent events that ``responses`` become; closes ``responses`` at the end.
 
     Raises:
         Internal: they end without an image, or without an answer.
     """
-    base = Chunk(header.id, header.created, header.model, usage=None if include_usage else msgspec.UNSET)
+    base = Chunk(header.id, header.created, header.model, usage=None if options.include_usage else msgspec.UNSET)
     reasons: dict[int, str] = {}  # why each choice ended
     opened: set[int] = set()
     done: DoneEvent | None = None
     async with aclosing(responses):
         async for response in responses:
             event = response.event
-            if isinstance(event, ProgressEvent):
-                progress = Progress(event.stage, event.step, event.steps)
-                yield msgspec.structs.replace(base, progress=progress)
-                continue
             if isinstance(event, DoneEvent):
                 done = event
-                continue
-            choice = 0 if isinstance(event, ImageEvent) else event.index
-            if choice not in opened:
-                opened.add(choice)
-                yield msgspec.structs.replace(base, choices=(ChunkChoice(Delta(role="assistant"), index=choice),))
-            if (delta := await _delta(response)) is not None:
-                yield msgspec.structs.replace(base, choices=(ChunkChoice(delta, index=choice),))
-            if isinstance(event, ImageEvent):
-                reasons[choice] = IMAGE_FINISH
-            elif isinstance(event, AnswerEvent) and modality == "text":
-                reasons[choice] = event.finish_reason
+            elif isinstance(event, ProgressEvent):
+                progress = Progress(event.stage, event.step, event.steps)
+                shown = encode(msgspec.structs.replace(base, progress=progress))
+                yield shown if options.include_progress else KEEP_ALIVE
+            elif isinstance(event, PartialImageEvent):
+                if response.image is not None:
+                    url = await asyncio.to_thread(data_url, response.image)
+                    partial = PartialImage(event.index, event.partial_index, url)
+                    yield encode(msgspec.structs.replace(base, partial_image=partial))
+            else:
+                choice = 0 if isinstance(event, ImageEvent) else event.index
+                if choice not in opened:
+                    opened.add(choice)
+                    opening = ChunkChoice(Delta(role="assistant"), index=choice)
+                    yield encode(msgspec.structs.replace(base, choices=(opening,)))
+                if (delta := await _delta(response, options)) is not None:
+                    said = logprobs(event.logprobs) if isinstance(event, TextEvent) else None
+                    addition = ChunkChoice(delta, index=choice, logprobs=said)
+                    yield encode(msgspec.structs.replace(base, choices=(addition,)))
+                if isinstance(event, ImageEvent):
+                    reasons[choice] = IMAGE_FINISH
+                elif isinstance(event, AnswerEvent) and options.modality == "text":
+                    reasons[choice] = event.finish_reason
     if done is None or not reasons:
-        raise incomplete(header, modality)
+        raise incomplete(header, options.modality)
     *others, last = (ChunkChoice(Delta(), reason, choice) for choice, reason in reasons.items())
     for other in others:
-        yield msgspec.structs.replace(base, choices=(other,))
-    yield msgspec.structs.replace(base, choices=(last,), seed=done.seed, metrics=metrics(done, header))
-    if include_usage:
-        yield msgspec.structs.replace(base, usage=usage(done.usage))
+        yield encode(msgspec.structs.replace(base, choices=(other,)))
+    yield encode(msgspec.structs.replace(base, choices=(last,), seed=done.seed, metrics=metrics(done, header)))
+    if options.include_usage:
+        yield encode(msgspec.structs.replace(base, choices=(), usage=usage(done.usage)))
 
 
-async def _delta(response: StageResponse) -> Delta | None:
-    """What ``response`` adds to a message, if anything: a whole answer repeats what came in pieces."""
-    event: Event = response.event
+async def _delta(response: StageResponse, options: ReplyOptions) -> Delta | None:
+    """The addition of ``response`` to a message; none from a whole answer, which repeats its pieces."""
+    event = response.event
     if isinstance(event, ImageEvent) and response.image is not None:
-        return Delta(content=(await image_part(response.image, event.seed),))
+        images = (await image_part(response.image, event.index, event.seed),)
+        return Delta(
+            content=None if options.images == "images" else images,
+            images=None if options.images == "list" else images,
+        )
     if isinstance(event, TextEvent):
         return Delta(content=event.text) if event.channel == "content" else Delta(reasoning_content=event.text)
     return None
 
 
 class EventStream(StreamingResponse):
-    """A reply whose ``first`` chunk is known to exist, so that 200 is its true status."""
+    """A reply of server-sent events, of which ``first`` is known to exist, so 200 is its true status."""
 
-    def __init__(self, first: Chunk, rest: AsyncGenerator[Chunk, None]) -> None:
-        super().__init__(_events(first, rest), headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        # nginx buffers a reply unless it is told not to.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_events(first, rest), headers=headers, media_type="text/event-stream")
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,13 +180,31 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[bytes]:
-    yield encode(first)
+async def _events(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    yield first
     try:
-        async for chunk in rest:
-            yield encode(chunk)
+        async with aclosing(_kept_alive(rest)) as events:
+            async for event in events:
+                yield event
     except Exception as error:
         # The status line is out: the error can only be an event.
         yield encode(error_body(to_bagel_error(error)))
     else:
         yield _DONE
+
+
+async def _kept_alive(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """``events``, with a comment line whenever none came for ``KEEP_ALIVE_S``."""
+    while True:
+        coming = asyncio.ensure_future(anext(events))
+        try:
+            while not (await asyncio.wait({coming}, timeout=KEEP_ALIVE_S))[0]:
+                yield KEEP_ALIVE
+            event = coming.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait({coming})
+        yield event

@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
-from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, decode_event
+from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, PartialImageEvent, decode_event
 from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
 from bagel_triton.protocol.tensors import to_tensors
 from bagel_triton.triton.client import CHANNEL_ARGS
@@ -29,7 +29,7 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode
 
 @dataclass(frozen=True)
 class StageResponse:
-    """One response of ``bagel``; ``image`` [H, W, 3] comes with an ``ImageEvent`` only."""
+    """One response of ``bagel``; ``image`` [H, W, 3] comes with an image or a partial image."""
 
     event: Event
     image: NDArray[np.uint8] | None = None
@@ -212,7 +212,7 @@ def _decode(result: InferResult) -> StageResponse | None:
         event = decode_event(events.reshape(-1)[0])
     except msgspec.DecodeError as error:
         raise Internal(f"a response of {ORCHESTRATOR} carries an event that cannot be read: {error}") from error
-    if not isinstance(event, ImageEvent):
+    if not isinstance(event, ImageEvent | PartialImageEvent):
         return StageResponse(event)
     image = result.as_numpy("generated_image")
     shape = (event.height, event.width, 3)

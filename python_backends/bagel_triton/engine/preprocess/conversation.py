@@ -1,11 +1,11 @@
-"""A request's texts and images, in the order in which they enter the contexts."""
+"""A request's texts and images as segments, in the order in which they enter the contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bagel_triton.model.tokenizer import IMAGE_PAD, START, Tokenizer, unwrapped
+from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer, is_template, unwrapped
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.messages import Segment, TextSegment
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, Modality, TextPart, Turn
@@ -15,25 +15,31 @@ from bagel_triton.protocol.request import GenerationRequest, ImageRef, Modality,
 class Conversation:
     """Segments of the ``gen`` context without a think instruction.
 
-    ``before`` is everything before the last text, ``prompt`` that text. ``continues``
-    tells that the prompt is a chat template's output, to go on right after its last token.
+    ``prompt`` is the index of the first segment that guidance by the prompt leaves out: the
+    last text of the user. ``continues`` tells that decoding goes on right after the last
+    token, which is that of a chat template's output or of an assistant's message.
     """
 
-    before: tuple[Segment, ...]
-    prompt: TextSegment
+    segments: tuple[Segment, ...]
+    prompt: int
     continues: bool
+
+    def without_prompt(self) -> tuple[Segment, ...]:
+        """The segments before the prompt, and the images after it."""
+        images = (segment for segment in self.segments[self.prompt :] if not isinstance(segment, TextSegment))
+        return (*self.segments[: self.prompt], *images)
 
     def without_images(self) -> tuple[Segment, ...]:
         """The text segments alone, in order."""
-        return (*(segment for segment in self.before if isinstance(segment, TextSegment)), self.prompt)
+        return tuple(segment for segment in self.segments if isinstance(segment, TextSegment))
 
 
 def turns_of(request: GenerationRequest, images: int) -> tuple[Turn, ...]:
     """The request's turns; a plain prompt is one user turn that holds every image.
 
     Raises:
-        InvalidRequest: both or neither of prompt and messages, no user turn at the end, or a
-            image that is not there.
+        InvalidRequest: both or neither of prompt and messages, no turn, or an image index that
+            does not exist.
     """
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("exactly one of prompt and messages is required", "prompt")
@@ -42,9 +48,8 @@ def turns_of(request: GenerationRequest, images: int) -> tuple[Turn, ...]:
         parts = [ImageRef(index) for index in range(images)]
         return (Turn("user", (TextPart(request.prompt), *parts)),)
     turns = request.messages
-    if not turns or turns[-1].role != "user":
-        last = turns[-1].role if turns else "no messages"
-        raise InvalidRequest.value("messages", last, "a conversation whose last message is the user's")
+    if not turns:
+        raise InvalidRequest.value("messages", [], "at least one message")
     used = [part.index for turn in turns for part in turn.parts if isinstance(part, ImageRef)]
     if sorted(used) != list(range(images)):
         raise InvalidRequest(
@@ -61,24 +66,42 @@ def converse(
     wanted: Modality,
     params: Sequence[str],
 ) -> Conversation:
-    """The segments of ``turns``.
+    """The segments of ``turns``. A turn with neither words nor images adds nothing.
 
     Args:
         images: the segments of each of the request's images.
-        params: how an error names each turn.
+        params: the name of each turn in an error.
 
     Raises:
-        InvalidRequest: a turn with nothing in it, with marks for other than its images or, at
-            the end, without a prompt.
+        InvalidRequest: a template that marks other images than its turn has, nothing to answer,
+            or no words to draw.
     """
-    *before, prompt = (
-        segment
-        for number, (turn, param) in enumerate(zip(turns, params, strict=True), 1)
-        for segment in _laid_out(turn, images, tokenizer, wanted, param, is_last=number == len(turns))
-    )
-    assert isinstance(prompt, TextSegment), "the last turn ends with a text"
-    continues = wanted == "text" and START in _text(turns[-1])
-    return Conversation(tuple(before), prompt, continues)
+    segments: list[Segment] = []
+    prompt = -1
+    for number, (turn, param) in enumerate(zip(turns, params, strict=True), 1):
+        is_last = number == len(turns)
+        laid_out = _laid_out(turn, images, tokenizer, wanted, param, is_last)
+        if is_last and turn.role == "user":
+            _check_prompt(turn, laid_out, wanted, param)
+        texts = [index for index, segment in enumerate(laid_out, len(segments)) if isinstance(segment, TextSegment)]
+        segments += laid_out
+        if texts and (turn.role == "user" or prompt < 0):
+            prompt = texts[-1]
+    if not segments or (prompt < 0 and wanted == "image"):
+        raise InvalidRequest.value(params[-1], _text(turns[-1]), "a text that is not empty")
+    last = _last_spoken(turns)
+    open_ended = wanted == "text" and (last.role == "assistant" or is_template(_text(last)))
+    continues = open_ended and isinstance(segments[-1], TextSegment)
+    return Conversation(tuple(segments), prompt if prompt >= 0 else len(segments), continues)
+
+
+def _check_prompt(turn: Turn, laid_out: Sequence[Segment], wanted: Modality, param: str) -> None:
+    """Refuse a last message without words, but for an image that a text is to be about."""
+    has_text = any(isinstance(segment, TextSegment) for segment in laid_out)
+    if has_text or (laid_out and wanted == "text"):
+        return
+    beside = " beside the images" if laid_out else ""
+    raise InvalidRequest.value(param, _text(turn), f"a text that is not empty{beside}")
 
 
 def _laid_out(
@@ -89,26 +112,39 @@ def _laid_out(
     param: str,
     is_last: bool,
 ) -> list[Segment]:
-    """The images of ``turn``, then its text; or each image where an image pad in the text marks it.
+    """The images of ``turn``, then its text; in a template each image where a pad marks it.
 
-    A text with markers of its own stands as it is; where an image is wanted, one that is only
-    wrapped in them means what they wrap. Of any other text, what is between the images are
-    segments of their own.
+    A template is tokenised as it stands. For image output, one that only wraps a text means
+    that text.
     """
     text = _text(turn)
     groups = [images[part.index] for part in turn.parts if isinstance(part, ImageRef)]
-    inner = unwrapped(text) if wanted == "image" else text
-    verbatim = START in inner
-    pieces = inner.split(IMAGE_PAD)
-    marks = len(pieces) - 1
-    if not marks:
-        if not unwrapped(text).strip() and (is_last or text or not groups):
-            beside = " beside the images" if groups else ""
-            raise InvalidRequest.value(param, text, f"a text that is not empty{beside}")
-        pieces = [*[""] * len(groups), inner]
-    elif marks != len(groups):
+    inner = unwrapped(text)
+    if not inner.strip():
+        return [segment for group in groups for segment in group]
+    if not is_template(text):
+        open_ended = is_last and wanted == "text" and turn.role == "assistant"
+        return [*(segment for group in groups for segment in group), _segment(tokenizer, text, open_ended)]
+    return _templated(text, inner, groups, tokenizer, wanted, param, is_last)
+
+
+def _templated(
+    text: str,
+    inner: str,
+    groups: Sequence[Sequence[Segment]],
+    tokenizer: Tokenizer,
+    wanted: Modality,
+    param: str,
+    is_last: bool,
+) -> list[Segment]:
+    verbatim = wanted == "text" or inner == text
+    pieces = (text if verbatim else inner).split(IMAGE_PAD)
+    pads = len(pieces) - 1
+    if not pads:
+        pieces = [*[""] * len(groups), pieces[0]]
+    elif pads != len(groups):
         raise InvalidRequest(
-            f"{param}={format_value(text)} marks {marks} images with {IMAGE_PAD}, and {len(groups)} are given; "
+            f"{param}={format_value(text)} marks {pads} images with {IMAGE_PAD}, and {len(groups)} are given; "
             "allowed: a mark for each image of the message, or none",
             param,
         )
@@ -119,9 +155,26 @@ def _laid_out(
     segments: list[Segment] = []
     for piece, group in zip(pieces, [*groups, ()], strict=True):
         if piece:
-            segments.append(TextSegment(tuple(tokenizer.encode(piece))) if verbatim else tokenizer.segment(piece))
+            segments.append(TextSegment(tuple(tokenizer.encode(piece))) if verbatim else _segment(tokenizer, piece))
         segments.extend(group)
     return segments
+
+
+def _segment(tokenizer: Tokenizer, text: str, open_ended: bool = False) -> TextSegment:
+    """``text`` between the two markers; without the second one if it is to be continued."""
+    end = () if open_ended else (tokenizer.end,)
+    return TextSegment((tokenizer.start, *tokenizer.encode_text(text), *end))
+
+
+def _last_spoken(turns: Sequence[Turn]) -> Turn:
+    """The last turn that adds something."""
+    spoken = (turn for turn in reversed(turns) if unwrapped(_text(turn)).strip() or any_image(turn))
+    return next(spoken, turns[-1])
+
+
+def any_image(turn: Turn) -> bool:
+    """Whether ``turn`` shows an image."""
+    return any(isinstance(part, ImageRef) for part in turn.parts)
 
 
 def _text(turn: Turn) -> str:

@@ -12,7 +12,7 @@ from bagel_triton.engine.preprocess.conversation import Conversation, converse, 
 from bagel_triton.engine.preprocess.image_input import image_segments
 from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.model.config import ModelConfig
-from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer
+from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer, is_template
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import Branch, BranchPlan, Decoding, Plan, Segment, TextSegment, Usage
 from bagel_triton.protocol.request import IMG2IMG, TEXT2IMG, GenerationRequest, Modality
@@ -94,19 +94,15 @@ class RequestPlanner:
         flow_defaults = IMG2IMG if has_images else TEXT2IMG
         flow = resolve_flow(request, self._config.latent.max_side, flow_defaults, size)
         opening = self._opening(THINK_BEFORE_IMAGE, request.think)
-        gen = (*opening, *conversation.before, conversation.prompt)
-        text_free = (*opening, *conversation.before)
-        if request.negative_prompt:
-            if IMAGE_PAD in request.negative_prompt:
-                raise InvalidRequest.value("negative_prompt", request.negative_prompt, f"a text without {IMAGE_PAD}")
-            text_free += (self._tokenizer.segment(request.negative_prompt),)
+        gen = (*opening, *conversation.segments)
+        negative = (self._negative(request.negative_prompt),) if request.negative_prompt else ()
+        text_free = (*opening, *conversation.without_prompt(), *negative)
         branches = [BranchPlan(Branch.GEN, gen), BranchPlan(Branch.CFG_TEXT, text_free)]
         if has_images or request.think:
             branches.append(BranchPlan(Branch.CFG_IMG, (*opening, *conversation.without_images())))
         else:  # without an image or a thought the image-free context is the full one
             branches.append(BranchPlan(Branch.CFG_IMG, same_as=Branch.GEN))
         latents = (flow.height // self._config.latent.stride) * (flow.width // self._config.latent.stride)
-        negative = text_free[len(opening) + len(conversation.before) :]
         return Plan(
             request_id=request_id,
             branches=tuple(branches),
@@ -119,13 +115,18 @@ class RequestPlanner:
         self, request: GenerationRequest, conversation: Conversation, size: tuple[int, int] | None, request_id: str
     ) -> Plan:
         opening = self._opening(THINK_BEFORE_ANSWER, request.think)
-        segments: tuple[Segment, ...] = (*opening, *conversation.before, conversation.prompt)
+        segments: tuple[Segment, ...] = (*opening, *conversation.segments)
         decoding = self._decoding(request, "text")
         usage = Usage(prompt_tokens=self._count(segments))
         if conversation.continues:
-            segments, decoding = _continued(segments, conversation.prompt, decoding)
+            segments, decoding = _continued(segments, decoding)
         branches = (BranchPlan(Branch.GEN, segments),)
         return Plan(request_id=request_id, branches=branches, usage=usage, decoding=decoding)
+
+    def _negative(self, text: str) -> TextSegment:
+        if is_template(text) and IMAGE_PAD in text:
+            raise InvalidRequest.value("negative_prompt", text, f"a template without {IMAGE_PAD}")
+        return self._tokenizer.segment(text)
 
     def _decoding(self, request: GenerationRequest, wanted: Modality) -> Decoding:
         return resolve_decoding(request, self._tokenizer.start, wanted, self._config.language.vocab_size)
@@ -134,10 +135,10 @@ class RequestPlanner:
         return sum(segment_tokens(segment, self._config) for segment in segments)
 
 
-def _continued(
-    segments: tuple[Segment, ...], prompt: TextSegment, decoding: Decoding
-) -> tuple[tuple[Segment, ...], Decoding]:
-    """Decoding that goes on from the prompt's own last token, which is fed as the first."""
-    *rest, last = prompt.token_ids
+def _continued(segments: tuple[Segment, ...], decoding: Decoding) -> tuple[tuple[Segment, ...], Decoding]:
+    """Decoding that goes on from the last token of the context, which is fed as the first."""
+    text = segments[-1]
+    assert isinstance(text, TextSegment)
+    *rest, last = text.token_ids
     tail = (TextSegment(tuple(rest)),) if rest else ()
     return (*segments[:-1], *tail), msgspec.structs.replace(decoding, first_token=last)

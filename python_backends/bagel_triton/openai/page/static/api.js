@@ -70,7 +70,7 @@ export async function* complete(body, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true }),
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_progress: true } }),
     signal,
   });
   if (!response.ok) throw await refusal(response);

@@ -1,0 +1,123 @@
+"""Fields of other servers' APIs that have no effect here.
+
+``IGNORED`` fields cannot change this model's answer, so any value is accepted. ``NOOP`` fields
+could change it: a value that requests nothing is accepted, any other is refused by name, with
+what to do instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Noop(NamedTuple):
+    """The values of a field that request nothing, and the advice for all others."""
+
+    values: tuple[Any, ...]
+    instead: str = "leave it out"
+
+    def permits(self, value: Any) -> bool:
+        """Whether ``value`` requests nothing; ``True`` is not 1 here."""
+        return any(value == noop and isinstance(value, bool) == isinstance(noop, bool) for noop in self.values)
+
+
+IGNORED: dict[str, frozenset[str]] = {
+    "body": frozenset(
+        {
+            # OpenAI: identity, accounting, latency and storage
+            *("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+            *("service_tier", "store", "metadata", "parallel_tool_calls", "tool_choice", "prediction", "verbosity"),
+            # routing of gateways and agents
+            *("provider", "models", "route", "session_id", "trace", "request_id", "cache_salt", "litellm_metadata"),
+            # parameters of samplers that the fields of NOOP switch off
+            *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "smoothing_curve", "xtc_threshold"),
+            *("dry_base", "dry_allowed_length", "dry_sequence_breakers", "repeat_last_n", "repetition_penalty_range"),
+        }
+    ),
+    "message": frozenset(
+        {
+            # earlier thinking is no part of a conversation, however a client names it
+            *("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "reasoning_items"),
+            *("name", "id", "annotations", "provider_specific_fields", "cache_control", "prompt_cache_breakpoint"),
+            *("prefix", "partial", "seed", "index", "tool_call_id"),
+        }
+    ),
+    "part": frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "id", "uuid", "index", "seed"}),
+    "image_url": frozenset({"detail", "format", "media_type", "mime_type"}),
+    "stream_options": frozenset({"include_obfuscation"}),
+}
+_TEXT_ONLY = "ask for it in the prompt, and read the answer's text"
+_NO_TOOLS = "this model calls no tools: leave them out, and send their results as text"
+_NO_SAMPLER = "temperature, top_p, top_k, min_p and the penalties are the sampling there is"
+NOOP: dict[str, dict[str, Noop]] = {
+    "body": {
+        "tools": Noop(([],), _NO_TOOLS),
+        "functions": Noop(([],), _NO_TOOLS),
+        "function_call": Noop(("none", "auto"), _NO_TOOLS),
+        "response_format": Noop(({"type": "text"}, {}), _TEXT_ONLY),
+        "structured_outputs": Noop(({},), _TEXT_ONLY),
+        "guided_json": Noop((), _TEXT_ONLY),
+        "guided_regex": Noop((), _TEXT_ONLY),
+        "guided_choice": Noop((), _TEXT_ONLY),
+        "guided_grammar": Noop((), _TEXT_ONLY),
+        "grammar": Noop(("",), _TEXT_ONLY),
+        "json_schema": Noop(({},), _TEXT_ONLY),
+        "audio": Noop((), "this model makes no sound: leave it out"),
+        "web_search_options": Noop((), "this model cannot search: put what it should know into the prompt"),
+        "plugins": Noop(([],), "put what the model should know into the prompt"),
+        "transforms": Noop(([],), "shorten the conversation yourself"),
+        "documents": Noop(([],), "put what the model should know into the prompt"),
+        "best_of": Noop((1,), "use n, and choose from the results"),
+        "num_beams": Noop((1,), _NO_SAMPLER),
+        "use_beam_search": Noop((False,), _NO_SAMPLER),
+        "early_stopping": Noop((False,), "use stop or max_tokens"),
+        "length_penalty": Noop((1, 0), _NO_SAMPLER),
+        "ignore_eos": Noop((False,), "a text ends where the model ends it, or at max_tokens"),
+        "min_tokens": Noop((0,), "a text ends where the model ends it, or at max_tokens"),
+        "min_length": Noop((0,), "a text ends where the model ends it, or at max_tokens"),
+        "ban_eos_token": Noop((False,), "a text ends where the model ends it, or at max_tokens"),
+        "stop_token_ids": Noop(([],), "use stop, with their texts"),
+        "bad_words": Noop(([],), "use logit_bias, with their tokens"),
+        "allowed_token_ids": Noop(([],), "use logit_bias"),
+        "include_stop_str_in_output": Noop((False,), "add the stop text to the answer yourself"),
+        "skip_special_tokens": Noop((True,)),
+        "spaces_between_special_tokens": Noop((True, False)),
+        "return_token_ids": Noop((False,), "use top_logprobs"),
+        "return_tokens_as_token_ids": Noop((False,), "use top_logprobs"),
+        "prompt_logprobs": Noop((), "log-probabilities are those of the answer: use top_logprobs"),
+        "truncate_prompt_tokens": Noop((-1,), "shorten the conversation yourself"),
+        "chat_template": Noop(("",), "write the template's output as the prompt"),
+        "add_generation_prompt": Noop((True, False)),
+        "continue_final_message": Noop((True, False)),
+        "add_special_tokens": Noop((True, False)),
+        "echo": Noop((False,), "add the prompt to the answer yourself"),
+        "mm_processor_kwargs": Noop(({},), "resize the images yourself"),
+        "media_io_kwargs": Noop(({},)),
+        "kv_transfer_params": Noop(({},)),
+        "typical_p": Noop((1, 0), _NO_SAMPLER),
+        "typical": Noop((1, 0), _NO_SAMPLER),
+        "tfs": Noop((1,), _NO_SAMPLER),
+        "tfs_z": Noop((1,), _NO_SAMPLER),
+        "top_a": Noop((0,), _NO_SAMPLER),
+        "epsilon_cutoff": Noop((0,), _NO_SAMPLER),
+        "eta_cutoff": Noop((0,), _NO_SAMPLER),
+        "mirostat": Noop((0,), _NO_SAMPLER),
+        "mirostat_mode": Noop((0,), _NO_SAMPLER),
+        "dynatemp_range": Noop((0,), _NO_SAMPLER),
+        "smoothing_factor": Noop((0,), _NO_SAMPLER),
+        "xtc_probability": Noop((0,), _NO_SAMPLER),
+        "dry_multiplier": Noop((0,), _NO_SAMPLER),
+        "no_repeat_ngram_size": Noop((0,), "use the penalties"),
+        "penalty_alpha": Noop((0,), _NO_SAMPLER),
+        "image_config": Noop(({},), "use height and width"),
+    },
+    "message": {
+        "refusal": Noop(("",), "put it into content"),
+        "audio": Noop((), "put its transcript into content"),
+        "function_call": Noop(({},), _NO_TOOLS),
+        "tool_calls": Noop(([],), _NO_TOOLS),
+    },
+    "part": {},
+    "image_url": {},
+    "stream_options": {"continuous_usage_stats": Noop((False,), "use include_usage")},
+}

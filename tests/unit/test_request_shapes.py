@@ -1,0 +1,122 @@
+"""Bodies of popular clients through the API and the planner, without a Triton; and bodies that nobody would write."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxy_fake import CHAT, ONE_ANSWER, SCRIPT, SETTINGS, FakeClient
+from starlette.testclient import TestClient
+
+from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.openai.app import create_app
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.weights.checkpoint import inspect
+from tests.support.request_shapes import CHAT as PLAIN
+from tests.support.request_shapes import NOT_THINKING, SHAPES, THINKING, Shape
+
+
+class PlanningClient(FakeClient):
+    """Plans each request as the first stage does, then plays an answer of the kind it asks for."""
+
+    def __init__(self, planner: RequestPlanner) -> None:
+        super().__init__()
+        self._planner = planner
+        self.thought: list[bool] = []
+
+    async def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        plan = self._planner.expand(request)
+        self.thought.append(bool(request.think))
+        self.script = ONE_ANSWER if plan.flow is None else SCRIPT
+        async for response in super().generate(request, request_id, headers):
+            yield response
+
+
+@pytest.fixture(scope="module")
+def planning(checkpoint_dir: Path) -> PlanningClient:
+    return PlanningClient(RequestPlanner(inspect(checkpoint_dir), Tokenizer(checkpoint_dir)))
+
+
+@pytest.fixture(scope="module")
+def api(planning: PlanningClient) -> TestClient:
+    settings = type(SETTINGS)(SETTINGS.triton_grpc, SETTINGS.served_model_names, models=SETTINGS.models)
+    return TestClient(create_app(settings, planning), raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name[:60])
+def test_a_clients_body_gets_what_it_asks_for(api: TestClient, shape: Shape) -> None:
+    reply = api.post(CHAT, json=shape.body)
+    if shape.gives:
+        assert reply.status_code == 200, reply.text
+        message = reply.json()["choices"][0]["message"]
+        assert ("images" in message) == (shape.gives == "image")
+    else:
+        assert reply.status_code == 400, reply.text
+        assert shape.names in reply.json()["error"]["param"]
+        assert shape.names in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("fields", [*THINKING, *NOT_THINKING], ids=str)
+def test_every_way_to_switch_thinking_does(api: TestClient, planning: PlanningClient, fields: dict[str, Any]) -> None:
+    assert api.post(CHAT, json=PLAIN | fields).status_code == 200
+    assert planning.thought[-1] is (fields in THINKING)
+
+
+JUNK: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2.5, 1e308, -0.0, 2**31, 2**63, 10**30, "", "x", "\0", "\ud800", "<|im_start|>"),
+    *([], {}, [None], [[]], {"": None}, {"url": "data:,"}, {"type": "text"}, ["text"], "data:image/png;base64,AAAA"),
+    *("9" * 400, {"a": {"b": {"c": []}}}, [1, "a", None], "WxH", "64x64", "auto", "\u202e", [{"type": "image_url"}]),
+]
+
+
+def _mutated(body: Any, chance: random.Random, names: list[str]) -> Any:
+    """``body`` with a few of its members replaced, added, repeated or removed, at any depth."""
+    body = copy.deepcopy(body)
+    for _ in range(chance.randint(1, 3)):
+        target = body
+        while isinstance(target, dict | list) and target and chance.random() < 0.7:
+            key = chance.choice(list(target) if isinstance(target, dict) else range(len(target)))
+            if not isinstance(target[key], dict | list) or chance.random() < 0.3:
+                target[key] = copy.deepcopy(chance.choice(JUNK))
+                break
+            target = target[key]
+        else:
+            if isinstance(target, dict):
+                target[chance.choice(names)] = copy.deepcopy(chance.choice(JUNK))
+            elif isinstance(target, list):
+                target.append(copy.deepcopy(chance.choice(JUNK)))
+        if isinstance(target, dict) and target and chance.random() < 0.2:
+            target.pop(chance.choice(list(target)))
+    return body
+
+
+def fuzzed(count: int) -> list[bytes]:
+    """``count`` bodies, always the same ones; some are no JSON at all."""
+    chance = random.Random(20)
+    small = [shape.body for shape in SHAPES if len(json.dumps(shape.body)) < 5000]
+    names = sorted({name for body in small for name in body} | {"think", "cache", "timeout", "priority", "image_reply"})
+    bodies = []
+    for _ in range(count):
+        data = json.dumps(_mutated(chance.choice(small), chance, names)).encode()
+        if chance.random() < 0.05:
+            at = chance.randrange(len(data))
+            data = data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
+        bodies.append(data)
+    return bodies
+
+
+def test_no_body_is_answered_with_a_defect_of_the_server(api: TestClient) -> None:
+    for body in fuzzed(2000):
+        reply = api.post(CHAT, content=body)
+        assert reply.status_code < 500, (body, reply.text)
+        if reply.status_code == 400:
+            assert reply.json()["error"]["type"] == "invalid_request_error"
