@@ -127,7 +127,7 @@ def copy_rate(device: torch.device, size: int = COPY_BYTES) -> float:
 
 def _read_by_text(name: str) -> bool:
     """Whether a weight is read for every token of text: not the embedding, nor the generation experts."""
-    return name.startswith("language_model.") and "moe_gen" not in name and "embed_tokens" not in name
+    return name.startswith("language_model.") and not any(part in name for part in (".gen.", "moe_gen", "embed_tokens"))
 
 
 def _image_seconds(stages: LocalStages, side: int, steps: int) -> float:

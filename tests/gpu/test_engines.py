@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.model.attention import QuerySpan, attend
+from bagel_triton.model.attention import attend
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.cases import Case, load_cases
 from tests.support.nearness import mean_levels, relative_rms
 from tests.support.runs import generate, generate_together, result_of
-from tests.unit.test_attention import FixedKV
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,8 +91,7 @@ def test_attention_is_the_cpus(dtype: torch.dtype, rows: int, length: int, causa
     generator = torch.Generator().manual_seed(rows)
     query = torch.randn(rows, 28, 128, generator=generator)
     key, value = (torch.randn(length, 4, 128, generator=generator) for _ in range(2))
-    spans = [QuerySpan(0, rows, 0, causal)]
-    expected = attend(query, 0, spans, FixedKV([(key, value)]))
-    ours = attend(query.to(GPU, dtype), 0, spans, FixedKV([(key.to(GPU, dtype), value.to(GPU, dtype))]))
+    expected = attend(query, key, value, causal)
+    ours = attend(query.to(GPU, dtype), key.to(GPU, dtype), value.to(GPU, dtype), causal)
     assert ours.dtype == dtype
     assert relative_rms(ours, expected) < (1e-4 if dtype == torch.float32 else 0.02)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bagel_triton.model.attention import QuerySpan
+from bagel_triton.model.attention import QuerySpan, SequenceKV
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.flow import denoise, initial_noise
@@ -26,14 +26,14 @@ class NaiveContext:
     next_position: int = 0
 
 
-class NaiveKV:
-    """One forward's view of contexts; ``rows`` are each sequence's rows of the pack, in its order."""
+class NaiveKV(SequenceKV):
+    """One forward's view of contexts; ``rows`` are each sequence's rows of the batch, in its order."""
 
-    def __init__(self, rows: Sequence[Tensor], contexts: Sequence[NaiveContext]) -> None:
-        self._rows, self._contexts = rows, contexts
+    def __init__(self, spans: Sequence[QuerySpan], rows: Sequence[Tensor], contexts: Sequence[NaiveContext]) -> None:
+        self.spans, self._rows, self._contexts = spans, rows, contexts
         self.new: dict[int, KeysValues] = {}
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+    def write_rows(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
         kept = self.new.setdefault(layer, (torch.empty_like(key), torch.empty_like(value)))
         for target, new in zip(kept, (key, value), strict=True):
             target[rows] = new[rows]  # the next layer's come to the same place
@@ -59,10 +59,8 @@ class NaiveBagel:
         if not token_ids:
             return NaiveContext()
         tokens = torch.arange(len(token_ids))
-        kv = NaiveKV([tokens], [NaiveContext()])
-        self._forward(
-            self._bagel.embed_text(torch.tensor(token_ids)), 0, tokens, [QuerySpan(0, len(tokens), 0, True)], kv
-        )
+        kv = NaiveKV([QuerySpan(0, len(tokens), 0, True)], [tokens], [NaiveContext()])
+        self._forward(self._bagel.embed_text(torch.tensor(token_ids)), 0, tokens, kv)
         return NaiveContext(kv.new, len(token_ids))
 
     @torch.inference_mode()
@@ -79,15 +77,12 @@ class NaiveBagel:
             embeddings = torch.cat((self._bagel.embed_latents(x, time, positions), markers))
             context, all_rows = contexts[branch], torch.arange(tokens + 2)
             at = torch.full((tokens + 2,), context.next_position)
-            spans, kv = [QuerySpan(0, tokens + 2, 0, causal=False)], NaiveKV([all_rows], [context])
-            return self._bagel.velocity(self._forward(embeddings, tokens, at, spans, kv)[:tokens])
+            kv = NaiveKV([QuerySpan(0, tokens + 2, 0, causal=False)], [all_rows], [context])
+            return self._bagel.velocity(self._forward(embeddings, tokens, at, kv)[:tokens])
 
         noise = initial_noise(settings.seed, tokens, self._bagel.config.latent.token_channels)
         return denoise(noise, velocity, settings)
 
-    def _forward(
-        self, embeddings: Tensor, gen_rows: int, positions: Tensor, spans: list[QuerySpan], kv: NaiveKV
-    ) -> Tensor:
+    def _forward(self, embeddings: Tensor, gen_rows: int, positions: Tensor, kv: NaiveKV) -> Tensor:
         tables = rotary_tables(positions, self._bagel.config.language, self._bagel.dtype)
-        hidden: Tensor = self._bagel.language_model.model(embeddings, PackedBatch(gen_rows, *tables, spans, kv))
-        return hidden
+        return self._bagel.language_model.model(embeddings, PackedBatch(gen_rows, *tables), kv)  # type: ignore[no-any-return]

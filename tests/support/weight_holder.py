@@ -11,15 +11,16 @@ from torch import Tensor
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.layout import Source
 from bagel_triton.weights.sharing import SharedWeights
 
 
-class Counted(dict[str, Tensor]):
+class Counted(dict[str, Source]):
     """Sources that count how often one is read."""
 
     reads = 0
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Source:
         self.reads += 1
         return super().__getitem__(name)
 
@@ -35,7 +36,7 @@ class CountedWeights:
         return self._weights.device
 
     def converted(
-        self, sources: Mapping[str, Tensor], dtype: torch.dtype, files: tuple[FileIdentity, ...]
+        self, sources: Mapping[str, Source], dtype: torch.dtype, files: tuple[FileIdentity, ...]
     ) -> dict[str, Tensor]:
         counted = Counted(sources)
         try:

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model import attention
-from bagel_triton.model.attention import QuerySpan, attend, backend_name
+from bagel_triton.model.attention import QuerySpan, SequenceKV, attend, backend_name
 
 HEAD_DIM = 16
 
 
 @dataclass(frozen=True)
-class FixedKV:
+class FixedKV(SequenceKV):
     """Keys and values that were written before, [length, kv_heads, head_dim] a sequence."""
 
-    sequences: list[tuple[Tensor, Tensor]]
+    spans: Sequence[QuerySpan]
+    sequences: Sequence[tuple[Tensor, Tensor]]
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+    def write_rows(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
         raise AssertionError("attention writes nothing")
 
     def rounds(self, spans: Sequence[QuerySpan]) -> list[Sequence[QuerySpan]]:
@@ -37,13 +38,11 @@ def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _kv(lengths: list[int], kv_heads: int) -> FixedKV:
-    return FixedKV(
-        [
-            (_random(2 * n + 1, length, kv_heads, HEAD_DIM), _random(2 * n + 2, length, kv_heads, HEAD_DIM))
-            for n, length in enumerate(lengths)
-        ]
-    )
+def _keys_and_values(lengths: list[int], kv_heads: int) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (_random(2 * n + 1, length, kv_heads, HEAD_DIM), _random(2 * n + 2, length, kv_heads, HEAD_DIM))
+        for n, length in enumerate(lengths)
+    ]
 
 
 def _naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -57,7 +56,7 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
             shared = head * kv_heads // heads
             scores = key[:seen, shared].double() @ query[row, head].double() / HEAD_DIM**0.5
             out[row, head] = scores.softmax(0) @ value[:seen, shared].double()
-    return out.flatten(1)
+    return out
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (8, 1)])
@@ -65,16 +64,15 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     ("rows", "length", "causal"),
     [(5, 5, True), (5, 12, True), (1, 12, True), (1, 1, True), (5, 12, False), (12, 12, False), (70, 600, True)],
 )
-def test_one_span_is_the_formula(heads: int, kv_heads: int, rows: int, length: int, causal: bool) -> None:
-    query, kv = _random(0, rows, heads, HEAD_DIM), _kv([length], kv_heads)
-    out = attend(query, 0, [QuerySpan(0, rows, 0, causal)], kv)
-    expected = _naive(query, *kv.sequences[0], causal)
+def test_it_is_the_formula(heads: int, kv_heads: int, rows: int, length: int, causal: bool) -> None:
+    query, ((key, value),) = _random(0, rows, heads, HEAD_DIM), _keys_and_values([length], kv_heads)
+    out, expected = attend(query, key, value, causal), _naive(query, key, value, causal)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_spans_of_every_kind_share_a_pack_without_touching() -> None:
+def test_spans_of_every_kind_share_a_batch_and_no_keys() -> None:
     """Two images' latents and their markers, behind them two prompts, in an order of their own."""
-    query, kv = _random(0, 31, 6, HEAD_DIM), _kv([20, 9, 14, 5], 2)
+    query, sequences = _random(0, 31, 6, HEAD_DIM), _keys_and_values([20, 9, 14, 5], 2)
     spans = [
         QuerySpan(0, 8, 1, causal=False),
         QuerySpan(8, 20, 0, causal=False),
@@ -83,22 +81,19 @@ def test_spans_of_every_kind_share_a_pack_without_touching() -> None:
         QuerySpan(24, 28, 2, causal=True),
         QuerySpan(28, 31, 3, causal=True),
     ]
-    together = attend(query, 0, spans, kv)
+    out = FixedKV(spans, sequences).attend(0, query)
     for span in spans:
-        rows = query[span.start : span.stop]
-        alone = attend(rows, 0, [QuerySpan(0, len(rows), span.sequence, span.causal)], kv)
-        assert torch.equal(together[span.start : span.stop], alone)
-        expected = _naive(rows, *kv.sequences[span.sequence], span.causal)
-        torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(out[span.rows], attend(query[span.rows], *sequences[span.sequence], span.causal))
+        expected = _naive(query[span.rows], *sequences[span.sequence], span.causal)
+        torch.testing.assert_close(out[span.rows].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_of_a_prompts_rows_sees_all_and_the_first_only_the_past() -> None:
-    query, kv = _random(0, 3, 4, HEAD_DIM), _kv([8], 2)
-    before = attend(query, 0, [QuerySpan(0, 3, 0, causal=True)], kv)
-    key, value = kv.sequences[0]
+    query, ((key, value),) = _random(0, 3, 4, HEAD_DIM), _keys_and_values([8], 2)
+    before = attend(query, key, value, causal=True)
     key[7] += 1.0
     value[7] += 1.0
-    after = attend(query, 0, [QuerySpan(0, 3, 0, causal=True)], kv)
+    after = attend(query, key, value, causal=True)
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2], after[2])
 
@@ -132,9 +127,9 @@ def test_flash_attn_is_called_as_it_is_documented(
     assert backend_name(torch.device("cuda:0"), torch.bfloat16) == "flash-attn"
     assert backend_name(torch.device("cuda:0"), torch.float32) == "torch-sdpa"
     monkeypatch.setattr(attention, "backend_name", lambda device, dtype: "flash-attn")
-    query, kv = _random(0, rows, 6, HEAD_DIM), _kv([length], 2)
-    out = attend(query, 0, [QuerySpan(0, rows, 0, causal)], kv)
-    torch.testing.assert_close(out.double(), _naive(query, *kv.sequences[0], causal), rtol=1e-5, atol=1e-5)
+    query, ((key, value),) = _random(0, rows, 6, HEAD_DIM), _keys_and_values([length], 2)
+    out = attend(query, key, value, causal)
+    torch.testing.assert_close(out.double(), _naive(query, key, value, causal), rtol=1e-5, atol=1e-5)
 
 
 def test_a_flash_attn_that_cannot_be_loaded_is_not_used(

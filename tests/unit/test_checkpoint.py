@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bagel_triton.model.config import CheckpointError
-from bagel_triton.weights.checkpoint import Checkpoint, inspect
+from bagel_triton.weights.checkpoint import Checkpoint, inspect, stored_tensors
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -59,9 +59,18 @@ def test_a_stale_latent_size_is_not_believed(other_checkpoint: Path) -> None:
 def test_weights_come_out_as_they_are_stored(checkpoint_dir: Path) -> None:
     stored = load_file(checkpoint_dir / "ema.safetensors")
     loaded = Checkpoint(checkpoint_dir).load_bagel(CPU, torch.float32)
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, stored[name].float()), name
+    state, seen = loaded.state_dict(), set[str]()
+    for parameter, tensor in state.items():
+        names = stored_tensors(parameter, tuple(tensor.shape), loaded.config.language)
+        assert torch.equal(tensor, torch.cat([stored[name].float() for name in names])), parameter
         assert not tensor.requires_grad
+        seen.update(names)
+    assert {name for name in stored if name.startswith("language_model.")} <= seen
+    layer, packed = "language_model.model.layers.1", state["language_model.model.layers.1.gen.qkv_proj.weight"]
+    assert torch.equal(packed[:96], stored[f"{layer}.self_attn.q_proj_moe_gen.weight"].float())
+    assert torch.equal(packed[96:128], stored[f"{layer}.self_attn.k_proj_moe_gen.weight"].float())
+    assert torch.equal(packed[128:], stored[f"{layer}.self_attn.v_proj_moe_gen.weight"].float())
+    assert torch.equal(state[f"{layer}.und.o_proj.weight"], stored[f"{layer}.self_attn.o_proj.weight"].float())
 
 
 def test_shards_equal_the_single_file(checkpoint_dir: Path, broken: Path) -> None:

@@ -28,6 +28,7 @@ CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLOAT32, BFLOAT16 = Placement(CPU, torch.float32), Placement(CPU, torch.bfloat16)
 GIB = 2**30
+PACKED = 2 * 3 * 2 * (96 + 32 + 32) * (96 + 1)  # queries, keys, values: bfloat16, 3 layers, 2 experts, with bias
 
 
 def config_of(checkpoint: Path, **changes: object) -> DeployConfig:
@@ -76,7 +77,7 @@ def test_weights_are_those_that_are_loaded(tmp_path: Path, dtype: torch.dtype):
 
 def test_weights_are_counted_as_often_as_they_are_in_memory():
     transformer, autoencoder = plan_of().stages[1].weights, plan_of().stages[2].weights
-    # float32 is made of the stored bfloat16 once, in shared memory; the autoencoder is stored in float32.
+    # float32 is converted from the stored bfloat16 once, in shared memory; the autoencoder is stored in float32.
     assert plan_of().weights == transformer + autoencoder
     assert plan_of().shared == plan_of().stages[0].kv + transformer
     assert plan_of(placement=BFLOAT16).weights == transformer // 2 + autoencoder
@@ -96,15 +97,15 @@ def test_the_arena_is_the_one_that_is_made():
     assert need.stages[0].kv == stages.producer.arena.store.nbytes == 63 * 16 * need.kv_token
     stages.close()
     assert need.shared == 0
-    assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2
+    assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2 + PACKED
 
 
 def test_shared_memory_holds_the_arena_of_shm_alone():
     shared = plan_of(placement=BFLOAT16)
-    assert shared.shared == shared.stages[0].kv
-    for options in ({"connector": "mooncake"}, {"placement": Placement(CUDA, torch.bfloat16)}):
+    assert shared.shared == shared.stages[0].kv + PACKED
+    for options, rest in (({"connector": "mooncake"}, PACKED), ({"placement": Placement(CUDA, torch.bfloat16)}, 0)):
         need = plan_of(**{"placement": BFLOAT16, **options})
-        assert (need.shared, need.stages[0].kv) == (0, shared.stages[0].kv)
+        assert (need.shared, need.stages[0].kv) == (rest, shared.stages[0].kv)
 
 
 def test_what_the_thinker_lends_a_store_is_counted():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bagel_triton.model.cpu import thread_pool
-from bagel_triton.model.cpu.linear import linear
+from bagel_triton.model.cpu.row_stable import linear
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool, release_intraop_threads
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest

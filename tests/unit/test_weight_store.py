@@ -120,13 +120,27 @@ def test_either_process_may_die_and_come_back(start: Start, prefix: str) -> None
 
 
 def test_weights_stored_in_the_wanted_dtype_are_mapped_from_their_file(tmp_path: Path) -> None:
+    """But for queries, keys and values, which no file has one after the other."""
     store, checkpoint = WeightStore("test", tmp_path), Checkpoint(TINY)
     autoencoder = checkpoint.load_autoencoder(CPU, torch.float32, store)
-    bagel = checkpoint.load_bagel(CPU, torch.bfloat16, store)
     assert _names(tmp_path) == []
-    for module, file in ((autoencoder, "ae.safetensors"), (bagel, "ema.safetensors")):
-        addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
-        assert all(mapping(address)[5] == str(TINY / file) for address in addresses)
+    bagel = checkpoint.load_bagel(CPU, torch.bfloat16, store)
+    (packed,) = tmp_path.iterdir()
+    apart = checkpoint.stored_apart(torch.bfloat16)
+    assert apart <= packed.stat().st_size < apart + 64 * len(bagel.state_dict())
+    for module, file in ((autoencoder, TINY / "ae.safetensors"), (bagel, TINY / "ema.safetensors")):
+        for name, tensor in module.state_dict().items():
+            assert mapping(tensor.data_ptr())[5] == str(packed if "qkv_proj" in name else file), name
+
+
+def test_a_sharded_checkpoint_is_packed_alike(tmp_path: Path) -> None:
+    tiny_checkpoint.write(tmp_path / "one", TinyConfig())
+    tiny_checkpoint.write(tmp_path / "many", TinyConfig(shards=5))
+    one, many = (
+        Checkpoint(tmp_path / name).load_bagel(CPU, torch.bfloat16, WeightStore(name, tmp_path)).state_dict()
+        for name in ("one", "many")
+    )
+    assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 def test_all_in_one_process_needs_no_file(prefix: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bagel_triton.model.attention import QuerySpan
+from bagel_triton.model.attention import QuerySpan, SequenceKV
 from bagel_triton.protocol.messages import KVGeometry
 
 
@@ -62,25 +62,26 @@ def gather(store: Tensor, slots: slice | Tensor, out: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class PagedStep:
+class PagedStep(SequenceKV):
     """One forward's view of the arena: new tokens to ``write_slots``, each sequence read whole.
 
-    ``write_slots`` [tokens] int64 is in the pack's order. A store that is not on the
+    ``write_slots`` [tokens] int64 is in the batch's order. A store that is not on the
     forward's ``device`` is staged through copies.
     """
 
+    spans: Sequence[QuerySpan]
     store: Tensor
     write_slots: Tensor
     sequences: Sequence[slice | Tensor]
     device: torch.device
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
-        """``rows`` of keys and values [tokens, kv_heads, head_dim] to their slots."""
+    def write_rows(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+        """Store ``rows`` of keys and values [tokens, kv_heads, head_dim] in their slots."""
         for target, new in zip(self.store[layer], (key, value), strict=True):
             target.index_copy_(0, self.write_slots[rows], new[rows].to(self.store.device))
 
     def rounds(self, spans: Sequence[QuerySpan]) -> list[list[QuerySpan]]:
-        """A sequence at a time: to read one may be to copy it."""
+        """One sequence at a time, as reading may copy it."""
         return list(_by(lambda span: span.sequence, spans).values())
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
@@ -91,29 +92,34 @@ class PagedStep:
         return key, value
 
 
-class WorkspaceStep:
+class WorkspaceStep(SequenceKV):
     """One forward's view of stores whose past never moves.
 
-    New tokens go to the slots behind it. Several sequences may share a store, images of one
-    request for example, whose past is the same: each one's new tokens go to the same slots then,
-    just before that sequence is read. So nothing past is ever copied.
+    New tokens go to the slots behind it. Sequences with the same past, such as the images of one
+    request, may share a store: the new tokens of each go to the same slots then, just before that
+    sequence is read. So nothing past is ever copied.
 
-    ``writes`` names for each sequence the pack's rows and the slot where they go:
+    ``writes`` has for each sequence the batch's rows and the slot where they go:
     ``(start, stop, slot)``.
     """
 
-    def __init__(self, stores: Sequence[Tensor], writes: Sequence[Sequence[tuple[int, int, int]]]) -> None:
-        self._stores, self._writes = stores, writes
+    def __init__(
+        self,
+        spans: Sequence[QuerySpan],
+        stores: Sequence[Tensor],
+        writes: Sequence[Sequence[tuple[int, int, int]]],
+    ) -> None:
+        self.spans, self._stores, self._writes = spans, stores, writes
         users = Counter[int]()
-        self._turns = []  # how many sequences use the store before each sequence
+        self._turns = []  # how many earlier sequences use the same store
         for store in stores:
             self._turns.append(users[id(store)])
             users[id(store)] += 1
         self._shared = [users[id(store)] > 1 for store in stores]
         self._new: tuple[Tensor, Tensor] | None = None
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
-        """Take ``rows`` of the pack's new keys and values [tokens, kv_heads, head_dim]."""
+    def write_rows(self, layer: int, key: Tensor, value: Tensor, rows: slice) -> None:
+        """Store ``rows`` of keys and values [tokens, kv_heads, head_dim], or keep them until they are read."""
         self._new = key, value
         for sequence, shared in enumerate(self._shared):
             if not shared:
@@ -124,14 +130,14 @@ class WorkspaceStep:
         return list(_by(lambda span: self._turns[span.sequence], spans).values())
 
     def read(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [length, kv_heads, head_dim] of a sequence, valid until another of its store is read."""
+        """Keys and values [length, kv_heads, head_dim] of a sequence, valid until the next one of its store is read."""
         if self._shared[sequence]:
             self._copy(layer, sequence, slice(0, sys.maxsize))
         key, value = self._stores[sequence][layer]
         return key, value
 
     def _copy(self, layer: int, sequence: int, rows: slice) -> None:
-        """Those of the new ``rows`` that are the sequence's, to their slots."""
+        """Copy those of the new ``rows`` that belong to the sequence to their slots."""
         assert self._new is not None, "a step is written before it is read"
         for start, stop, slot in self._writes[sequence]:
             first, last = max(start, rows.start), min(stop, rows.stop)

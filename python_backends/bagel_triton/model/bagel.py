@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_triton.model.config import ModelConfig
-from bagel_triton.model.cpu.linear import linear
 from bagel_triton.model.image import patchified
 from bagel_triton.model.mot import Transformer
 from bagel_triton.model.vit import Mlp, VisionModel
@@ -38,14 +36,11 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         """times [n] float32 -> [n, hidden]."""
-        first, last = self.mlp[0], self.mlp[2]
-        assert isinstance(first, nn.Linear)
-        assert isinstance(last, nn.Linear)
         half = TIMESTEP_CHANNELS // 2
         steps = torch.arange(half, dtype=torch.float32, device=times.device)
         angles = times.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(first.weight.dtype)  # [n, 256]
-        return linear(F.silu(linear(waves, first.weight, first.bias)), last.weight, last.bias)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)  # [n, 256]
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return, arg-type]
 
 
 def grid_index(rows: int, columns: int, side: int) -> Tensor:
@@ -67,7 +62,11 @@ class PositionTable(nn.Module):
 
 
 class Bagel(nn.Module):
-    """Named as the checkpoint names its tensors, so that loading is by name alone."""
+    """The whole network but for the autoencoder.
+
+    Its parameters have the checkpoint's names, but for the layers of the transformer:
+    ``weights/names.py`` has the tensors that are packed into each.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class Bagel(nn.Module):
         Returns:
             [tokens, hidden].
         """
-        return linear(latents.to(self.dtype), self.vae2llm.weight, self.vae2llm.bias) + time + positions
+        return self.vae2llm(latents.to(self.dtype)) + time + positions  # type: ignore[no-any-return]
 
     def embed_image(self, pixels: Tensor) -> Tensor:
         """An image for understanding: pixels [height, width, 3] in [-1, 1] -> [patches, hidden]."""
@@ -123,12 +122,11 @@ class Bagel(nn.Module):
 
         hidden [tokens, hidden] -> [tokens, vocabulary].
         """
-        return linear(self.language_model.model.norm(hidden), self.language_model.lm_head.weight)
+        return self.language_model.lm_head(self.language_model.model.norm(hidden))  # type: ignore[no-any-return]
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """The flow's velocity of latent tokens' last hidden states, before the final norm.
 
         hidden [tokens, hidden] -> [tokens, token_channels].
         """
-        normed = self.language_model.model.norm_moe_gen(hidden)
-        return linear(normed, self.llm2vae.weight, self.llm2vae.bias)
+        return self.llm2vae(self.language_model.model.norm_moe_gen(hidden))  # type: ignore[no-any-return]

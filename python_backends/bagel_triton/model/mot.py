@@ -1,30 +1,30 @@
-"""The mixture-of-transformers: Qwen2 layers with two experts per weight, one attention.
+"""BAGEL's mixture of transformers: Qwen2 layers with two experts and one attention.
 
-A pack holds tokens of many sequences, sorted by expert: the first ``gen_rows`` rows
-use the generation experts (``*_moe_gen``), the rest the understanding experts.
-Sorting makes every expert's rows one slice, so no layer gathers or scatters.
+An understanding and a generation expert have their own weights for all that is computed for a
+token on its own: norms, projections and the feed-forward. Attention is common to both and sees
+the tokens of either (arXiv 2505.14683, section 2).
 
-Everything but the attention is a row's own affair and is done a block of rows at a time:
-what is made on the way from one matrix product to the next stays in the processor's cache,
-and needs no memory that grows with the pack. Whoever runs the pack says who shares the
-blocks (:class:`ThreadPool`).
+A batch holds the rows of many sequences, sorted by expert: ``[gen rows | und rows]``. Each
+expert's rows are one slice then, and no layer gathers or scatters rows. Which rows belong to a
+sequence, and where its keys and values are, is known to ``kv`` alone.
+
+These are plain modules, so parallelism, quantisation and CUDA graphs can be applied from outside.
+A tensor-parallel rank holds some of the heads: the number of heads follows from the width of
+``qkv_proj``'s output. On a CPU :class:`~bagel_triton.model.cpu.executor.CpuExecutor` computes
+the same from the same weights, faster.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel_triton.model.attention import attend
-from bagel_triton.model.batch import GEN, UND, Block, PackedBatch
+from bagel_triton.model.attention import StepKV
+from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu.linear import add_linear, linear, silu_product
-from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 
 
 class RMSNorm(nn.Module):
@@ -35,14 +35,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, room: Tensor | None = None) -> Tensor:
-        """Normalise ``x`` [..., size]; the result may be in ``room``, which may be ``x`` itself."""
-        if x.device.type != "cpu":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # torch composes it of six passes on a CPU; this is three.
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square_() / x.shape[-1]).add_(self.eps).rsqrt_()
-        return torch.mul(x, scale, out=torch.empty_like(x) if room is None else room).mul_(self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size], same shape out."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_tables(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,115 +51,84 @@ def rotary_tables(positions: Tensor, config: LanguageConfig, dtype: torch.dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotary embedding, half-split form, of ``x`` into ``out``, both [tokens, heads, head_dim]."""
-    torch.mul(x, cos, out=out)
-    (first, second), halves, sines = (part.chunk(2, dim=-1) for part in (x, out, sin))
-    for half, other, sine in zip(halves, (second, first), sines, strict=True):
-        half.addcmul_(other, sine)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with per-head q/k norm and two experts."""
-
-    def __init__(self, config: LanguageConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        for expert in (UND, GEN):
-            self.add_module(f"q_proj{expert}", nn.Linear(config.hidden_size, query_size))
-            self.add_module(f"k_proj{expert}", nn.Linear(config.hidden_size, kv_size))
-            self.add_module(f"v_proj{expert}", nn.Linear(config.hidden_size, kv_size))
-            self.add_module(f"o_proj{expert}", nn.Linear(query_size, config.hidden_size, bias=False))
-            self.add_module(f"q_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
-            self.add_module(f"k_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
-
-    def project(self, expert: str, x: Tensor, tables: tuple[Tensor, Tensor], out: tuple[Tensor, ...]) -> None:
-        """Queries and keys, normed and rotated, and values of one expert's rows, into their place in ``out``.
-
-        x [rows, hidden]; out [rows, (kv_)heads, head_dim] each.
-        """
-        for name, place in zip("qkv", out, strict=True):
-            projection, flat = getattr(self, f"{name}_proj{expert}"), place.flatten(1)
-            heads = _apply(projection, x, flat if name == "v" else None).view_as(place)
-            if name != "v":
-                rotate(getattr(self, f"{name}_norm{expert}")(heads, heads), *tables, out=place)
-
-    def merge(self, expert: str, attended: Tensor, residual: Tensor) -> None:
-        """Add what all heads found, [rows, heads * head_dim], to ``residual`` [rows, hidden]."""
-        add_linear(attended, getattr(self, f"o_proj{expert}").weight, residual)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in its half-split form: x [tokens, heads, head_dim], same shape out."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((second, first), dim=-1) * sin
 
 
 class MLP(nn.Module):
-    """Gated SiLU feed-forward of one expert."""
+    """Gated SiLU feed-forward; ``gate_up_proj`` is the gate's projection, then the other factor's."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor, room: tuple[Tensor, ...]) -> None:
-        """Add its output of ``x`` to ``residual``, [rows, hidden] both.
-
-        ``room`` is twice [rows or more, intermediate].
-        """
-        gate, up = (whole[: len(x)] for whole in room)
-        gate, up = _apply(self.gate_proj, x, gate), _apply(self.up_proj, x, up)
-        add_linear(silu_product(gate, up), self.down_proj.weight, residual)
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, hidden], same shape out."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
 
 
-def _apply(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
-    return linear(x, layer.weight, layer.bias, out)
+class Expert(nn.Module):
+    """One expert's part of a layer: what comes before its attention, and what comes after.
 
+    ``qkv_proj`` is the queries' projection, then the keys' and the values'. Several query heads
+    share a key head.
+    """
 
-class ScratchBuffers:
-    """Memory that the layers of one forward use one after the other, so that none has to ask for its own."""
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.head_dim, self.queries_per_key = config.head_dim, config.num_heads // config.num_kv_heads
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(config.hidden_size, query_size + 2 * kv_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
 
-    def __init__(self, config: LanguageConfig, x: Tensor, pack: PackedBatch, pool: ThreadPool) -> None:
-        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        #: queries, keys and values of all rows
-        self.projected = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)
-        self.attended = torch.empty_like(self.projected[0])
-        rows = max((block.stop - block.start for _, block in pack.blocks), default=0)
-        #: of an MLP, a set for each of the pool: whoever works takes one and puts it back
-        self.inner = deque(
-            tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(pool.size)
-        )
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [rows, hidden]: [rows, (kv_)heads, head_dim] each."""
+        heads = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
+        kv_heads = heads.shape[1] // (self.queries_per_key + 2)
+        query, key, value = heads.split((self.queries_per_key * kv_heads, kv_heads, kv_heads), dim=1)
+        return rotate(self.q_norm(query), cos, sin), rotate(self.k_norm(key), cos, sin), value
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output for x [rows, hidden], given what its heads found, [rows, heads, head_dim]."""
+        x = x + self.o_proj(attended.flatten(1))
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
-    """One decoder layer; both experts share nothing but the attention itself."""
+    """One decoder layer: two experts around one attention."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
-        for expert in (UND, GEN):
-            self.add_module(f"mlp{expert}", MLP(config))
-            self.add_module(f"input_layernorm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
-            self.add_module(f"post_attention_layernorm{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.gen, self.und = Expert(config), Expert(config)
 
-    def _norm(self, name: str, expert: str, x: Tensor) -> Tensor:
-        return getattr(self, f"{name}{expert}")(x)  # type: ignore[no-any-return]
+    def experts(self, batch: PackedBatch) -> Iterator[tuple[Expert, slice]]:
+        """The experts that have rows, and those rows, in order."""
+        for expert, start, stop in ((self.gen, 0, batch.gen_rows), (self.und, batch.gen_rows, batch.tokens)):
+            if start < stop:
+                yield expert, slice(start, stop)
 
-    def project(self, layer: int, block: Block, x: Tensor, pack: PackedBatch, room: ScratchBuffers) -> None:
-        """Queries, keys and values of a block of ``x`` [tokens, hidden], into ``room`` and the pack's store."""
-        expert, rows = block
-        normed = self._norm("input_layernorm", expert, x[rows])
-        places = tuple(part[rows] for part in room.projected)
-        self.self_attn.project(expert, normed, (pack.cos[rows], pack.sin[rows]), places)
-        _, key, value = room.projected
-        pack.kv.write(layer, key, value, rows)
+    def forward(self, x: Tensor, batch: PackedBatch, kv: StepKV, layer: int) -> Tensor:
+        """x [tokens, hidden], same shape out; ``layer`` is this layer's number in ``kv``."""
+        projected = [expert.project(x[rows], batch.cos[rows], batch.sin[rows]) for expert, rows in self.experts(batch)]
+        query, key, value = (_joined(parts) for parts in zip(*projected, strict=True))
+        kv.write(layer, key, value)
+        attended = kv.attend(layer, query)
+        del projected, query, key, value  # the feed-forward needs the memory
+        return _joined([expert.finish(x[rows], attended[rows]) for expert, rows in self.experts(batch)])
 
-    def finish(self, block: Block, x: Tensor, room: ScratchBuffers) -> None:
-        """Replace a block of ``x`` by the layer's output."""
-        expert, rows = block
-        residual = x[rows]
-        self.self_attn.merge(expert, room.attended[rows].flatten(1), residual)
-        normed = self._norm("post_attention_layernorm", expert, residual)
-        inner = room.inner.pop()
-        getattr(self, f"mlp{expert}")(normed, residual, inner)
-        room.inner.append(inner)
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The experts' rows in one tensor; no copy where one expert has them all."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 class Transformer(nn.Module):
@@ -172,40 +136,15 @@ class Transformer(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self._config = config
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeddings: Tensor, pack: PackedBatch) -> Tensor:
-        """Hidden states [tokens, hidden] of a pack's embeddings, before the final norm."""
-        x = torch.empty_like(embeddings)  # which the layers work in
-        largest = self._config.hidden_size * self._config.intermediate_size
-        if pack.keeps_pool_busy or not pack.pool.prefers_intraop_threads(largest):
-            self._run(embeddings, x, pack, pack.pool)
-        else:
-            pack.pool.run_with_intraop_threads(lambda: self._run(embeddings, x, pack, SINGLE_THREAD))
+    def forward(self, embeddings: Tensor, batch: PackedBatch, kv: StepKV) -> Tensor:
+        """Hidden states of a batch's embeddings, before the final norm: [tokens, hidden], same shape out."""
+        x = embeddings
+        for number, layer in enumerate(self.layers):
+            x = layer(x, batch, kv, number)
         return x
-
-    def _run(self, embeddings: Tensor, x: Tensor, pack: PackedBatch, pool: ThreadPool) -> None:
-        layers: Sequence[Layer] = self.layers  # type: ignore[assignment]
-        room = ScratchBuffers(self._config, x, pack, pool)
-
-        def begin(block: Block) -> None:
-            _, rows = block
-            x[rows] = embeddings[rows]
-            layers[0].project(0, block, x, pack, room)
-
-        def pass_on(index: int, block: Block) -> None:  # out of a layer, and into the next while it is in the cache
-            layers[index].finish(block, x, room)
-            if index + 1 < len(layers):
-                layers[index + 1].project(index + 1, block, x, pack, room)
-
-        pool.parallel_for(begin, pack.blocks)
-        for index in range(len(layers)):
-            last = index + 1 == len(layers)
-            spans = [span for span in pack.spans if not last or pack.leads_on(span)]
-            attend(room.projected[0], index, spans, pack.kv, pool, room.attended)
-            blocks = [block for block in pack.blocks if not last or pack.leads_on(block[1])]
-            pool.parallel_for(partial(pass_on, index), blocks)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import safetensors
 import torch
 from torch import nn
 
@@ -19,10 +18,10 @@ from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.batch import block_rows
-from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
+from bagel_triton.model.config import LanguageConfig, ModelConfig
 from bagel_triton.model.cpu import strip_decoder as strips
-from bagel_triton.model.cpu.linear import CACHED
+from bagel_triton.model.cpu.executor import tile_rows
+from bagel_triton.model.cpu.row_stable import CACHED
 from bagel_triton.model.device import Placement
 from bagel_triton.model.image import VAE_RULE, VIT_RULE
 from bagel_triton.protocol.events import Stage
@@ -32,7 +31,6 @@ from bagel_triton.weights.files import AUTOENCODER_FILE, TensorFiles
 
 PROMPT_TOKENS = 256  # of a long prompt
 BRANCHES = 3
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # dtypes as safetensors files name them
 
 
 class NotEnoughMemory(ValueError):
@@ -59,7 +57,8 @@ class MemoryPlan:
     """The stages of one server in bytes.
 
     ``weights`` are those of all stages, each counted as often as it is in memory.
-    ``shared`` is what lies in the host's shared memory: the connector ``shm``'s arena, and a CPU's converted weights.
+    ``shared`` is what lies in the host's shared memory: the connector ``shm``'s arena, and those of a CPU's weights
+    that cannot be mapped from the checkpoint's files.
     """
 
     stages: tuple[StageMemory, ...]
@@ -138,14 +137,10 @@ def plan(
     )
     once = one_process or shares_weights or config.stage_id is not None
     in_files = placement.torch_device.type == "cpu" and not one_process
-    weights, shared = 0, arena if _arena_is_shared(config, placement) else 0
-    for module, name, loaded_as in (  # two stages have each of them
-        (transformer, "vae2llm.weight", dtype),
-        (autoencoder, "decoder.conv_in.weight", torch.float32),
-    ):
-        weights += module_bytes(module) * (1 if once else 2)
-        if in_files and not _is_stored_as(checkpoint, name, loaded_as):
-            shared += module_bytes(module)
+    shared = arena if _arena_is_shared(config, placement) else 0
+    weights = (module_bytes(transformer) + module_bytes(autoencoder)) * (1 if once else 2)  # two stages have each
+    if in_files:
+        shared += checkpoint.stored_apart(dtype)
     if config.stage_id is not None:
         stages = tuple(stage for stage in stages if stage.stage in config.models)
     return MemoryPlan(stages, token, weights, shared)
@@ -179,15 +174,6 @@ def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, i
     image = latent_tokens(config, resized_height, resized_width)
     image += segment_tokens(VitSegment(seen_height, seen_width, bytes(seen_height * seen_width * 3)), config)
     return image + PROMPT_TOKENS, image, PROMPT_TOKENS
-
-
-def _is_stored_as(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
-    """Whether processes may map the tensor ``name`` from the checkpoint's file, instead of a conversion."""
-    for path in sorted(checkpoint.directory.glob("*.safetensors")):
-        with safetensors.safe_open(path, framework="numpy") as file:
-            if name in file.keys():  # noqa: SIM118, it is no mapping
-                return bool(file.get_slice(name).get_dtype() == STORED[dtype])
-    raise CheckpointError(f"the checkpoint has no tensor {name}")
 
 
 @dataclass(frozen=True)
@@ -244,18 +230,24 @@ def readable(size: int) -> str:
 def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, threads: int = 1) -> int:
     """Activations of one packed forward at their peak, inside a feed-forward.
 
-    A token has its embedding, residual, query, what that attended to, key, value and rotary
-    tables. The rows of a block for each of ``threads``, which is all rows where there is a GPU,
-    have two vectors of the inner width and a normed one besides; while it is normed, two copies in
-    float32 where it is of another type.
+    On a GPU a token has its embedding, three vectors of the inner width, what its heads found, key,
+    value and rotary tables, and four more of the hidden size: a layer's input, the residual, that
+    normed, and the output.
+
+    On a CPU a token has its embedding, residual, query, what its heads found, key, value and rotary
+    tables. The rows of a tile for each of ``threads`` have, besides, two vectors of the inner width
+    and a normed one; while it is normed, two copies in float32 where it has another dtype.
     """
-    itemsize, on_cpu = placement.torch_dtype.itemsize, placement.torch_device.type == "cpu"
+    itemsize, hidden, inner = placement.torch_dtype.itemsize, config.hidden_size, config.intermediate_size
+    if placement.torch_device.type != "cpu":
+        heads = (config.num_heads + 2 * config.num_kv_heads + 2) * config.head_dim
+        return tokens * (5 * hidden + 3 * inner + heads) * itemsize
     heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
-    rows = min(tokens, block_rows(tokens, threads) * threads) if on_cpu else tokens
+    rows = min(tokens, tile_rows(tokens, threads) * threads)
     copies = 0 if placement.torch_dtype == torch.float32 else 2 * torch.float32.itemsize
-    inner = rows * (2 * config.intermediate_size * itemsize + config.hidden_size * max(itemsize, copies))
-    spare = min(rows * config.intermediate_size, CACHED * threads) * itemsize if on_cpu else 0
-    return tokens * (2 * config.hidden_size + heads) * itemsize + inner + spare
+    tiles = rows * (2 * inner * itemsize + hidden * max(itemsize, copies))
+    spare = min(rows * inner, CACHED * threads) * itemsize
+    return tokens * (2 * hidden + heads) * itemsize + tiles + spare
 
 
 def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False) -> int:

@@ -1,8 +1,13 @@
-"""A checkpoint's networks, their weights memory-mapped."""
+"""A checkpoint's networks, their weights memory-mapped.
+
+Parameters have the names of the checkpoint's tensors, but for the transformer's layers: there a
+parameter belongs to one expert and may hold several tensors, one above the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,12 +16,36 @@ from torch import nn
 
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import CheckpointError, ModelConfig
+from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
+from bagel_triton.model.cpu.row_stable import make_row_stable
 from bagel_triton.weights.device import on_device
 from bagel_triton.weights.files import CheckpointFiles, TensorFiles
+from bagel_triton.weights.layout import Source
 from bagel_triton.weights.sharing import SharedWeights
 
 Module = TypeVar("Module", bound=nn.Module)
+EXPERT_PARAMETER = re.compile(r"(language_model\.model\.layers\.\d+)\.(gen|und)\.(.+)\.(weight|bias)")
+EXPERT_SUFFIX = {"gen": "_moe_gen", "und": ""}
+EXPERT_TENSORS: Mapping[str, Sequence[str]] = {
+    "input_layernorm": ["input_layernorm{}"],
+    "qkv_proj": ["self_attn.q_proj{}", "self_attn.k_proj{}", "self_attn.v_proj{}"],
+    "q_norm": ["self_attn.q_norm{}"],
+    "k_norm": ["self_attn.k_norm{}"],
+    "o_proj": ["self_attn.o_proj{}"],
+    "post_attention_layernorm": ["post_attention_layernorm{}"],
+    "mlp.gate_up_proj": ["mlp{}.gate_proj", "mlp{}.up_proj"],
+    "mlp.down_proj": ["mlp{}.down_proj"],
+}
+# Outside its layers the transformer is computed by plain modules on every device.
+ROW_STABLE = (
+    "time_embedder",
+    "vae2llm",
+    "llm2vae",
+    "language_model.lm_head",
+    "language_model.model.norm",
+    "language_model.model.norm_moe_gen",
+)
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 class Checkpoint:
@@ -31,9 +60,11 @@ class Checkpoint:
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
         with torch.device("meta"):
-            _check_shapes(Bagel(self.config), self._weights.shapes())
-            autoencoder = Autoencoder(self._autoencoder.shapes())
-            _check_shapes(autoencoder, self._autoencoder.shapes())
+            bagel, autoencoder = Bagel(self.config), Autoencoder(self._autoencoder.shapes())
+        for module, tensors in ((bagel, self._weights), (autoencoder, self._autoencoder)):
+            shapes = tensors.shapes()
+            for name, tensor in module.state_dict().items():
+                _check_shapes(stored_tensors(name, tuple(tensor.shape), self.config.language), shapes)
         latent = self.config.latent
         if (autoencoder.latent_channels, autoencoder.downsample) != (latent.channels, latent.downsample):
             raise CheckpointError(
@@ -50,7 +81,9 @@ class Checkpoint:
         """
         with torch.device("meta"):
             module = Bagel(self.config)
-        return _fill(module, self._weights, device, dtype, shared)
+            if device.type == "cpu":
+                make_row_stable(module, *ROW_STABLE)
+        return self._fill(module, self._weights, device, dtype, shared)
 
     def load_autoencoder(
         self, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None
@@ -58,7 +91,49 @@ class Checkpoint:
         """The autoencoder, likewise."""
         with torch.device("meta"):
             module = Autoencoder(self._autoencoder.shapes())
-        return _fill(module, self._autoencoder, device, dtype, shared)
+        return self._fill(module, self._autoencoder, device, dtype, shared)
+
+    def stored_apart(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights that processes on a CPU cannot map from the checkpoint's files.
+
+        The transformer computes in ``dtype``. Weights stored in another dtype are converted, and
+        tensors that do not adjoin in their file are copied into their packed parameter.
+        """
+        with torch.device("meta"):
+            bagel, autoencoder = Bagel(self.config).to(dtype), Autoencoder(self._autoencoder.shapes())
+        size = 0
+        for module, files in ((bagel, self._weights), (autoencoder, self._autoencoder)):
+            for name, tensor in module.state_dict().items():
+                names = [*stored_tensors(name, tuple(tensor.shape), self.config.language)]
+                if not files.adjoin(names) or files.dtypes(names) != {SAFETENSORS_DTYPES[tensor.dtype]}:
+                    size += tensor.nbytes
+        return size
+
+    def _fill(
+        self,
+        module: Module,
+        files: TensorFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        shared: SharedWeights | None,
+    ) -> Module:
+        if shared is not None and shared.device != device:
+            raise ValueError(f"device={device}: the shared weights are on {shared.device}")
+
+        def source(names: Sequence[str]) -> Source:  # mapped, and not read yet
+            if len(names) == 1:
+                return files.tensor(names[0])
+            return files.stacked(names) if files.adjoin(names) else tuple(files.tensor(name) for name in names)
+
+        sources = {
+            name: source([*stored_tensors(name, tuple(tensor.shape), self.config.language)])
+            for name, tensor in module.state_dict().items()
+        }
+        state = (
+            on_device(sources, device, dtype) if shared is None else shared.converted(sources, dtype, files.identity)
+        )
+        module.load_state_dict(state, assign=True)
+        return module.requires_grad_(False).eval()
 
 
 def inspect(directory: str | Path) -> ModelConfig:
@@ -70,22 +145,24 @@ def inspect(directory: str | Path) -> ModelConfig:
     return Checkpoint(directory).config
 
 
-def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, tensor in module.state_dict().items():
+def stored_tensors(parameter: str, shape: tuple[int, ...], config: LanguageConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint's tensors that a parameter of ``shape`` holds, one above the other."""
+    found = EXPERT_PARAMETER.fullmatch(parameter)
+    if found is None:
+        return {parameter: shape}
+    layer, expert, module, kind = found.groups()
+    names = [f"{layer}.{name.format(EXPERT_SUFFIX[expert])}.{kind}" for name in EXPERT_TENSORS[module]]
+    rows = [shape[0] // len(names)] * len(names)
+    if module == "qkv_proj":
+        rows = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    return {name: (count, *shape[1:]) for name, count in zip(names, rows, strict=True)}
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
         if name not in shapes:
             raise CheckpointError(f"the checkpoint has no tensor {name}")
-        if shapes[name] != tuple(tensor.shape):
+        if shapes[name] != shape:
             raise CheckpointError(
-                f"tensor {name} has shape {list(shapes[name])}; the configuration files say {list(tensor.shape)}"
+                f"tensor {name} has shape {list(shapes[name])}; the configuration files say {list(shape)}"
             )
-
-
-def _fill(
-    module: Module, files: TensorFiles, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None
-) -> Module:
-    if shared is not None and shared.device != device:
-        raise ValueError(f"device={device}: the shared weights are on {shared.device}")
-    state = {name: files.tensor(name) for name in module.state_dict()}  # mapped, and not read yet
-    state = on_device(state, device, dtype) if shared is None else shared.converted(state, dtype, files.identity)
-    module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False).eval()

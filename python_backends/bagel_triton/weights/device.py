@@ -19,7 +19,7 @@ from torch import Tensor
 from bagel_triton.ipc.cuda_memory import NotShareable
 from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from bagel_triton.weights.files import FileIdentity
-from bagel_triton.weights.layout import Layout
+from bagel_triton.weights.layout import Layout, Source, read_into, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class DeviceWeights:
         return self._memory.device
 
     def converted(
-        self, sources: Mapping[str, Tensor], dtype: torch.dtype, files: tuple[FileIdentity, ...]
+        self, sources: Mapping[str, Source], dtype: torch.dtype, files: tuple[FileIdentity, ...]
     ) -> dict[str, Tensor]:
         """``sources`` in ``dtype``, by name, on the device.
 
@@ -102,7 +102,7 @@ class DeviceWeights:
         while self._held:
             self._held.popitem()[1].close()
 
-    def _contents(self, layout: Layout, sources: Mapping[str, Tensor], files: tuple[FileIdentity, ...]) -> Tensor:
+    def _contents(self, layout: Layout, sources: Mapping[str, Source], files: tuple[FileIdentity, ...]) -> Tensor:
         # Users have names of their own: all of them see all names, and share nothing.
         name = f"{self._prefix}_{os.geteuid()}_weights_{layout.key(files, self._memory.name)}"
         started = time.perf_counter()
@@ -119,7 +119,7 @@ class DeviceWeights:
         log.info("%d bytes of weights on %s: %s, in %.1f s: %s", layout.size, self.device, how, took, name)
         return contents
 
-    def _load(self, layout: Layout, sources: Mapping[str, Tensor]) -> int:
+    def _load(self, layout: Layout, sources: Mapping[str, Source]) -> int:
         """A descriptor of the weights, which are on the device by the time it is returned."""
         descriptor, contents = self._memory.allocate(layout.size)
         try:
@@ -131,6 +131,14 @@ class DeviceWeights:
         return descriptor
 
 
-def on_device(sources: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """``sources`` on ``device`` in ``dtype``, by name: a copy of this process's own where either differs."""
-    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in sources.items()}
+def on_device(sources: Mapping[str, Source], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """``sources`` on ``device`` in ``dtype``, by name; a source that is there already is not copied."""
+
+    def placed(source: Source) -> Tensor:
+        if isinstance(source, Tensor):
+            return source.to(device=device, dtype=dtype)
+        target = torch.empty(shape_of(source), device=device, dtype=dtype)
+        read_into(target, source)
+        return target
+
+    return {name: placed(source) for name, source in sources.items()}

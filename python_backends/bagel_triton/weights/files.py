@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,6 +42,17 @@ class FileIdentity:
         return cls(str(path.resolve()), status.st_size, status.st_mtime_ns)
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is: bytes ``start`` to ``stop`` of ``path``. ``dtype`` is safetensors' name for it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 class TensorFiles:
     """Named tensors spread over memory-mapped safetensors files.
 
@@ -49,28 +61,63 @@ class TensorFiles:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._paths: dict[str, Path] = {}
+        self._stored: dict[str, StoredTensor] = {}
         self._opened: dict[Path, Any] = {}
         for path in files:
             if not path.is_file():
                 raise CheckpointError(f"{path} does not exist")
-            header = _open(path, "numpy")  # unlike torch's, this mapping asks for no memory
-            names = header.keys()
-            self._shapes.update({name: tuple(header.get_slice(name).get_shape()) for name in names})
-            self._paths.update(dict.fromkeys(names, path))
+            _open(path, "numpy")  # checks the header; unlike torch's, this mapping asks for no memory
+            self._stored.update(_header(path))
         self.identity = tuple(FileIdentity.of(path) for path in files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by tensor name, from the headers alone."""
-        return dict(self._shapes)
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    def dtypes(self, names: Sequence[str]) -> set[str]:
+        """The stored dtypes of the tensors ``names``, as safetensors calls them, from the headers alone."""
+        return {self._stored[name].dtype for name in names}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called ``name``, in its stored dtype."""
-        path = self._paths[name]
+        path = self._stored[name].path
         if path not in self._opened:
             self._opened[path] = _open(path, "pt")
         return self._opened[path].get_tensor(name)  # type: ignore[no-any-return]
+
+    def adjoin(self, names: Sequence[str]) -> bool:
+        """Whether the tensors ``names`` follow one another in one file, so that they can be mapped as one."""
+        stored = [self._stored[name] for name in names]
+        return all(
+            (one.path, one.dtype, one.stop) == (other.path, other.dtype, other.start) for one, other in pairwise(stored)
+        )
+
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Tensors that :meth:`adjoin`, as one: the second's rows below the first's, and so on. Mapped, not copied."""
+        first, last = self._stored[names[0]], self._stored[names[-1]]
+        mapped = torch_from_file(first.path)[first.start : last.stop]
+        rows = sum(self._stored[name].shape[0] for name in names)
+        return mapped.view(self.tensor(names[0]).dtype).view(rows, *first.shape[1:])
+
+
+def torch_from_file(path: Path) -> Tensor:
+    """A file's bytes, mapped: uint8 [size]."""
+    import torch
+
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    """What a valid safetensors file says of its tensors: a length, that many bytes of JSON, and then the data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    data = 8 + length
+    return {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), *(data + at for at in entry["data_offsets"]))
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
 
 
 def _open(path: Path, framework: str) -> Any:

@@ -1,4 +1,8 @@
-"""Where the weights of a module lie in one piece of memory, and the key that stands for them."""
+"""Where the weights of a module lie in one piece of memory, and the key that stands for them.
+
+A parameter may hold several of the checkpoint's tensors, such as the projections of queries,
+keys and values: they are its *source*, and become one tensor on the way.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,30 @@ import torch
 from torch import Tensor
 
 from bagel_triton.weights.files import FileIdentity
+
+#: What a parameter is read from: a stored tensor, or several, the second's rows below the first's and so on.
+Source = Tensor | tuple[Tensor, ...]
+
+
+def parts_of(source: Source) -> tuple[Tensor, ...]:
+    """The stored tensors of ``source``."""
+    return (source,) if isinstance(source, Tensor) else source
+
+
+def shape_of(source: Source) -> tuple[int, ...]:
+    """The shape of the parameter that is read from ``source``."""
+    if isinstance(source, Tensor):
+        return tuple(source.shape)
+    return (sum(len(part) for part in source), *source[0].shape[1:])
+
+
+def read_into(target: Tensor, source: Source) -> None:
+    """Copy ``source`` into ``target``, converting it on the way."""
+    if isinstance(source, Tensor):
+        target.copy_(source)
+        return
+    for part, rows in zip(source, target.split([len(part) for part in source]), strict=True):
+        rows.copy_(part)
 
 
 @dataclass(frozen=True)
@@ -32,13 +60,13 @@ class Layout:
     size: int
 
     @classmethod
-    def of(cls, sources: Mapping[str, Tensor], dtype: torch.dtype, alignment: int) -> Self:
+    def of(cls, sources: Mapping[str, Source], dtype: torch.dtype, alignment: int) -> Self:
         """``sources`` one after the other in ``dtype``, each at a multiple of ``alignment`` bytes; none is read."""
         slots, end = [], 0
-        for name, tensor in sources.items():
-            offset = -(-end // alignment) * alignment
-            slots.append(Slot(name, tuple(tensor.shape), offset))
-            end = offset + tensor.numel() * dtype.itemsize
+        for name, source in sources.items():
+            offset, shape = -(-end // alignment) * alignment, shape_of(source)
+            slots.append(Slot(name, shape, offset))
+            end = offset + math.prod(shape) * dtype.itemsize
         return cls(dtype, tuple(slots), end)
 
     def key(self, files: tuple[FileIdentity, ...], device: str) -> str:
@@ -54,7 +82,7 @@ class Layout:
             for slot in self.slots
         }
 
-    def fill(self, contents: Tensor, sources: Mapping[str, Tensor]) -> None:
+    def fill(self, contents: Tensor, sources: Mapping[str, Source]) -> None:
         """Read every source once, in order, into its place in ``contents``, converting it on the way."""
         for name, target in self.views(contents).items():
-            target.copy_(sources[name])
+            read_into(target, sources[name])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bagel_triton.weights.device import DeviceWeights
 from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.layout import Source
 from bagel_triton.weights.shm import WeightStore
 
 
@@ -20,7 +21,7 @@ class SharedWeights(Protocol):
     def device(self) -> torch.device: ...
 
     def converted(
-        self, sources: Mapping[str, Tensor], dtype: torch.dtype, files: tuple[FileIdentity, ...]
+        self, sources: Mapping[str, Source], dtype: torch.dtype, files: tuple[FileIdentity, ...]
     ) -> dict[str, Tensor]:
         """``sources``, which were read from ``files``, in ``dtype`` on the device, by name; not to be written to.
 

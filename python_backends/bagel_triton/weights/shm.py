@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY, reserve
 from bagel_triton.weights.files import FileIdentity
-from bagel_triton.weights.layout import Layout
+from bagel_triton.weights.layout import Layout, Source
 
 ALIGNMENT = 64  # as torch's own allocations are: the rounding of a matrix product may depend on it
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class WeightStore:
         return torch.device("cpu")
 
     def converted(
-        self, sources: Mapping[str, Tensor], dtype: torch.dtype, files: tuple[FileIdentity, ...]
+        self, sources: Mapping[str, Source], dtype: torch.dtype, files: tuple[FileIdentity, ...]
     ) -> dict[str, Tensor]:
         """``sources`` in ``dtype``, by name, on the CPU.
 
@@ -67,8 +67,10 @@ class WeightStore:
         process has converted them yet. One that has the dtype is returned as it is: it
         stays mapped from its file.
         """
-        as_stored = {name: tensor for name, tensor in sources.items() if tensor.dtype == dtype}
-        other = {name: tensor for name, tensor in sources.items() if tensor.dtype != dtype}
+        as_stored = {
+            name: source for name, source in sources.items() if isinstance(source, Tensor) and source.dtype == dtype
+        }
+        other = {name: source for name, source in sources.items() if name not in as_stored}
         if not other:
             return as_stored
         layout = Layout.of(other, dtype, ALIGNMENT)
@@ -84,7 +86,7 @@ class WeightStore:
     def close(self) -> None:
         """Nothing ends: the files stay for stages that start later."""
 
-    def _write(self, path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
+    def _write(self, path: Path, layout: Layout, sources: Mapping[str, Source]) -> None:
         """Make the file at ``path``, or wait for the process that is making it."""
         turn = path.with_name(f"{path.name}_writing")
         descriptor = os.open(turn, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -136,7 +138,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _create(path: Path, layout: Layout, sources: Mapping[str, Tensor]) -> None:
+def _create(path: Path, layout: Layout, sources: Mapping[str, Source]) -> None:
     started = time.perf_counter()
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

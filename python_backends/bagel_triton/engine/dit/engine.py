@@ -19,6 +19,7 @@ from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.cpu.executor import forward_on
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.flow import initial_noise, schedule
 from bagel_triton.model.mot import rotary_tables
@@ -28,7 +29,7 @@ from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry,
 from bagel_triton.telemetry.metrics import Metrics
 
 DitJob = Job[DenoiseJob, Sequence[Latents]]
-Block = tuple[FlowRun, int, int]  # an image in one context: the run, the image, the context
+BranchItem = tuple[FlowRun, int, int]  # an image in one context: the run, the image, the context
 
 
 class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
@@ -52,9 +53,10 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._consumer, self._config = model, consumer, config
+        self._forward = forward_on(model.device, model.language_model.model, self._pool)
         self._geometry, self._arena_tokens = geometry, arena_tokens
         self._runs: list[FlowRun] = []
-        self._packed: tuple[list[Block], PackedBatch] | None = None
+        self._packed: tuple[list[BranchItem], PackedBatch, WorkspaceStep] | None = None
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
         self.start()
@@ -143,18 +145,17 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
 
     @torch.inference_mode()
     def _step(self) -> None:
-        blocks = [
+        items = [
             (run, image, context)
             for run in self._runs
             for context in run.contexts_to_compute()
             for image in range(len(run.x))
         ]
         computed: dict[tuple[int, int, int], Tensor] = {}
-        if blocks:
-            pack = self._pack(blocks)
-            hidden = self._model.language_model.model(self._embed(blocks), pack)
+        if items:
+            hidden = self._forward(self._embed(items), *self._pack(items))
             start = 0
-            for run, image, context in blocks:
+            for run, image, context in items:
                 tokens = run.tokens
                 computed[id(run), image, context] = hidden[start : start + tokens]
                 start += tokens
@@ -165,26 +166,26 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             run.step += 1
             self._report(run)
 
-    def _embed(self, blocks: Sequence[Block]) -> Tensor:
+    def _embed(self, items: Sequence[BranchItem]) -> Tensor:
         """This step's embeddings, [latents of every block | markers of every block]."""
         latents: dict[tuple[int, int], Tensor] = {}
-        for run, image, _ in blocks:
+        for run, image, _ in items:
             if (id(run), image) not in latents:
                 time = run.time_embeddings[run.step : run.step + 1]
                 latents[id(run), image] = self._model.embed_latents(run.x[image], time, run.positions)
-        return torch.cat([latents[id(run), image] for run, image, _ in blocks] + [self._markers] * len(blocks))
+        return torch.cat([latents[id(run), image] for run, image, _ in items] + [self._markers] * len(items))
 
-    def _pack(self, blocks: list[Block]) -> PackedBatch:
-        """The pack of this step; built anew only when images or their branches change."""
-        if self._packed is None or self._packed[0] != blocks:
-            self._packed = (blocks, self._build(blocks))
-        return self._packed[1]
+    def _pack(self, items: list[BranchItem]) -> tuple[PackedBatch, WorkspaceStep]:
+        """The batch of this step; built anew only when images or their branches change."""
+        if self._packed is None or self._packed[0] != items:
+            self._packed = (items, *self._build(items))
+        return self._packed[1:]
 
-    def _build(self, blocks: Sequence[Block]) -> PackedBatch:
-        gen_rows = sum(run.tokens for run, _, _ in blocks)
+    def _build(self, items: Sequence[BranchItem]) -> tuple[PackedBatch, WorkspaceStep]:
+        gen_rows = sum(run.tokens for run, _, _ in items)
         spans: list[QuerySpan] = []
         writes, start = [], 0
-        for number, (run, _, context) in enumerate(blocks):
+        for number, (run, _, context) in enumerate(items):
             markers, past = gen_rows + VISION_TOKENS * number, run.stores[context].shape[2] - run.tokens - VISION_TOKENS
             rows = ((start, start + run.tokens, past), (markers, markers + VISION_TOKENS, past + run.tokens))
             # Both spans of a sequence stand together: its new keys are written once for both.
@@ -192,12 +193,12 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             writes.append(rows)
             start += run.tokens
         # One position for a whole block, latents and markers alike.
-        repeats = torch.tensor([run.tokens for run, _, _ in blocks] + [VISION_TOKENS] * len(blocks))
-        positions = torch.tensor([run.next_positions[context] for run, _, context in blocks] * 2)
+        repeats = torch.tensor([run.tokens for run, _, _ in items] + [VISION_TOKENS] * len(items))
+        positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
         rows_at = positions.repeat_interleave(repeats).to(self._model.device)
         cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
-        kv = WorkspaceStep([run.stores[c] for run, _, c in blocks], writes)
-        return PackedBatch(gen_rows, cos, sin, spans, kv, self._pool, wanted=slice(0, gen_rows))
+        kv = WorkspaceStep(spans, [run.stores[c] for run, _, c in items], writes)
+        return PackedBatch(gen_rows, cos, sin, wanted=slice(0, gen_rows)), kv
 
     def _report(self, run: FlowRun) -> None:
         run.job.progress(ProgressEvent("dit", run.step, run.updates))

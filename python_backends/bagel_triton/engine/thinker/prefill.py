@@ -20,6 +20,7 @@ from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.cpu.executor import forward_on
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.image import normalised
 from bagel_triton.model.mot import rotary_tables
@@ -60,7 +61,7 @@ class Prefiller:
         pool: ThreadPool,
     ) -> None:
         self._model, self._autoencoder, self._arena, self._encodings = model, autoencoder, arena, encodings
-        self._pool = pool
+        self._pool, self._forward = pool, forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
             self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
@@ -104,12 +105,10 @@ class Prefiller:
         positions_at = torch.tensor(gen.positions + und.positions, device=self._model.device)
         cos, sin = rotary_tables(positions_at, self._model.config.language, self._model.dtype)
         reads = [self._arena.read_slots(chunk.context) for chunk in chunks]
-        kv = PagedStep(self._arena.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
+        kv = PagedStep(spans, self._arena.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
         packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
         wanted = slice(min(scored, default=0), max(scored, default=-1) + 1)
-        hidden = self._model.language_model.model(
-            packed, PackedBatch(gen_rows, cos, sin, spans, kv, self._pool, wanted)
-        )
+        hidden = self._forward(packed, PackedBatch(gen_rows, cos, sin, wanted), kv)
         if not scored:
             return packed.new_empty(0, self._model.config.language.vocab_size)
         if self._pool.prefers_intraop_threads(self._model.language_model.lm_head.weight.numel()):

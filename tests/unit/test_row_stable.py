@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagel_triton.model.cpu.linear import add_linear, linear, silu_product
+from bagel_triton.model.cpu.row_stable import add_linear, linear, silu_product
 from tests.support.exact import assert_same
 
 ROWS = 600

@@ -1,0 +1,190 @@
+"""The transformer on a CPU: the plain modules' weights, run tile by tile by a thread pool.
+
+Everything but the attention is computed for each row on its own. So a thread takes a tile of
+rows from one layer's attention to the next layer's: output projection, feed-forward, norm,
+queries, keys and values. What lies between two matrix products stays in the core's cache, and
+the scratch buffers are as large as a tile. All layers share them: to allocate memory anew in
+each layer takes longer than the norms do, in page faults.
+
+Hidden states are those of :meth:`Transformer.forward` to the rounding of float32, and those of a
+row do not depend on the tile it is in, on other rows or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
+from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.cpu.row_stable import add_linear, linear, rms_norm, rotate, silu_product
+from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
+from bagel_triton.model.mot import MLP, Expert, Layer, Transformer
+
+MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
+MIN_TILE_ROWS = 64  # fewer are not worth a thread
+MIN_HEAD_ROWS = 32  # query rows below which a head is not worth a thread, however many keys there are
+MIN_HEAD_SCORES = 128 * 128  # scores of a head below which it is not worth a thread
+Forward = Callable[[Tensor, PackedBatch, SequenceKV], Tensor]
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Rows of one expert that a thread takes through all operations."""
+
+    gen: bool
+    rows: slice
+
+    def expert(self, layer: Layer) -> Expert:
+        """The rows' expert in ``layer``."""
+        return layer.gen if self.gen else layer.und
+
+
+def tiles_of(batch: PackedBatch, threads: int) -> list[RowTile]:
+    """Tiles that hold every row of a batch once, in the order in which they are to be started."""
+
+    def cut(gen: bool, start: int, stop: int) -> Iterator[RowTile]:
+        step = tile_rows(stop - start, threads)
+        for first in range(start, stop, step):
+            yield RowTile(gen, slice(first, min(first + step, stop)))
+
+    return [*cut(False, batch.gen_rows, batch.tokens), *cut(True, 0, batch.gen_rows)]
+
+
+def tile_rows(rows: int, threads: int) -> int:
+    """Rows of a tile: few enough for the cache and, if there are enough, as many tiles for each thread."""
+    if threads == 1:
+        return MAX_TILE_ROWS
+    # The thread that took the other expert's few rows first gets the last tile, which is shorter by their cost.
+    rows += MIN_TILE_ROWS
+    rounds = -(-rows // (MAX_TILE_ROWS * threads))
+    return -(-rows // min(rounds * threads, max(rows // MIN_TILE_ROWS, 1)))
+
+
+def forward_on(device: torch.device, transformer: Transformer, pool: ThreadPool) -> Forward:
+    """How ``transformer`` runs on ``device``: by a :class:`CpuExecutor`, elsewhere as the plain module it is."""
+    return CpuExecutor(transformer, pool) if device.type == "cpu" else transformer
+
+
+class CpuExecutor:
+    """Runs ``transformer`` with the threads of ``pool``."""
+
+    def __init__(self, transformer: Transformer, pool: ThreadPool) -> None:
+        self._transformer, self._pool = transformer, pool
+
+    def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: SequenceKV) -> Tensor:
+        """Hidden states before the final norm, as of :meth:`Transformer.forward`; ``embeddings`` stay unchanged."""
+        pool, config = self._pool, self._transformer.config
+        enough_rows = batch.tokens >= pool.size * MIN_TILE_ROWS
+        if enough_rows or not pool.prefers_intraop_threads(config.hidden_size * config.intermediate_size):
+            return _Run(self._transformer, batch, kv, pool, embeddings).result()
+        return pool.run_with_intraop_threads(_Run(self._transformer, batch, kv, SINGLE_THREAD, embeddings).result)
+
+
+class ScratchBuffers:
+    """Memory that the layers of one forward use one after the other."""
+
+    def __init__(self, config: LanguageConfig, x: Tensor, tiles: list[RowTile], threads: int) -> None:
+        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        self.qkv = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)  # of all rows
+        self.attended = torch.empty_like(self.qkv[0])
+        rows = max((tile.rows.stop - tile.rows.start for tile in tiles), default=0)
+        # One pair of a feed-forward's inner rows for each thread, which takes a pair and puts it back.
+        self.inner = deque(tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(threads))
+
+
+class _Run:
+    """One forward: all layers over one batch."""
+
+    def __init__(
+        self, transformer: Transformer, batch: PackedBatch, kv: SequenceKV, pool: ThreadPool, embeddings: Tensor
+    ) -> None:
+        self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
+        self._batch, self._kv, self._pool, self._embeddings = batch, kv, pool, embeddings
+        self._x = torch.empty_like(embeddings)  # the residual, which every layer updates in place
+        self._tiles = tiles_of(batch, pool.size)
+        self._scratch = ScratchBuffers(transformer.config, self._x, self._tiles, pool.size)
+
+    def result(self) -> Tensor:
+        """Hidden states of the rows that are wanted; the others are undefined."""
+        self._pool.parallel_for(self._begin, self._tiles)
+        last = len(self._layers) - 1
+        for index in range(len(self._layers)):
+            self._attend(index, [span for span in self._kv.spans if index < last or self._batch.wants(span)])
+            tiles = [tile for tile in self._tiles if index < last or self._batch.wants(tile.rows)]
+            self._pool.parallel_for(partial(self._pass_on, index), tiles)
+        return self._x
+
+    def _begin(self, tile: RowTile) -> None:
+        self._x[tile.rows] = self._embeddings[tile.rows]
+        self._project(0, tile)
+
+    def _pass_on(self, index: int, tile: RowTile) -> None:
+        """Take a tile out of a layer, and into the next one while it is in the cache."""
+        self._finish(index, tile)
+        if index + 1 < len(self._layers):
+            self._project(index + 1, tile)
+
+    def _project(self, index: int, tile: RowTile) -> None:
+        """Queries, keys and values of a tile, as of :meth:`Expert.project`, into the scratch buffers and ``kv``."""
+        expert, rows = tile.expert(self._layers[index]), tile.rows
+        normed = rms_norm(self._x[rows], expert.input_layernorm)
+        places = [part[rows] for part in self._scratch.qkv]
+        sizes = [place[0].numel() for place in places]
+        # Row slices of the packed weight. One product of all three would need their results copied apart.
+        weights, biases = expert.qkv_proj.weight.split(sizes), expert.qkv_proj.bias.split(sizes)
+        linear(normed, weights[2], biases[2], places[2].flatten(1))
+        for place, weight, bias, norm in zip(places, weights, biases, (expert.q_norm, expert.k_norm), strict=False):
+            heads = linear(normed, weight, bias).view_as(place)
+            rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
+        _, key, value = self._scratch.qkv
+        self._kv.write_rows(index, key, value, rows)
+
+    def _finish(self, index: int, tile: RowTile) -> None:
+        """Replace a tile of the residual by the layer's output, as of :meth:`Expert.finish`."""
+        expert, residual = tile.expert(self._layers[index]), self._x[tile.rows]
+        add_linear(self._scratch.attended[tile.rows].flatten(1), expert.o_proj.weight, residual)
+        normed = rms_norm(residual, expert.post_attention_layernorm)
+        inner = self._scratch.inner.pop()
+        _add_mlp(expert.mlp, normed, residual, inner)
+        self._scratch.inner.append(inner)
+
+    def _attend(self, index: int, spans: list[QuerySpan]) -> None:
+        """Attention of ``spans``, a head a thread where that is worth it, into the scratch buffer."""
+        query, out = self._scratch.qkv[0], self._scratch.attended
+        for group in self._kv.rounds(spans):
+            read = {sequence: self._kv.read(index, sequence) for sequence in {span.sequence for span in group}}
+
+            def attend_part(
+                part: tuple[QuerySpan, slice, slice], read: dict[int, tuple[Tensor, Tensor]] = read
+            ) -> None:
+                span, heads, kv_heads = part
+                key, value = (each[:, kv_heads] for each in read[span.sequence])
+                out[span.rows, heads] = attend(query[span.rows, heads], key, value, span.causal)
+
+            parts = [part for span in group for part in self._heads(span, *read[span.sequence][0].shape[:2])]
+            self._pool.parallel_for(attend_part, parts)
+
+    def _heads(self, span: QuerySpan, length: int, kv_heads: int) -> Iterator[tuple[QuerySpan, slice, slice]]:
+        """A span with the query heads and key heads that one thread takes: all, or one each."""
+        heads, rows = self._scratch.attended.shape[1], span.stop - span.start
+        if self._pool.size == 1 or rows < MIN_HEAD_ROWS or rows * length < MIN_HEAD_SCORES:
+            yield span, slice(0, heads), slice(0, kv_heads)
+            return
+        for head in range(heads):
+            kv_head = head * kv_heads // heads
+            yield span, slice(head, head + 1), slice(kv_head, kv_head + 1)
+
+
+def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...]) -> None:
+    """Add the feed-forward of x [rows, hidden] to ``residual``; ``inner`` is twice [rows or more, intermediate]."""
+    gate, up = (whole[: len(x)] for whole in inner)
+    for weight, out in zip(mlp.gate_up_proj.weight.chunk(2), (gate, up), strict=True):
+        linear(x, weight, None, out)
+    add_linear(silu_product(gate, up), mlp.down_proj.weight, residual)

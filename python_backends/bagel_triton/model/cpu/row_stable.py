@@ -1,0 +1,128 @@
+"""Operations on a CPU that compute each row alike, whatever other rows are in the batch.
+
+A matrix product chooses its kernel, and with it the order of its sums, by the number of rows:
+few rows, or a long inner dimension, round differently. Two rules make every row bit-identical
+on a CPU with AVX-512, for 2 % of a product's time at most: never fewer than ``MIN_ROWS`` rows,
+never more than ``MAX_INNER`` of the inner dimension at once. ``tests/unit/test_row_stable.py``
+holds torch to them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel_triton.model.mot import RMSNorm
+
+MIN_ROWS = 16
+MAX_INNER = 512
+VECTOR = 16  # float32 numbers in the widest registers
+TWO_VECTORS = 64  # an elementwise operation takes two vectors at a time, of 32 bfloat16 numbers each at most
+ONE_SHARE = 1 << 15  # an elementwise operation splits more numbers than these among its threads
+CACHED = 1 << 17  # so many numbers of each operand stay in a core's cache between two operations
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, into ``out`` if given; x [rows, in], weight [out, in] -> [rows, out]."""
+    rows = len(x)
+    if rows < MIN_ROWS:
+        padded = linear(_padded(x), weight, bias)[:rows]
+        return padded if out is None else out.copy_(padded)
+    first, *rest = _pieces(x.shape[1])
+    out = _product(x[:, first], weight[:, first], bias, out)
+    for piece in rest:
+        out.addmm_(x[:, piece], weight[:, piece].t())
+    return out
+
+
+def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Add ``x @ weight.T`` to ``out`` [rows, out]; x [rows, in], weight [out, in]."""
+    rows = len(x)
+    if rows < MIN_ROWS:
+        padded = _padded(out)
+        add_linear(_padded(x), weight, padded)
+        out.copy_(padded[:rows])
+        return
+    for piece in _pieces(x.shape[1]):
+        out.addmm_(x[:, piece], weight[:, piece].t())
+
+
+def _padded(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, MIN_ROWS - len(x)))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _pieces(inner: int) -> list[slice]:
+    """The inner dimension in pieces of about one size and whole vectors."""
+    count = -(-inner // MAX_INNER)
+    step = inner if count == 1 else -(-inner // (count * VECTOR)) * VECTOR
+    return [slice(start, min(start + step, inner)) for start in range(0, inner, step)]
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` in place of ``gate``; [rows, inner] both.
+
+    torch's SiLU rounds the numbers that do not fill a vector differently, at the end of every
+    thread's share. Parts of whole vectors that one thread computes have no such end. Rows of
+    other widths take ``exp`` and a division, which round all numbers alike.
+    """
+    inner = gate.shape[1]
+    rows = max((CACHED if torch.get_num_threads() == 1 else ONE_SHARE) // inner, 1)
+    whole_vectors = inner % TWO_VECTORS == 0 and inner <= ONE_SHARE
+    for part, factor in zip(gate.split(rows), up.split(rows), strict=True):
+        if whole_vectors:
+            F.silu(part, inplace=True).mul_(factor)
+        else:
+            part.div_(torch.neg(part).exp_().add_(1.0)).mul_(factor)
+    return gate
+
+
+def rms_norm(x: Tensor, norm: RMSNorm, out: Tensor | None = None) -> Tensor:
+    """``norm`` of x [..., size], into ``out`` if given, which may be ``x``.
+
+    Three passes over the rows; torch's own takes six on a CPU.
+    """
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (length.square_() / x.shape[-1]).add_(norm.eps).rsqrt_()
+    return torch.mul(x, scale, out=torch.empty_like(x) if out is None else out).mul_(norm.weight)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """:func:`bagel_triton.model.mot.rotate` of ``x`` into ``out``, [tokens, heads, head_dim] both."""
+    torch.mul(x, cos, out=out)
+    (first, second), halves, sines = (part.chunk(2, dim=-1) for part in (x, out, sin))
+    for half, other, sine in zip(halves, (second, first), sines, strict=True):
+        half.addcmul_(other, sine)
+
+
+class RowStableLinear(nn.Linear):
+    """A linear layer by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, in] -> [rows, out]."""
+        return linear(x, self.weight, self.bias)
+
+
+class RowStableNorm(RMSNorm):
+    """A norm by :func:`rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size], same shape out."""
+        return rms_norm(x, self)
+
+
+def make_row_stable(model: nn.Module, *names: str) -> None:
+    """Replace the linear layers and norms at and below the submodules ``names`` of a ``model`` without weights."""
+    for top in names:
+        for name, module in list(model.get_submodule(top).named_modules(prefix=top)):
+            if isinstance(module, nn.Linear):
+                biased = module.bias is not None
+                model.set_submodule(name, RowStableLinear(module.in_features, module.out_features, biased))
+            elif isinstance(module, RMSNorm):
+                model.set_submodule(name, RowStableNorm(len(module.weight), module.eps))
