@@ -39,7 +39,7 @@ def run(setting: Setting, side: int = SIDE) -> list[Figure]:
 def _prefill_seconds(stages: LocalStages, image: bytes, prompt: str) -> float:
     plan = plan_of(stages, GenerationRequest(prompt=prompt, image=(image,), num_inference_steps=2, seed=0))
     _, stats = answer(stages.think(plan))
-    stages.abandon(plan.request_id)  # its contexts were all that is wanted
+    stages.abort(plan.request_id)  # its contexts were all that is wanted
     return stats.run_s
 
 

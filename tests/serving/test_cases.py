@@ -40,10 +40,10 @@ def test_stage_by_stage(server: Server, case: Case) -> None:
     plan = decode(planned[0], Plan)
     assert plan.branches[0].segments[0].token_ids == case.prompt_ids
     thought = infer(server.grpc, "thinker", {"plan": planned}, {"plan": "BYTES"})
-    job = decode(thought.last("thoughts")[0], ThinkerOutput).job
+    job = decode(thought.last("thinker_output")[0], ThinkerOutput).job
     assert job is not None
-    assert len(thought.last("contexts")[0]) < 2048, "contexts are handles, never keys and values"
-    flow = infer(server.grpc, "dit", {"contexts": thought.last("contexts")}, {"contexts": "BYTES"})
+    assert len(thought.last("denoise_job")[0]) < 2048, "contexts are handles, never keys and values"
+    flow = infer(server.grpc, "dit", {"denoise_job": thought.last("denoise_job")}, {"denoise_job": "BYTES"})
     expected = case.tensors()["latent"]
     ours = torch.from_numpy(flow.last("latents").copy())
     assert float((ours - expected).abs().max() / expected.abs().max()) < TOLERANCE

@@ -80,8 +80,8 @@ def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
     request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
     answer = generate(server.grpc, "cfg_expand", request)
     answer = infer(server.grpc, "thinker", {"plan": answer.last("plan")}, {"plan": "BYTES"})
-    contexts = triton.InferInput("contexts", [1], "BYTES")
-    contexts.set_data_from_numpy(answer.last("contexts"))
+    contexts = triton.InferInput("denoise_job", [1], "BYTES")
+    contexts.set_data_from_numpy(answer.last("denoise_job"))
     with cut_short(server, "dit"), triton.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: None)
         client.async_stream_infer("dit", [contexts])

@@ -37,7 +37,7 @@ def send(server: Server, model: str, name: str, message: dict[str, Any]) -> None
 def withdraw(server: Server, message: dict[str, Any]) -> None:
     """What was lent for a message that nobody took would be lent until its time is up."""
     request_id = np.array([message["request_id"].encode()], dtype=np.object_)
-    infer(server.grpc, "thinker", {"cancel": request_id}, {"cancel": "BYTES"})
+    infer(server.grpc, "thinker", {"abort": request_id}, {"abort": "BYTES"})
 
 
 def plan_of(server: Server, request: GenerationRequest = SMALL) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def plan_of(server: Server, request: GenerationRequest = SMALL) -> dict[str, Any
 
 def job_of(server: Server) -> dict[str, Any]:
     plan = generate(server.grpc, "cfg_expand", SMALL).last("plan")
-    return unpacked(infer(server.grpc, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("contexts"))
+    return unpacked(infer(server.grpc, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("denoise_job"))
 
 
 def image(kind: str, height: int, width: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ JOBS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize(("model", "name", "change", "error"), [
     *[pytest.param("thinker", "plan", *case, id=name) for name, case in PLANS.items()],
-    *[pytest.param("dit", "contexts", *case, id=name) for name, case in JOBS.items()],
+    *[pytest.param("dit", "denoise_job", *case, id=name) for name, case in JOBS.items()],
 ])  # fmt: skip
 def test_an_impossible_message_is_refused_and_the_next_request_is_right(
     server: Server, model: str, name: str, change: Change, error: str
@@ -117,7 +117,7 @@ def test_an_impossible_message_does_not_disturb_those_at_work_or_in_line(server:
         job = job_of(server)
         change(job)
         with pytest.raises(InferenceServerException):
-            send(server, "dit", "contexts", job)
+            send(server, "dit", "denoise_job", job)
         withdraw(server, job)
     asking.join(60)
     assert asking.status == 200

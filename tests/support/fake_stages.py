@@ -40,7 +40,7 @@ class FakeStages:
     silent: str | None = None
     refuses: str | None = None
     visited: list[str] = field(default_factory=list)
-    abandoned: list[str] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def expand(self, request: str) -> StageCall[Plan]:
@@ -67,8 +67,8 @@ class FakeStages:
     def decode(self, latents: str, request_id: str) -> StageCall[str]:
         return self._visit("vae_decode", f"pixels of {latents}")
 
-    def abandon(self, request_id: str) -> None:
-        self.abandoned.append(request_id)
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
 
     def _visit(
         self, stage: Stage, result: object, progress: list[ProgressEvent] | None = None, delay: float = 0.0

@@ -154,17 +154,12 @@ class Streamed:
 
 
 def infer(address: str, model: str, arrays: Arrays, datatypes: dict[str, str]) -> Streamed:
-    """One request to a model over a gRPC stream; an error is raised."""
+    """One request to a model over a gRPC stream, which unary models take as well; an error is raised."""
     responses: queue.Queue[Any] = queue.Queue()
-    inputs = []
-    for name, array in arrays.items():
-        tensor = triton.InferInput(name, list(array.shape), datatypes[name])
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
     events, received = [], []
     with triton.InferenceServerClient(address) as client:
         client.start_stream(lambda result, error: responses.put((result, error)))
-        client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+        client.async_stream_infer(model, triton_inputs(arrays, datatypes), enable_empty_final_response=True)
         while True:
             result, error = responses.get(timeout=ANSWER_S)
             if error:
@@ -175,6 +170,15 @@ def infer(address: str, model: str, arrays: Arrays, datatypes: dict[str, str]) -
                 events.append(json.loads(received[-1]["event"][0]))
             if answer.parameters["triton_final_response"].bool_param:
                 return Streamed(events, received)
+
+
+def triton_inputs(arrays: Arrays, datatypes: dict[str, str]) -> list[triton.InferInput]:
+    """``arrays`` as the gRPC client takes them."""
+    inputs = []
+    for name, array in arrays.items():
+        inputs.append(triton.InferInput(name, list(array.shape), datatypes[name]))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs
 
 
 def generate(address: str, model: str, request: GenerationRequest) -> Streamed:

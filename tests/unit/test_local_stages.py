@@ -65,7 +65,7 @@ def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Ma
 def test_an_abandoned_requests_contexts_are_taken_back(local_stages: LocalStages) -> None:
     plan, job = think(local_stages, SMALL)
     assert not _nothing_left(local_stages)
-    local_stages.abandon(plan.request_id)
+    local_stages.abort(plan.request_id)
     assert soon(lambda: _nothing_left(local_stages))
     with pytest.raises(LeaseError, match="has ended"):
         result_of(local_stages.denoise(job))
@@ -127,7 +127,7 @@ def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
     plan, _ = think(stages, SMALL)  # nobody claims it
     with pytest.raises(Overloaded, match=r"had no room for \d+ s: KV blocks wanted: 1, free: 0 of 1$"):
         generate(stages, SMALL)
-    stages.abandon(plan.request_id)
+    stages.abort(plan.request_id)
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
 
 
@@ -138,7 +138,7 @@ def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make
     waits = threading.Event()
     job = stages.thinker.submit(plan, plan.request_id, lambda event: waits.set())
     assert waits.wait(10.0)
-    stages.abandon(plan.request_id)
+    stages.abort(plan.request_id)
     with pytest.raises(Cancelled):
         job.done.result(10.0)
     left = weakref.ref(job)

@@ -47,7 +47,7 @@ def test_silence_ends_the_batch_and_is_undone():
     assert time.monotonic() - start < 5
     assert [type(item) for _, item in items] == [StageUnavailable, StageUnavailable]
     assert items[0][1].message == "nothing in the batch made progress for 0.1 s"
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
 
 
 def test_waiting_for_a_stage_is_no_progress():
@@ -74,7 +74,7 @@ def test_closing_the_batch_cancels_what_is_left():
     batch = run_batch(stages, ["a cat"], 60.0, 8)
     next(batch)
     batch.close()
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
 
 
 def test_an_empty_batch_is_done():

@@ -31,7 +31,7 @@ def test_a_request_visits_the_stages_in_order_and_ends_with_done() -> None:
     assert isinstance(done, DoneEvent)
     assert (done.request_id, done.seed, done.usage.image_tokens) == ("a cat-1", 11, 24)
     assert [stats.stage for stats in done.stages] == ["cfg_expand", "thinker", "dit", "vae_decode"]
-    assert stages.abandoned == []
+    assert stages.aborted == []
 
 
 def test_a_request_for_several_images_gets_each_with_its_seed() -> None:
@@ -76,7 +76,7 @@ def test_a_failed_stage_is_the_requests_error_and_the_rest_is_undone(stage: str)
     stages = FakeStages(errors={stage: InvalidRequest("too long", "prompt")})
     with pytest.raises(InvalidRequest, match="too long"):
         _run(stages)
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
     assert stages.visited[-1] == stage
 
 
@@ -84,7 +84,7 @@ def test_a_refused_request_leaves_nothing_to_undo() -> None:
     stages = FakeStages(errors={"cfg_expand": InvalidRequest("no", "prompt")})
     with pytest.raises(InvalidRequest):
         _run(stages)
-    assert stages.abandoned == []
+    assert stages.aborted == []
     assert stages.visited == ["cfg_expand"]
 
 
@@ -99,7 +99,7 @@ def test_a_silent_stage_is_unavailable(stage: str) -> None:
     stages = FakeStages(silent=stage)
     with pytest.raises(StageUnavailable, match=rf"^{stage} was silent for 0\.1 s"):
         _run(stages, timeout_s=0.1)
-    assert stages.abandoned == ([] if stage == "cfg_expand" else ["a cat-1"])
+    assert stages.aborted == ([] if stage == "cfg_expand" else ["a cat-1"])
 
 
 def test_progress_keeps_a_slow_stage_alive() -> None:
@@ -125,7 +125,7 @@ def test_a_client_that_left_is_noticed_while_a_stage_is_silent() -> None:
     with pytest.raises(Cancelled):
         _run(stages, cancelled=lambda: not left.is_alive(), timeout_s=60.0)
     assert time.monotonic() - start < 5.0
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
 
 
 def test_a_client_that_left_between_stages_starts_no_other() -> None:
@@ -133,7 +133,7 @@ def test_a_client_that_left_between_stages_starts_no_other() -> None:
     with pytest.raises(Cancelled):
         _run(stages, cancelled=lambda: "thinker" in stages.visited)
     assert "dit" not in stages.visited
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
 
 
 def test_a_reader_that_goes_away_is_undone_like_a_failure() -> None:
@@ -141,7 +141,7 @@ def test_a_reader_that_goes_away_is_undone_like_a_failure() -> None:
     events = Pipeline(stages, 5.0).run("a cat")
     assert next(events) == ProgressEvent("dit", 1, 2)
     events.close()  # type: ignore[attr-defined]
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
 
 
 def test_a_reader_that_goes_after_the_image_leaves_nothing_to_undo() -> None:
@@ -150,14 +150,14 @@ def test_a_reader_that_goes_after_the_image_leaves_nothing_to_undo() -> None:
     while not isinstance(next(events), GeneratedImage):
         pass
     events.close()  # type: ignore[attr-defined]
-    assert stages.abandoned == []
+    assert stages.aborted == []
 
 
 def test_a_stage_that_cannot_even_be_called_is_undone() -> None:
     stages = FakeStages(refuses="dit")
     with pytest.raises(BagelError):
         _run(stages)
-    assert stages.abandoned == ["a cat-1"]
+    assert stages.aborted == ["a cat-1"]
 
 
 def test_a_stage_that_died_is_not_waited_for() -> None:

@@ -57,15 +57,15 @@ def sent(triton_io: ModuleType, requested: list[str]) -> list[list[str]]:
     request, outbox = FakeRequest(requested), triton_io.Outbox()
     reply = triton_io.Reply(request, outbox)
     reply.send({"event": np.zeros(1)})
-    reply.finish({"thoughts": np.zeros(1), "contexts": np.zeros(1)})
+    reply.finish({"thinker_output": np.zeros(1), "denoise_job": np.zeros(1)})
     outbox.close()
     return request.sender.sent
 
 
 def test_a_response_has_only_the_outputs_that_were_requested(triton_io: ModuleType) -> None:
-    assert sent(triton_io, ["thoughts"]) == [["thoughts"]]
-    assert sent(triton_io, ["event", "contexts"]) == [["event"], ["contexts"]]
+    assert sent(triton_io, ["thinker_output"]) == [["thinker_output"]]
+    assert sent(triton_io, ["event", "denoise_job"]) == [["event"], ["denoise_job"]]
 
 
 def test_a_request_that_names_no_output_gets_all(triton_io: ModuleType) -> None:
-    assert sent(triton_io, []) == [["event"], ["thoughts", "contexts"]]
+    assert sent(triton_io, []) == [["event"], ["thinker_output", "denoise_job"]]

@@ -1,4 +1,4 @@
-"""Triton's rim of the orchestrator: a request's tensors in, a stream of events out."""
+"""The orchestrator as a Triton model: a request's tensors in, a stream of events out."""
 
 import threading
 import time
@@ -21,13 +21,13 @@ from bagel_triton.telemetry.spans import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.client import RemoteModels
 from bagel_triton.triton.metrics import TritonMetrics
-from bagel_triton.triton.stages import TritonStages
+from bagel_triton.triton.stages import StageConnections, TritonStages
 
 LAST_S = 0.5  # for requests that are told to end
 
 
 class TritonPythonModel:
-    """Chains the stages: over gRPC, or in this process where the topology has but one.
+    """Chains the stages, which are other models, or engines in this process where the topology has but one.
 
     A thread follows each request.
     """
@@ -38,19 +38,23 @@ class TritonPythonModel:
         self._outbox, config = triton_io.Outbox(), from_environment()
         one_process = config.topology.one_process
         self._metrics = TritonMetrics(tuple(CATALOGUE) if one_process else [args["model_name"], SUPERVISOR])
-        self._config, self._shm_prefix, self._local = config.bagel, config.shm_prefix, None
+        self._config, self._local = config.bagel, None
         if one_process:
             from bagel_triton.pipeline.local import LocalStages  # otherwise this process needs no torch
 
             self._local = LocalStages(config, self._metrics)
             for engine in (self._local.thinker, self._local.dit, self._local.decoder):
                 end_when(engine.lost)
-        self._remote = RemoteModels(config.remote)
         self._tracing = tracing.from_environment()
         self._closing, self._in_flight = threading.Event(), InFlight(config.bagel.max_inflight, self._metrics)
         notices.start_watching(config.shm_prefix, self._metrics, self._closing)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
+        self._remote = RemoteModels(config.remote)
+        self._connections = None
+        if not one_process:
+            here = triton_io.model_call, self._announcement, config.shm_prefix
+            self._connections = StageConnections(*here, self._remote)
 
     def execute(self, requests: list[Any]) -> None:
         """Follow every request from a thread of its own."""
@@ -75,13 +79,16 @@ class TritonPythonModel:
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
         triton_io.refuse_parameters(request, REQUEST_FIELDS)
         inputs: Any = triton_io.arrays_of(request)
-        stages: Any = self._local or TritonStages(request, self._shm_prefix, self._remote)
-        if self._local:
+        stages: Any = self._local
+        if self._connections is not None:
+            headers = tracing.headers_of(triton_io.parameters_of(request))
+            stages = TritonStages(self._connections, reply.request_id, headers)
+        else:
             inputs = from_tensors(inputs)
         pipeline: Pipeline[Any, Any, Any] = Pipeline(stages, self._config.stage_timeout_s)
         for item in pipeline.run(inputs, lambda: self._gone(reply), span):
             self._send(item, reply)
-        reply.finish()
+        reply.end()
 
     def _gone(self, reply: triton_io.Reply) -> bool:
         return self._closing.is_set() or reply.cancelled()
@@ -97,6 +104,8 @@ class TritonPythonModel:
         """End what is in flight; the last errors and spans still go out."""
         self._closing.set()
         self._in_flight.drain(LAST_S)
+        if self._connections is not None:
+            self._connections.close(LAST_S)
         self._remote.close()
         if self._local:
             self._local.close()

@@ -1,6 +1,7 @@
-"""Triton's rim of the flow stage: leased contexts in, latents out."""
+"""The flow stage as a Triton model: leased KV in, latents out."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from bagel_triton.engine.dit.run import Latents
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import DenoiseJob, KVHandle, decode_handle
 from bagel_triton.protocol.tensors import Arrays
-from bagel_triton.triton.io import Reply, bytes_array, message_of, text_of
+from bagel_triton.triton.io import bytes_array, mapped, message_of, text_of
 from bagel_triton.triton.stage_model import StageModel
+from bagel_triton.triton.tickets import Work
 
 
 def handle_of(inputs: Arrays) -> KVHandle:
@@ -23,29 +25,28 @@ def handle_of(inputs: Arrays) -> KVHandle:
         raise InvalidRequest(f"input selftest is not a lease: {error}", "selftest") from error
 
 
-def outputs(images: Sequence[Latents], seed: int) -> Arrays:
-    """``latents`` [images * tokens, channels] float32, an image's grid, [rows, columns], and the seed."""
-    return {
-        "latents": torch.cat([image.tokens for image in images]).cpu().numpy(),
-        "latent_grid": np.array([images[0].rows, images[0].columns], dtype=np.int32),
-        "seed": np.array([seed], dtype=np.int64),
-    }
-
-
 class TritonPythonModel(StageModel):
-    """``contexts`` -> ``latents``, ``latent_grid``, ``seed``; events where ``progress`` is true."""
+    """``denoise_job`` -> ``latents``, ``latent_grid``, ``seed``."""
 
     def build(self, parts: StageResources) -> DitEngine:
         """The engine."""
         return build_dit(parts, self.metrics)
 
-    def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue a request's images, or read what the thinker lent for the self-test."""
-        if "selftest" in inputs:
-            handle = handle_of(inputs)
-            name = bytes_array(handle.connector.encode())
-            reply.answer(self.engine.read_pattern(handle), lambda _: {"selftest": name})
-            return
-        task = message_of(inputs, "contexts", DenoiseJob)
-        job = self.work(task, task.request_id, inputs, reply, task.schedule)
-        reply.settle(job.done, lambda images: outputs(images, task.flow.seed))
+    def work(self, inputs: Arrays, request_id: str) -> Work:
+        """A request's images."""
+        job = message_of(inputs, "denoise_job", DenoiseJob)
+
+        def outputs(images: Sequence[Latents]) -> Arrays:
+            return {
+                "latents": torch.cat([image.tokens for image in images]).cpu().numpy(),
+                "latent_grid": np.array([images[0].rows, images[0].columns], dtype=np.int32),
+                "seed": np.array([job.flow.seed], dtype=np.int64),
+            }
+
+        return Work(job, job.request_id, outputs, job.schedule)
+
+    def selftest(self, inputs: Arrays) -> Future[Arrays]:
+        """Read the pattern that the thinker lent; the connector's name."""
+        handle = handle_of(inputs)
+        name = bytes_array(handle.connector.encode())
+        return mapped(self.engine.read_pattern(handle), lambda _: {"selftest": name})

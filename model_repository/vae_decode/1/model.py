@@ -1,4 +1,4 @@
-"""Triton's rim of the pixel stage: latents in, a uint8 image out."""
+"""The pixel stage as a Triton model: latents in, a uint8 image out."""
 
 import torch
 
@@ -6,14 +6,13 @@ from bagel_triton.engine.build import StageResources, build_decoder
 from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.vae.engine import DecoderEngine
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.messages import SchedulingParams
 from bagel_triton.protocol.tensors import Arrays
-from bagel_triton.triton.io import Reply
 from bagel_triton.triton.stage_model import StageModel
+from bagel_triton.triton.tickets import Work
 
 
 class TritonPythonModel(StageModel):
-    """``latents``, ``latent_grid`` -> ``generated_image``; a ``seed`` passes through."""
+    """``latents``, ``latent_grid`` -> ``generated_image``."""
 
     def build(self, parts: StageResources) -> DecoderEngine:
         """The engine."""
@@ -21,8 +20,8 @@ class TritonPythonModel(StageModel):
         self._channels, self._longest = latent.token_channels, latent.max_side // latent.stride
         return build_decoder(parts, self.metrics)
 
-    def accept(self, inputs: Arrays, reply: Reply) -> None:
-        """Queue one image's latents."""
+    def work(self, inputs: Arrays, request_id: str) -> Work:
+        """One image's latents."""
         for name in ("latents", "latent_grid"):
             if name not in inputs:
                 raise InvalidRequest(f"input {name} is required", name)
@@ -35,6 +34,4 @@ class TritonPythonModel(StageModel):
             allowed = f"[rows * columns, {self._channels}] of latent_grid, here [{rows}, {columns}]"
             raise InvalidRequest.value("latents", f"shape {shape}", allowed)
         latents = Latents(torch.from_numpy(inputs["latents"].copy()), rows, columns)
-        job = self.work(latents, reply.request_id, inputs, reply, SchedulingParams())
-        passed = {"seed": inputs["seed"]} if "seed" in inputs else {}
-        reply.settle(job.done, lambda image: {"generated_image": image.numpy(), **passed})
+        return Work(latents, request_id, lambda image: {"generated_image": image.numpy()})

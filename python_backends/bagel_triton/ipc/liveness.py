@@ -76,6 +76,11 @@ class Announcement:
         os.write(self._lock, msgspec.json.encode(_Record(stage, os.getpid(), _regions(prefix, directory))))
         unnamed.rename(self._path)
 
+    @property
+    def lock_name(self) -> str:
+        """The file's name, by which another process can see whether this one still lives."""
+        return self._path.name
+
     def withdraw(self) -> None:
         """The process ends in good order."""
         self._path.unlink(missing_ok=True)
@@ -123,6 +128,11 @@ def processes(prefix: str, stage: str = "*", directory: Path = DIRECTORY) -> lis
             continue
         found.append(StageProcess(record.stage, record.pid, path, record.regions))
     return found
+
+
+def holds_lock(name: str, directory: Path = DIRECTORY) -> bool:
+    """Whether the process still lives whose :attr:`Announcement.lock_name` is ``name``."""
+    return "/" not in name and StageProcess("", 0, directory / name).alive
 
 
 def dead_stages(prefix: str, directory: Path = DIRECTORY) -> dict[str, list[StageProcess]]:

@@ -73,7 +73,7 @@ class LocalStages:
         visit: StageCall[Tensor] = StageCall("vae_decode")
         return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress))
 
-    def abandon(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> None:
         """Cancel in every engine."""
         for engine in (self.decoder, self.dit, self.thinker):
             engine.cancel(request_id)

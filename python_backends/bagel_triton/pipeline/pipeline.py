@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Stages(Protocol[RequestT, LatentsT, PixelsT]):
-    """The four stages, wherever they run. Each call starts a visit and returns at once."""
+    """The four stages, wherever they run. Each method starts a call and returns at once."""
 
     def expand(self, request: RequestT) -> StageCall[Plan]:
         """``cfg_expand``: validate and plan."""
@@ -44,8 +44,8 @@ class Stages(Protocol[RequestT, LatentsT, PixelsT]):
     def decode(self, latents: LatentsT, request_id: str) -> StageCall[PixelsT]:
         """``vae_decode``: one image's latents to uint8 [height, width, 3]."""
 
-    def abandon(self, request_id: str) -> None:
-        """Stop what a request has anywhere, and take its leases back."""
+    def abort(self, request_id: str) -> None:
+        """Stop the request's work in every stage and revoke its leases."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
             finished = True
         finally:
             if not finished:  # also when the consumer closes this generator
-                self._stages.abandon(plan.request_id)
+                self._stages.abort(plan.request_id)
         if plan.flow is not None:
             yield from _images(plan.flow, images)
         yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, thoughts.answers), _by_stage(times))

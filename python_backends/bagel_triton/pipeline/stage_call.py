@@ -1,4 +1,4 @@
-"""One request's visit to a stage, as its orchestrator sees it."""
+"""One request's call of a stage, as the orchestrator sees it."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from bagel_triton.protocol.events import Event, Stage, StageStats
 
 Result = TypeVar("Result")
 POLL_S = 0.05  # how soon a client that left, or a stage that died, is noticed
-LAST_WORDS_S = 0.3  # for what a process said, or another process of its stage says, when it has died
+LAST_WORDS_S = 0.3  # answers of a dead process, or of another process of its stage, may still arrive
 
 
 class StageCall(Generic[Result]):
-    """Filled by a stage from any thread, followed by one orchestrator.
+    """A queue that the stage fills from any thread and one orchestrator follows.
 
-    ``alive`` tells whether the stage can still answer; it is asked while the stage is silent.
+    ``alive`` tells whether the stage can still answer. It is checked while the stage is silent.
     """
 
     def __init__(self, stage: Stage, alive: Callable[[], bool] = lambda: True) -> None:
         self.stage, self.started_at = stage, time.time()
-        self._alive = alive
+        self.alive = alive
         self._items: queue.SimpleQueue[Event | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
 
     def progress(self, event: Event) -> None:
-        """The stage is alive and this far."""
+        """Report an event of the stage; any event also shows that the stage is alive."""
         self._items.put(event)
 
     def finish(self, result: Result, stats: StageStats) -> None:
-        """The stage's answer."""
+        """End the call with the stage's answer."""
         self._items.put((result, stats))
 
     def fail(self, error: BaseException) -> None:
-        """The stage will not answer."""
+        """End the call with an error."""
         self._items.put(from_exception(error))
 
     def follow(
         self, cancelled: Callable[[], bool], timeout_s: float, deadline: float | None = None
     ) -> Generator[Event, None, tuple[Result, StageStats]]:
-        """Yield progress until the answer, which is returned.
+        """Yield events until the answer, and return it.
 
         Raises:
             Cancelled: ``cancelled`` became true.
             DeadlineExceeded: it is later than ``deadline``, Unix seconds.
-            StageUnavailable: the stage died, or no word from it for ``timeout_s`` seconds.
+            StageUnavailable: the stage died, or was silent for ``timeout_s`` seconds.
             BagelError: the stage failed.
         """
         heard_at = alive_at = time.monotonic()
@@ -59,7 +59,7 @@ class StageCall(Generic[Result]):
                 item = self._items.get(timeout=POLL_S)
             except queue.Empty:
                 now = time.monotonic()
-                if self._alive():
+                if self.alive():
                     alive_at = now
                 elif now - alive_at > LAST_WORDS_S:
                     raise StageUnavailable(f"{self.stage} died") from None

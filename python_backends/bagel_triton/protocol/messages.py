@@ -214,13 +214,6 @@ class Plan(Message, frozen=True):
             raise ValueError(f"a branch is the same as {lost[0]}, which has no context")
 
 
-class Pulse(Message, frozen=True):
-    """What a stage at work sends the ensemble that it is a step of, for the next step to look at."""
-
-    stage: str
-    request_id: str
-
-
 LEASE_SLOTS = 4096  # contexts that are lent at a time
 
 

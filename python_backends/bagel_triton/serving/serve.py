@@ -182,7 +182,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                         verbose=options.verbose,
                         grpc_host=grpc_host,
                     ),
-                    environment=server.environment(directory / "deploy.yaml") | {"BAGEL_TRITON_GRPC": grpc},
+                    environment=server.environment(directory / "deploy.yaml"),
                     models=deploy.models,
                     http_port=http_port,
                     log=directory / run_directory.LOG_FILE,

@@ -82,6 +82,12 @@ def _library() -> Callable[[], Tracing] | None:
     return OpenTelemetryTracing
 
 
+def headers_of(carrier: Mapping[str, Any]) -> dict[str, str]:
+    """The trace headers among a request's parameters, in lower case, as gRPC metadata has to be."""
+    given = {name.lower(): str(value) for name, value in carrier.items()}
+    return passed_on([given[PARENT]] if PARENT in given else [], [given[STATE]] if STATE in given else [])
+
+
 def passed_on(parents: Sequence[str], states: Sequence[str]) -> dict[str, str]:
     """The headers to go on with, of those that came; none if they are not what the standard says.
 

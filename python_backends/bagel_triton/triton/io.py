@@ -7,16 +7,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from bagel_triton.protocol.errors import BagelError, Cancelled, InvalidRequest, from_exception
-from bagel_triton.protocol.events import Event, StageStats, encode_event, encode_stats
-from bagel_triton.protocol.messages import Message, Pulse, decode, encode
+from bagel_triton.protocol.errors import BagelError, InvalidRequest, from_exception, from_text
+from bagel_triton.protocol.events import StageStats, encode_stats
+from bagel_triton.protocol.messages import Message, decode, encode
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.telemetry import tracing
@@ -26,7 +26,7 @@ M = TypeVar("M", bound=Message)
 TRITON_PARAMETERS = ("id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 Result = TypeVar("Result")
 CANCEL_POLL_S = 0.25
-_ASKING = threading.Lock()
+_CHECKING = threading.Lock()
 log = logging.getLogger(__name__)
 
 
@@ -125,6 +125,43 @@ def error_response(error: BaseException) -> Any:
     return pb_utils.InferenceResponse([], pb_utils.TritonError(typed.to_text(), code))
 
 
+def mapped(done: Future[Result], function: Callable[[Result], Arrays]) -> Future[Arrays]:
+    """``function`` of what ``done`` resolves to, or its error."""
+    arrays: Future[Arrays] = Future()
+
+    def resolve(done: Future[Result]) -> None:
+        try:
+            arrays.set_result(function(done.result()))
+        except Exception as error:
+            arrays.set_exception(error)
+
+    done.add_done_callback(resolve)
+    return arrays
+
+
+def model_call(model: str) -> Callable[..., Arrays]:
+    """Calls ``model`` of this server by BLS, from any thread; see :class:`ModelCall`.
+
+    Only unary calls: those of a decoupled model corrupt memory or deadlock (docs/architecture.md).
+    """
+
+    def call(
+        arrays: Arrays, outputs: Sequence[str], request_id: str, headers: Mapping[str, str] | None = None
+    ) -> Arrays:
+        answer = pb_utils.InferenceRequest(
+            model_name=model,
+            request_id=request_id,
+            inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
+            requested_output_names=list(outputs),
+        ).exec()
+        if answer.has_error():
+            raise from_text(answer.error().message())
+        # Copied: the tensors lie in memory that Triton takes back with the answer.
+        return {tensor.name(): tensor.as_numpy().copy() for tensor in answer.output_tensors()}
+
+    return call
+
+
 class Outbox:
     """Sends responses from a thread of its own, so that no engine waits for a client."""
 
@@ -146,34 +183,36 @@ class Outbox:
         while (send := self._sends.get()) is not None:
             try:
                 send()
-            except Exception:  # the client has gone; the others' responses still have to go out
+            except Exception:  # one client's stream is broken; the other responses still have to go out
                 log.warning("a response could not be sent", exc_info=True)
 
 
 class Reply:
-    """The answer to one request of a decoupled model: events, then exactly one final flag."""
+    """The answer to one request, sent after ``execute`` has returned.
+
+    A decoupled model sends any number of responses, then :meth:`finish` or :meth:`fail`;
+    every other model only the last of these, exactly once.
+    """
 
     def __init__(self, request: Any, outbox: Outbox) -> None:
         self.request_id: str = request.request_id()
         self._requested: frozenset[str] = frozenset(request.requested_output_names())
-        self.in_ensemble: bool = "pulse" in self._requested and "event" not in self._requested
-        self._pulse: Arrays = {}  # what every response to an ensemble carries, the last one too
         self._sender = request.get_response_sender()
         self._outbox = outbox
-        self._cancelled, self._asked_at = False, time.monotonic()
+        self._cancelled, self._checked_at = False, time.monotonic()
         self._ended, self._ending = False, threading.Lock()
 
-    def cancelled(self, at_most_s: float = CANCEL_POLL_S) -> bool:
-        """Whether the client has cancelled the request, as of at most ``at_most_s`` ago.
+    def cancelled(self) -> bool:
+        """Whether the client has cancelled the request, as of at most ``CANCEL_POLL_S`` ago.
 
-        Triton answers this from another process, over the queue that carries responses: it is
-        asked seldom, by one thread at a time, and not after the last response, with which it
-        forgets the request.
+        Triton answers this from another process, over the queue that also carries responses. So
+        one thread at a time asks, seldom, and not after the last response, when Triton has
+        forgotten the request.
         """
         now = time.monotonic()
-        if not self._cancelled and now - self._asked_at >= at_most_s:
-            self._asked_at = now
-            with self._ending, _ASKING:
+        if not self._cancelled and now - self._checked_at >= CANCEL_POLL_S:
+            self._checked_at = now
+            with self._ending, _CHECKING:
                 self._cancelled = not self._ended and bool(self._sender.is_cancelled())
         return self._cancelled
 
@@ -182,37 +221,39 @@ class Reply:
         if not self._requested or not self._requested.isdisjoint(arrays):
             self._outbox.put(lambda: self._sender.send(response(arrays, self._requested)))
 
-    def event(self, event: Event) -> None:
-        """An event, in the output ``event``."""
-        self.send({"event": bytes_array(encode_event(event))})
+    def end(self) -> None:
+        """End a stream of responses."""
+        self._end(lambda: ())
 
-    def pulsing(self, pulse: Pulse, taken: Callable[[], bool]) -> Callable[[], bool]:
-        """``cancelled`` for a step of an ensemble: a call sends ``pulse``, which is no answer, if it is ``taken``."""
-        self._pulse = {"pulse": message_array(pulse)}
-
-        def send() -> None:
-            if not self._ended:
-                self._sender.send(response(self._pulse))
-
-        def gone() -> bool:
-            if taken():
-                self._outbox.put(send)
-            return self.cancelled()
-
-        return gone
-
-    def finish(self, arrays: Arrays | None = None) -> None:
-        """The last response, with or without outputs."""
-        self._end(lambda: () if arrays is None else (response({**arrays, **self._pulse}, self._requested),))
+    def finish(self, arrays: Arrays) -> None:
+        """The last response, or the only one."""
+        self._end(lambda: (response(arrays, self._requested),))
 
     def fail(self, error: BaseException) -> None:
-        """An error as the last response; to an ensemble whose client has gone, none."""
+        """An error as the last response."""
         if not isinstance(error, BagelError):
             log.error("a request failed", exc_info=error)
-        if self.in_ensemble and isinstance(error, Cancelled):
-            self.finish()
-            return
         self._end(lambda: (error_response(error),))
+
+    def settle(self, done: Future[tuple[Result, StageStats]], outputs: Callable[[Result], Arrays]) -> None:
+        """Answer with the ``outputs`` of an engine's job and its times, or with its error."""
+
+        def with_stats(done: tuple[Result, StageStats]) -> Arrays:
+            result, stats = done
+            return {**outputs(result), "stats": bytes_array(encode_stats(stats))}
+
+        self.answer(mapped(done, with_stats))
+
+    def answer(self, arrays: Future[Arrays]) -> None:
+        """Answer with ``arrays`` when they are there, or with their error."""
+
+        def finish(done: Future[Arrays]) -> None:
+            if (error := done.exception()) is None:
+                self.finish(done.result())
+            else:
+                self.fail(error)
+
+        arrays.add_done_callback(finish)
 
     def _end(self, last: Callable[[], tuple[Any, ...]]) -> None:
         def send() -> None:
@@ -221,23 +262,3 @@ class Reply:
                 self._sender.send(*last(), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
         self._outbox.put(send)
-
-    def settle(self, done: Future[tuple[Result, StageStats]], outputs: Callable[[Result], Arrays]) -> None:
-        """Answer with what becomes of an engine's job."""
-
-        def with_stats(done: tuple[Result, StageStats]) -> Arrays:
-            result, stats = done
-            return {**outputs(result), "stats": bytes_array(encode_stats(stats))}
-
-        self.answer(done, with_stats)
-
-    def answer(self, done: Future[Result], outputs: Callable[[Result], Arrays]) -> None:
-        """Answer with ``outputs`` of what ``done`` resolves to, or with its error."""
-
-        def finish(future: Future[Result]) -> None:
-            try:
-                self.finish(outputs(future.result()))
-            except Exception as error:
-                self.fail(error)
-
-        done.add_done_callback(finish)

@@ -1,51 +1,49 @@
-"""What the Triton models of the stages have in common."""
+"""A stage as a Triton model: tickets for ``bagel``, one late answer for everybody else."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from bagel_triton.deploy.config import from_environment
-from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.engine.build import StageResources
 from bagel_triton.engine.loop import Job
 from bagel_triton.ipc import control_file as notices
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.protocol.events import Event
-from bagel_triton.protocol.messages import Pulse, SchedulingParams
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.telemetry.metric_defs import SUPERVISOR
-from bagel_triton.triton import client as triton_call
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.cancellation import DisconnectWatcher
 from bagel_triton.triton.metrics import TritonMetrics
-
-NEXT = {THINKER: DIT, DIT: DECODER}  # in the ensemble
+from bagel_triton.triton.tickets import Fetch, News, Poll, Submit, TicketAnswer, TicketStore, Work, decode_call
 
 
 class Engine(Protocol):
-    """What a stage model needs of its engine."""
+    """The part of an engine that a stage model uses."""
 
     lost: threading.Event
 
     def cancel(self, request_id: str) -> None:
-        """Drop what a request has here."""
+        """Abort a request's work here."""
 
     def drop(self, job: Job[Any, Any]) -> None:
-        """Drop this job."""
+        """Abort this job."""
 
     def close(self) -> None:
         """Stop."""
 
 
 class StageModel:
-    """A decoupled model around an engine: ``execute`` queues and returns.
+    """A model around an engine; ``execute`` never waits for the engine.
 
-    A model sets ``build`` and ``accept``. Every stage takes the optional BYTES input
-    ``cancel``, a request id to drop, and answers it with nothing but the final flag; so it
-    does a ``pulse`` that comes alone.
+    A call with the input ``ticket`` is answered at once: see :mod:`bagel_triton.triton.tickets`.
+    A call with ``abort``, a request's id, ends that request's work here. Any other call is a
+    job of its own and is answered when the engine is done, by Triton's response sender.
+
+    A model sets :meth:`build` and :meth:`work`, and :meth:`selftest` if it takes part in one.
     """
 
     engine: Any
@@ -55,84 +53,104 @@ class StageModel:
         triton_io.use_triton_log()
         self._outbox = triton_io.Outbox()
         config, name = from_environment(), args["model_name"]
-        self._name, self._shm_prefix = name, config.shm_prefix
-        heeds = name == config.control_model
-        self.metrics = TritonMetrics([name, *([SUPERVISOR] if heeds else [])])
-        parts = StageResources.open(config)
-        self.engine, self._weights = self.build(parts), parts.weights
-        self._departures = DisconnectWatcher(self.engine.drop)
+        controlled = name == config.control_model
+        self.metrics = TritonMetrics([name, *([SUPERVISOR] if controlled else [])])
+        resources = StageResources.open(config)
+        self.engine, self._weights = self.build(resources), resources.weights
+        self._disconnects = DisconnectWatcher(self.engine.drop)
+        self._tickets = TicketStore(self.engine.drop, liveness.holds_lock, config.shm_prefix)
         self._closing = threading.Event()
-        if heeds:
+        if controlled:
             notices.start_watching(config.shm_prefix, self.metrics, self._closing)
         end_with_parent()
         end_when(self.engine.lost)
         self._announcement = Announcement(config.shm_prefix, name)
 
     def build(self, parts: StageResources) -> Engine:
-        """This stage's engine, which tells ``self.metrics`` of its work."""
+        """This stage's engine, which reports to ``self.metrics``."""
         raise NotImplementedError
 
-    def accept(self, inputs: Arrays, reply: triton_io.Reply) -> None:
-        """Queue one request and arrange for its answer."""
+    def work(self, inputs: Arrays, request_id: str) -> Work:
+        """The job that ``inputs`` describe.
+
+        Raises:
+            InvalidRequest: they describe none.
+        """
         raise NotImplementedError
 
-    def work(
-        self, task: Any, request_id: str, inputs: Arrays, reply: triton_io.Reply, schedule: SchedulingParams
-    ) -> Any:
-        """The engine's job for ``task``, dropped when the client goes; its events go to a client that asked.
+    def selftest(self, inputs: Arrays) -> Future[Arrays]:
+        """This stage's part in the connector's self-test."""
+        raise NotImplementedError
 
-        Triton does not tell an ensemble's running step that its client has gone, only the steps
-        that it starts afterwards. So a running step makes it start one, time and again: its
-        ``pulse`` goes to the next stage, which sees whether the ensemble is cancelled (``_on_pulse``).
-        """
-        job = self.engine.submit(task, request_id, self.listener(inputs, reply), schedule)
-        gone: Callable[[], bool] = reply.cancelled
-        if reply.in_ensemble:
-            gone = reply.pulsing(Pulse(self._name, request_id), liveness.watch(self._shm_prefix, NEXT[self._name]))
-        self._departures.watch(job, gone)
-        return job
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request; None for one that is answered later."""
+        return [self._answer(request) for request in requests]
 
-    def _on_pulse(self, pulse: Pulse, reply: triton_io.Reply) -> None:
-        """Have the stage before drop its request, if the ensemble that passed on the pulse is cancelled."""
-        if reply.cancelled(0.0):
-            where = (triton_call.own_address(), pulse.stage, pulse.request_id)
-            threading.Thread(target=triton_call.drop, args=where).start()
-        reply.finish()
+    def _answer(self, request: Any) -> Any:
+        try:
+            inputs = triton_io.arrays_of(request)
+            if "ticket" in inputs:
+                return self._answer_ticket(inputs, request)
+            if "abort" in inputs:
+                self.engine.cancel(triton_io.text_of(inputs, "abort"))
+                return triton_io.response({})
+            if "selftest" in inputs:
+                tested = self.selftest(inputs)
+                triton_io.Reply(request, self._outbox).answer(tested)
+                return None
+            work = self.work(inputs, request.request_id())
+            job = self.engine.submit(work.task, work.request_id, _ignore, work.schedule)
+        except Exception as error:
+            return triton_io.error_response(error)
+        reply = triton_io.Reply(request, self._outbox)
+        self._disconnects.watch(job, reply.cancelled)
+        reply.settle(job.done, work.outputs)
+        return None
 
-    def listener(self, inputs: Arrays, reply: triton_io.Reply) -> Callable[[Event], None]:
-        """Where the engine's events go: to the client that set ``progress``, else nowhere.
+    def _answer_ticket(self, inputs: Arrays, request: Any) -> Any:
+        called = decode_call(bytes(inputs["ticket"].reshape(-1)[0]))
+        call, token = called.call, called.token
+        outputs: Arrays = {}
+        if isinstance(call, Poll):
+            return self._answer_poll(call, token, request)
+        if isinstance(call, Fetch):
+            outputs = self._tickets.fetch(call)
+        else:
+            self._submit(call, inputs, request.request_id())
+        ticket = {"ticket": triton_io.message_array(TicketAnswer(token))}
+        return triton_io.response({**ticket, **outputs}, request.requested_output_names())
 
-        An ensemble takes every response for the answer, so it must get no events.
-        """
-        wanted = "progress" in inputs and bool(inputs["progress"].reshape(-1)[0])
-        return reply.event if wanted else _ignore
+    def _submit(self, call: Submit, inputs: Arrays, request_id: str) -> None:
+        def start(progress: Any) -> tuple[Work, Job[Any, Any]]:
+            work = self.work(inputs, request_id)
+            return work, self.engine.submit(work.task, work.request_id, progress, work.schedule)
 
-    def execute(self, requests: list[Any]) -> None:
-        """Queue every request; answers follow from the engine."""
-        for request in requests:
+        self._tickets.submit(call, start)
+
+    def _answer_poll(self, call: Poll, token: int, request: Any) -> Any:
+        if call.wait_s:
             reply = triton_io.Reply(request, self._outbox)
-            try:
-                inputs = triton_io.arrays_of(request)
-                if "cancel" in inputs:
-                    self.engine.cancel(triton_io.text_of(inputs, "cancel"))
-                    reply.finish()
-                elif inputs.keys() == {"pulse"}:
-                    self._on_pulse(triton_io.message_of(inputs, "pulse", Pulse), reply)
-                else:
-                    self.accept(inputs, reply)
-            except Exception as error:
-                reply.fail(error)
+            self._tickets.poll(call, lambda news: reply.finish(_ticket(TicketAnswer(token, news))))
+            return None
+        told: list[News] = []
+        self._tickets.poll(call, told.append)
+        return triton_io.response(_ticket(TicketAnswer(token, told[0])))
 
     def finalize(self) -> None:
         """Stop the engine, then send the last answers."""
         self._closing.set()
-        self._departures.close()
+        self._disconnects.close()
         self.engine.close()
+        self._tickets.close()
         self._weights.close()
         self._outbox.close()
         self.metrics.close()
         self._announcement.withdraw()
 
 
+def _ticket(answer: TicketAnswer) -> Arrays:
+    return {"ticket": triton_io.message_array(answer)}
+
+
 def _ignore(event: Event) -> None:
-    """Nobody listens."""
+    """A direct client gets no events: it is answered once."""

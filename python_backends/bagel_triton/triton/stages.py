@@ -1,120 +1,129 @@
-"""The stages as ``bagel`` reaches them: models of its own Triton or of another, called over gRPC."""
+"""The stages as ``bagel`` reaches them: its own server's by BLS, another host's over gRPC."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.ipc import liveness
+from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.pipeline.stage_call import StageCall
-from bagel_triton.protocol.errors import Internal
-from bagel_triton.protocol.events import Stage, decode_event, decode_stats
-from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput, decode
+from bagel_triton.protocol.events import Stage, decode_stats
+from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput, decode, encode
 from bagel_triton.protocol.tensors import Array, Arrays
-from bagel_triton.triton import io as triton_io
-from bagel_triton.triton.client import RemoteModels, call, drop, own_address
+from bagel_triton.triton.client import RemoteModels
+from bagel_triton.triton.ticket_client import Doorbell, ModelCall, TicketClient
 
-Result = TypeVar("Result")
+# BLS calls that may wait at a time: these, and two for each stage with tickets. Triton has 32
+# threads for a model's BLS calls, which also send the model's own responses.
+EXPANDER_CALLS = 2
+
+
+class StageConnections:
+    """``bagel``'s way to every stage, shared by all requests.
+
+    Args:
+        bls: makes the unary call of a model of this server.
+        announcement: this process; a stage drops its tickets when it has died.
+        shm_prefix: the server's; its stages are announced under it.
+        remote: the stages of other hosts.
+    """
+
+    def __init__(
+        self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, remote: RemoteModels
+    ) -> None:
+        self._prefix, self._remote = shm_prefix, remote
+        self.expand_call = bls(EXPANDER)
+        self.expanding = ThreadPoolExecutor(EXPANDER_CALLS, "cfg_expand-calls")
+        self.stages = {stage: self._connect(stage, bls, announcement) for stage in (THINKER, DIT, DECODER)}
+
+    def _connect(self, stage: str, bls: Callable[[str], ModelCall], announcement: Announcement) -> TicketClient:
+        if stage in self._remote.addresses:
+            return TicketClient(self._remote.model_call(stage))
+        return TicketClient(bls(stage), Doorbell(self._prefix), announcement.lock_name)
+
+    def watch(self, stage: str) -> Callable[[], bool]:
+        """Whether ``stage`` has lived on since this call, when called."""
+        if stage in self._remote.addresses:
+            return self._remote.watch(stage)
+        return liveness.watch(self._prefix, stage)
+
+    def close(self, timeout_s: float) -> None:
+        """Stop; aborts that are queued get up to ``timeout_s`` seconds a stage."""
+        self.expanding.shutdown(wait=False, cancel_futures=True)
+        for client in self.stages.values():
+            client.close(timeout_s)
 
 
 class TritonStages:
-    """One request's way through the server; ``parent`` is its Triton request.
+    """The stages for one request; ``headers`` hold its trace context."""
 
-    ``shm_prefix`` is the server's: the stages' processes are announced under it, but for those
-    that ``remote`` has.
-    """
-
-    def __init__(self, parent: Any, shm_prefix: str, remote: RemoteModels) -> None:
-        self._shm_prefix, self._remote = shm_prefix, remote
-        self._address = own_address()
-        self._request_id: str = parent.request_id()  # the plan's, once there is a plan
+    def __init__(self, connections: StageConnections, request_id: str, headers: Mapping[str, str]) -> None:
+        self._connections, self._request_id, self._headers = connections, request_id, headers
 
     def expand(self, request: Arrays) -> StageCall[Plan]:
         """``cfg_expand``, with the client's own tensors."""
-        return self._visit(EXPANDER, request, ["plan"], _plan)
+        call: StageCall[Plan] = StageCall(EXPANDER, self._connections.watch(EXPANDER))
+
+        def run() -> None:
+            try:
+                arrays = self._connections.expand_call(request, ["plan", "stats"], self._request_id)
+                call.finish(decode(_bytes(arrays["plan"]), Plan), decode_stats(_bytes(arrays["stats"])))
+            except Exception as error:
+                call.fail(error)
+
+        self._connections.expanding.submit(run)
+        return call
 
     def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         """``thinker``, with text as it is decoded."""
-        self._request_id = plan.request_id
-        inputs = {"plan": triton_io.message_array(plan), "progress": np.array([True])}
-        return self._visit(THINKER, inputs, ["event", "thoughts"], _thoughts)
+
+        def result(arrays: Arrays) -> ThinkerOutput:
+            return decode(_bytes(arrays["thinker_output"]), ThinkerOutput)
+
+        return self._submit(THINKER, {"plan": _message(plan)}, ["thinker_output"], result, plan.request_id)
 
     def denoise(self, job: DenoiseJob) -> StageCall[list[Arrays]]:
         """``dit``, with progress."""
-        inputs = {"contexts": triton_io.message_array(job), "progress": np.array([True])}
-        return self._visit(DIT, inputs, ["event", "latents", "latent_grid"], _images)
+        outputs = ["latents", "latent_grid"]
+        return self._submit(DIT, {"denoise_job": _message(job)}, outputs, _split_latents, job.request_id)
 
     def decode(self, latents: Arrays, request_id: str) -> StageCall[Array]:
         """``vae_decode``."""
-        return self._visit(DECODER, latents, ["generated_image"], lambda arrays: arrays["generated_image"])
+        name = "generated_image"
+        return self._submit(DECODER, latents, [name], lambda arrays: arrays[name], request_id)
 
-    def abandon(self, request_id: str) -> None:
-        """Tell the stages that hold something: Triton does not pass a cancellation on."""
-        # A stage that died holds nothing any more, and a call of it would hang.
-        living = [stage for stage in (DECODER, DIT, THINKER) if self._watch(stage)()]
-        calls = [threading.Thread(target=drop, args=(self._at(stage), stage, request_id)) for stage in living]
-        for thread in calls:
-            thread.start()
-        for thread in calls:
-            thread.join()
+    def abort(self, request_id: str) -> None:
+        """Stop the request's work in every stage and revoke its leases."""
+        for client in self._connections.stages.values():
+            client.abort(request_id)
 
-    def _at(self, stage: str) -> str:
-        return self._remote.addresses.get(stage, self._address)
-
-    def _watch(self, stage: Stage) -> Callable[[], bool]:
-        if stage in self._remote.addresses:
-            return self._remote.watch(stage)
-        return liveness.watch(self._shm_prefix, stage)
-
-    def _visit(
+    def _submit(
         self,
         stage: Stage,
         inputs: Arrays,
-        outputs: list[str],
-        result: Callable[[Arrays], Result],
-    ) -> StageCall[Result]:
-        visit: StageCall[Result] = StageCall(stage, self._watch(stage))
-        address = self._at(stage)
-
-        def read() -> None:
-            answered = False
-            try:
-                names = [*outputs, "stats"]
-                for arrays in call(address, stage, inputs, names, self._request_id):
-                    if "stats" in arrays:
-                        stats = decode_stats(_bytes(arrays.pop("stats")))
-                        visit.finish(result(arrays), stats)
-                        answered = True
-                    elif "event" in arrays:
-                        visit.progress(decode_event(_bytes(arrays["event"])))
-                if not answered:
-                    visit.fail(Internal(f"{stage} ended without an answer"))
-            except Exception as error:
-                visit.fail(error)
-
-        # A thread, because a response of a stage that died never comes: the reader is
-        # given up then, not the request.
-        threading.Thread(target=read, daemon=True).start()
-        return visit
+        outputs: Sequence[str],
+        result: Callable[[Arrays], Any],
+        request_id: str,
+    ) -> StageCall[Any]:
+        call: StageCall[Any] = StageCall(stage, self._connections.watch(stage))
+        self._connections.stages[stage].submit(call, inputs, outputs, result, request_id, self._headers)
+        return call
 
 
 def _bytes(array: Array) -> bytes:
     return bytes(array.reshape(-1)[0])
 
 
-def _plan(arrays: Arrays) -> Plan:
-    return decode(_bytes(arrays["plan"]), Plan)
+def _message(message: Plan | DenoiseJob) -> Array:
+    return np.array([encode(message)], dtype=np.object_)
 
 
-def _thoughts(arrays: Arrays) -> ThinkerOutput:
-    return decode(_bytes(arrays["thoughts"]), ThinkerOutput)
-
-
-def _images(arrays: Arrays) -> list[Arrays]:
+def _split_latents(arrays: Arrays) -> list[Arrays]:
     """The latents of each image: they come stacked, [images * tokens, channels]."""
     rows, columns = arrays["latent_grid"].tolist()
     latents = arrays["latents"]
