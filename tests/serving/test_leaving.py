@@ -80,13 +80,12 @@ def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
     request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
     answer = generate(server.grpc, "cfg_expand", request)
     answer = infer(server.grpc, "thinker", {"plan": answer.last("plan")}, {"plan": "BYTES"})
-    contexts = triton.InferInput("denoise_job", [1], "BYTES")
-    contexts.set_data_from_numpy(answer.last("denoise_job"))
+    job = triton.InferInput("denoise_job", [1], "BYTES")
+    job.set_data_from_numpy(answer.last("denoise_job"))
     with cut_short(server, "dit"), triton.InferenceServerClient(server.grpc) as client:
-        client.start_stream(lambda result, error: None)
-        client.async_stream_infer("dit", [contexts])
+        call = client.async_infer("dit", [job], lambda result, error: None)
         until(server, "bagel_dit_active", 1)
-        client.stop_stream(cancel_requests=True)
+        call.cancel()
     until_idle(server)
 
 
@@ -98,31 +97,18 @@ def triton_inputs(request: GenerationRequest) -> list[triton.InferInput]:
     return inputs
 
 
-@contextlib.contextmanager
-def ensemble_call(server: Server, request: GenerationRequest) -> Iterator[None]:
-    """A call of the ensemble, cancelled when the block ends."""
-    with triton.InferenceServerClient(server.grpc) as client:
-        client.start_stream(lambda result, error: None)
-        client.async_stream_infer("bagel_text2img", triton_inputs(request))
-        yield
-        client.stop_stream(cancel_requests=True)
-
-
-def test_a_client_of_the_ensemble_that_leaves_stops_the_work(server: Server) -> None:
+def test_a_client_of_the_ensemble_that_leaves_is_noticed_when_the_next_stage_starts(server: Server) -> None:
+    images = server.gauge("bagel_images_total")
     request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
-    with cut_short(server, "dit"), ensemble_call(server, request):
-        until(server, "bagel_dit_active", 1)
-    until_idle(server)
-
-
-def test_a_client_of_the_ensemble_that_leaves_a_full_thinker_leaves_its_line(server: Server) -> None:
-    with connection(server, ENDLESS_TEXT), connection(server, ENDLESS_TEXT):  # one has nearly all the arena
-        until(server, "bagel_thinker_waiting", 1)
-        with ensemble_call(server, GenerationRequest(prompt="A cat", height=64, num_inference_steps=4)):
+    with triton.InferenceServerClient(server.grpc) as client:
+        with connection(server, ENDLESS_TEXT), connection(server, ENDLESS_TEXT):  # one has nearly all the arena
+            until(server, "bagel_thinker_waiting", 1)
+            call = client.async_infer("bagel_text2img", triton_inputs(request), lambda result, error: None)
             until(server, "bagel_thinker_waiting", 2)
-        until(server, "bagel_thinker_waiting", 1)
-        assert server.gauge("bagel_thinker_active") == 1, "its turn came"
-    until_idle(server)
+            call.cancel()
+            time.sleep(0.5)  # until Triton knows
+        until_idle(server)
+    assert server.gauge("bagel_images_total") == images
 
 
 def test_a_request_ends_at_its_timeout_and_its_work_with_it(server: Server) -> None:

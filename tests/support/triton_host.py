@@ -35,8 +35,9 @@ def triton_host(
     directory: Path,
     address: str = ports.LOOPBACK,
     prefix: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> Iterator[TritonHost]:
-    """Serve ``models`` at ``address``; ``prefix`` is a command to run the server by."""
+    """Serve ``models`` at ``address``; ``prefix`` is a command to run the server by, ``options`` are its own."""
     directory.mkdir()
     http, grpc, metrics = ports.choose({"http": 0, "grpc": 0, "metrics": 0}).values()
     with shared_memory.SharedMemoryPrefix() as shared:
@@ -55,7 +56,7 @@ def triton_host(
         command = [part.replace(f"address={ports.LOOPBACK}", f"address={address}") for part in command]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*prefix, *command], env=server.environment(settings), stdout=output, stderr=subprocess.STDOUT
+                [*prefix, *command, *options], env=server.environment(settings), stdout=output, stderr=subprocess.STDOUT
             )
         try:
             _wait(process, f"http://{address}:{http}", models, log)

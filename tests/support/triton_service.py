@@ -35,18 +35,17 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             index.models.add(name=model, state=states.get(model, ""))
         return index
 
-    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        """The answer of each request's model; nothing where there is none."""
-        for request in requests:
-            self.asked.append((request.model_name, request.raw_input_contents[0][4:].decode()))
-            answer = self.answers.get(request.model_name)
-            if isinstance(answer, ValueError):
-                yield service_pb2.ModelStreamInferResponse(error_message=str(answer))
-            elif answer is not None:
-                response = service_pb2.ModelInferResponse(model_name=request.model_name)
-                response.outputs.add(name="selftest", datatype="BYTES", shape=[1])
-                response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer.encode())
-                yield service_pb2.ModelStreamInferResponse(infer_response=response)
+    def ModelInfer(self, request: Any, context: Any) -> Any:
+        """The model's answer; one without outputs where the test has none."""
+        self.asked.append((request.model_name, request.raw_input_contents[0][4:].decode()))
+        answer = self.answers.get(request.model_name)
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        if isinstance(answer, ValueError):
+            context.abort(grpc.StatusCode.UNAVAILABLE, str(answer))
+        elif answer is not None:
+            response.outputs.add(name="selftest", datatype="BYTES", shape=[1])
+            response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer.encode())
+        return response
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def _load(tmp_path: Path, text: str) -> DeployConfig:
 
 def test_the_first_stages_server_calls_the_others_and_has_no_ensemble(tmp_path: Path) -> None:
     config = on_this_host(_load(tmp_path, TWO), 0)
-    assert config.models == ("cfg_expand", "thinker", "bagel")
+    assert config.models == ("cfg_expand", "thinker", "bagel", "bagel_infer")
     assert config.remote == {"dit": "127.0.0.2:8001", "vae_decode": "127.0.0.2:8001"}
     assert config.own_address is None
     config.write(tmp_path / "written.yaml")

@@ -44,7 +44,7 @@ def test_a_dit_elsewhere_is_asked_there(triton: TritonService, address: str) -> 
 
 def test_a_stages_error_is_the_reason_given(triton: TritonService, address: str) -> None:
     triton.answers["dit"] = ValueError("LeaseError(): read 3 of 240 numbers wrong")
-    with pytest.raises(StageUnavailable, match=r"self-test failed at dit: LeaseError\(\): read 3 of 240 numbers wrong"):
+    with pytest.raises(StageUnavailable, match="self-test failed at dit: read 3 of 240 numbers wrong"):
         _check(address)
 
 
@@ -55,11 +55,13 @@ def test_an_answer_without_a_lease_fails(triton: TritonService, address: str) ->
 
 
 def test_nothing_there_fails() -> None:
-    with pytest.raises(StageUnavailable, match="self-test failed at thinker: UNAVAILABLE"):
+    with pytest.raises(
+        StageUnavailable, match=r"failed at thinker: Triton at 127\.0\.0\.1:1 cannot be reached: UNAVAILABLE"
+    ):
         _check("127.0.0.1:1")
 
 
 def test_no_answer_fails(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connector_test, "TIMEOUT_S", 0.0)
-    with pytest.raises(StageUnavailable, match="self-test failed at thinker: it was silent for 0 s"):
+    with pytest.raises(StageUnavailable, match=r"self-test failed at thinker: .* DEADLINE_EXCEEDED"):
         _check(address)

@@ -12,6 +12,7 @@ THINKER: Final = "thinker"
 DIT: Final = "dit"
 DECODER: Final = "vae_decode"
 ORCHESTRATOR: Final = "bagel"
+UNARY: Final = "bagel_infer"
 ENSEMBLE: Final = "bagel_text2img"
 
 
@@ -63,7 +64,7 @@ class Topology:
 
         An ensemble's models must be in its own Triton, so none has that.
         """
-        return (*self.stages[stage_id].models, *((ORCHESTRATOR,) if stage_id == 0 else ()))
+        return (*self.stages[stage_id].models, *((ORCHESTRATOR, UNARY) if stage_id == 0 else ()))
 
     @property
     def think_by_default(self) -> bool:
@@ -80,7 +81,7 @@ class Topology:
 def _two_stages(name: str, sends_kv: KVSent) -> Topology:
     thinker = StageSpec(0, "thinker", "autoregressive", (EXPANDER, THINKER), (), True, sends_kv)
     dit = StageSpec(1, "dit", "diffusion", (DIT, DECODER), (0,))
-    return Topology(name, (thinker, dit), (ORCHESTRATOR, ENSEMBLE))
+    return Topology(name, (thinker, dit), (ORCHESTRATOR, UNARY, ENSEMBLE))
 
 
 BAGEL = _two_stages("bagel", "prefill_finished")

@@ -85,12 +85,12 @@ class TritonServer:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             return getattr(stub, method)(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            text = f"{self._address}: {error.details()}"
-            typed = from_text(text)
+            typed = from_text(f"{self._address}: {error.details()}")
             if not isinstance(typed, Internal) or error.code() not in _UNREACHABLE:
                 raise typed from error
             self._replace(channel)
-            raise StageUnavailable(text) from error
+            reason = f"{error.code().name}: {error.details()}"
+            raise StageUnavailable(f"Triton at {self._address} cannot be reached: {reason}") from error
         except ValueError as error:  # another thread has just closed the channel
             raise StageUnavailable(f"{self._address}: {error}") from error
 

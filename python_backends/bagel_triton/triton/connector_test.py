@@ -34,4 +34,6 @@ async def _ask(address: str, model: str, text: str) -> str:
         raise StageUnavailable(f"the KV connector's self-test failed at {model}: {error.message}") from error
     finally:
         server.close()
+    if FIELD not in answer:
+        raise StageUnavailable(f"the KV connector's self-test failed at {model}: it answered nothing")
     return bytes(answer[FIELD].reshape(-1)[0]).decode()

@@ -1,0 +1,162 @@
+"""The models that follow a request through the stages: ``bagel`` and ``bagel_infer``."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bagel_triton.deploy.config import from_environment
+from bagel_triton.ipc import control_file
+from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
+from bagel_triton.pipeline.in_flight import InFlight
+from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
+from bagel_triton.protocol.errors import Cancelled, StageUnavailable, from_exception
+from bagel_triton.protocol.events import Event, PartialImageEvent, ProgressEvent, TextEvent, encode_event
+from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.tensors import Arrays, from_tensors
+from bagel_triton.telemetry import tracing
+from bagel_triton.telemetry.metric_defs import CATALOGUE, SUPERVISOR
+from bagel_triton.telemetry.metrics import NoMetrics
+from bagel_triton.telemetry.spans import Span
+from bagel_triton.triton import io as triton_io
+from bagel_triton.triton.client import RemoteModels
+from bagel_triton.triton.metrics import TritonMetrics
+from bagel_triton.triton.stages import StageConnections, TritonStages
+
+LAST_S = 0.5  # for requests that are told to end
+STREAM = "stream"  # the input by which a client of ``bagel`` asks for one response
+
+
+class Orchestrator:
+    """Chains the stages, which are other models, or engines in this process where the topology has but one.
+
+    A thread follows each request: that is waiting for a stage, a client that may leave and a
+    deadline, which a thread does plainly. ``max_inflight`` bounds the threads.
+
+    With ``streams``, a decoupled model: a response for every event, unless the request's
+    ``stream`` is false. Otherwise, and then, all events and images come in one response.
+    """
+
+    streams = True
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Connect to the stages; nothing is loaded here, unless everything is."""
+        triton_io.use_triton_log()
+        self._outbox, config = triton_io.Outbox(), from_environment()
+        one_process = config.topology.one_process
+        own = tuple(CATALOGUE) if one_process else [args["model_name"], SUPERVISOR]
+        # Two models cannot share a metric of Triton's; of a unary one, Triton's own count whole requests.
+        self._metrics = TritonMetrics(own) if self.streams else None
+        self._config, self._local = config.bagel, None
+        if one_process:
+            from bagel_triton.pipeline.local import LocalStages  # otherwise this process needs no torch
+
+            self._local = LocalStages(config, self._metrics)
+            for engine in (self._local.thinker, self._local.dit, self._local.decoder):
+                end_when(engine.lost)
+        self._tracing = tracing.from_environment()
+        self._closing = threading.Event()
+        self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
+        control_file.start_watching(config.shm_prefix, self._metrics or _NoCounters(), self._closing)
+        end_with_parent()
+        self._announcement = Announcement(config.shm_prefix, args["model_name"])
+        self._remote = RemoteModels(config.remote)
+        self._connections = None
+        if not one_process:
+            here = triton_io.model_call, self._announcement, config.shm_prefix
+            self._connections = StageConnections(*here, self._remote)
+
+    def execute(self, requests: list[Any]) -> list[None] | None:
+        """Follow every request from a thread of its own."""
+        for request in requests:
+            reply = triton_io.Reply(request, self._outbox)
+            threading.Thread(target=self._follow, args=(request, reply), daemon=True).start()
+        return None if self.streams else [None] * len(requests)
+
+    def _follow(self, request: Any, reply: triton_io.Reply) -> None:
+        started, status = time.monotonic(), 200
+        metrics = self._metrics or NoMetrics()
+        try:
+            with self._tracing.request(triton_io.parameters_of(request)) as span, self._in_flight:
+                span.set_attributes({"request_id": reply.request_id} if reply.request_id else {})
+                self._answer(request, reply, span)
+            metrics.observe("request_seconds", time.monotonic() - started)
+        except Exception as caught:
+            ends = isinstance(caught, Cancelled) and self._closing.is_set()
+            error = StageUnavailable("the server is stopping") if ends else caught
+            reply.fail(error)
+            status = from_exception(error).http_status
+        metrics.count("requests", status=str(status))
+
+    def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
+        triton_io.refuse_parameters(request, REQUEST_FIELDS)
+        inputs: Any = triton_io.arrays_of(request)
+        streams = bool(inputs.pop(STREAM, np.array([True])).reshape(-1)[0]) and self.streams
+        stages: Any = self._local
+        if self._connections is not None:
+            headers = tracing.headers_of(triton_io.parameters_of(request))
+            stages = TritonStages(self._connections, reply.request_id, headers)
+        else:
+            inputs = from_tensors(inputs)
+        pipeline: Pipeline[Any, Any, Any] = Pipeline(stages, self._config.stage_timeout_s)
+        items = pipeline.run(inputs, lambda: self._gone(reply), span)
+        if not streams:
+            reply.finish(one_response(items))
+            return
+        for item in items:
+            reply.send(_response(item))
+        reply.end()
+
+    def _gone(self, reply: triton_io.Reply) -> bool:
+        return self._closing.is_set() or reply.cancelled()
+
+    def finalize(self) -> None:
+        """End what is in flight; the last errors and spans still go out."""
+        self._closing.set()
+        self._in_flight.drain(LAST_S)
+        if self._connections is not None:
+            self._connections.close(LAST_S)
+        self._remote.close()
+        if self._local:
+            self._local.close()
+        self._outbox.close()
+        self._tracing.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._announcement.withdraw()
+
+
+def _response(item: Event | GeneratedImage[Any]) -> Arrays:
+    if isinstance(item, GeneratedImage):
+        event = triton_io.bytes_array(encode_event(item.event))
+        return {"event": event, "generated_image": np.asarray(item.pixels)}
+    return {"event": triton_io.bytes_array(encode_event(item))}
+
+
+def one_response(items: Iterator[Event | GeneratedImage[Any]]) -> Arrays:
+    """A whole request in one response: its lasting events, and the images below each other.
+
+    ``event`` [events] has no progress, previews or pieces of texts: the answers have the texts whole.
+    ``generated_image`` is uint8 [images * height, width, 3].
+    """
+    events, images = [], []
+    for item in items:
+        event = item.event if isinstance(item, GeneratedImage) else item
+        if isinstance(event, ProgressEvent | TextEvent | PartialImageEvent):
+            continue
+        events.append(encode_event(event))
+        if isinstance(item, GeneratedImage):
+            images.append(np.asarray(item.pixels))
+    arrays: Arrays = {"event": np.array(events, dtype=np.object_)}
+    if images:
+        arrays["generated_image"] = np.concatenate(images)
+    return arrays
+
+
+class _NoCounters:
+    def count_up_to(self, name: str, total: int, **labels: str) -> None:
+        """The model ``bagel`` counts."""
