@@ -25,6 +25,7 @@ from bench import (
     prefix_reuse_speedup,
     serve_overhead,
     shared_memory,
+    stage_hop,
 )
 from bench.figure import Figure, table
 from bench.setting import CHECKPOINT, Setting, ensure_checkpoint
@@ -36,6 +37,7 @@ BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "prefix_reuse_speedup": prefix_reuse_speedup.run,
     "serve_overhead": serve_overhead.run,
     "perf_analyzer": perf_analyzer.run,
+    "stage_hop": stage_hop.run,
     "kv_handoff": shared_memory.run_kv_handoff,
     "weight_sharing": shared_memory.run_weight_sharing,
 }

@@ -1,4 +1,4 @@
-"""``perf_analyzer``: Triton's load generator on ``bagel_text2img``, and on ``bagel`` with its stream of events."""
+"""``perf_analyzer``: Triton's load generator on both unary models, and on ``bagel`` with its stream of events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.setting import Setting
 
 NAME = "perf_analyzer"
 CONCURRENCY = (1, 2, 4, 8)
-MODELS = ("bagel_text2img", "bagel")
+MODELS = {"bagel_text2img": (), "bagel_infer": (), "bagel": ("--streaming",)}
 SIDE, STEPS = 128, 10
 REQUESTS = 16
 
@@ -44,7 +44,17 @@ def _measured(
     with tempfile.TemporaryDirectory(prefix="bagel_triton_") as folder:
         load, report = Path(folder) / "load.json", Path(folder) / "report.csv"
         load.write_text(json.dumps({"data": [request]}))
-        options = ["-i", "grpc", "--streaming", "-u", server.address("Triton gRPC"), "--input-data", load, "-f", report]
+        options = [
+            "-i",
+            "grpc",
+            *MODELS[model],
+            "-u",
+            server.address("Triton gRPC"),
+            "--input-data",
+            load,
+            "-f",
+            report,
+        ]
         counts = ["--concurrency-range", str(at_once), "--request-count", str(max(requests, 2 * at_once))]
         command = [str(part) for part in (analyzer.program, "-m", model, *options, *counts)]
         done = subprocess.run(command, env=analyzer.environment, capture_output=True, text=True, check=False)
