@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self.ready: set[str] = set()
         self.unloaded: set[str] = set()
         self.answers: dict[str, str | ValueError] = {}
+        self.answers_after_s = 0.0
         self.asked: list[tuple[str, str]] = []
 
     def ModelReady(self, request: Any, context: Any) -> Any:
@@ -38,6 +40,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
     def ModelInfer(self, request: Any, context: Any) -> Any:
         """The model's answer; one without outputs where the test has none."""
         self.asked.append((request.model_name, request.raw_input_contents[0][4:].decode()))
+        time.sleep(self.answers_after_s)
         answer = self.answers.get(request.model_name)
         response = service_pb2.ModelInferResponse(model_name=request.model_name)
         if isinstance(answer, ValueError):

@@ -61,7 +61,8 @@ def test_nothing_there_fails() -> None:
         _check("127.0.0.1:1")
 
 
-def test_no_answer_fails(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connector_test, "TIMEOUT_S", 0.0)
+def test_no_answer_fails(triton: TritonService, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connector_test, "TIMEOUT_S", 0.1)
+    triton.answers_after_s = 0.5
     with pytest.raises(StageUnavailable, match=r"self-test failed at thinker: .* DEADLINE_EXCEEDED"):
         _check(address)
