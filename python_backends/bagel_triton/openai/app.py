@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
-from bagel_triton.openai import completions, health, models, page, request_id
+from bagel_triton.openai import completions, health, images, models, page, request_id
 from bagel_triton.openai.address_rules import AllowedSources
 from bagel_triton.openai.auth import ApiKeys
 from bagel_triton.openai.endpoint import Api
@@ -23,7 +23,9 @@ from bagel_triton.openai.image_source import ImageLoader
 from bagel_triton.openai.settings import HttpOptions, ProxySettings
 from bagel_triton.triton.async_client import Client, TritonClient
 
-PAGE_PATHS, PAGE_PREFIXES = ("/",), ("/page/",)  # the page holds no secret and asks for the key itself
+# Open without a key: the page holds no secret and asks for the key itself, and the name of a
+# generated file cannot be guessed.
+OPEN_PATHS, OPEN_PREFIXES = ("/", *health.OPEN_PATHS), ("/page/", images.FILES)
 
 
 def create_app(settings: ProxySettings, client: Client | None = None, remote: RemoteImages | None = None) -> Starlette:
@@ -33,6 +35,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
     api, metrics = Api(settings, client or TritonClient(settings), source), HttpMetrics()
     routes: list[BaseRoute] = [
         *completions.routes(api),
+        *images.routes(api),
         *models.routes(api),
         *health.routes(api, metrics),
         *page.routes(),
@@ -71,5 +74,5 @@ def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
             )
         )
     if options.api_keys:
-        around.append(Middleware(ApiKeys, options.api_keys, (*health.OPEN_PATHS, *PAGE_PATHS), PAGE_PREFIXES))
+        around.append(Middleware(ApiKeys, options.api_keys, OPEN_PATHS, OPEN_PREFIXES))
     return around

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bagel_triton.openai.image_source import ImageLoader, ImageUrl
+from bagel_triton.openai.image_source import ImageLoader, ImageUpload, ImageUrl
 from bagel_triton.openai.reply import ImageReply, ReplyOptions
 from bagel_triton.openai.schema import ChatBody, ChatMessage, ImagePart
 from bagel_triton.protocol.errors import InvalidRequest
@@ -28,7 +28,7 @@ class Task:
 
     modality: Modality
     turns: tuple[Turn, ...]
-    images: tuple[ImageUrl, ...]
+    images: tuple[ImageUrl | ImageUpload, ...]
     fields: dict[str, Any]
     written: dict[str, str]
 

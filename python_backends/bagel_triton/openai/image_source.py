@@ -28,6 +28,14 @@ class ImageUrl:
     param: str
 
 
+@dataclass(frozen=True)
+class ImageUpload:
+    """An encoded image that came in the body itself, in the field ``param``."""
+
+    data: bytes
+    param: str
+
+
 class ImageLoader:
     """Loads encoded images: ``data:`` URLs, and remote ones unless ``remote`` is None.
 
@@ -37,7 +45,7 @@ class ImageLoader:
     def __init__(self, remote: RemoteImages | None) -> None:
         self._remote = remote
 
-    async def load(self, images: Sequence[ImageUrl]) -> tuple[bytes, ...]:
+    async def load(self, images: Sequence[ImageUrl | ImageUpload]) -> tuple[bytes, ...]:
         """The encoded bytes of each image, in order.
 
         Raises:
@@ -50,7 +58,9 @@ class ImageLoader:
             for load in loads:
                 load.cancel()
 
-    async def _load(self, image: ImageUrl) -> bytes:
+    async def _load(self, image: ImageUrl | ImageUpload) -> bytes:
+        if isinstance(image, ImageUpload):
+            return image.data
         url = image.url.strip()
         scheme, colon, rest = url.partition(":")
         if colon and scheme.lower() == "data":

@@ -121,3 +121,12 @@ NOOP: dict[str, dict[str, Noop]] = {
     "image_url": {},
     "stream_options": {"continuous_usage_stats": Noop((False,), "use include_usage")},
 }
+_STILL = "images are still and made of pixels: leave it out, or take png, jpeg or webp as output_format"
+# The images endpoints: what has no effect in a chat has none there.
+IGNORED["images"] = IGNORED["body"]
+NOOP["images"] = NOOP["body"] | {
+    "svg": Noop((), _STILL),
+    "frame_count": Noop((1,), _STILL),
+    "frame_duration_ms": Noop((), _STILL),
+    "complexity": Noop((), "think=true plans the image first; num_inference_steps sets the effort of drawing it"),
+}

@@ -187,13 +187,15 @@ class TokenLogprob(Message, frozen=True, omit_defaults=True):
 class Usage(Message, frozen=True):
     """Token counts: the context a request brought, text and latents it made.
 
-    ``reasoning_tokens`` are those of ``text_tokens`` that were thinking.
+    ``reasoning_tokens`` are those of ``text_tokens`` that were thinking, ``prompt_image_tokens``
+    those of ``prompt_tokens`` that stand for images.
     """
 
     prompt_tokens: Index = 0
     text_tokens: Index = 0
     image_tokens: Index = 0
     reasoning_tokens: Index = 0
+    prompt_image_tokens: Index = 0
 
 
 class Plan(Message, frozen=True):

@@ -106,7 +106,7 @@ class RequestPlanner:
         return Plan(
             request_id=request_id,
             branches=tuple(branches),
-            usage=Usage(prompt_tokens=self._count((*gen, *negative)), image_tokens=latents * flow.num_images),
+            usage=msgspec.structs.replace(self._usage((*gen, *negative)), image_tokens=latents * flow.num_images),
             flow=flow,
             decoding=self._decoding(request, "image") if request.think else None,
         )
@@ -117,7 +117,7 @@ class RequestPlanner:
         opening = self._opening(THINK_BEFORE_ANSWER, request.think)
         segments: tuple[Segment, ...] = (*opening, *conversation.segments)
         decoding = self._decoding(request, "text")
-        usage = Usage(prompt_tokens=self._count(segments))
+        usage = self._usage(segments)
         if conversation.continues:
             segments, decoding = _continued(segments, decoding)
         branches = (BranchPlan(Branch.GEN, segments),)
@@ -130,6 +130,11 @@ class RequestPlanner:
 
     def _decoding(self, request: GenerationRequest, wanted: Modality) -> Decoding:
         return resolve_decoding(request, self._tokenizer.start, wanted, self._config.language.vocab_size)
+
+    def _usage(self, segments: Sequence[Segment]) -> Usage:
+        """The tokens of a prompt."""
+        images = [segment for segment in segments if not isinstance(segment, TextSegment)]
+        return Usage(prompt_tokens=self._count(segments), prompt_image_tokens=self._count(images))
 
     def _count(self, segments: Sequence[Segment]) -> int:
         return sum(segment_tokens(segment, self._config) for segment in segments)

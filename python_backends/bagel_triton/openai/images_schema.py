@@ -1,0 +1,292 @@
+"""The bodies of the images endpoints: JSON, or a form with files."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+
+from pydantic import BeforeValidator, Field, ValidationError
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from bagel_triton.openai.image_encode import Format
+from bagel_triton.openai.image_source import ImageUpload, ImageUrl
+from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
+from bagel_triton.openai.schema import GenerationFields, StrictModel, to_object
+from bagel_triton.protocol.errors import InvalidRequest, format_value
+from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_INPUT_IMAGES, REQUEST_FIELDS
+
+Images = tuple[ImageUrl | ImageUpload, ...]
+B = TypeVar("B", bound="ImagesBody")
+MAX_FORM_FIELDS = 100
+MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
+_CONVERSATION = ("prompt", "image", "messages", "modality")
+_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
+
+
+class ImagesBody(GenerationFields):
+    """The fields that both endpoints have. ``null`` means not given."""
+
+    place: ClassVar[str] = "images"
+    prompt: str = Field(description="What to draw, or how to edit the images.")
+    model: str | None = None
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16; or auto.")
+    output_format: Format | None = Field(None, description="The file format of the images. Default: png")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of a jpeg or webp, 0 to 100. Default: 100"
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="The image itself, or a URL of this server that works for a few minutes. Default: b64_json"
+    )
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
+        None, description="Accepted without effect: num_inference_steps sets the quality."
+    )
+    background: Literal["auto", "opaque"] | None = Field(None, description="Images are opaque.")
+    style: Literal["vivid", "natural"] | None = Field(
+        None, description="Accepted without effect: describe the style in the prompt."
+    )
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="Accepted without effect: nothing is moderated."
+    )
+    stream: bool | None = Field(None, description="Server-sent events instead of one reply.")
+
+    @property
+    def reported_quality(self) -> str | None:
+        """``quality`` as a reply has it; None for a value that names none."""
+        return self.quality if self.quality in ("low", "medium", "high", "xhigh", "max") else None
+
+    @property
+    def file_format(self) -> Format:
+        return self.output_format or "png"
+
+    @property
+    def compression(self) -> int:
+        return 100 if self.output_compression is None else self.output_compression
+
+    def generation_fields(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The given fields of ``GenerationRequest``, and the names they have in the body.
+
+        Raises:
+            InvalidRequest: a field is given by two names, or ``size`` is no size.
+        """
+        fields: dict[str, Any] = {}
+        written = {"messages[0].content": "prompt", "messages": "prompt"}
+
+        def give(name: str, value: Any, alias: str) -> None:
+            if value is None or value == () or value == {}:
+                return
+            if name in fields:
+                raise InvalidRequest(f"{written[name]} and {alias} are both given; allowed: one of them", alias)
+            fields[name], written[name] = value, alias
+
+        for alias, name in _NAMES.items():
+            give(name, getattr(self, alias), alias)
+        if (sides := parse_size(self.size)) is not None:
+            for name, side in zip(("width", "height"), sides, strict=True):
+                give(name, side, "size")
+        return fields, written
+
+
+class EditsBody(ImagesBody):
+    """The body of an edit: its images are not here but beside it, whatever they came as."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="Accepted without effect: the model always sees the images in full."
+    )
+
+
+class ImageLink(StrictModel):
+    """An image by its URL, as JSON edits have it."""
+
+    place: ClassVar[str] = "image_url"
+    image_url: str
+
+
+def _to_link(value: Any) -> Any:
+    """A plain text is the URL, and so is a chat part's ``{"url": ...}``."""
+    if isinstance(value, dict) and isinstance(value.get("image_url"), dict):
+        value = value["image_url"]
+    if isinstance(value, dict) and "file_id" in value:
+        raise not_allowed("image_url: this server keeps no files")
+    if isinstance(value, dict) and "url" in value:
+        value = value["url"]
+    return {"image_url": value} if isinstance(value, str) else value
+
+
+Link = Annotated[ImageLink, BeforeValidator(_to_link)]
+
+
+def _to_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class JsonEditsBody(EditsBody):
+    """An edit as JSON: its images are URLs."""
+
+    image: Annotated[list[Link], Field(max_length=MAX_INPUT_IMAGES, fail_fast=True), BeforeValidator(_to_list)] = Field(
+        [], description="A data: or https: URL, or a list of them."
+    )
+    images: Annotated[list[Link], Field(max_length=MAX_INPUT_IMAGES, fail_fast=True), BeforeValidator(_to_list)] = (
+        Field([], description="The same under the other name it has.")
+    )
+
+
+def parse_size(size: str | None, param: str = "size") -> tuple[int, int] | None:
+    """(width, height) of ``size``; None where it is ``auto`` or not given.
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    if size is None or size.strip() in ("auto", ""):
+        return None
+    found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", size.strip())
+    if found is None:
+        allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
+        raise InvalidRequest.value(param, size, allowed)
+    return int(found[1]), int(found[2])
+
+
+def parse_generation(data: bytes) -> ImagesBody:
+    """The JSON body of a generation.
+
+    Raises:
+        InvalidRequest: names the field that is not allowed.
+    """
+    return _checked(ImagesBody, to_object(data))
+
+
+def parse_json_edit(data: bytes) -> tuple[EditsBody, Images]:
+    """The JSON body of an edit and its images.
+
+    Raises:
+        InvalidRequest: names the field that is not allowed.
+    """
+    body = _checked(JsonEditsBody, to_object(data))
+    if body.image and body.images:
+        raise InvalidRequest("image and images are both given; allowed: one of them", "images")
+    name, links = ("image", body.image) if body.image else ("images", body.images)
+    return body, _enough([ImageUrl(link.image_url, f"{name}[{index}]") for index, link in enumerate(links)])
+
+
+async def parse_form(headers: Headers, stream: AsyncGenerator[bytes, None]) -> tuple[EditsBody, Images]:
+    """The form of an edit and its images.
+
+    Raises:
+        InvalidRequest: no such form, or names the field that is not allowed.
+    """
+    parser = _FormParser(
+        headers, stream, max_files=MAX_INPUT_IMAGES + 1, max_fields=MAX_FORM_FIELDS, max_part_size=MAX_FORM_TEXT
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:
+        raise InvalidRequest(f"the body is not a form: {getattr(error, 'message', error)}") from error
+    try:
+        return await _from_form(form)
+    finally:
+        await form.close()
+
+
+async def _from_form(form: FormData) -> tuple[EditsBody, Images]:
+    images: list[ImageUrl | ImageUpload] = []
+    texts: dict[str, list[str]] = {}
+    for written, value in form.multi_items():
+        name = re.sub(r"\[\d*\]$", "", written)  # image[], image[0]
+        is_image = name in ("image", "images")
+        if isinstance(value, UploadFile):
+            if not is_image:
+                raise _no_file(name)
+            images.append(ImageUpload(await value.read(), f"image[{len(images)}]"))
+        elif is_image:
+            images.append(ImageUrl(value, f"image[{len(images)}]"))
+        else:
+            texts.setdefault(name, []).append(value)
+    return _checked(EditsBody, _from_texts(texts)), _enough(images)
+
+
+class _FormParser(MultiPartParser):
+    """Keeps files in memory: they are bounded by the body's limit, and a disk is slower than what reads them."""
+
+    spool_max_size = sys.maxsize
+
+
+def _no_file(name: str) -> InvalidRequest:
+    if name in ("mask", "markup"):
+        return refuse_mask(name)
+    return InvalidRequest(f"{name} is a file; allowed as files: image", name)
+
+
+def refuse_mask(name: str) -> InvalidRequest:
+    """The error for a mask: what the model cannot do, and what to do instead."""
+    return InvalidRequest(
+        f"{name} is not supported: this model edits by instruction, over the whole image; "
+        "say in the prompt what to change and where, or put the unchanged part back afterwards",
+        name,
+    )
+
+
+def _from_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A form's fields with the types that JSON would have given them; an empty one that is no text is not given."""
+    body: dict[str, Any] = {}
+    for name, values in texts.items():
+        kinds = _kinds(name)
+        if tuple in kinds and (len(values) > 1 or not values[0].lstrip().startswith("[")):
+            body[name] = [_scalar(value) if str not in kinds else value for value in values]
+        elif len(values) > 1:
+            raise InvalidRequest(f"{name} is given {len(values)} times; allowed: once", name)
+        elif str in kinds and tuple not in kinds:
+            body[name] = values[0]
+        elif values[0].strip():
+            body[name] = _scalar(values[0])
+    return body
+
+
+def _kinds(name: str) -> set[type]:
+    """The types that the field ``name`` takes; a field that nobody knows is a text."""
+    if name == "stop":
+        return {tuple, str}
+    if name in ("stream", "output_compression"):
+        return {int}
+    annotation = FIELD_TYPES.get(FIELD_ALIASES.get(name, name))
+    if annotation is None or name not in EditsBody.model_fields:
+        return {str}
+    kinds = {getattr(kind, "__origin__", kind) for kind in get_args(annotation)}
+    return {str} if str in kinds else kinds
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.lower() == "true" if text.lower() in ("true", "false") else text
+
+
+def _checked(model: type[B], fields: dict[str, Any]) -> B:
+    for name in ("mask", "markup", "input_image_mask"):
+        if fields.get(name) is not None:
+            raise refuse_mask(name)
+    try:
+        body = model.model_validate(fields)
+    except ValidationError as error:
+        raise to_invalid_request(error) from error
+    if body.file_format == "png" and body.compression != 100:
+        allowed = "100 for png, which is lossless; output_format jpeg or webp takes less"
+        raise InvalidRequest.value("output_compression", body.output_compression, allowed)
+    partial_images = body.generation_fields()[0].get("partial_images")
+    if partial_images and not body.stream:
+        allowed = "only with stream=true, or 0"
+        raise InvalidRequest.meaningless("partial_images", partial_images, "without stream", allowed)
+    if body.stream and body.response_format == "url":
+        raise InvalidRequest.value("response_format", "url", "b64_json with stream=true")
+    return body
+
+
+def _enough(images: Sequence[ImageUrl | ImageUpload]) -> Images:
+    if not images:
+        raise InvalidRequest("image is required; POST /v1/images/generations draws without one", "image")
+    if len(images) > MAX_INPUT_IMAGES:
+        raise InvalidRequest(f"image={format_value(len(images))} images; allowed: at most {MAX_INPUT_IMAGES}", "image")
+    return tuple(images)
