@@ -130,7 +130,8 @@ def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server
     assert httpx.get(f"{url}/health", timeout=30).status_code == 503
     assert server.line("READY") == url
     assert httpx.get(f"{url}/health", timeout=30).status_code == 200
-    names = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]]
+    [model] = httpx.get(f"{url}/v1/models", timeout=30).json()["data"]
+    names = [model["id"], *model["aliases"]]
     assert names == ["tiny-a", "bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT"]
     family = server.family()
     assert len(family) == 1 + len(BAGEL_SINGLE_STAGE.models)

@@ -130,3 +130,26 @@ NOOP["images"] = NOOP["body"] | {
     "frame_duration_ms": Noop((), _STILL),
     "complexity": Noop((), "think=true plans the image first; num_inference_steps sets the effort of drawing it"),
 }
+# The Responses API: likewise, and what it alone has.
+IGNORED |= {
+    "responses": IGNORED["body"] - {"tool_choice"} | {"max_tool_calls"},
+    "input_part": IGNORED["part"] | {"logprobs"},
+    "input_message": frozenset(("id", "status", "phase", "name")),
+    "input_image": frozenset(("detail", "prompt_cache_breakpoint")),
+    "input_reasoning": frozenset(("id", "summary", "content", "encrypted_content", "status")),
+    "input_image_call": frozenset(
+        ("id", "status", "action", "background", "quality", "revised_prompt", "size", "seed", "error")
+    ),
+    "image_tool": frozenset(("model", "moderation", "input_fidelity")),
+    "text": frozenset(("verbosity",)),
+}
+NOOP |= {
+    "responses": NOOP["body"]
+    | {
+        "include": Noop(([], ["reasoning.encrypted_content"]), "replies carry all they have already"),
+        "truncation": Noop(("disabled",), "shorten the input yourself"),
+        "context_management": Noop(([],), "shorten the input yourself"),
+        "moderation": Noop((), "this server moderates nothing"),
+    },
+    "image_tool": {name: NOOP["images"][name] for name in ("svg", "frame_count", "frame_duration_ms", "complexity")},
+}

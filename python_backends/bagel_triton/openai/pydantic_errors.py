@@ -86,11 +86,16 @@ def path(location: tuple[int | str, ...]) -> str:
     return text
 
 
+_UNIONS = ("content", "input")  # lists of tagged unions
+
+
 def _untagged(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """``location`` without the name of the union's member that pydantic puts after a part's index."""
-    if len(location) > 4 and location[2] == "content":
-        return (*location[:4], *location[5:])
-    return location
+    """``location`` without the names of unions' members, which pydantic puts after an element's index."""
+    return tuple(
+        step
+        for at, step in enumerate(location)
+        if at < 2 or not (isinstance(location[at - 1], int) and location[at - 2] in _UNIONS)
+    )
 
 
 def _value(finding: ErrorDetails) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from starlette.responses import StreamingResponse
@@ -22,7 +23,7 @@ class ErrorEvent(msgspec.Struct, frozen=True):
     type: str = "error"
 
 
-def event(name: str, data: msgspec.Struct) -> bytes:
+def event(name: str, data: msgspec.Struct | dict[str, Any]) -> bytes:
     """``data`` as an event called ``name``."""
     return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
