@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart,
 from bagel_triton.triton.async_client import StageResponse
 
 RESPONSES = "/v1/responses"
+LARGE_BODIES = dataclasses.replace(SETTINGS, max_body_bytes=1_000_000)
 TOOL: Any = {"type": "image_generation"}
 THOUGHT_ANSWER = (
     text(0, "reasoning", "Let me"),
@@ -56,7 +58,7 @@ URL = f"data:image/png;base64,{PNG}"
 def official(client: FakeClient) -> Iterator[openai.OpenAI]:
     """OpenAI's client before the API in this process."""
     with (
-        TestClient(create_app(SETTINGS, client), base_url="http://bagel.test") as transport,
+        TestClient(create_app(LARGE_BODIES, client), base_url="http://bagel.test") as transport,
         openai.OpenAI(base_url="http://bagel.test/v1", api_key="none", max_retries=0, http_client=transport) as sdk,
     ):
         yield sdk
@@ -309,7 +311,7 @@ def test_a_failure_before_the_first_event_has_its_status(stream: bool) -> None:
         ({"tool_choice": "required"}, "tool_choice", "without tools"),
         (
             {"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}},
-            "text.format.schema",
+            "text.format.type",
             "in the prompt",
         ),
         ({"include": ["message.output_text.logprobs"]}, "include", "replies carry"),
