@@ -144,8 +144,9 @@ def test_what_a_reply_holds_may_be_sent_back_as_it_came() -> None:
         backend = FakeClient(*script)
         with official(backend) as client:
             first = client.responses.create(model="bagel", input="Hi", tools=tools)
+            user_item: Any = {"role": "user", "content": "Go on"}
             history: Any = [{"role": "user", "content": "Hi"}, *[item.model_dump() for item in first.output]]
-            client.responses.create(model="bagel", input=[*history, {"role": "user", "content": "Go on"}])
+            client.responses.create(model="bagel", input=[*history, user_item], tools=tools)
         assert backend.requests[1].messages is not None
         assert backend.requests[1].messages[-1] == user("Go on")
 

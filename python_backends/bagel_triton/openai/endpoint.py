@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bagel_triton.openai import request_id
+from bagel_triton.openai.attachments import detach
 from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, error_response, to_bagel_error
 from bagel_triton.openai.image_source import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
@@ -62,10 +63,14 @@ class Api:
             InvalidRequest: the body is too large, or is not what ``parse`` takes.
             Cancelled: the client left while it sent the body.
         """
-        parts = [part async for part in self.body(request)]
-        if sum(map(len, parts)) <= LARGE_BODY:
-            return parse(b"".join(parts))
-        return await asyncio.to_thread(lambda: parse(b"".join(parts)))
+        body = bytearray()
+        async for part in self.body(request):
+            body += part
+        if len(body) <= LARGE_BODY:
+            return parse(bytes(body))
+        data, request.state.attachments = await asyncio.to_thread(detach, body)
+        del body
+        return await asyncio.to_thread(parse, data)
 
     async def body(self, request: Request) -> AsyncGenerator[bytes, None]:
         """The pieces of the body as they come.
@@ -116,7 +121,8 @@ class Api:
         headers = tracing.passed_on(came.getlist(tracing.PARENT), came.getlist(tracing.STATE))
         if (current := request_id.CURRENT.get()) is not None:
             headers[request_id.HEADER] = current
-        return task.run(self.client, self.source, reply_id, headers)
+        source = self.source.holding(getattr(request.state, "attachments", {}))
+        return task.run(self.client, source, reply_id, headers)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

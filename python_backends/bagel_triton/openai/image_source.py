@@ -7,7 +7,7 @@ import base64
 import io
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +42,12 @@ class ImageLoader:
     Nothing of this machine is ever read.
     """
 
-    def __init__(self, remote: RemoteImages | None) -> None:
-        self._remote = remote
+    def __init__(self, remote: RemoteImages | None, attachments: Mapping[str, bytes] | None = None) -> None:
+        self._remote, self._attachments = remote, attachments or {}
+
+    def holding(self, attachments: Mapping[str, bytes]) -> ImageLoader:
+        """The same loader for a request whose large images were taken out of its body, by name."""
+        return ImageLoader(self._remote, attachments) if attachments else self
 
     async def load(self, images: Sequence[ImageUrl | ImageUpload]) -> tuple[bytes, ...]:
         """The encoded bytes of each image, in order.
@@ -64,7 +68,8 @@ class ImageLoader:
         url = image.url.strip()
         scheme, colon, rest = url.partition(":")
         if colon and scheme.lower() == "data":
-            return _decode(rest, image.param)
+            attached = self._attachments.get(rest.rpartition(",")[2])
+            return _decode(rest, image.param) if attached is None else attached
         if not colon or scheme.lower() not in SCHEMES:
             allowed = "a data: URL" if self._remote is None else "a data:, http: or https: URL"
             raise InvalidRequest.value(image.param, url, allowed)

@@ -11,7 +11,7 @@ import grpc
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import InferInput, InferResult
+from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
@@ -23,6 +23,8 @@ from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
 from bagel_triton.protocol.tensors import to_tensors
 from bagel_triton.triton.client import CHANNEL_ARGS
 
+STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+LARGE_REQUEST = 2**20  # bytes of images
 LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -83,6 +85,7 @@ class TritonClient:
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._connection: InferenceServerClient | None = None
+        self._channel: grpc.aio.Channel | None = None
 
     @property
     def _triton(self) -> InferenceServerClient:
@@ -93,8 +96,11 @@ class TritonClient:
     async def generate(
         self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
     ) -> AsyncGenerator[StageResponse, None]:
-        call = {"model_name": ORCHESTRATOR, "inputs": _inputs(request), "request_id": request_id}
-        responses = self._triton.stream_infer(_once(call), headers=dict(headers))
+        # Written in a thread: each copy of a large image would hold up every other request.
+        large = sum(map(len, request.image or ())) > LARGE_REQUEST
+        message = await asyncio.to_thread(_message, request, request_id) if large else _message(request, request_id)
+        responses = self._stream(_once(message), metadata=tuple(headers.items()))
+        del message
         alive = self._watch()
         last: Event | None = None
         try:
@@ -107,6 +113,14 @@ class TritonClient:
             responses.cancel()
         if not isinstance(last, DoneEvent):
             raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
+
+    def _stream(self, messages: AsyncIterator[bytes], metadata: tuple[tuple[str, str], ...]) -> Any:
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._settings.triton_grpc, options=CHANNEL_ARGS)
+        method = self._channel.stream_stream(
+            STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
+        )
+        return method(messages, metadata=metadata)
 
     def _watch(self) -> Callable[[], bool]:
         prefix = self._settings.shm_prefix
@@ -126,19 +140,18 @@ class TritonClient:
                     lived = alive()
             if (answer := reading.result()) is None:
                 return None
-            result, error = answer
         except TimeoutError as timeout:
             raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
         except grpc.RpcError as broken:
             raise self._from_rpc(broken.code(), broken.details()) from broken
         finally:
             reading.cancel()
-        if error is not None:
-            typed = from_text(error.message())
+        if answer.error_message:
+            typed = from_text(answer.error_message)
             if isinstance(typed, Cancelled):  # not by this client, which would not be listening
                 raise StageUnavailable(f"{ORCHESTRATOR} is being stopped")
             raise typed
-        return _decode(result)
+        return _decode(InferResult(answer.infer_response))
 
     async def readiness(self) -> dict[str, bool]:
         timeout_s, remote = self._settings.ready_timeout_s, self._settings.remote
@@ -172,6 +185,9 @@ class TritonClient:
                 return False
 
     async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
         if self._connection is not None:
             await self._connection.close()
             self._connection = None
@@ -184,23 +200,34 @@ class TritonClient:
 
 
 async def _read(responses: Any) -> Any | None:
-    """The next pair of a result and an error; ``None`` at the end of the stream."""
+    """The next message; ``None`` at the end of the stream."""
     try:
-        return await anext(responses)
+        return await anext(aiter(responses))
     except StopAsyncIteration:
         return None
 
 
-def _inputs(request: GenerationRequest) -> list[InferInput]:
-    inputs = []
+def _message(request: GenerationRequest, request_id: str) -> bytes:
+    """``request`` as Triton's protobuf message.
+
+    Raises:
+        InvalidRequest: a value fits no tensor.
+    """
+    message = service_pb2.ModelInferRequest(model_name=ORCHESTRATOR, id=request_id)
     for name, array in to_tensors(request).items():
-        tensor = InferInput(name, list(array.shape), REQUEST_FIELDS[name].datatype)
-        inputs.append(tensor.set_data_from_numpy(array))
-    return inputs
+        message.inputs.add(name=name, datatype=REQUEST_FIELDS[name].datatype, shape=array.shape)
+        if array.dtype == np.object_:
+            items = array.reshape(-1).tolist()
+            raw = b"".join(piece for item in items for piece in (len(item).to_bytes(4, "little"), item))
+        else:
+            raw = array.tobytes()
+        message.raw_input_contents.append(raw)
+    data: bytes = message.SerializeToString()
+    return data
 
 
-async def _once(call: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield call
+async def _once(message: bytes) -> AsyncIterator[bytes]:
+    yield message
 
 
 def _decode(result: InferResult) -> StageResponse | None:
