@@ -23,6 +23,9 @@ from starlette.testclient import TestClient
 from bagel_triton.openai import images
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.image_encode import ImageStore
+from bagel_triton.openai.images_schema import ImagesBody
+from bagel_triton.openai.noop_fields import IGNORED, NOOP
+from bagel_triton.openai.responses_schema import ResponsesBody
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol import errors
 from bagel_triton.protocol.events import DoneEvent, PartialImageEvent
@@ -346,3 +349,24 @@ def test_the_same_request_as_chat_asks_the_model_the_same() -> None:
     message = {"role": "user", "content": "A cute cat"}
     client.post("/v1/chat/completions", content=json.dumps({"messages": [message], "modalities": ["image"], "seed": 7}))
     assert backend.requests[0] == backend.requests[1]
+
+
+@pytest.mark.parametrize(
+    ("place", "path", "body"),
+    [("images", GENERATIONS, {"prompt": "A cute cat"}), ("responses", "/v1/responses", {"input": "A cute cat"})],
+)
+def test_a_field_without_effect_is_accepted_where_it_requests_nothing(
+    place: str, path: str, body: dict[str, Any]
+) -> None:
+    backend = FakeClient(*(ONE_ANSWER if place == "responses" else ()))
+    client = api(backend)
+    harmless = {name: {"any": ["value"]} for name in IGNORED[place]}
+    harmless |= {name: noop.values[0] for name, noop in NOOP[place].items() if noop.values}
+    own = ImagesBody if place == "images" else ResponsesBody
+    harmless = {name: value for name, value in harmless.items() if name not in own.model_fields}
+    assert client.post(path, json=body).status_code == 200
+    reply = client.post(path, json={**body, **harmless})
+    assert reply.status_code == 200, reply.text
+    assert backend.requests[0] == backend.requests[1]
+    for name in harmless.keys() & NOOP[place].keys():
+        assert client.post(path, json={**body, name: ["other"]}).status_code == 400, name

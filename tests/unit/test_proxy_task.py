@@ -88,7 +88,7 @@ def test_a_data_url_may_be_written_in_any_valid_way(url: str) -> None:
     assert generation(chat_body(messages=images(url))).image == (b"AB",)
 
 
-@pytest.mark.parametrize("place", list(NOOP))
+@pytest.mark.parametrize("place", ["body", "message", "part", "image_url", "stream_options"])
 def test_a_field_without_effect_is_accepted_where_it_requests_nothing(place: str) -> None:
     """Every row of the tables: ignored fields with any value, the others with the values they allow."""
     for name in IGNORED[place]:

@@ -15,16 +15,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from bagel_triton.openai.image_encode import Format
 from bagel_triton.openai.image_source import ImageUpload, ImageUrl
 from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
-from bagel_triton.openai.schema import GenerationFields, StrictModel, to_object
+from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, parse_size, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
-from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_INPUT_IMAGES, REQUEST_FIELDS
+from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
 Images = tuple[ImageUrl | ImageUpload, ...]
 B = TypeVar("B", bound="ImagesBody")
 MAX_FORM_FIELDS = 100
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
-_CONVERSATION = ("prompt", "image", "messages", "modality")
-_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
 
 
 class ImagesBody(GenerationFields):
@@ -72,22 +70,12 @@ class ImagesBody(GenerationFields):
         Raises:
             InvalidRequest: a field is given by two names, or ``size`` is no size.
         """
-        fields: dict[str, Any] = {}
-        written = {"messages[0].content": "prompt", "messages": "prompt"}
-
-        def give(name: str, value: Any, alias: str) -> None:
-            if value is None or value == () or value == {}:
-                return
-            if name in fields:
-                raise InvalidRequest(f"{written[name]} and {alias} are both given; allowed: one of them", alias)
-            fields[name], written[name] = value, alias
-
-        for alias, name in _NAMES.items():
-            give(name, getattr(self, alias), alias)
-        if (sides := parse_size(self.size)) is not None:
-            for name, side in zip(("width", "height"), sides, strict=True):
-                give(name, side, "size")
-        return fields, written
+        given = GivenFields()
+        for alias, name in FIELD_NAMES.items():
+            given.add(name, getattr(self, alias), alias)
+        for name, side in parse_size(self.size, "size").items():
+            given.add(name, side, "size")
+        return given.fields, given.written | {"messages[0].content": "prompt", "messages": "prompt"}
 
 
 class EditsBody(ImagesBody):
@@ -132,21 +120,6 @@ class JsonEditsBody(EditsBody):
     images: Annotated[list[Link], Field(max_length=MAX_INPUT_IMAGES, fail_fast=True), BeforeValidator(_to_list)] = (
         Field([], description="The same under the other name it has.")
     )
-
-
-def parse_size(size: str | None, param: str = "size") -> tuple[int, int] | None:
-    """(width, height) of ``size``; None where it is ``auto`` or not given.
-
-    Raises:
-        InvalidRequest: it is neither.
-    """
-    if size is None or size.strip() in ("auto", ""):
-        return None
-    found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", size.strip())
-    if found is None:
-        allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
-        raise InvalidRequest.value(param, size, allowed)
-    return int(found[1]), int(found[2])
 
 
 def parse_generation(data: bytes) -> ImagesBody:
@@ -250,9 +223,9 @@ def _kinds(name: str) -> set[type]:
         return {tuple, str}
     if name in ("stream", "output_compression"):
         return {int}
-    annotation = FIELD_TYPES.get(FIELD_ALIASES.get(name, name))
-    if annotation is None or name not in EditsBody.model_fields:
+    if name not in FIELD_NAMES:
         return {str}
+    annotation = FIELD_TYPES[FIELD_NAMES[name]]
     kinds = {getattr(kind, "__origin__", kind) for kind in get_args(annotation)}
     return {str} if str in kinds else kinds
 

@@ -9,15 +9,21 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from bagel_triton.openai.image_encode import Format
 from bagel_triton.openai.image_source import ImageUrl
-from bagel_triton.openai.images_schema import parse_size, refuse_mask
+from bagel_triton.openai.images_schema import refuse_mask
 from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
-from bagel_triton.openai.schema import Effort, GenerationFields, StrictModel, to_object
+from bagel_triton.openai.schema import (
+    FIELD_NAMES,
+    Effort,
+    GenerationFields,
+    GivenFields,
+    StrictModel,
+    parse_size,
+    to_object,
+)
 from bagel_triton.protocol.errors import InvalidRequest
-from bagel_triton.protocol.request import FIELD_ALIASES, MAX_INPUT_IMAGES, REQUEST_FIELDS, ImageRef, TextPart, Turn
+from bagel_triton.protocol.request import MAX_INPUT_IMAGES, ImageRef, TextPart, Turn
 from bagel_triton.protocol.validation import MAX_MESSAGES
 
-_CONVERSATION = ("prompt", "image", "messages", "modality")
-_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
 IMAGE_TOOL = "image_generation"
 
 
@@ -173,26 +179,17 @@ class ResponsesBody(GenerationFields):
         Raises:
             InvalidRequest: a field is given twice, or ``size`` is no size.
         """
-        fields: dict[str, Any] = {}
-        written: dict[str, str] = {}
-
-        def give(name: str, value: Any, alias: str) -> None:
-            if value is None or value == () or value == {}:
-                return
-            if name in fields:
-                raise InvalidRequest(f"{written[name]} and {alias} are both given; allowed: one of them", alias)
-            fields[name], written[name] = value, alias
-
-        for prefix, source in (("", self), ("tools[0].", self.image_tool)):
-            for alias, name in _NAMES.items():
-                give(name, getattr(source, alias, None), f"{prefix}{alias}")
-        give("max_tokens", self.max_output_tokens, "max_output_tokens")
+        given, tool = GivenFields(), self.image_tool
+        for prefix, source in (("", self), ("tools[0].", tool)):
+            for alias, name in FIELD_NAMES.items():
+                given.add(name, getattr(source, alias, None), f"{prefix}{alias}")
+        given.add("max_tokens", self.max_output_tokens, "max_output_tokens")
         if self.reasoning is not None and self.reasoning.effort is not None:
-            give("think", self.reasoning.effort not in ("none", "minimal"), "reasoning.effort")
-        if self.image_tool is not None and (sides := parse_size(self.image_tool.size, "tools[0].size")) is not None:
-            for name, side in zip(("width", "height"), sides, strict=True):
-                give(name, side, "tools[0].size")
-        return fields, written
+            given.add("think", self.reasoning.effort not in ("none", "minimal"), "reasoning.effort")
+        if tool is not None:
+            for name, side in parse_size(tool.size, "tools[0].size").items():
+                given.add(name, side, "tools[0].size")
+        return given.fields, given.written
 
     def conversation(self) -> tuple[tuple[Turn, ...], tuple[ImageUrl, ...], dict[str, str]]:
         """Turns, the images they refer to, and the body's name of each turn's text.

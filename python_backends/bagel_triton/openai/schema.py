@@ -207,15 +207,51 @@ def _field(name: str) -> Any:
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
+# The names of the generation fields in a body, aliases too, and those that they have in the request.
+FIELD_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
 if TYPE_CHECKING:
 
     class GenerationFields(StrictModel):
         """The fields of ``GenerationRequest`` except those that say the conversation, and their aliases."""
 else:
     GenerationFields = create_model(
-        "GenerationFields", __base__=StrictModel, **{written: _field(name) for written, name in _NAMES.items()}
+        "GenerationFields", __base__=StrictModel, **{written: _field(name) for written, name in FIELD_NAMES.items()}
     )
+
+
+class GivenFields:
+    """The fields of ``GenerationRequest`` that a body gives, and the names they have there."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self.written: dict[str, str] = {}
+
+    def add(self, name: str, value: Any, alias: str) -> None:
+        """Take ``value`` for ``name``, written as ``alias``; None and empty values give nothing.
+
+        Raises:
+            InvalidRequest: the field is given already.
+        """
+        if value is None or value == () or value == {}:
+            return
+        if name in self.fields and not (name == "think" and self.fields[name] == value):
+            raise InvalidRequest(f"{self.written[name]} and {alias} are both given; allowed: one of them", alias)
+        self.fields[name], self.written[name] = value, self.written.get(name, alias)
+
+
+def parse_size(size: str | None, param: str) -> dict[str, int]:
+    """``width`` and ``height`` of a ``size``, written in that order; empty for ``auto``.
+
+    Raises:
+        InvalidRequest: it is no size.
+    """
+    if size is None or size.strip() in ("auto", ""):
+        return {}
+    found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", size.strip())
+    if found is None:
+        allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
+        raise InvalidRequest.value(param, size, allowed)
+    return {"width": int(found[1]), "height": int(found[2])}
 
 
 class ChatBody(GenerationFields):
@@ -245,43 +281,23 @@ class ChatBody(GenerationFields):
         Raises:
             InvalidRequest: a field is given twice, by two names or by two ways to say it.
         """
-        fields: dict[str, Any] = {}
-        written: dict[str, str] = {}
-
-        def give(name: str, value: Any, alias: str) -> None:
-            if value is None or value == () or value == {}:
-                return
-            alias = self.param(alias)
-            if name in fields and not (name == "think" and fields[name] == value):
-                raise InvalidRequest(f"{written[name]} and {alias} are both given; allowed: one of them", alias)
-            fields[name], written[name] = value, written.get(name, alias)
-
-        for alias, name in _NAMES.items():
-            give(name, getattr(self, alias), alias)
-        for name, value in zip(("height", "width"), self._sides(), strict=True):
-            give(name, value, "size")
+        given = GivenFields()
+        for alias, name in FIELD_NAMES.items():
+            given.add(name, getattr(self, alias), self.param(alias))
+        for name, value in parse_size(self.size, self.param("size")).items():
+            given.add(name, value, self.param("size"))
         for alias, think, budget in self._thinking():
-            give("think", think, alias)
-            give("max_think_tokens", budget, alias)
+            given.add("think", think, self.param(alias))
+            given.add("max_think_tokens", budget, self.param(alias))
         if not self.logprobs:
-            fields.pop("top_logprobs", None)
-        else:
-            give("top_logprobs", None if "top_logprobs" in fields else 0, "logprobs")
-        return fields, {name: text for name, text in written.items() if text != name}
+            given.fields.pop("top_logprobs", None)
+        elif "top_logprobs" not in given.fields:
+            given.add("top_logprobs", 0, self.param("logprobs"))
+        return given.fields, {name: text for name, text in given.written.items() if text != name}
 
     def param(self, name: str) -> str:
         """``name`` as an error has it: with ``extra_body.`` before it, if the field was given there."""
         return f"extra_body.{name}" if name.partition(".")[0] in self._in_extra_body else name
-
-    def _sides(self) -> tuple[int | None, int | None]:
-        """Height and width that ``size`` names, width first as in OpenAI's API."""
-        if self.size is None or self.size.strip() in ("auto", ""):
-            return None, None
-        found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", self.size.strip())
-        if found is None:
-            allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
-            raise InvalidRequest.value(self.param("size"), self.size, allowed)
-        return int(found[2]), int(found[1])
 
     def _thinking(self) -> list[tuple[str, bool | None, int | None]]:
         """Every other way to switch thinking on or off: its name, what it says, and its token budget."""
