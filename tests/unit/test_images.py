@@ -16,7 +16,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from proxy_fake import IMAGE, PIXELS, PROGRESS, SETTINGS, STAGES, THOUGHT_IMAGES, FakeClient
+from proxy_fake import IMAGE, ONE_ANSWER, PIXELS, PROGRESS, SETTINGS, STAGES, THOUGHT_IMAGES, FakeClient
 from proxy_fake import http as api
 from starlette.testclient import TestClient
 
