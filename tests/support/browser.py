@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,3 +68,17 @@ def attach(page: Page, *files: Path) -> None:
     """Add image ``files`` by the button."""
     page.get_by_label("Add images").set_input_files(files)
     expect(page.get_by_role("list", name="Images of the request").get_by_role("img")).to_have_count(len(files))
+
+
+def choose(page: Page, output: str) -> None:
+    """Choose what comes back: ``Image`` or ``Text``."""
+    page.get_by_role("radio", name=output).check(force=True)
+
+
+def settings(page: Page, values: Mapping[str, str]) -> None:
+    """Fill the settings' fields by their labels."""
+    button = page.get_by_role("button", name="Settings")
+    if button.get_attribute("aria-expanded") == "false":
+        button.click()
+    for label, value in values.items():
+        page.get_by_label(label, exact=True).fill(value)

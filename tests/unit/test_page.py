@@ -35,10 +35,13 @@ from proxy_fake import (
 
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
+from bagel_triton.protocol.events import PartialImageEvent
 from bagel_triton.protocol.request import ImageRef, TextPart
-from tests.support.browser import attach, chromium, open_page, send
+from bagel_triton.triton.async_client import StageResponse
+from tests.support.browser import attach, choose, chromium, open_page, send, settings
 
 Open = Callable[[FakeClient], Page]
+PREVIEW = StageResponse(PartialImageEvent(0, 0, 1, 3, 32, 48), PIXELS[::-1])
 SERVED = replace(SETTINGS, max_body_bytes=1_000_000)  # a browser's images are larger than the other tests' bodies
 
 
@@ -69,10 +72,6 @@ def saved(path: Path) -> Path:
     return path
 
 
-def choose(page: Page, output: str) -> None:
-    page.get_by_role("radio", name=output).check(force=True)
-
-
 def test_the_page_and_its_files_come_from_the_package_under_a_strict_policy() -> None:
     with http(FakeClient()) as api:
         index = api.get("/")
@@ -92,10 +91,7 @@ def test_an_image_comes_with_its_size_seed_and_timings(open_for: Open) -> None:
     client = FakeClient()
     page = open_for(client)
     expect(page.get_by_role("status").first).to_have_text("bagel")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Width").fill("48")
-    page.get_by_label("Steps").fill("4")
-    page.get_by_label("Negative prompt").fill("blurry")
+    settings(page, {"Width": "48", "Steps": "4", "Negative prompt": "blurry"})
     send(page, "A cute cat")
     turn = page.get_by_role("article", name="Text to image: A cute cat")
     result = turn.get_by_role("img", name="Result: A cute cat")
@@ -115,10 +111,14 @@ def test_an_image_comes_with_its_size_seed_and_timings(open_for: Open) -> None:
 
 
 def test_steps_advance_and_escape_stops_the_request(open_for: Open) -> None:
-    client = FakeClient(*PROGRESS[:2], SILENCE)
+    client = FakeClient(PROGRESS[0], PREVIEW, PROGRESS[1], SILENCE)
     page = open_for(client)
     send(page, "A cute cat")
     expect(page.get_by_text("Drawing, step 2 of 3")).to_be_visible()
+    preview = page.locator("figure img")
+    expect(preview).to_be_visible()
+    np.testing.assert_array_equal(pixels(preview.get_attribute("src")), PIXELS[::-1])
+    assert client.requests[0].partial_images == 3
     bar = page.get_by_role("progressbar")
     assert (bar.get_attribute("value"), bar.get_attribute("max")) == ("2", "3")
     page.keyboard.press("Escape")
@@ -212,8 +212,7 @@ def test_the_thought_is_shown_folded_and_every_image_below_it(open_for: Open) ->
     client = FakeClient(*THOUGHT_IMAGES)
     page = open_for(client)
     page.get_by_label("Think").check(force=True)
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Results").fill("2")
+    settings(page, {"Results": "2"})
     send(page, "A cute cat")
     expect(page.get_by_role("img", name="Result: A cute cat")).to_have_count(2)
     thought = page.get_by_text("A cat, in snow.")
@@ -256,8 +255,8 @@ def test_an_error_has_the_servers_message_and_the_request_can_be_tried_again(
 
 def test_a_server_that_wants_a_key_gets_one(browser: Browser) -> None:
     client = FakeClient()
-    settings = replace(SERVED, http=HttpOptions(api_keys=("secret",)))
-    with live_proxy(client, settings=settings) as url, open_page(browser, url, "down") as page:
+    locked = replace(SERVED, http=HttpOptions(api_keys=("secret",)))
+    with live_proxy(client, settings=locked) as url, open_page(browser, url, "down") as page:
         key = page.get_by_label("API key", exact=True)
         key.fill("wrong")
         page.get_by_role("button", name="Use key").click()
@@ -280,9 +279,7 @@ def test_the_code_shown_sends_the_same_request(open_for: Open, tmp_path: Path) -
     client = FakeClient()
     page = open_for(client)
     attach(page, saved(tmp_path / "a cat's.png"))
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Seed").fill("7")
-    page.get_by_label("Image guidance").fill("1.5")
+    settings(page, {"Seed": "7", "Image guidance": "1.5"})
     send(page, PROMPT)
     page.get_by_role("button", name="curl").click()
     curl = page.locator("pre").inner_text()

@@ -1,6 +1,7 @@
 // The server's HTTP API: readiness, the model's name, and chat completions as a stream of chunks.
 
 const KEY = "bagel-api-key";
+const PREVIEWS = 3; // of each image, the most that the server makes
 
 export const apiKey = () => sessionStorage.getItem(KEY) ?? "";
 export const setApiKey = (key) => sessionStorage.setItem(KEY, key);
@@ -67,10 +68,12 @@ async function* events(body) {
 
 /** The chunks of the streamed reply to `body`; throws ApiError, or AbortError once `signal` is aborted. */
 export async function* complete(body, signal) {
+  const previews = body.modalities.includes("image") ? { partial_images: PREVIEWS } : {};
+  const streamed = { ...body, ...previews, stream: true, stream_options: { include_progress: true, include_usage: true } };
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_progress: true } }),
+    body: JSON.stringify(streamed),
     signal,
   });
   if (!response.ok) throw await refusal(response);

@@ -147,13 +147,14 @@ export class Composer {
     const images = files.filter((file) => file.type.startsWith("image/"));
     const room = MAX_IMAGES - this.#images.length;
     const names = images.map((file) => (file.name && file.name !== "image.png" ? file.name : `image-${(this.#pasted += 1)}.png`));
-    const read_ = await Promise.all(images.slice(0, room).map(async (file, index) => measured(names[index], await read(file))));
-    this.#images.push(...read_);
+    const added = await Promise.all(images.slice(0, room).map(async (file, index) => measured(names[index], await read(file))));
+    this.#images.push(...added);
     this.#complain(
       others.length ? `${others[0].name} is not an image.`
         : images.length > room ? `A request takes at most ${MAX_IMAGES} images.` : "",
     );
-    if (read_.length) this.on.announce(`${this.#images.length} images in the request.`);
+    const count = this.#images.length;
+    if (added.length) this.on.announce(count === 1 ? "One image in the request." : `${count} images in the request.`);
     this.#show();
     this.focus();
   }
