@@ -27,7 +27,7 @@ from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, Progress
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.serving.command_error import CommandError
 
-# Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
+# Heavy modules are imported after the arguments are checked: --help must not wait for torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 HUB_NAME = "ByteDance-Seed/BAGEL-7B-MoT"
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
 NO_RAY = "there is no Ray cluster, all stages run in this process"
-NO_MEANING = {
+UNSUPPORTED = {
     "--ray-address": NO_RAY,
-    "--init-sleep-seconds": "nothing sleeps, the batch begins as soon as the stages are loaded (see --init-timeout)",
+    "--init-sleep-seconds": "the batch begins as soon as the stages are loaded (see --init-timeout)",
 }
 FLOW = TEXT2IMG
-# Fields of the request by option. What is not given keeps the server's default for the modality.
+# Fields of the request by option. An option that is not given leaves the server's default for the modality.
 REQUEST_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--steps": ("num_inference_steps", {"type": int, "help": f"denoising steps (default: {FLOW.num_inference_steps})"}),
     "--height": ("height", {"type": int, "help": f"pixels (default: {FLOW.side}, or the resized input's)"}),
@@ -68,11 +68,11 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        say(f"{message} (see {self.prog} --help)")
+        print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
 
-def say(message: str) -> None:
+def print_error(message: str) -> None:
     print(f"end2end: error: {message}", file=sys.stderr)
 
 
@@ -93,17 +93,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the deploy YAML's, or auto)")
     parser.add_argument("--enable-stats", action="store_true", help="print each prompt's time in each stage")
     parser.add_argument("--init-timeout", type=float, default=300, metavar="S", help="for loading (%(default)s)")
-    silence = "give up when no prompt makes progress for so long (default: the stages' own timeout, 600)"
+    silence = "stop when no prompt makes progress for so long (default: the stages' own timeout, 600)"
     parser.add_argument("--batch-timeout", type=float, metavar="S", help=silence)
     parser.add_argument("--worker-backend", default="process", help="process: this one, the only backend there is")
-    for option in NO_MEANING:
+    for option in UNSUPPORTED:
         parser.add_argument(option, metavar="X", help="refused: it has no meaning here")
     args = parser.parse_args(argv)
-    for option, reason in NO_MEANING.items():
+    for option, reason in UNSUPPORTED.items():
         if getattr(args, option[2:].replace("-", "_")) is not None:
             parser.error(f"{option} has no meaning here: {reason}")
     if args.worker_backend != "process":
-        parser.error(f"--worker-backend={args.worker_backend} is not there: {NO_RAY}; allowed: process")
+        parser.error(f"--worker-backend={args.worker_backend} is not supported: {NO_RAY}; allowed: process")
     takes_image = args.modality.startswith("img2")
     if takes_image != (args.image_path is not None):
         parser.error(f"--modality {args.modality} {'needs' if takes_image else 'takes no'} --image-path")
@@ -134,7 +134,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 
 
 def common_request(args: argparse.Namespace) -> GenerationRequest:
-    """What every prompt's request has in common."""
+    """The request of every prompt, without the prompt."""
     fields = {field: getattr(args, field) for field, _ in REQUEST_OPTIONS.values()}
     if fields["cfg_interval"] is not None:
         fields["cfg_interval"] = tuple(fields["cfg_interval"])
@@ -153,20 +153,22 @@ def configuration(args: argparse.Namespace) -> DeployConfig:
 
     config = deploy_yaml.load(args.deploy_config, args.model) if args.deploy_config else DeployConfig(args.model)
     if config.addresses:
-        raise CommandError(f"--deploy-config {args.deploy_config} puts stages on other hosts; here is one process")
+        raise CommandError(
+            f"--deploy-config {args.deploy_config} puts stages on other hosts; this script runs in one process"
+        )
     given = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name) is not None}
     return msgspec.structs.replace(config, **given)
 
 
 def option_of(param: str) -> str:
-    """The option that an error's ``param`` was given by."""
+    """The option behind an error's ``param``."""
     field, _, _ = param.partition("[")
     options = {field: option for option, (field, _) in REQUEST_OPTIONS.items()}
     return {**options, "image": "--image-path"}.get(field, f"--{field}")
 
 
 class Results:
-    """Writes and prints what comes; ``steps`` is the number of progress steps of a prompt."""
+    """Writes images and prints results as they come; ``steps`` is the number of progress steps of a prompt."""
 
     def __init__(self, prompts: list[str], steps: int, save: Callable[[str, Tensor], Path], bar: ProgressBar) -> None:
         self.done: dict[int, DoneEvent] = {}
@@ -237,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except (CommandError, OSError, TimeoutError, ValueError) as error:  # ValueError: a checkpoint or a configuration
-        say(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
+        print_error(
+            f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        )
         return 1
 
 
