@@ -118,7 +118,7 @@ def test_a_holder_that_is_stopped_is_passed_over(
             held = SharedDescriptor(name, lambda: file_with("again"))
             assert contents(held) == ("first" if others else "again")
             held.close()
-    assert f"{name}_0: its process has not answered for 0.2 s" in caplog.text
+    assert f"{name}_0: its process did not answer within 0.2 s" in caplog.text
 
 
 @AS_ROOT

@@ -1,9 +1,10 @@
-"""What the supervisor tells a model: how often something had to be started again, and that it ends.
+"""What the supervisor has to say to a model: how often a process was restarted, and that the server stops.
 
-The supervisor counts reloads, and only a process of Triton can put a number on ``/metrics``.
-And of a tritonserver that is told to stop, no stub hears before every request has ended: a
-long one would be cut off, unanswered. So both are in a file in shared memory. ``bagel`` heeds
-it, or a stage where the server has no ``bagel``: see :attr:`DeployConfig.heeding`.
+The supervisor counts reloads, but only a process of Triton can put a number on ``/metrics``.
+And tritonserver informs its stubs that it stops only once every request has ended, so a long
+one would be cut off unanswered. The supervisor writes both to a file in shared memory. The
+model ``bagel`` watches it, or a stage where the server has no ``bagel``: see
+:attr:`DeployConfig.heeding`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Protocol
 
 import msgspec
 
-from bagel_triton.ipc.liveness import DIRECTORY
+from bagel_triton.ipc.shm import SHM_DIRECTORY
 
 SERVER = "tritonserver"
 POLL_S = 0.25
 
 
 class Counters(Protocol):
-    """Counters that may outlive who counts."""
+    """Counters whose totals another process keeps."""
 
     def count_up_to(self, name: str, total: int, **labels: str) -> None:
-        """``name`` is ``total`` now."""
+        """Raise the counter ``name`` to ``total``."""
 
 
 class _ControlMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -33,49 +34,53 @@ class _ControlMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ControlFile:
-    """The supervisor's side: the file ``PREFIX_notices``."""
+    """The supervisor's side: the file ``PREFIX_control``."""
 
-    def __init__(self, prefix: str, directory: Path = DIRECTORY) -> None:
+    def __init__(self, prefix: str, directory: Path = SHM_DIRECTORY) -> None:
         self._path = _path(prefix, directory)
-        self._notice = _ControlMessage({})
+        self._message = _ControlMessage({})
         self._write()
 
     def reloaded(self, name: str) -> None:
-        """A stage, or :data:`SERVER`, was started once more; also after the old one's files were swept away."""
-        self._notice.reloads[name] = self._notice.reloads.get(name, 0) + 1
+        """Count a restart of a stage, or of :data:`SERVER`; the file may have been swept with the old server's."""
+        self._message.reloads[name] = self._message.reloads.get(name, 0) + 1
         self._write()
 
     def stop(self) -> None:
-        """What is still in flight shall end."""
-        self._notice.stopping = True
+        """Make the server's models end what is still in flight."""
+        self._message.stopping = True
         self._write()
 
     def _write(self) -> None:
         unfinished = self._path.with_name(f"{self._path.name}.new")
-        unfinished.write_bytes(msgspec.json.encode(self._notice))
+        unfinished.write_bytes(msgspec.json.encode(self._message))
         unfinished.rename(self._path)
 
 
 def start_watching(prefix: str, counters: Counters, closing: threading.Event) -> None:
-    """:func:`watch_control_file`, on a thread of its own."""
-    threading.Thread(target=watch_control_file, args=(prefix, counters, closing), name="notices", daemon=True).start()
+    """Run :func:`watch_control_file` on a thread of its own."""
+    threading.Thread(
+        target=watch_control_file, args=(prefix, counters, closing), name="control-file", daemon=True
+    ).start()
 
 
-def watch_control_file(prefix: str, counters: Counters, closing: threading.Event, directory: Path = DIRECTORY) -> None:
-    """Tell ``counters`` of the reloads, all so far and then each new one, until ``closing``.
+def watch_control_file(
+    prefix: str, counters: Counters, closing: threading.Event, directory: Path = SHM_DIRECTORY
+) -> None:
+    """Keep ``counters`` at the supervisor's totals, and set ``closing`` when the server stops; return then.
 
-    That is set when the server is to stop. Where no supervisor runs, nothing is told.
+    Without a supervisor there is no file and nothing changes.
     """
-    path, told = _path(prefix, directory), dict[str, int]()
+    path, counted = _path(prefix, directory), dict[str, int]()
     while True:
-        notice = _read(path)
-        for name, count in notice.reloads.items() - told.items():
+        message = _read(path)
+        for name, count in message.reloads.items() - counted.items():
             if name == SERVER:
                 counters.count_up_to("server_restarts", count)
             else:
                 counters.count_up_to("stage_reloads", count, stage=name)
-        told = notice.reloads
-        if notice.stopping:
+        counted = message.reloads
+        if message.stopping:
             closing.set()
         if closing.wait(POLL_S):
             return
@@ -89,4 +94,4 @@ def _read(path: Path) -> _ControlMessage:
 
 
 def _path(prefix: str, directory: Path) -> Path:
-    return directory / f"{prefix}_notices"
+    return directory / f"{prefix}_control"

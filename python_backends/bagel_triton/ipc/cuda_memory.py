@@ -1,13 +1,13 @@
 """Memory of a GPU that outlives the process which allocated it, by CUDA's virtual memory management.
 
-An allocation can be exported as a POSIX file descriptor. The driver frees it once every
-mapping, handle and descriptor of it is gone, in whatever process, so it matters to nobody
-whether the exporter still lives; with the handles of CUDA IPC, as contexts use them, it would.
+An allocation can be exported as a POSIX file descriptor. The driver frees it with its last
+mapping, handle and descriptor in any process, so it outlives the exporter. Memory behind a
+CUDA IPC handle, which contexts use, does not.
 
-Access: mappings are read-only where the driver grants that. It has a flag for it and does not
-promise to honour it on every device, so nothing relies on it.
+Access: mappings are read-only where the driver grants that. It may ignore the flag, so nothing
+relies on it.
 
-Where a call of the driver fails, nothing that was made before it is left.
+If a call of the driver fails, everything made before it is freed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CudaMemory:
             gpu.call("cuMemRelease", handle)  # the descriptor and the mapping keep the memory
 
     def open(self, descriptor: int, size: int) -> Tensor:
-        """The bytes behind ``descriptor``, mapped for reading where that can be asked for: uint8 [size]."""
+        """The memory of ``descriptor``, mapped for reading if the driver can: uint8 [size]."""
         gpu = _Gpu(self.device)
         handle = gpu.call("cuMemImportFromShareableHandle", descriptor, gpu.kind)
         try:
@@ -68,12 +68,12 @@ class CudaMemory:
             gpu.call("cuMemRelease", handle)
 
     def complete(self) -> None:
-        """Return when all that was copied to the device is there."""
+        """Wait for copies to the device."""
         torch.cuda.synchronize(self.device)
 
 
 class _Gpu:
-    """The driver's calls for one device, which is made current in this thread.
+    """The driver's calls for one device, which becomes current in this thread.
 
     Raises:
         NotShareable: the bindings are missing, or the device cannot export memory.
@@ -89,15 +89,14 @@ class _Gpu:
         self.driver, self.device = driver, device
         self.index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_device(self.index)
-        torch.cuda.synchronize(self.index)  # after which the device has a context
+        torch.cuda.synchronize(self.index)  # makes the context
         self.kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         ordinal = self.call("cuDeviceGet", self.index)
-        for attribute in (
-            driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-            driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
-        ):
+        # By our own names: newer bindings have aliases, and report those.
+        for name in ("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED", "HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED"):
+            attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
             if not self.call("cuDeviceGetAttribute", attribute, ordinal):
-                raise NotShareable(f"{device} has no {attribute.name}")
+                raise NotShareable(f"{device} has no CU_DEVICE_ATTRIBUTE_{name}")
         self._place = driver.CUmemLocation()
         self._place.type, self._place.id = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, self.index
         self.properties = driver.CUmemAllocationProp()
@@ -110,13 +109,13 @@ class _Gpu:
             raise NotShareable(f"{call} on {self.device} failed: {error!r}")
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What the call returns, if anything."""
+        """Call the driver; its result, if it has one."""
         error, *values = getattr(self.driver, name)(*arguments)
         self.check(name, error)
         return values[0] if values else None
 
     def extent(self, size: int) -> int:
-        """``size`` bytes, rounded up to what can be allocated and mapped."""
+        """``size`` rounded up to the driver's granularity, in bytes."""
         minimum = self.driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         granularity = int(self.call("cuMemGetAllocationGranularity", self.properties, minimum))
         return -(-size // granularity) * granularity
@@ -159,7 +158,7 @@ class _Gpu:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why processes cannot share memory of ``device`` now, found by trying; None where they can."""
+    """Why processes cannot share memory of ``device``, found by trying; None where they can."""
     memory = CudaMemory(device)
     try:
         descriptor, _ = memory.allocate(1)
@@ -173,12 +172,12 @@ def why_not(device: torch.device) -> str | None:
 
 
 def device_uuid(device: torch.device) -> str:
-    """What names a GPU alike in every process, however each of them numbers those it sees."""
+    """A GPU's UUID, the same in every process; its index depends on the GPUs that are visible."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def device_of(uuid: str) -> torch.device | None:
-    """The GPU of that UUID as this process numbers it; None where it is not visible here."""
+    """The GPU with that UUID; None where it is not visible to this process."""
     for index in range(torch.cuda.device_count()):
         if device_uuid(torch.device("cuda", index)) == uuid:
             return torch.device("cuda", index)
@@ -186,16 +185,16 @@ def device_of(uuid: str) -> torch.device | None:
 
 
 class CudaBytes:
-    """``size`` bytes at ``pointer`` on ``device``; whoever made them ends them."""
+    """``size`` bytes at ``pointer`` on ``device``, which the caller frees."""
 
     def __init__(self, device: torch.device, pointer: int, size: int) -> None:
         self.device, self.pointer, self.size = device, pointer, size
 
     def tensor(self) -> Tensor:
-        """The memory as uint8 [size]: no copy, and it keeps this object."""
+        """The memory as uint8 [size]; not a copy, and it keeps this object alive."""
         return torch.as_tensor(self, device=self.device)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        # Bytes, because the interface knows no bfloat16.
+        # Bytes, because the interface has no bfloat16.
         return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "strides": None, "version": 3}

@@ -12,7 +12,6 @@ the process removes it, so a stage counts as dead until it is back.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import threading
@@ -23,7 +22,8 @@ from pathlib import Path
 
 import msgspec
 
-DIRECTORY = Path("/dev/shm")
+from bagel_triton.ipc.shm import SHM_DIRECTORY, is_locked, open_locked
+
 PARENT_POLL_S, LAST_WORDS_S = 1.0, 3.0
 
 
@@ -66,13 +66,14 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Announcement:
     """This process as one of ``stage``, from now until :meth:`withdraw` or its death."""
 
-    def __init__(self, prefix: str, stage: str, directory: Path = DIRECTORY) -> None:
+    def __init__(self, prefix: str, stage: str, directory: Path = SHM_DIRECTORY) -> None:
         token = secrets.token_hex(4)
         # Named only once it is locked: until then it would look like a dead process's.
         unnamed = directory / f"{prefix}_announcing.{token}"
         self._path = directory / f"{prefix}_stage_{stage}.{token}"
-        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = open_locked(unnamed, create=True)
+        assert lock is not None, "no other process knows the name"
+        self._lock = lock
         os.write(self._lock, msgspec.json.encode(_Record(stage, os.getpid(), _regions(prefix, directory))))
         unnamed.rename(self._path)
 
@@ -99,17 +100,7 @@ class StageProcess:
     @property
     def alive(self) -> bool:
         """Whether it still runs and has not withdrawn."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_locked(self.path)
 
     def remove(self) -> None:
         """Remove what a dead process has left in shared memory."""
@@ -118,7 +109,7 @@ class StageProcess:
         self.path.unlink(missing_ok=True)
 
 
-def processes(prefix: str, stage: str = "*", directory: Path = DIRECTORY) -> list[StageProcess]:
+def processes(prefix: str, stage: str = "*", directory: Path = SHM_DIRECTORY) -> list[StageProcess]:
     """Every announced process of ``stage`` (of all stages by default), dead ones included."""
     found = []
     for path in sorted(directory.glob(f"{prefix}_stage_{stage}.*")):
@@ -130,12 +121,12 @@ def processes(prefix: str, stage: str = "*", directory: Path = DIRECTORY) -> lis
     return found
 
 
-def holds_lock(name: str, directory: Path = DIRECTORY) -> bool:
+def holds_lock(name: str, directory: Path = SHM_DIRECTORY) -> bool:
     """Whether the process still lives whose :attr:`Announcement.lock_name` is ``name``."""
-    return "/" not in name and StageProcess("", 0, directory / name).alive
+    return "/" not in name and is_locked(directory / name)
 
 
-def dead_stages(prefix: str, directory: Path = DIRECTORY) -> dict[str, list[StageProcess]]:
+def dead_stages(prefix: str, directory: Path = SHM_DIRECTORY) -> dict[str, list[StageProcess]]:
     """The processes that died and have not been replaced, by stage."""
     dead: dict[str, list[StageProcess]] = {}
     for process in processes(prefix, directory=directory):
@@ -145,7 +136,7 @@ def dead_stages(prefix: str, directory: Path = DIRECTORY) -> dict[str, list[Stag
     return dead
 
 
-def watch(prefix: str, stage: str, directory: Path = DIRECTORY) -> Callable[[], bool]:
+def watch(prefix: str, stage: str, directory: Path = SHM_DIRECTORY) -> Callable[[], bool]:
     """Whether ``stage`` lives on as it does now, when called: false once any process has died.
 
     Which of its processes has a request cannot be told. Processes that are dead already

@@ -1,20 +1,15 @@
-"""A server's files in shared memory: one prefix for all of them, and their sweep.
-
-A lock file tells a living server's files from a dead one's leftovers. The kernel drops
-the lock with the process, whatever ended it, so no process id is ever trusted: ids are
-reused, and containers that share memory do not share them.
-"""
+"""A server's files in shared memory: all have one prefix, which the server holds the lock of."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-DIRECTORY = Path("/dev/shm")
+from bagel_triton.ipc.shm import SHM_DIRECTORY, open_locked
+
 NAME = "bagel_triton"
 LOCK_SUFFIX = ".lock"
 
@@ -24,19 +19,19 @@ class SharedMemoryUnavailable(ValueError):
 
 
 class SharedMemoryPrefix:
-    """The claim of one server on a prefix; on exit, every file under it is removed.
+    """One server's claim on a new prefix; on exit, every file under it is removed.
 
     Raises:
         SharedMemoryUnavailable: the shared-memory folder cannot be written.
     """
 
-    def __init__(self, directory: Path = DIRECTORY) -> None:
+    def __init__(self, directory: Path = SHM_DIRECTORY) -> None:
         self._directory = directory
-        # The id is for a reader; the token keeps apart containers that share memory but no ids.
+        # The id is for people; the token keeps apart containers that share memory but no ids.
         self.prefix = f"{NAME}_{os.getpid()}_{secrets.token_hex(4)}"
-        path = directory / f"{self.prefix}{LOCK_SUFFIX}"
         try:
-            while (lock := _lock(path, os.O_CREAT)) is None:  # a sweep came between
+            # A sweep may remove the file before it is locked.
+            while (lock := open_locked(_lock_path(directory, self.prefix), create=True)) is None:
                 pass
         except OSError as error:
             raise SharedMemoryUnavailable(f"shared memory in {directory} cannot be used: {error.strerror}") from error
@@ -44,7 +39,7 @@ class SharedMemoryPrefix:
 
     def clear(self) -> None:
         """Remove every file under the prefix, and keep the claim."""
-        _remove_all_but(self._directory / f"{self.prefix}{LOCK_SUFFIX}", self._directory, self.prefix)
+        _remove_files(self._directory, self.prefix)
 
     def __enter__(self) -> Self:
         return self
@@ -52,52 +47,41 @@ class SharedMemoryPrefix:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _remove(self._directory, self.prefix)
+        _remove_all(self._directory, self.prefix)
         os.close(self._lock)
 
 
-def sweep_leftovers(directory: Path = DIRECTORY) -> list[str]:
-    """Remove the files of servers that died without doing so; their prefixes.
+def sweep_leftovers(directory: Path = SHM_DIRECTORY) -> list[str]:
+    """Remove the files of servers that died without doing so, and return their prefixes.
 
-    Files of another user are left alone.
+    Files of another user stay.
     """
     swept = []
     for path in directory.glob(f"{NAME}_*{LOCK_SUFFIX}"):
         try:
-            lock = _lock(path)
-        except (FileNotFoundError, PermissionError):  # swept by another, or another user's
+            lock = open_locked(path)
+        except (FileNotFoundError, PermissionError):  # swept by another process, or another user's
             continue
         if lock is None:
             continue
         prefix = path.name.removesuffix(LOCK_SUFFIX)
-        _remove(directory, prefix)
+        _remove_all(directory, prefix)
         os.close(lock)
         swept.append(prefix)
     return swept
 
 
-def _lock(path: Path, flags: int = 0) -> int | None:
-    """A descriptor that holds the lock of ``path``; None when a living process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A sweep may have removed the file between its opening and its locking.
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    return None
+def _lock_path(directory: Path, prefix: str) -> Path:
+    return directory / f"{prefix}{LOCK_SUFFIX}"
 
 
-def _remove(directory: Path, prefix: str) -> None:
-    """Remove what starts with ``prefix``, the lock file last."""
-    lock = directory / f"{prefix}{LOCK_SUFFIX}"
-    _remove_all_but(lock, directory, prefix)
-    lock.unlink(missing_ok=True)
+def _remove_all(directory: Path, prefix: str) -> None:
+    """Remove every file under ``prefix``, the lock file last."""
+    _remove_files(directory, prefix)
+    _lock_path(directory, prefix).unlink(missing_ok=True)
 
 
-def _remove_all_but(lock: Path, directory: Path, prefix: str) -> None:
+def _remove_files(directory: Path, prefix: str) -> None:
     for path in directory.glob(f"{prefix}*"):
-        if path != lock:
+        if path != _lock_path(directory, prefix):
             path.unlink(missing_ok=True)

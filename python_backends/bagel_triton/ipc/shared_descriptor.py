@@ -1,12 +1,12 @@
-"""One open file that every process which asks for it by name comes to hold, whoever made it.
+"""One open file that all processes of a server hold, made by the first.
 
-The names are abstract Unix sockets', which the kernel takes back with their process; nothing
-is left behind and no process id is trusted. Under ``NAME_turn`` is whoever looks for the file
-or makes it, one process at a time. Under ``NAME_0``, ``NAME_1`` and so on is each process that
-holds it, and every one of them gives it. So there is no owner whose death would have to be
-noticed and made up for: the file is found as long as one holder lives.
+Processes find each other by abstract Unix sockets, which the kernel removes with their process.
+Each holder listens at ``NAME_0``, ``NAME_1`` and so on, and sends a duplicate of the descriptor
+to any process that connects. There is no owner whose death would need handling: the file can be
+had as long as one holder lives. A process that looks for the file, or makes it, binds
+``NAME_turn`` meanwhile, so that one does at a time.
 
-Abstract names belong to a network namespace: processes in two of them do not meet.
+Abstract names belong to a network namespace.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ log = logging.getLogger(__name__)
 class SharedDescriptor:
     """The descriptor called ``name``: a duplicate of another process's, or else what ``make`` returns.
 
-    Waiting: of those that ask at once, one makes it and the others wait, without a limit,
-    for loading may take minutes; if it dies or its ``make`` raises, the next in line starts
-    over. A holder that gives no answer, as when it is stopped, is passed over after
-    ``ANSWER_S`` seconds, and without any other the file is made once more.
+    Waiting: one process makes it and the others wait without a limit, as loading may take
+    minutes. If it dies or its ``make`` raises, the next one starts over. A holder that does not
+    answer within ``ANSWER_S`` seconds, for example a stopped process, is skipped; without
+    another holder the file is made again.
 
-    Lifetime: from construction to :meth:`close` or the end of the process, this process
-    holds the descriptor and gives it. Threads: one, a daemon, that gives.
+    Lifetime: this process holds the descriptor and sends it to others until :meth:`close`, or
+    until it ends. Threads: a daemon that sends.
 
-    Access: processes of one user. A descriptor is neither given to nor taken from another's.
+    Access: processes of one user.
 
     Raises:
-        PermissionError: another user's process is under one of the names.
-        OSError: ``HOLDERS`` processes hold it already, or this one has no room for a descriptor.
-        Exception: whatever ``make`` raises.
+        PermissionError: another user's process has one of the names.
+        OSError: ``HOLDERS`` processes hold it already, or this one has no free descriptor.
+        Exception: what ``make`` raises.
     """
 
     def __init__(self, name: str, make: Callable[[], int]) -> None:
@@ -58,20 +58,20 @@ class SharedDescriptor:
             except BaseException:
                 os.close(self.descriptor)
                 raise
-        self._thread = threading.Thread(target=self._give, name=f"gives {name}", daemon=True)
+        self._thread = threading.Thread(target=self._send, name=f"sends {name}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Give it to nobody any more, and close it; what others hold stays."""
+        """Stop sending it, and close it; other processes keep theirs."""
         if self._closing:
             return
         self._closing = True
-        with contextlib.suppress(OSError):  # closed already, where the thread has failed
-            self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread
+        with contextlib.suppress(OSError):  # it is closed if the thread has failed
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join()
         os.close(self.descriptor)
 
-    def _give(self) -> None:
+    def _send(self) -> None:
         with self._listener:
             try:
                 while True:
@@ -79,24 +79,24 @@ class SharedDescriptor:
                     with peer:
                         self._answer(peer)
             except Exception:
-                if not self._closing:  # else it is how the loop ends
-                    log.exception("%s is no longer given by this process", self.name)
+                if not self._closing:  # closing the socket ends the loop
+                    log.exception("%s: this process no longer sends it", self.name)
 
     def _answer(self, peer: socket.socket) -> None:
         try:
             _check_user(peer, self.name)
             socket.send_fds(peer, [b"\0"], [self.descriptor])
         except PermissionError as error:
-            log.warning("not given: %s", error)
-        except (BrokenPipeError, ConnectionResetError) as error:  # it has died, or passed this process over
-            log.info("%s was asked for by a process that went away: %s", self.name, error)
-        except OSError as error:  # this one's failure is not the next one's
-            log.warning("%s could not be given: %s", self.name, error)
+            log.warning("not sent: %s", error)
+        except (BrokenPipeError, ConnectionResetError) as error:  # the other process died, or did not wait
+            log.info("%s: a process disconnected before it was sent: %s", self.name, error)
+        except OSError as error:  # the next process may still get it
+            log.warning("%s could not be sent: %s", self.name, error)
 
 
 @contextlib.contextmanager
 def _turn(name: str) -> Iterator[None]:
-    """Be the only process inside."""
+    """Keep other processes from looking for ``name`` meanwhile."""
     place = f"{name}_turn"
     while (held := _bound(place)) is None:
         _wait_for_end(place)
@@ -105,7 +105,7 @@ def _turn(name: str) -> Iterator[None]:
 
 
 def _receive(name: str) -> int | None:
-    """A duplicate of what some process holds; None where none does."""
+    """A duplicate of another process's descriptor; None where none holds it."""
     for number in range(HOLDERS):
         peer = _connected(f"{name}_{number}")
         if peer is None:
@@ -114,10 +114,10 @@ def _receive(name: str) -> int | None:
             peer.settimeout(ANSWER_S)
             try:
                 data, descriptors, _, _ = socket.recv_fds(peer, 1, 1, socket.MSG_CMSG_CLOEXEC)
-            except ConnectionResetError:  # it has just ended
+            except ConnectionResetError:  # the process has just ended
                 continue
             except TimeoutError:
-                log.warning("%s_%d: its process has not answered for %g s", name, number, ANSWER_S)
+                log.warning("%s_%d: its process did not answer within %g s", name, number, ANSWER_S)
                 continue
         if descriptors:
             return descriptors[0]
@@ -134,7 +134,7 @@ def _first_free(name: str) -> socket.socket:
 
 
 def _bound(place: str) -> socket.socket | None:
-    """A socket that listens under ``place``; None where another does."""
+    """A socket that listens at ``place``; None where another does."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         listener.bind(f"\0{place}")
@@ -148,7 +148,7 @@ def _bound(place: str) -> socket.socket | None:
 
 
 def _connected(place: str) -> socket.socket | None:
-    """A connection to the process under ``place``; None where none listens."""
+    """A connection to the process at ``place``; None where none listens."""
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         peer.connect(f"\0{place}")
@@ -163,12 +163,12 @@ def _connected(place: str) -> socket.socket | None:
 
 
 def _wait_for_end(place: str) -> None:
-    """Return when the process that was under ``place`` has left it, or died."""
+    """Wait until the process at ``place`` has left it or died."""
     peer = _connected(place)
-    if peer is None:  # it has just left, or does not listen yet
+    if peer is None:  # the process has just left, or does not listen yet
         time.sleep(RETRY_S)
         return
-    with peer, contextlib.suppress(ConnectionResetError):  # which is how an unaccepted connection ends
+    with peer, contextlib.suppress(ConnectionResetError):  # so an unaccepted connection ends
         peer.recv(1)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bagel_triton.ipc.prefix import DIRECTORY
+from bagel_triton.ipc.shm import SHM_DIRECTORY
 
 # Heavy modules are imported where they are used: --help must not wait for torch.
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def read(placement: Placement) -> Available:
     """What is free for stages at ``placement``."""
     from bagel_triton.serving.memory_plan import Available
 
-    shared = os.statvfs(DIRECTORY)
+    shared = os.statvfs(SHM_DIRECTORY)
     free = host(), shared.f_bavail * shared.f_frsize
     if placement.torch_device.type == "cpu":
         return Available(*free)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.ipc import liveness
+from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.serving.command_error import CommandError
 from bagel_triton.serving.model_repository import ReloadError
 
@@ -75,7 +76,7 @@ class Watchdog:
         prefix: str,
         repository: Repository,
         reloaded: Callable[[str], None],
-        directory: Path = liveness.DIRECTORY,
+        directory: Path = SHM_DIRECTORY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prefix, self._repository, self._directory, self._clock = prefix, repository, directory, clock

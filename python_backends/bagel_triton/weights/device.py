@@ -1,8 +1,8 @@
-"""One copy of the weights on a device, mapped by all processes of a server that compute there.
+"""One copy of the weights on a GPU, mapped by all processes of a server that compute there.
 
-Nothing writes to weights once they are loaded: modules are made with ``requires_grad_(False)``
-and no engine changes a parameter. On a CPU a read-only mapping sees to it; a device's memory
-may have no such thing, see :mod:`~bagel_triton.ipc.cuda_memory`.
+Nothing writes to weights once they are loaded: parameters need no gradients, and no engine
+changes one. On a CPU the mapping is read-only; a GPU may not support that, see
+:mod:`~bagel_triton.ipc.cuda_memory`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ log = logging.getLogger(__name__)
 
 
 class DeviceMemory(Protocol):
-    """Memory of one device that is there as long as any process has a descriptor or a mapping of it.
+    """Memory of one device that lasts as long as any process has a descriptor or a mapping of it.
 
     A mapping lasts as long as any tensor of it. Every call may raise :class:`NotShareable`.
     """
 
     @property
     def alignment(self) -> int:
-        """Bytes, at which the device's kernels want a tensor to begin."""
+        """Bytes at whose multiples the device's kernels expect a tensor to begin."""
 
     @property
     def device(self) -> torch.device: ...
 
     @property
     def name(self) -> str:
-        """What names the device alike in every process."""
+        """The device's name, the same in every process."""
 
     def allocate(self, size: int) -> tuple[int, Tensor]:
         """A descriptor of new memory, and its bytes mapped for writing: uint8 [size].
@@ -49,22 +49,21 @@ class DeviceMemory(Protocol):
         """
 
     def open(self, descriptor: int, size: int) -> Tensor:
-        """The bytes behind ``descriptor``, mapped for reading: uint8 [size]."""
+        """The memory of ``descriptor``, mapped for reading: uint8 [size]."""
 
     def complete(self) -> None:
-        """Return when all that was copied to the device is there."""
+        """Wait for copies to the device."""
 
 
 class DeviceWeights:
     """The weights of one server's stages on a device, under names ``PREFIX_UID_weights_KEY``.
 
-    Contents: the key stands for the checkpoint's files, the tensors, the dtype and the device.
+    Contents: the key is a digest of the checkpoint's files, the tensors, the dtype and the device.
 
-    Processes: the first that asks loads, the others map the same memory:
-    :class:`~bagel_triton.ipc.shared_descriptor.SharedDescriptor` has the rules. They go on where
-    it dies, and any of them gives the memory to a stage that is started again.
-
-    Where the memory cannot be shared, this process loads a copy of its own, and logs why.
+    Processes: the first one loads, the others map the same memory by way of
+    :class:`~bagel_triton.ipc.shared_descriptor.SharedDescriptor`. They keep it when the first
+    dies, and each can hand it to a stage that starts again. Where memory cannot be shared, this
+    process loads its own copy and logs why.
 
     Lifetime: tensors outlive :meth:`close`; the memory ends with its last tensor and holder.
     Threads: one at a time.
@@ -87,23 +86,23 @@ class DeviceWeights:
     ) -> dict[str, Tensor]:
         """``sources`` in ``dtype``, by name, on the device.
 
-        ``files`` are those that the sources were read from; sources are read only if no
-        living process of the server has them on the device.
+        Sources come from ``files`` and are read only if no living process of the server has them
+        on the device.
         """
         layout = Layout.of(sources, dtype, self._memory.alignment)
         try:
             return layout.views(self._contents(layout, sources, files))
         except NotShareable as error:
-            log.warning("the weights on %s are a copy of this process's own: %s", self.device, error)
+            log.warning("this process has its own copy of the weights on %s: %s", self.device, error)
         return on_device(sources, self.device, dtype)
 
     def close(self) -> None:
-        """Give the weights to nobody any more, as a stage does that ends in good order."""
+        """Stop handing the weights to other processes."""
         while self._held:
             self._held.popitem()[1].close()
 
     def _contents(self, layout: Layout, sources: Mapping[str, Source], files: tuple[FileIdentity, ...]) -> Tensor:
-        # Users have names of their own: all of them see all names, and share nothing.
+        # With the user's id: all users see each other's names, and share nothing.
         name = f"{self._prefix}_{os.geteuid()}_weights_{layout.key(files, self._memory.name)}"
         started = time.perf_counter()
         if name not in self._held:
@@ -114,13 +113,13 @@ class DeviceWeights:
         except NotShareable:
             self._held.pop(name).close()
             raise
-        how = "loaded for all processes" if held.made_here else "mapped, another process has loaded them"
+        how = "loaded for all processes" if held.made_here else "mapped from another process"
         took = time.perf_counter() - started
         log.info("%d bytes of weights on %s: %s, in %.1f s: %s", layout.size, self.device, how, took, name)
         return contents
 
     def _load(self, layout: Layout, sources: Mapping[str, Source]) -> int:
-        """A descriptor of the weights, which are on the device by the time it is returned."""
+        """Copy the weights to the device; a descriptor of their memory."""
         descriptor, contents = self._memory.allocate(layout.size)
         try:
             layout.fill(contents, sources)

@@ -1,4 +1,4 @@
-"""What a checkpoint folder in the published layout holds and says, by its files' headers alone."""
+"""The files of a checkpoint folder in the published layout, read by their headers alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
 
-# The planner reads this, and starts sooner and smaller without torch.
+# The request planner imports this module, and starts sooner and smaller without torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,7 +29,7 @@ VIT_LAYER = "vit_model.vision_model.encoder.layers.{}.layer_norm1.weight"
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells one state of a checkpoint's file from another."""
+    """One state of a checkpoint's file."""
 
     path: str
     size: int
@@ -108,7 +108,7 @@ def torch_from_file(path: Path) -> Tensor:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    """What a valid safetensors file says of its tensors: a length, that many bytes of JSON, and then the data."""
+    """The tensors of a valid safetensors file, which is a length, that many bytes of JSON, and the data."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -128,7 +128,7 @@ def _open(path: Path, framework: str) -> Any:
 
 
 class CheckpointFiles:
-    """A checkpoint folder whose files are there and agree with its configuration, but for the tensors' shapes.
+    """A checkpoint folder whose files exist and agree with its configuration; shapes are not checked.
 
     Raises:
         CheckpointError: names the file, field or tensor that is wrong.
@@ -158,7 +158,7 @@ class CheckpointFiles:
 
 
 def _layers(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many layers there are from the first on: ``name`` is that of a tensor that each has."""
+    """The number of layers, each of which has a tensor ``name``."""
     return next(index for index in itertools.count() if name.format(index) not in shapes)
 
 

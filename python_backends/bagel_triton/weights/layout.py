@@ -1,4 +1,4 @@
-"""Where the weights of a module lie in one piece of memory, and the key that stands for them.
+"""How the weights of a module are laid out in one piece of memory, and the key that identifies them.
 
 A parameter may hold several of the checkpoint's tensors, such as the projections of queries,
 keys and values: they are its *source*, and become one tensor on the way.
@@ -70,7 +70,7 @@ class Layout:
         return cls(dtype, tuple(slots), end)
 
     def key(self, files: tuple[FileIdentity, ...], device: str) -> str:
-        """16 hexadecimal digits that stand for these tensors, read from ``files``, on ``device``."""
+        """16 hexadecimal digits: a digest of this layout, of the ``files`` it is read from and of the ``device``."""
         return hashlib.sha256(repr((files, self, device)).encode()).hexdigest()[:16]
 
     def views(self, contents: Tensor) -> dict[str, Tensor]:
@@ -83,6 +83,6 @@ class Layout:
         }
 
     def fill(self, contents: Tensor, sources: Mapping[str, Source]) -> None:
-        """Read every source once, in order, into its place in ``contents``, converting it on the way."""
+        """Copy every source, in order, to its slot in ``contents``, converting it on the way."""
         for name, target in self.views(contents).items():
             read_into(target, sources[name])

@@ -1,4 +1,4 @@
-"""How the stages of one server come to hold one copy of the weights, by the device they compute on."""
+"""Weights that the stages of one server share, by the device they compute on."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ class SharedWeights(Protocol):
     def converted(
         self, sources: Mapping[str, Source], dtype: torch.dtype, files: tuple[FileIdentity, ...]
     ) -> dict[str, Tensor]:
-        """``sources``, which were read from ``files``, in ``dtype`` on the device, by name; not to be written to.
+        """``sources`` in ``dtype`` on the device, by name; nothing may write to them.
+
+        ``files`` are those that the sources are mapped from.
 
         Raises:
             MemoryError: there is no room for them.
-            OSError: what is shared cannot be reached, as when it is another user's.
+            OSError: the shared weights cannot be opened, for example another user's.
         """
 
     def close(self) -> None:
-        """End what this process does for others; its own tensors stay."""
+        """Stop sharing with processes that start later; tensors of this process stay."""
 
 
 def shared_weights(prefix: str, device: torch.device) -> SharedWeights:
-    """Those of the server with ``prefix`` on ``device``; nothing is opened before weights are asked for."""
+    """The weights of the server with ``prefix`` on ``device``; nothing is opened until weights are loaded."""
     if device.type == "cpu":
         return WeightStore(prefix)
     from bagel_triton.ipc.cuda_memory import CudaMemory

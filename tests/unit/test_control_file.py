@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.ipc import control_file as notices
+from bagel_triton.ipc import control_file
 from tests.support.waiting import soon
 
 PREFIX = "bagel_triton_1_2"
@@ -29,7 +29,7 @@ class Counts:
 @contextmanager
 def told(directory: Path) -> Iterator[Counts]:
     counts, closing = Counts(), threading.Event()
-    thread = threading.Thread(target=notices.watch_control_file, args=(PREFIX, counts, closing, directory))
+    thread = threading.Thread(target=control_file.watch_control_file, args=(PREFIX, counts, closing, directory))
     thread.start()
     yield counts
     closing.set()
@@ -38,13 +38,13 @@ def told(directory: Path) -> Iterator[Counts]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "POLL_S", 0.01)
+    monkeypatch.setattr(control_file, "POLL_S", 0.01)
 
 
 def test_each_reload_is_counted_once_and_a_new_process_counts_those_before_it(tmp_path: Path) -> None:
-    kept = notices.ControlFile(PREFIX, tmp_path)
+    kept = control_file.ControlFile(PREFIX, tmp_path)
     with told(tmp_path) as counts:
-        for name in ("dit", "dit", "thinker", notices.SERVER):
+        for name in ("dit", "dit", "thinker", control_file.SERVER):
             kept.reloaded(name)
         expected = {"stage_reloads/dit": 2, "stage_reloads/thinker": 1, "server_restarts": 1}
         assert soon(lambda: counts.seen == expected)
@@ -52,7 +52,7 @@ def test_each_reload_is_counted_once_and_a_new_process_counts_those_before_it(tm
         assert counts.seen == expected
     for path in tmp_path.iterdir():  # a crashed tritonserver's files are swept away
         path.unlink()
-    kept.reloaded(notices.SERVER)
+    kept.reloaded(control_file.SERVER)
     with told(tmp_path) as counts:
         assert soon(lambda: counts.seen == expected | {"server_restarts": 2})
 
@@ -64,8 +64,8 @@ def test_where_no_supervisor_counts_nothing_is_told(tmp_path: Path) -> None:
 
 
 def test_that_the_server_stops_is_heard_and_ends_the_listening(tmp_path: Path) -> None:
-    kept, closing = notices.ControlFile(PREFIX, tmp_path), threading.Event()
-    thread = threading.Thread(target=notices.watch_control_file, args=(PREFIX, Counts(), closing, tmp_path))
+    kept, closing = control_file.ControlFile(PREFIX, tmp_path), threading.Event()
+    thread = threading.Thread(target=control_file.watch_control_file, args=(PREFIX, Counts(), closing, tmp_path))
     thread.start()
     assert not closing.wait(0.05)
     kept.stop()

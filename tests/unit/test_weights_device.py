@@ -199,7 +199,7 @@ def test_where_memory_cannot_be_shared_each_has_its_own_and_says_why(
     theirs = loaded(others) if memory.no_import else {}
     held = loaded(weights)
     assert all(torch.equal(held[name], tensor.float()) for name, tensor in sources().items())
-    assert f"the weights on cpu are a copy of this process's own: {reason}" in caplog.messages
+    assert f"this process has its own copy of the weights on cpu: {reason}" in caplog.messages
     assert not theirs or held["a"].data_ptr() != theirs["a"].data_ptr()
     weights.close()
     others.close()
