@@ -359,6 +359,21 @@ def test_shift_enter_is_a_new_line_and_an_empty_prompt_is_not_sent(open_for: Ope
     assert request.messages[0].parts == (TextPart("A cat\nin snow"),)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("-", "Seed is not a number."), ("9007199254740993", "Seed is larger than this page can send.")],
+)
+def test_a_setting_that_cannot_be_sent_as_written_is_not_sent(open_for: Open, value: str, message: str) -> None:
+    client = FakeClient()
+    page = open_for(client)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Seed").press_sequentially(value)
+    send(page, "A cute cat")
+    expect(page.get_by_role("alert").filter(has_text=message)).to_be_visible()
+    expect(page.get_by_label("Seed")).to_be_focused()
+    assert client.requests == []
+
+
 def test_what_matters_is_said_to_screen_readers(open_for: Open) -> None:
     page = open_for(FakeClient())
     announcer = page.locator("#announcer")

@@ -95,7 +95,16 @@ export class Composer {
       this.#complain(this.#images.length ? "Write what to do with the image." : "Write a prompt first.");
       return;
     }
+    const wrong = [...this.#fields()].find((field) => field.validity.badInput || Math.abs(field.value) > Number.MAX_SAFE_INTEGER);
+    if (wrong) {
+      this.#openSettings(true);
+      wrong.focus();
+      const name = wrong.labels[0].textContent;
+      this.#complain(wrong.validity.badInput ? `${name} is not a number.` : `${name} is larger than this page can send.`);
+      return;
+    }
     this.#complain("");
+    this.#openSettings(false);
     const request = {
       output: this.output,
       prompt,
