@@ -38,9 +38,9 @@ MIB = 2**20
 def run(setting: Setting) -> list[Figure]:
     """The longest an event is late while a large body comes in; processor time and memory of idle streams."""
     with _proxy() as (url, process):
+        share, kib = _idle(url, process)  # first: what a large body leaves in the heap would serve them
         quiet = [_latest_ms(url, None) for _ in range(setting.trials)]
         busy = [_latest_ms(url, _large_body()) for _ in range(setting.trials)]
-        share, kib = _idle(url, process)
     return [
         median(NAME, "latest event, nothing else going on", quiet, "ms"),
         median(NAME, f"latest event beside a {BODY_MIB} MiB body", busy, "ms", GOAL_MS, "lower"),

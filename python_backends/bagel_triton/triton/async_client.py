@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ from bagel_triton.triton.client import CHANNEL_ARGS
 
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 LARGE_REQUEST = 2**20  # bytes of images
+COPIED_AT_ONCE = 2**20
+# The tag of a length-delimited field of ModelInferRequest, one for each input in their order.
+RAW_INPUT_CONTENTS = bytes((service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2,))
 LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -210,20 +214,39 @@ async def _read(responses: Any) -> Any | None:
 def _message(request: GenerationRequest, request_id: str) -> bytes:
     """``request`` as Triton's protobuf message.
 
+    The tensors' contents are written by hand, in pieces: protobuf would copy a large image
+    several times, and hold the interpreter's lock for each copy.
+
     Raises:
         InvalidRequest: a value fits no tensor.
     """
     message = service_pb2.ModelInferRequest(model_name=ORCHESTRATOR, id=request_id)
+    contents: list[list[bytes]] = []
     for name, array in to_tensors(request).items():
         message.inputs.add(name=name, datatype=REQUEST_FIELDS[name].datatype, shape=array.shape)
         if array.dtype == np.object_:
-            items = array.reshape(-1).tolist()
-            raw = b"".join(piece for item in items for piece in (len(item).to_bytes(4, "little"), item))
+            items: list[bytes] = array.reshape(-1).tolist()
+            contents.append([piece for item in items for piece in (len(item).to_bytes(4, "little"), item)])
         else:
-            raw = array.tobytes()
-        message.raw_input_contents.append(raw)
-    data: bytes = message.SerializeToString()
-    return data
+            contents.append([array.tobytes()])
+    written = io.BytesIO()
+    written.write(message.SerializeToString())
+    for pieces in contents:
+        written.write(RAW_INPUT_CONTENTS + _varint(sum(map(len, pieces))))
+        for piece in pieces:
+            for start in range(0, len(piece), COPIED_AT_ONCE):
+                written.write(memoryview(piece)[start : start + COPIED_AT_ONCE])
+    return written.getvalue()
+
+
+def _varint(number: int) -> bytes:
+    """``number`` as protobuf writes a length: seven bits a byte, the lowest first."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
 
 
 async def _once(message: bytes) -> AsyncIterator[bytes]:

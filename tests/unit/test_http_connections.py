@@ -1,0 +1,193 @@
+"""Connections that misbehave: slow, silent, gone, or with very large bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import os
+import random
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from proxy_fake import CHAT, PROGRESS, SETTINGS, FakeClient, chat_body, image_part
+from starlette.testclient import TestClient
+
+from bagel_triton.openai import attachments, http_server
+from bagel_triton.openai.app import create_app
+from bagel_triton.openai.settings import HttpOptions
+from bagel_triton.protocol.events import ImageEvent
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.triton.async_client import StageResponse
+from tests.support.waiting import soon
+
+
+class EndlessClient(FakeClient):
+    """Streams progress, or images of ``side`` pixels, until it is closed; knows how many it serves."""
+
+    def __init__(self, side: int = 0) -> None:
+        super().__init__()
+        self.active, self.sent, self._side = 0, 0, side
+
+    async def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        self.active += 1
+        pixels = np.random.default_rng(1).integers(0, 256, (self._side, self._side, 3), dtype=np.uint8)
+        try:
+            while True:
+                yield StageResponse(ImageEvent(0, self._side, self._side, 1), pixels) if self._side else PROGRESS[0]
+                self.sent += 1
+                await asyncio.sleep(0.005)
+        finally:
+            self.active -= 1
+
+
+@contextlib.contextmanager
+def served(client: FakeClient, options: HttpOptions) -> Iterator[str]:
+    """The URL of an API with these options."""
+    [listener] = http_server.listen("127.0.0.1", 0)
+    app = create_app(dataclasses.replace(SETTINGS, http=options), client)
+    server = uvicorn.Server(http_server.config(app, options, grace_s=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    with listener:
+        thread.start()
+        try:
+            yield http_server.base_url(listener, options)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+
+
+def raw_request(url: str, body: bytes = b'{"messages":[{"role":"user","content":"x"}],"stream":true}') -> bytes:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def connection(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def get_version(kept: socket.socket) -> None:
+    """One request and its whole reply, on a connection that stays open."""
+    kept.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+    reply = b""
+    while not reply.endswith(b"}"):
+        reply += kept.recv(1000)
+    assert b"200 OK" in reply
+
+
+def test_fifty_streams_whose_clients_leave_leave_nothing_behind() -> None:
+    backend, chance = EndlessClient(), random.Random(7)
+
+    async def stream(client: httpx.AsyncClient) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(chance.uniform(0, 1.0)):
+                async with client.stream("POST", CHAT, json=chat_body(stream=chance.random() < 0.8)) as reply:
+                    async for _ in reply.aiter_bytes():
+                        pass
+
+    async def leave() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, limits=limits, trust_env=False, timeout=30) as client:
+            await asyncio.gather(*(stream(client) for _ in range(50)))
+
+    with served(backend, HttpOptions()) as url:
+        asyncio.run(leave())
+        assert soon(lambda: backend.active == 0)
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert "bagel_http_requests_active 1.0" in metrics  # this one
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+
+
+def test_a_client_that_does_not_read_is_not_sent_more_and_is_dropped_in_the_end() -> None:
+    backend = EndlessClient(side=256)
+    with served(backend, HttpOptions(write_timeout_s=1)) as url, connection(url) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(
+            raw_request(url, b'{"messages":[{"role":"user","content":"x"}],"modalities":["image"],"stream":true}')
+        )
+        assert soon(lambda: backend.active == 1)
+        assert httpx.get(f"{url}/version", trust_env=False).status_code == 200  # others go on
+        assert soon(lambda: backend.active == 0)
+        assert backend.sent < 500
+
+
+def test_a_header_that_does_not_end_closes_the_connection() -> None:
+    with served(FakeClient(), HttpOptions(header_timeout_s=1)) as url:
+        for beginning in (b"", b"GET /version HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+            with connection(url) as slow:
+                slow.sendall(beginning)
+                with contextlib.suppress(ConnectionResetError):
+                    assert slow.recv(100) == b""
+
+
+def test_a_second_request_on_a_connection_has_its_own_time_for_its_header() -> None:
+    with served(FakeClient(), HttpOptions(header_timeout_s=1)) as url, connection(url) as kept:
+        get_version(kept)
+        kept.sendall(b"GET /ver")
+        with contextlib.suppress(ConnectionResetError):
+            assert kept.recv(100) == b""
+
+
+def test_a_body_that_does_not_end_is_answered() -> None:
+    with served(FakeClient(), HttpOptions(body_timeout_s=1)) as url, connection(url) as slow:
+        slow.sendall(raw_request(url)[:-5])
+        assert b"408 Request Timeout" in slow.recv(1000)
+
+
+def test_an_idle_connection_is_kept_as_long_as_asked() -> None:
+    for keep_alive_s, kept in ((1, False), (90, True)):
+        with served(FakeClient(), HttpOptions(keep_alive_s=keep_alive_s)) as url, connection(url) as idle:
+            get_version(idle)
+            idle.settimeout(2)
+            if kept:
+                with pytest.raises(TimeoutError):
+                    idle.recv(100)
+            else:
+                assert idle.recv(100) == b""
+
+
+IMAGES = [os.urandom(300_000), b"a small one", os.urandom(200_001)]
+LARGE = dataclasses.replace(SETTINGS, max_body_bytes=10_000_000)
+
+
+@pytest.mark.parametrize("alphabet", ["standard", "url-safe", "escaped"])
+def test_large_images_arrive_whole_whatever_way_they_take(alphabet: str) -> None:
+    backend = FakeClient()
+    encoded = [base64.b64encode(image).decode() for image in IMAGES]
+    if alphabet == "url-safe":
+        encoded = [base64.urlsafe_b64encode(image).decode() for image in IMAGES]
+    parts = [image_part(f"data:image/png;base64,{text}") for text in encoded]
+    body = httpx.Request("POST", "http://x", json=chat_body(messages=[{"role": "user", "content": parts}])).content
+    if alphabet == "escaped":
+        body = body.replace(b"/", b"\\/")
+    TestClient(create_app(LARGE, backend)).post(CHAT, content=body)
+    assert backend.requests[0].image == tuple(IMAGES)
+
+
+def test_a_large_image_that_is_damaged_is_refused_by_name() -> None:
+    text = base64.b64encode(IMAGES[0]).decode()
+    damaged = f"data:image/png;base64,{text[:100_000]}!!{text[100_002:]}"
+    body = chat_body(messages=[{"role": "user", "content": [image_part(damaged)]}])
+    reply = TestClient(create_app(LARGE, FakeClient())).post(CHAT, json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "messages[0].content[0].image_url"
+
+
+def test_only_large_data_urls_leave_the_body() -> None:
+    small = b'{"a": "data:x;base64,QUJD", "b": ";base64,", "c": "' + b"x" * 300_000 + b'"}'
+    assert attachments.detach(bytearray(small)) == (small, {})
+    unended = b'{"a": "data:x;base64,' + b"QUJD" * 100_000
+    assert attachments.detach(bytearray(unended)) == (unended, {})
