@@ -27,9 +27,10 @@ from proxy_fake import (
 )
 from starlette.requests import ClientDisconnect
 
-from bagel_triton.openai import stream
+from bagel_triton.openai import sse
 from bagel_triton.openai.reply import ReplyOptions, new_header
-from bagel_triton.openai.stream import EventStream, chunks
+from bagel_triton.openai.sse import EventStream
+from bagel_triton.openai.stream import chunks
 from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.waiting import soon
@@ -77,7 +78,7 @@ def test_streamed_images_are_numbered(where: str | None, members: list[str]) -> 
 
 
 def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
     backend = FakeClient(text(0, "content", "Par"), SILENCE)
     with (
         live_proxy(backend) as url,

@@ -27,7 +27,7 @@ def routes(api: Api) -> list[Route]:
         options = reply_options(body, task.modality, request.headers, api.settings.http.image_reply)
         if body.stream:
             chunks = stream.chunks(responses, header, options)
-            return stream.EventStream(await unless_gone(request, anext(chunks)), chunks)
+            return stream.event_stream(await unless_gone(request, anext(chunks)), chunks)
         async with aclosing(responses):
             completion = await unless_gone(request, collect(responses, header, options))
         return Response(msgspec.json.encode(completion), media_type="application/json")

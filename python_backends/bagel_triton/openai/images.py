@@ -132,7 +132,7 @@ def routes(api: Api) -> list[Route]:
         responses = api.run(job.task(), request, job.header.id)
         if body.stream:
             pieces = _stream(responses, job)
-            return sse.NamedEvents(await unless_gone(request, anext(pieces)), pieces)
+            return sse.EventStream(await unless_gone(request, anext(pieces)), pieces)
         files = f"{str(request.base_url).rstrip('/')}{FILES}"
         async with aclosing(responses):
             reply = await unless_gone(request, _collect(responses, job, store, files))

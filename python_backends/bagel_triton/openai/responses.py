@@ -47,7 +47,7 @@ def routes(api: Api) -> list[Route]:
         reply = _Reply(body, header)
         if body.stream:
             pieces = _stream(stages, reply)
-            return sse.NamedEvents(await unless_gone(request, anext(pieces)), pieces)
+            return sse.EventStream(await unless_gone(request, anext(pieces)), pieces)
         async with aclosing(stages):
             await unless_gone(request, _collect(stages, reply))
         return Response(msgspec.json.encode(reply.response), media_type="application/json")

@@ -1,8 +1,9 @@
-"""Server-sent events with names, as OpenAI's images and responses endpoints stream them."""
+"""Server-sent events: with names, as the images and responses endpoints stream them, and without, as chat does."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -10,9 +11,11 @@ import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from bagel_triton.openai.errors import ErrorDetail, error_body, to_bagel_error
+from bagel_triton.openai.errors import ErrorBody, ErrorDetail, error_body, to_bagel_error
 from bagel_triton.protocol.events import ProgressEvent
 
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for a minute, some much sooner
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold events back
 
 
@@ -33,11 +36,26 @@ def progress(done: ProgressEvent) -> bytes:
     return f": {done.stage} {done.step}/{done.steps}\n\n".encode()
 
 
-class NamedEvents(StreamingResponse):
-    """A reply whose ``first`` piece is known to exist, so that 200 is its true status."""
+def failed(body: ErrorBody) -> bytes:
+    """The last event of a stream that failed."""
+    return event("error", ErrorEvent(body.error))
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(_pieces(first, rest), headers=HEADERS, media_type="text/event-stream")
+
+class EventStream(StreamingResponse):
+    """A reply of server-sent events, of which ``first`` is known to exist, so 200 is its true status.
+
+    An error after it becomes the event that ``failed`` makes of it; ``end`` follows where there
+    was none. A comment goes out whenever nothing came for ``KEEP_ALIVE_S``.
+    """
+
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        failed: Callable[[ErrorBody], bytes] = failed,
+        end: bytes = b"",
+    ) -> None:
+        super().__init__(_events(first, rest, failed, end), headers=HEADERS, media_type="text/event-stream")
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,11 +63,34 @@ class NamedEvents(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _pieces(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _events(
+    first: bytes, rest: AsyncGenerator[bytes, None], failed: Callable[[ErrorBody], bytes], end: bytes
+) -> AsyncIterator[bytes]:
     yield first
     try:
-        async for piece in rest:
-            yield piece
+        async with aclosing(_kept_alive(rest)) as events:
+            async for piece in events:
+                yield piece
     except Exception as error:
         # The status line is out: the error can only be an event.
-        yield event("error", ErrorEvent(error_body(to_bagel_error(error)).error))
+        yield failed(error_body(to_bagel_error(error)))
+    else:
+        if end:
+            yield end
+
+
+async def _kept_alive(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """``events``, with a comment line whenever none came for ``KEEP_ALIVE_S``."""
+    while True:
+        coming = asyncio.ensure_future(anext(events))
+        try:
+            while not (await asyncio.wait({coming}, timeout=KEEP_ALIVE_S))[0]:
+                yield KEEP_ALIVE
+            piece = coming.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait({coming})
+        yield piece

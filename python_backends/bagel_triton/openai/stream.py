@@ -8,15 +8,12 @@ sends comment lines, which no client shows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal
 
 import msgspec
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from bagel_triton.openai.errors import error_body, to_bagel_error
 from bagel_triton.openai.image_source import data_url
 from bagel_triton.openai.reply import (
     IMAGE_FINISH,
@@ -32,6 +29,7 @@ from bagel_triton.openai.reply import (
     metrics,
     usage,
 )
+from bagel_triton.openai.sse import KEEP_ALIVE, EventStream
 from bagel_triton.protocol.events import (
     AnswerEvent,
     DoneEvent,
@@ -43,8 +41,6 @@ from bagel_triton.protocol.events import (
 )
 from bagel_triton.triton.async_client import StageResponse
 
-KEEP_ALIVE = b": keep-alive\n\n"
-KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for a minute, some much sooner
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -166,45 +162,6 @@ async def _delta(response: StageResponse, options: ReplyOptions) -> Delta | None
     return None
 
 
-class EventStream(StreamingResponse):
-    """A reply of server-sent events, of which ``first`` is known to exist, so 200 is its true status."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        # nginx buffers a reply unless it is told not to.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(first, rest), headers=headers, media_type="text/event-stream")
-        self._rest = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._rest):
-            await super().__call__(scope, receive, send)
-
-
-async def _events(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    yield first
-    try:
-        async with aclosing(_kept_alive(rest)) as events:
-            async for event in events:
-                yield event
-    except Exception as error:
-        # The status line is out: the error can only be an event.
-        yield encode(error_body(to_bagel_error(error)))
-    else:
-        yield _DONE
-
-
-async def _kept_alive(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """``events``, with a comment line whenever none came for ``KEEP_ALIVE_S``."""
-    while True:
-        coming = asyncio.ensure_future(anext(events))
-        try:
-            while not (await asyncio.wait({coming}, timeout=KEEP_ALIVE_S))[0]:
-                yield KEEP_ALIVE
-            event = coming.result()
-        except StopAsyncIteration:
-            return
-        finally:
-            if not coming.done():
-                coming.cancel()
-                await asyncio.wait({coming})
-        yield event
+def event_stream(first: bytes, rest: AsyncGenerator[bytes, None]) -> EventStream:
+    """The reply of ``first`` and ``rest``, ended as chat clients expect."""
+    return EventStream(first, rest, failed=encode, end=_DONE)
