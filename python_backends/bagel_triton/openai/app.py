@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
-from bagel_triton.openai import completions, health, images, models, page, request_id, responses
+from bagel_triton.openai import completions, health, images, models, openapi, page, request_id, responses
 from bagel_triton.openai.address_rules import AllowedSources
 from bagel_triton.openai.auth import ApiKeys
 from bagel_triton.openai.endpoint import Api
@@ -39,6 +39,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
         *responses.routes(api),
         *models.routes(api),
         *health.routes(api, metrics),
+        *openapi.routes(api),
         *page.routes(),
     ]
     known = [route.path for route in routes if isinstance(route, Route)]

@@ -1,0 +1,74 @@
+"""The API's description of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from proxy_fake import NAMES, SETTINGS, FakeClient
+from proxy_fake import http as api
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from bagel_triton.openai.app import create_app
+from bagel_triton.openai.settings import HttpOptions
+
+
+@pytest.fixture(scope="module")
+def document() -> Any:
+    return api(FakeClient()).get("/openapi.json").json()
+
+
+def test_every_endpoint_is_described_and_none_that_is_not_there(document: Any) -> None:
+    routes = [route for route in create_app(SETTINGS, FakeClient()).routes if isinstance(route, Route)]
+    served = {
+        (re.sub(r":\w+}", "}", route.path), method.lower())
+        for route in routes
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    described = {(path, method) for path, methods in document["paths"].items() for method in methods}
+    assert described == served - {("/", "get"), ("/ping", "post")}
+
+
+def test_every_reference_leads_somewhere(document: Any) -> None:
+    def references(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+            return own + [found for value in node.values() for found in references(value)]
+        return [found for item in node for found in references(item)] if isinstance(node, list) else []
+
+    for reference in references(document):
+        target = document
+        for step in reference.removeprefix("#/").split("/"):
+            target = target[step]
+
+
+def test_bodies_say_what_is_accepted(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    chat = schemas["ChatBody"]["properties"]
+    assert {"type": "string"} in chat["stop"]["anyOf"]
+    assert {"type": "integer", "minimum": 16, "multipleOf": 16} in chat["height"]["anyOf"]
+    assert chat["guidance_scale"]["anyOf"] == chat["cfg_text_scale"]["anyOf"]
+    assert chat["tools"]["enum"] == [[], None]
+    assert "user" in chat
+    assert schemas["ImagesBody"]["properties"]["model"]["anyOf"][0] == {"enum": list(NAMES)}
+    assert "mask" not in schemas["EditsForm"]["properties"]
+
+
+def test_keys_are_described_if_there_are_any(document: Any) -> None:
+    assert "security" not in document
+    settings = dataclasses.replace(SETTINGS, http=HttpOptions(api_keys=("k",)))
+    client = TestClient(create_app(settings, FakeClient()))
+    assert client.get("/openapi.json").status_code == 401
+    assert client.get("/openapi.json", headers={"Authorization": "Bearer k"}).json()["security"] == [{"key": []}]
+
+
+def test_the_page_of_the_docs_needs_nothing_from_elsewhere() -> None:
+    reply = api(FakeClient()).get("/docs")
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "POST /v1/images/edits" in reply.text
+    assert "num_inference_steps" in reply.text
+    assert not re.search(r"https?://|<script", reply.text)
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
