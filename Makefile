@@ -5,7 +5,7 @@ SERVE_ARGS ?=
 
 BENCH_ARGS ?=
 
-.PHONY: setup demo serve test test-all bench lint
+.PHONY: setup demo serve test test-all bench lint wheel
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -35,3 +35,7 @@ lint: setup ## style, types, and which room may import which
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 	@set -e; for model in model_repository/*/1/model.py; do echo $(BIN)/mypy $$model; $(BIN)/mypy $$model; done
+
+wheel: setup ## dist/bagel_triton-VERSION-py3-none-any.whl, which serves without the source tree
+	@rm -rf .cache/build
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .

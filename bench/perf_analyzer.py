@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bagel_triton.serving.perf_analyzer import PerfAnalyzer, prepare
-from bagel_triton.serving.server_process import ServerProcess, running
+from bagel_triton.serving.process import ServerProcess, running
 from bench.figure import Figure
 from bench.setting import Setting
 

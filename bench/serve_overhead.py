@@ -12,7 +12,7 @@ import time
 
 import httpx
 
-from bagel_triton.serving.server_process import ServerProcess, running
+from bagel_triton.serving.process import ServerProcess, running
 from bench.figure import Figure, median
 from bench.setting import WAIT_S, Setting
 

@@ -25,7 +25,7 @@ from bagel_triton.pipeline.pipeline import GeneratedImage
 from bagel_triton.protocol.errors import BagelError, InvalidRequest
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ProgressEvent
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError
 
 # Heavy modules are imported after the arguments are checked: --help must not wait for torch.
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.serving import ports
+from bagel_triton.serving import machine
 from tests.serving.test_cases import assert_recorded
 from tests.serving.test_leaving import LONG, connection
 from tests.serving.test_leaving import until as until_gauge
@@ -67,7 +67,7 @@ def hosts(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     require_mooncake()
     folder = tmp_path_factory.mktemp("hosts")
     deploy = folder / "deploy.yaml"
-    port = ports.choose({"--grpc": 0}, {"--grpc": REMOTE})["--grpc"]
+    port = machine.choose_ports({"--grpc": 0}, {"--grpc": REMOTE})["--grpc"]
     deploy.write_text(DEPLOY.replace("ADDRESS", f"{REMOTE}:{port}"))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.setenv("TMPDIR", str(folder))  # a server that is killed leaves its folder there

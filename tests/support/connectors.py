@@ -19,7 +19,7 @@ from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeSto
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from bagel_triton.protocol.messages import KVGeometry
-from bagel_triton.serving import ports
+from bagel_triton.serving import machine
 from tests.support.kv import GEOMETRY
 
 
@@ -41,7 +41,7 @@ def mooncake_master(log: Path) -> Iterator[str]:
     require_mooncake()
     import mooncake
 
-    port, metrics = ports.choose({"master": 0, "metrics": 0}).values()
+    port, metrics = machine.choose_ports({"master": 0, "metrics": 0}).values()
     folder = Path(mooncake.__path__[0])
     command = [str(folder / "mooncake_master"), "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
     command += ["--metrics_host=127.0.0.1", f"--metrics_port={metrics}"]

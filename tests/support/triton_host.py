@@ -14,7 +14,7 @@ import msgspec
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.ipc import prefix as shared_memory
-from bagel_triton.serving import ports, source_tree, tritonserver
+from bagel_triton.serving import machine, tritonserver
 
 START_S, STOP_S = 180, 30
 
@@ -33,19 +33,19 @@ def triton_host(
     config: DeployConfig,
     models: Sequence[str],
     directory: Path,
-    address: str = ports.LOOPBACK,
+    address: str = machine.LOOPBACK,
     prefix: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> Iterator[TritonHost]:
     """Serve ``models`` at ``address``; ``prefix`` is a command to run the server by, ``options`` are its own."""
     directory.mkdir()
-    http, grpc, metrics = ports.choose({"http": 0, "grpc": 0, "metrics": 0}).values()
+    http, grpc, metrics = machine.choose_ports({"http": 0, "grpc": 0, "metrics": 0}).values()
     with shared_memory.SharedMemoryPrefix() as shared:
         server = tritonserver.find(directory)
         settings, log = directory / "deploy.yaml", directory / "tritonserver.log"
         msgspec.structs.replace(config, shm_prefix=shared.prefix).write(settings)
         command = server.command(
-            source_tree.find("model_repository", "the tests run in the source tree"),
+            machine.source_file("model_repository"),
             models,
             http_port=http,
             grpc_port=grpc,
@@ -53,7 +53,7 @@ def triton_host(
             shm_prefix=shared.prefix,
             verbose=False,
         )
-        command = [part.replace(f"address={ports.LOOPBACK}", f"address={address}") for part in command]
+        command = [part.replace(f"address={machine.LOOPBACK}", f"address={address}") for part in command]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*prefix, *command, *options], env=server.environment(settings), stdout=output, stderr=subprocess.STDOUT

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bagel_triton.ipc import cuda_memory
 from bagel_triton.ipc.cuda_memory import CudaBytes, CudaMemory, NotShareable, why_not
-from bagel_triton.serving import available_memory
+from bagel_triton.serving import memory
 from bagel_triton.weights.device import DeviceWeights
 from tests.support.fake_cuda_driver import CAPACITY, GRANULARITY, FakeCudaDriver
 from tests.support.weights import FILES, sources
@@ -137,7 +137,7 @@ def test_a_call_that_fails_while_opening_leaves_nothing(driver: FakeCudaDriver, 
 def test_a_device_that_can_is_found_so_and_keeps_nothing(driver: FakeCudaDriver) -> None:
     before = descriptors()
     assert why_not(GPU) is None
-    assert available_memory._ask_device(GPU) == (CAPACITY, None)
+    assert memory._ask_device(GPU) == (CAPACITY, None)
     assert (driver.left, descriptors()) == (NOTHING, before)
 
 

@@ -73,10 +73,10 @@ def test_the_command_lines_host_address_is_where_the_stage_listens(tmp_path: Pat
     ("text", "stage", "headless", "message"),
     [
         (TWO, None, False, "stage 1 has address='127.0.0.2:8001': say which stage this host serves, by --stage-id"),
-        (TWO, 1, False, "--stage-id=1 without --headless: stage 0 takes the requests, so add --headless"),
-        (TWO, 0, True, "--stage-id=0 with --headless: it takes the requests"),
+        (TWO, 1, False, "--stage-id=1 without --headless: stage 0 serves the OpenAI API; add --headless"),
+        (TWO, 0, True, "--stage-id=0 with --headless: stage 0 serves the OpenAI API; remove --headless"),
         (TWO, 2, True, "--stage-id=2 is not allowed in pipeline bagel; allowed: 0 to 1"),
-        (CONNECTORS, 0, False, "--stage-id=0 needs stages.*address, HOST:PORT, of stage 1"),
+        (CONNECTORS, 0, False, "--stage-id=0 needs the address of stage 1: .*bagel_two_hosts.yaml"),
         ("pipeline: bagel_single_stage", 0, False, "--stage-id=0 is not allowed .*; allowed: none, it is one process"),
         (TWO.replace("mooncake", "shm"), 0, False, "connector='shm' does not reach another host; .* mooncake or moonc"),
         (TWO.partition("\n")[0], 0, False, "connector='auto' does not reach another host"),

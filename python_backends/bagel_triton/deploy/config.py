@@ -215,8 +215,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def remote(self) -> dict[str, str]:
         """The models that this server's orchestrator calls elsewhere, and the address of each."""
-        others = self.topology.stages[1:] if self.stage_id == 0 else ()
-        return {model: self.addresses[stage.stage_id] for stage in others for model in stage.models}
+        others = enumerate(self.topology.stages[1:], 1) if self.stage_id == 0 else ()
+        return {model: self.addresses[stage] for stage, models in others for model in models}
 
     def write(self, path: Path) -> None:
         """Write as YAML."""

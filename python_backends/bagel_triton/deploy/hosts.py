@@ -35,9 +35,12 @@ def on_this_host(
         ConfigError: an address is missing, or cannot be meant, or contexts would not arrive.
     """
     stages = config.topology.stages
-    if headless != bool(stage_id):
-        expected = "stage 0 takes the requests, so add --headless" if stage_id else "it takes the requests"
-        raise ConfigError(f"--stage-id={stage_id} with{'' if headless else 'out'} --headless: {expected}")
+    if headless and stage_id is None:
+        raise ConfigError("--headless needs --stage-id 1: a server of all stages serves the OpenAI API itself")
+    if headless and stage_id == 0:
+        raise ConfigError("--stage-id=0 with --headless: stage 0 serves the OpenAI API; remove --headless")
+    if stage_id and not headless:
+        raise ConfigError(f"--stage-id={stage_id} without --headless: stage 0 serves the OpenAI API; add --headless")
     if stage_id is None:
         if config.addresses:
             stage, address = next(iter(config.addresses.items()))
@@ -52,8 +55,11 @@ def on_this_host(
         allowed = "none, it is one process" if config.topology.one_process else f"0 to {len(stages) - 1}"
         raise ConfigError(f"--stage-id={stage_id} is not allowed in pipeline {config.pipeline}; allowed: {allowed}")
     # Stage 0 calls the others and is called by none, so it alone needs no address.
-    if missing := [stage.stage_id for stage in stages[1:] if stage.stage_id not in config.addresses]:
-        raise ConfigError(f"--stage-id={stage_id} needs stages[].address, HOST:PORT, of stage {missing[0]}")
+    if missing := [stage for stage in range(1, len(stages)) if stage not in config.addresses]:
+        raise ConfigError(
+            f"--stage-id={stage_id} needs the address of stage {missing[0]}: a deploy YAML with stages[].address, "
+            "HOST:PORT; build/deploy/bagel_two_hosts.yaml is one to start from (--deploy-config bagel_two_hosts)"
+        )
     if config.connector not in BETWEEN_HOSTS:
         raise ConfigError(
             f"connector={config.connector!r} does not reach another host; --stage-id needs {' or '.join(BETWEEN_HOSTS)}"
@@ -72,8 +78,8 @@ def on_this_host(
     )
 
 
-def format_value(config: DeployConfig) -> dict[str, str]:
-    """What a person is told of a server that has one stage of several."""
+def stage_summary(config: DeployConfig) -> dict[str, str]:
+    """The line of ``serve``'s summary for a server that has one stage of several."""
     if config.stage_id is None:
         return {}
     remote = [f"{model} at {address}" for model, address in config.remote.items()]

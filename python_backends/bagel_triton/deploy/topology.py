@@ -1,12 +1,13 @@
-"""The topologies BAGEL can be served in: declarative, and all there is to edit to add one."""
+"""The three presets in which BAGEL is served: which Triton models run, and in how many processes.
+
+They are presets, not a registry to extend: the pipeline knows the order of the stages by itself.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-Execution = Literal["autoregressive", "diffusion"]
-KVSent = Literal["prefill_finished", "decoding_finished"]
 EXPANDER: Final = "cfg_expand"
 THINKER: Final = "thinker"
 DIT: Final = "dit"
@@ -17,80 +18,39 @@ ENSEMBLE: Final = "bagel_text2img"
 
 
 @dataclass(frozen=True)
-class StageSpec:
-    """One stage of a topology, as a deploy YAML numbers it.
-
-    ``models`` are the Triton models that run it; ``input_stages`` the stages it hears
-    from. ``expands_prompts`` names the stage that turns a request into branches, and
-    ``sends_kv`` says when a stage lends its contexts; None for one that lends none.
-    """
-
-    stage_id: int
-    name: str
-    execution: Execution
-    models: tuple[str, ...]
-    input_stages: tuple[int, ...] = ()
-    expands_prompts: bool = False
-    sends_kv: KVSent | None = None
-
-
-@dataclass(frozen=True)
 class Topology:
-    """Stages, and the models that chain them.
+    """``stages`` are the Triton models of each stage, by the stage id of a deploy YAML.
 
-    With ``one_process`` every engine lives in the orchestrator and KV never leaves it.
+    With two stages, stage 0 is the thinker and stage 1 the DiT; with one, every engine lives in the orchestrator's
+    process. ``think_by_default`` is for requests that do not say whether to think.
     """
 
     name: str
-    stages: tuple[StageSpec, ...]
-    chains: tuple[str, ...]
-    one_process: bool = False
+    stages: tuple[tuple[str, ...], ...]
+    think_by_default: bool = False
 
-    def __post_init__(self) -> None:
-        ids = [stage.stage_id for stage in self.stages]
-        if ids != list(range(len(ids))):
-            raise ValueError(f"topology {self.name}: stage ids {ids} are not 0, 1, ...")
-        for stage in self.stages:
-            if any(source >= stage.stage_id for source in stage.input_stages):
-                raise ValueError(f"topology {self.name}: stage {stage.stage_id} hears from {stage.input_stages}")
+    @property
+    def one_process(self) -> bool:
+        """Whether keys and values never leave the process."""
+        return len(self.stages) == 1
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Triton models to load, each once."""
-        return tuple(dict.fromkeys([model for stage in self.stages for model in stage.models] + list(self.chains)))
+        """Triton models to load for all stages on one server."""
+        chains = () if self.one_process else (ORCHESTRATOR, UNARY, ENSEMBLE)
+        return tuple(model for stage in self.stages for model in stage) + chains
 
     def models_of(self, stage_id: int) -> tuple[str, ...]:
-        """Triton models of a server that has one stage: the first one's also follows requests.
+        """Triton models of a server that has one of two stages: the first one's also follows requests.
 
         An ensemble's models must be in its own Triton, so none has that.
         """
-        return (*self.stages[stage_id].models, *((ORCHESTRATOR, UNARY) if stage_id == 0 else ()))
-
-    @property
-    def think_by_default(self) -> bool:
-        """What a request means that does not say whether to think: contexts that are sent
-        only after decoding have something to be decoded first."""
-        return any(stage.sends_kv == "decoding_finished" for stage in self.stages)
-
-    @property
-    def expander(self) -> StageSpec:
-        """The stage that expands prompts."""
-        return next(stage for stage in self.stages if stage.expands_prompts)
+        return (*self.stages[stage_id], *((ORCHESTRATOR, UNARY) if stage_id == 0 else ()))
 
 
-def _two_stages(name: str, sends_kv: KVSent) -> Topology:
-    thinker = StageSpec(0, "thinker", "autoregressive", (EXPANDER, THINKER), (), True, sends_kv)
-    dit = StageSpec(1, "dit", "diffusion", (DIT, DECODER), (0,))
-    return Topology(name, (thinker, dit), (ORCHESTRATOR, UNARY, ENSEMBLE))
-
-
-BAGEL = _two_stages("bagel", "prefill_finished")
-BAGEL_THINK = _two_stages("bagel_think", "decoding_finished")
-BAGEL_SINGLE_STAGE = Topology(
-    "bagel_single_stage",
-    (StageSpec(0, "dit", "diffusion", (ORCHESTRATOR,), expands_prompts=True),),
-    chains=(),
-    one_process=True,
-)
+_TWO_STAGES = ((EXPANDER, THINKER), (DIT, DECODER))
+BAGEL = Topology("bagel", _TWO_STAGES)
+BAGEL_THINK = Topology("bagel_think", _TWO_STAGES, think_by_default=True)
+BAGEL_SINGLE_STAGE = Topology("bagel_single_stage", ((ORCHESTRATOR,),))
 TOPOLOGIES = {topology.name: topology for topology in (BAGEL, BAGEL_THINK, BAGEL_SINGLE_STAGE)}
-MODELS = tuple(dict.fromkeys(model for topology in TOPOLOGIES.values() for model in topology.models))
+MODELS = BAGEL.models

@@ -6,10 +6,12 @@ here is refused with the reason, never ignored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 
 from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
@@ -17,6 +19,7 @@ from bagel_triton.deploy.hosts import check_address
 from bagel_triton.deploy.topology import TOPOLOGIES, Topology
 from bagel_triton.protocol.errors import InvalidRequest
 
+THINKER_STAGE, DIT_STAGE = 0, 1  # ids of the two-stage topologies; the only stage of the other is 0
 _BATCH_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "max_waiting")  # of each stage
 _THINKER_FIELDS = (
     "max_model_len",
@@ -69,7 +72,7 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
     """
     try:
         user = _read(path)
-    except (OSError, msgspec.DecodeError, ConfigError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.ValidationError, ConfigError) as error:
         raise ConfigError(f"deploy YAML {path}: {' '.join(str(error).split())}") from error
     if user.pipeline not in TOPOLOGIES:
         raise ConfigError(f"pipeline={user.pipeline!r} is not allowed; allowed: {', '.join(TOPOLOGIES)}")
@@ -93,15 +96,40 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
 
 
 def _read(path: Path) -> DeployYaml:
-    written = msgspec.yaml.decode(path.read_bytes())
+    written = _parse(path.read_text())
     refuse_unknown("", written, DeployYaml)
-    if isinstance(written, dict):
-        stages, connectors = written.get("stages"), written.get("connectors")
-        for index, section in enumerate(stages if isinstance(stages, list) else ()):
-            refuse_unknown(f"stages[{index}]", section, StageSection)
-        for name, spec in connectors.items() if isinstance(connectors, dict) else ():
-            refuse_unknown(f"connectors.{name}", spec, ConnectorSpec)
+    stages, connectors = written.get("stages"), written.get("connectors")
+    for index, section in enumerate(stages if isinstance(stages, list) else ()):
+        refuse_unknown(f"stages[{index}]", section, StageSection)
+    for name, spec in connectors.items() if isinstance(connectors, dict) else ():
+        refuse_unknown(f"connectors.{name}", spec, ConnectorSpec)
     return msgspec.convert(written, DeployYaml)
+
+
+def _parse(text: str) -> dict[Any, Any]:
+    """The mapping that ``text`` is."""
+    try:
+        written = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(_located(error, text.splitlines())) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(error)) from error
+    if written is None:
+        raise ConfigError("it is empty; the shortest is `pipeline: bagel`, and without a file that is the default")
+    if not isinstance(written, dict):
+        raise ConfigError(f"it is a {type(written).__name__}, not a mapping of fields such as `pipeline: bagel`")
+    return written
+
+
+def _located(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> str:
+    if error.problem_mark is None:
+        return str(error)
+    number = error.problem_mark.line
+    line = lines[number] if number < len(lines) else ""
+    where = f"line {number + 1}, column {error.problem_mark.column + 1}, {line.strip()!r}"
+    if line[: len(line) - len(line.lstrip())].count("\t"):
+        return f"{where}: YAML indents by spaces, and this line begins with a tab"
+    return f"{where}: {error.problem}"
 
 
 def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
@@ -116,14 +144,15 @@ def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
         if topology.one_process:
             raise ConfigError(f"{name}.address={section.address!r}: pipeline {topology.name} is one process")
         check_address(f"{name}.address", section.address)
-    execution = topology.stages[section.stage_id].execution
-    if section.vae_use_tiling is not None and execution != "diffusion":
-        raise ConfigError(f"{name}.vae_use_tiling belongs to the stage that makes images")
-    if execution == "autoregressive" or topology.one_process:
+    if topology.one_process:
+        return
+    if section.stage_id == THINKER_STAGE:
+        if section.vae_use_tiling is not None:
+            raise ConfigError(f"{name}.vae_use_tiling belongs to the DiT; that is stage {DIT_STAGE}")
         return
     for field in _THINKER_FIELDS:
         if getattr(section, field) is not None:
-            raise ConfigError(f"{name}.{field} belongs to an autoregressive stage; stage {section.stage_id} is not one")
+            raise ConfigError(f"{name}.{field} belongs to the thinker; that is stage {THINKER_STAGE}")
 
 
 def _device(user: DeployYaml) -> str:
@@ -169,20 +198,15 @@ def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
 
 
 def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
-    batch = _merged(user, _diffusion(topology), _BATCH_FIELDS)
+    batch = _merged(user, 0 if topology.one_process else DIT_STAGE, _BATCH_FIELDS)
     if topology.one_process:  # and whose token budget is that of prefill
         batch.pop("max_num_batched_tokens", None)
     return DitConfig(**batch)
 
 
 def _vae_decode(user: DeployYaml, topology: Topology) -> VaeDecodeConfig:
-    fields = _merged(user, _diffusion(topology), ("vae_use_tiling",))
+    fields = _merged(user, 0 if topology.one_process else DIT_STAGE, ("vae_use_tiling",))
     return VaeDecodeConfig(**{name.removeprefix("vae_"): value for name, value in fields.items()})
-
-
-def _diffusion(topology: Topology) -> int:
-    """The stage that makes images, latents and pixels both."""
-    return next(stage.stage_id for stage in topology.stages if stage.execution == "diffusion")
 
 
 def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:

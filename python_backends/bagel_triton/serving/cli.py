@@ -1,4 +1,4 @@
-"""The command line: ``bagel-triton COMMAND``."""
+"""The command line: ``bagel-triton COMMAND``, or ``python -m bagel_triton COMMAND``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import bagel_triton
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError
 
 PROGRAM = "bagel-triton"
+VERSION = f"{PROGRAM} {bagel_triton.__version__}"
 INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+PASSED_ON = "perf-analyzer"
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Command(NamedTuple):
-    """A command's module: add_arguments(parser) and run(args) -> exit status. It is imported only when asked for."""
+    """A command's module: add_arguments(parser) and run(args) -> exit status. It is imported when it is called for."""
 
     module: str
     summary: str
@@ -28,51 +31,89 @@ COMMANDS = {
     "serve": Command("bagel_triton.serving.serve", "start Triton and the OpenAI API on a checkpoint"),
     "proxy": Command("bagel_triton.serving.proxy", "start the OpenAI API alone, for a Triton that runs elsewhere"),
     "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, make one image, stop"),
-    "tiny-checkpoint": Command("bagel_triton.weights.tiny.checkpoint", "write a small checkpoint of random weights"),
     "memory": Command("bagel_triton.serving.memory", "show the memory that each stage of a configuration takes"),
+    "tiny-checkpoint": Command("bagel_triton.weights.tiny.checkpoint", "write a small checkpoint of random weights"),
     "perf-analyzer": Command(
         "bagel_triton.serving.perf_analyzer", "run Triton's perf_analyzer with the libraries it needs"
     ),
+    "completion": Command("bagel_triton.serving.cli", "print a script that completes commands and options in a shell"),
+    "version": Command("bagel_triton.serving.cli", "print the version"),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others of the program."""
+    """A parser whose errors are one line, as all others of the program, and which takes no abbreviated options."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        _say(f"{message} (see {self.prog} --help)")
+        _print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
+
+
+def build_parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The program's parser and its commands'; only the command that ``arguments`` begin with has its options.
+
+    With no ``arguments`` all commands have theirs, which imports all of them.
+    """
+    parser = _Parser(prog=PROGRAM, description=bagel_triton.__doc__)
+    parser.add_argument("-V", "--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name, command in COMMANDS.items():
+        parsers[name] = commands.add_parser(name, help=command.summary, description=command.summary)
+        if arguments[:1] == [name] or not arguments:
+            _module_of(name).add_arguments(parsers[name])
+    return parser, parsers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 for an error, 2 for wrong arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog=PROGRAM, description=bagel_triton.__doc__)
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {bagel_triton.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    module = None
-    for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.summary, description=command.summary)
-        if arguments[:1] == [name]:
-            module = importlib.import_module(command.module)
-            module.add_arguments(subparser)
-    args = parser.parse_args(arguments)
-    assert module is not None, "argparse knows the commands and accepts no option before them"
+    if arguments[:1] == [PASSED_ON] and arguments[1:2] not in (["-h"], ["--help"], ["--"]):
+        arguments.insert(1, "--")  # all of its arguments are another program's
+    parser, parsers = build_parser(arguments or ["--help"])
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        status: int = module.run(args)
+        status: int = _module_of(args.command).run(args)
         sys.stdout.flush()
     except CommandError as error:
-        _say(str(error))
+        _print_error(str(error))
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # who reads the output has enough of it, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left of it may go
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
         return OUTPUT_CLOSED
     return status
 
 
-def _say(message: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``completion``; ``version`` ignores them."""
+    if parser.prog.endswith("completion"):
+        parser.add_argument("shell", choices=SHELLS, help="for example: bagel-triton completion bash >> ~/.bashrc")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The commands ``completion`` and ``version``."""
+    if args.command == "version":
+        print(VERSION)
+        return 0
+    # The script is static: pressing Tab starts no Python.
+    import shtab
+
+    print(shtab.complete(build_parser(())[0], args.shell))
+    return 0
+
+
+def _module_of(name: str) -> Any:
+    return importlib.import_module(COMMANDS[name].module)
+
+
+def _print_error(message: str) -> None:
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)
 
 

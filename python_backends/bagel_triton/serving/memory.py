@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.protocol.validation import resolve_flow
-from bagel_triton.serving import available_memory
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError, arguments
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
+    import torch
+
     from bagel_triton.model.device import Placement
-    from bagel_triton.serving.memory_plan import MemoryPlan
+    from bagel_triton.serving.memory_plan import Available, MemoryPlan
     from bagel_triton.weights.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--deploy-config", metavar="YAML", type=Path, help="deploy YAML")
+    arguments.add_checkpoint(parser)
+    arguments.add_deploy_config(parser)
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of the KV arena (thinker.kv_tokens)")
     parser.add_argument("--max-requests", type=int, metavar="N", help="images denoised together (dit.max_num_seqs)")
     side = TEXT2IMG.side
@@ -45,14 +52,15 @@ def run(args: argparse.Namespace) -> int:
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
-        config = _configuration(args)
+        folder = arguments.checkpoint(args.checkpoint)
+        config = _configuration(args, folder)
         placement, here = _placement(config)
-        checkpoint = Checkpoint(args.checkpoint)
+        checkpoint = Checkpoint(folder)
         height, width = _size(checkpoint, args.height, args.width)
-        available = available_memory.read(placement) if here else None
+        free = available(placement) if here else None
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
-    private = None if available is None else available.private_weights
+    private = None if free is None else free.private_weights
     need = memory.plan(checkpoint, config, placement, height, width, private is None)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"images of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
@@ -62,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
     if private is not None and not config.topology.one_process:
         print(f"They cannot on {placement.device}: {private}.")
-    if available is not None:
+    if free is not None:
         try:
-            memory.check(need, config, placement, available)
+            memory.check(need, config, placement, free)
             print("This machine has it.")
         except memory.NotEnoughMemory as error:
             print(f"This machine does not have it: {error}")
@@ -83,10 +91,10 @@ def require(config: DeployConfig) -> None:
 
     try:
         checkpoint, placement = Checkpoint(config.checkpoint), resolve(config.device, config.dtype)
-        available = available_memory.read(placement)
-        shares_weights = available.private_weights is None
+        free = available(placement)
+        shares_weights = free.private_weights is None
         need = memory.plan(checkpoint, config, placement, *_size(checkpoint, None, None), shares_weights)
-        memory.check(need, config, placement, available)
+        memory.check(need, config, placement, free)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -107,12 +115,12 @@ def table(need: MemoryPlan) -> str:
     return "\n".join(map("  ".join, lines))
 
 
-def _configuration(args: argparse.Namespace) -> DeployConfig:
+def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
     """The deploy YAML's configuration, or the default one, with what the arguments change."""
     from bagel_triton.deploy import yaml as deploy_yaml
 
-    checkpoint = str(args.checkpoint)
-    config = deploy_yaml.load(args.deploy_config, checkpoint) if args.deploy_config else DeployConfig(checkpoint)
+    path = arguments.deploy_file(args.deploy_config)
+    config = DeployConfig(str(folder)) if path is None else deploy_yaml.load(path, str(folder))
     changes: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name)}
     if args.max_model_len is not None:
         changes["thinker"] = msgspec.structs.replace(config.thinker, kv_tokens=args.max_model_len)
@@ -139,3 +147,69 @@ def _size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tupl
     request = GenerationRequest(height=height, width=width)
     flow = resolve_flow(request, checkpoint.config.latent.max_side, TEXT2IMG)
     return flow.height, flow.width
+
+
+# --- what this machine has left ---
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def available(placement: Placement) -> Available:
+    """What is free for stages at ``placement``."""
+    from bagel_triton.serving.memory_plan import Available
+
+    shared = os.statvfs(SHM_DIRECTORY)
+    free = host_memory(), shared.f_bavail * shared.f_frsize
+    if placement.torch_device.type == "cpu":
+        return Available(*free)
+    return Available(*free, *_on_device(placement.torch_device))
+
+
+def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Bytes of memory that this process may still take: the machine's, within the limits of its cgroups."""
+    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([available, *_headrooms(proc, cgroups)])
+
+
+def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
+    """For every limit on this process, how much is left under it; caches that can be dropped count as left."""
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit_file, usage_file = cgroups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit_file, usage_file = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # A container sees its own group at the root, whatever the path says.
+        own = root / path.lstrip("/")
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(root))):
+            if not (folder / limit_file).is_file() or (limit := (folder / limit_file).read_text().strip()) == "max":
+                continue
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            yield max(0, int(limit) - int((folder / usage_file).read_text()) + cached)
+
+
+def _on_device(device: torch.device) -> tuple[int, str | None]:
+    """Free bytes of a CUDA device and why its weights cannot be shared, if they cannot.
+
+    Asked in a process of its own: asking takes memory there until its end.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(_ask_device, device).result()
+        except BrokenProcessPool as error:  # a driver that crashes, or too little memory to start with
+            raise ValueError(f"device={str(device)!r} does not answer: the process that asked it died") from error
+
+
+def _ask_device(device: torch.device) -> tuple[int, str | None]:
+    import torch
+
+    from bagel_triton.ipc.cuda_memory import why_not
+
+    try:
+        return torch.cuda.mem_get_info(device)[0], why_not(device)
+    except RuntimeError as error:  # a GPU that is full, or gone
+        raise ValueError(f"device={str(device)!r} does not answer: {str(error).splitlines()[0]}") from error

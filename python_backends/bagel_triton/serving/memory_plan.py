@@ -27,7 +27,8 @@ from bagel_triton.model.image import VAE_RULE, VIT_RULE
 from bagel_triton.protocol.events import Stage
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
 from bagel_triton.weights.checkpoint import Checkpoint
-from bagel_triton.weights.files import AUTOENCODER_FILE, TensorFiles
+from bagel_triton.weights.files import TensorFiles
+from bagel_triton.weights.folder import AUTOENCODER_FILE
 
 PROMPT_TOKENS = 256  # of a long prompt
 BRANCHES = 3

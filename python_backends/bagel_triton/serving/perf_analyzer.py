@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError
 from bagel_triton.serving.tritonserver import LIBRARY_PATH, library_folder
 
 # What the program asks the loader for, and the names under which nvidia-pytriton brings it.

@@ -1,4 +1,4 @@
-"""``bagel-triton proxy``: the HTTP API on its own, beside a Triton that runs elsewhere."""
+"""``bagel-triton proxy``: the HTTP API alone, for a Triton that runs elsewhere."""
 
 from __future__ import annotations
 
@@ -12,30 +12,38 @@ from bagel_triton.openai import http_server
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import MIB, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError, arguments
+from bagel_triton.serving.machine import LOOPBACK
 
 SHUTDOWN_GRACE_S = 5
 TRITON_METRICS_PORT = 8002  # tritonserver's default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the proxy's arguments to ``parser``."""
-    parser.add_argument("--triton-grpc", default="127.0.0.1:8001", metavar="HOST:PORT", help="Triton's gRPC address")
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--triton-grpc",
+        default=f"{LOOPBACK}:8001",
+        metavar="HOST:PORT",
+        help="Triton's gRPC address (default: %(default)s)",
+    )
     parser.add_argument(
         "--triton-metrics",
         metavar="URL",
         help=f"Triton's metrics, a part of /metrics here (default: its gRPC host, port {TRITON_METRICS_PORT})",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8091, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8091, help="port, 0 for a free one (default: %(default)s)")
     parser.add_argument(
         "--served-model-name",
         nargs="+",
         default=["bagel"],
         metavar="NAME",
-        help="names that requests may give as model; the first is listed, and is the default",
+        help="names that requests may give as model; the first is listed, and is the default (default: bagel)",
     )
-    parser.add_argument("--max-body-mib", type=int, default=64, metavar="MIB", help="largest request body")
+    parser.add_argument(
+        "--max-body-mib", type=int, default=64, metavar="MIB", help="largest request body (default: %(default)s)"
+    )
     add_http_arguments(parser)
 
 
@@ -47,26 +55,26 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.max_body_mib < 1:
         raise CommandError(f"--max-body-mib={args.max_body_mib} is not allowed; allowed: an integer >= 1")
+    triton = arguments.host_port("--triton-grpc", args.triton_grpc)
     try:
         options = http_options(args)
         http_server.check_tls(options)
         listeners = http_server.listen(args.host, args.port)
     except OptionError as error:
         raise CommandError(str(error)) from error
-    triton_host = args.triton_grpc.rpartition(":")[0]
     settings = ProxySettings(
-        triton_grpc=args.triton_grpc,
+        triton_grpc=triton,
         served_model_names=tuple(args.served_model_name),
         max_body_bytes=args.max_body_mib * MIB,
         fetch_remote=args.fetch_remote,
-        metrics_url=args.triton_metrics or f"http://{triton_host}:{TRITON_METRICS_PORT}/metrics",
+        metrics_url=args.triton_metrics or f"http://{triton.rpartition(':')[0]}:{TRITON_METRICS_PORT}/metrics",
         http=options,
     )
     with contextlib.ExitStack() as held:
         for listener in listeners:
             held.enter_context(listener)
         urls = " and ".join(http_server.base_url(listener, options) for listener in listeners)
-        print(f"proxy at {urls} for Triton at {args.triton_grpc}", flush=True)
+        print(f"proxy at {urls} for Triton at {triton}", flush=True)
         if (warning := http_server.exposure(listeners, options)) is not None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         http_server.configure_logging()

@@ -23,9 +23,9 @@ from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.ipc import prefix as shared_memory
 from bagel_triton.openai.settings import HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
-from bagel_triton.serving import memory, ports, run_directory, source_tree, tritonserver
-from bagel_triton.serving.command_error import CommandError
-from bagel_triton.serving.stop_signals import Stopped, StopSignals
+from bagel_triton.serving import CommandError, arguments, machine, memory, tritonserver
+from bagel_triton.serving.machine import LOOPBACK
+from bagel_triton.serving.process import Stopped, StopSignals, log_event
 from bagel_triton.telemetry import tracing
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from bagel_triton.model.device import Placement
 
 ALIASES = ("bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")
+PORTS = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """The command's arguments; port 0 means any free one."""
 
-    checkpoint: Path
+    checkpoint: str
     host: str
     port: int
     triton_http_port: int
@@ -47,7 +48,7 @@ class ServeOptions:
     triton_metrics_port: int
     device: str | None
     dtype: str | None
-    deploy_config: Path | None
+    deploy_config: str | None
     served_model_name: str | None
     model_repository: Path | None
     verbose: bool
@@ -57,17 +58,42 @@ class ServeOptions:
     host_address: str | None = None
     http: HttpOptions = field(default_factory=HttpOptions)
 
+    def model_names(self, checkpoint: Path) -> tuple[str, ...]:
+        """The names that requests may use, the one that replies carry first."""
+        from bagel_triton.weights.folder import checkpoint_name
+
+        return tuple(dict.fromkeys((self.served_model_name or checkpoint_name(checkpoint), *ALIASES)))
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server listens; ``listeners`` are the HTTP API's sockets, none for a headless server."""
+
+    listeners: list[socket.socket]
+    urls: list[str]
+    http_port: int
+    grpc_host: str
+    grpc_port: int
+    metrics_port: int
+
     @property
-    def model_names(self) -> tuple[str, ...]:
-        """The names requests may use, the one that replies carry first."""
-        own = self.served_model_name or self.checkpoint.resolve().name
-        return tuple(dict.fromkeys((own, *ALIASES)))
+    def grpc(self) -> str:
+        return f"{self.grpc_host}:{self.grpc_port}"
+
+    @property
+    def url(self) -> str:
+        """Where the server is reached: the HTTP API, or Triton's gRPC where there is none."""
+        return self.urls[0] if self.urls else self.grpc
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{LOOPBACK}:{self.metrics_port}/metrics"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments, one per field of :class:`ServeOptions`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--host", default=ports.LOOPBACK, help="address of the OpenAI API (default: %(default)s)")
+    arguments.add_checkpoint(parser)
+    parser.add_argument("--host", default=LOOPBACK, help="address of the OpenAI API (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8091, help="its port, 0 for a free one (default: %(default)s)")
     for protocol in ("http", "grpc", "metrics"):
         parser.add_argument(
@@ -75,16 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the deploy YAML's, or auto)")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the deploy YAML's, or auto)")
-    parser.add_argument(
-        "--deploy-config", "--stage-configs-path", metavar="YAML", type=Path, help="topology and limits of the stages"
-    )
+    arguments.add_deploy_config(parser)
     parser.add_argument("--stage-id", metavar="N", type=int, help="serve this stage only; others are at their address")
     parser.add_argument("--headless", action="store_true", help="no OpenAI API, for a stage that stage 0 calls")
     parser.add_argument("--host-address", metavar="HOST", help="this host, as the other stage's reaches it")
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint folder's name")
-    parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the source tree's")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint's name")
+    parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the installed one")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
     add_http_arguments(parser)
+    arguments.add_foreign_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             asyncio.run(_serve(given, signals))
         except Stopped:
-            print("stopping", flush=True)
+            log_event("stopping")
     return 0
 
 
@@ -116,26 +141,16 @@ def options(args: argparse.Namespace) -> ServeOptions:
 
 
 async def _serve(options: ServeOptions, signals: StopSignals) -> None:
-    from bagel_triton.openai import http_server
-
-    config = _configuration(options)
-    with _listeners(options) as listeners, run_directory.created() as directory:
-        grpc_host, grpc_port = config.own_address or (ports.LOOPBACK, 0)
-        http_port, grpc_port, metrics_port = ports.choose(
-            {
-                "--triton-http-port": options.triton_http_port,
-                "--triton-grpc-port": options.triton_grpc_port or grpc_port,
-                "--triton-metrics-port": options.triton_metrics_port,
-            },
-            {"--triton-grpc-port": grpc_host},
-        ).values()
-        grpc = f"{grpc_host}:{grpc_port}"
-        urls = [http_server.base_url(listener, options.http) for listener in listeners]
-        metrics_url = f"http://{ports.LOOPBACK}:{metrics_port}/metrics"
-        placement = _check(config)
+    for name in PORTS:
+        machine.check_port(f"--{name.replace('_', '-')}", getattr(options, name))
+    checkpoint = arguments.checkpoint(options.checkpoint)
+    repository = _model_repository(options)
+    config = _configuration(options, checkpoint)
+    with _addresses(options, config) as addresses, machine.run_directory() as directory:
+        placement = _placement(config)
         connector = _connector(config, placement)
-        repository = _model_repository(options)
 
+        from bagel_triton.openai import http_server
         from bagel_triton.openai.app import create_app
         from bagel_triton.serving.supervisor import Launch, supervise
 
@@ -148,25 +163,36 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             )
             memory.require(deploy)
             deploy.write(directory / "deploy.yaml")
-            choices = {
+            names = options.model_names(checkpoint)
+            summary = {
                 "checkpoint": deploy.checkpoint,
-                "pipeline": deploy.pipeline,
-                **hosts.format_value(deploy),
-                "model names": ", ".join(options.model_names),
-                "device": placement.device,
-                "dtype": placement.dtype_name,
+                "pipeline": f"{deploy.pipeline} ({_source(options)})",
+                **hosts.stage_summary(deploy),
+                "model names": ", ".join(names),
+                "device": _reason(placement.device, config.device),
+                "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
                 "attention": placement.attention,
                 "KV connector": connector,
-                "OpenAI API": " and ".join(urls) or "none (headless)",
-                "Triton HTTP": f"{ports.LOOPBACK}:{http_port}",
-                "Triton gRPC": grpc,
-                "Triton metrics": metrics_url,
+                "OpenAI API": " and ".join(addresses.urls) or "none (headless)",
+                "Triton HTTP": f"{LOOPBACK}:{addresses.http_port}",
+                "Triton gRPC": addresses.grpc,
+                "Triton metrics": addresses.metrics_url,
                 **({"traces": traces} if (traces := tracing.destination()) else {}),
                 "tritonserver": server.program,
-                "log": directory / run_directory.LOG_FILE,
+                "log": directory / machine.LOG_FILE,
             }
             print(f"bagel-triton {bagel_triton.__version__}")
-            print("\n".join(f"  {name:<15} {value}" for name, value in choices.items()), flush=True)
+            print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()), flush=True)
+            proxy = ProxySettings(
+                addresses.grpc,
+                names,
+                fetch_remote=options.fetch_remote,
+                models=deploy.models,
+                shm_prefix=shared.prefix,
+                remote=deploy.remote,
+                metrics_url=addresses.metrics_url,
+                http=options.http,
+            )
             # What is loaded now is never garbage, and walking it took half a second at the end.
             gc.freeze()
             http_server.configure_logging()
@@ -175,47 +201,34 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                     command=server.command(
                         repository,
                         deploy.models,
-                        http_port=http_port,
-                        grpc_port=grpc_port,
-                        metrics_port=metrics_port,
+                        http_port=addresses.http_port,
+                        grpc_port=addresses.grpc_port,
+                        metrics_port=addresses.metrics_port,
                         shm_prefix=shared.prefix,
                         verbose=options.verbose,
-                        grpc_host=grpc_host,
+                        grpc_host=addresses.grpc_host,
                     ),
                     environment=server.environment(directory / "deploy.yaml"),
                     models=deploy.models,
-                    http_port=http_port,
-                    log=directory / run_directory.LOG_FILE,
-                    proxy=None
-                    if not listeners
-                    else create_app(
-                        ProxySettings(
-                            grpc,
-                            options.model_names,
-                            fetch_remote=options.fetch_remote,
-                            models=deploy.models,
-                            shm_prefix=shared.prefix,
-                            remote=deploy.remote,
-                            metrics_url=metrics_url,
-                            http=options.http,
-                        )
-                    ),
+                    http_port=addresses.http_port,
+                    log=directory / machine.LOG_FILE,
+                    proxy=create_app(proxy) if addresses.listeners else None,
                     shared=shared,
-                    listeners=listeners,
-                    url=urls[0] if urls else grpc,
-                    addresses=dict.fromkeys(deploy.models, grpc) | deploy.remote,
+                    listeners=addresses.listeners,
+                    url=addresses.url,
+                    addresses=dict.fromkeys(deploy.models, addresses.grpc) | deploy.remote,
                     verbose=options.verbose,
                 ),
                 signals.awaited(),
             )
 
 
-def _configuration(options: ServeOptions) -> DeployConfig:
-    """The deploy YAML's configuration, or the default one, with the command line's say on top."""
-    checkpoint = str(options.checkpoint.resolve())
+def _configuration(options: ServeOptions, checkpoint: Path) -> DeployConfig:
+    """The deploy YAML's configuration, or the default one; the command line's options come before the file's."""
     try:
-        path = options.deploy_config
-        config = DeployConfig(checkpoint) if path is None else deploy_yaml.load(path, checkpoint)
+        path = arguments.deploy_file(options.deploy_config)
+        folder = str(checkpoint.resolve())
+        config = DeployConfig(folder) if path is None else deploy_yaml.load(path, folder)
         config = hosts.on_this_host(config, options.stage_id, options.host_address, options.headless)
     except ConfigError as error:
         raise CommandError(str(error)) from error
@@ -224,8 +237,8 @@ def _configuration(options: ServeOptions) -> DeployConfig:
 
 
 @contextlib.contextmanager
-def _listeners(options: ServeOptions) -> Iterator[list[socket.socket]]:
-    """The sockets of the HTTP API; none where there is no API."""
+def _addresses(options: ServeOptions, config: DeployConfig) -> Iterator[Addresses]:
+    """Free ports for Triton, and listening sockets for the HTTP API."""
     from bagel_triton.openai import http_server
 
     try:
@@ -238,7 +251,15 @@ def _listeners(options: ServeOptions) -> Iterator[list[socket.socket]]:
             held.enter_context(listener)
         if (warning := http_server.exposure(listeners, options.http)) is not None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        yield listeners
+        grpc_host, grpc_port = config.own_address or (LOOPBACK, 0)
+        wanted = {
+            "--triton-http-port": options.triton_http_port,
+            "--triton-grpc-port": options.triton_grpc_port or grpc_port,
+            "--triton-metrics-port": options.triton_metrics_port,
+        }
+        http, grpc, metrics = machine.choose_ports(wanted, {"--triton-grpc-port": grpc_host}).values()
+        urls = [http_server.base_url(listener, options.http) for listener in listeners]
+        yield Addresses(listeners, urls, http, grpc_host, grpc, metrics)
 
 
 def _shared_memory() -> shared_memory.SharedMemoryPrefix:
@@ -248,8 +269,8 @@ def _shared_memory() -> shared_memory.SharedMemoryPrefix:
         raise CommandError(str(error)) from error
 
 
-def _check(config: DeployConfig) -> Placement:
-    """Where the checkpoint will run, once it is known to be one."""
+def _placement(config: DeployConfig) -> Placement:
+    """Where the checkpoint will run, once its tensors and tokenizer are known to be good."""
     from bagel_triton.model.device import resolve
     from bagel_triton.model.tokenizer import Tokenizer
     from bagel_triton.weights.checkpoint import inspect
@@ -263,7 +284,7 @@ def _check(config: DeployConfig) -> Placement:
 
 
 def _connector(config: DeployConfig, placement: Placement) -> ConnectorChoice:
-    """What will carry contexts there, before a stage that cannot use it has loaded anything."""
+    """The connector for that device, refused here before a stage that cannot use it has loaded anything."""
     try:
         return choose(config, placement.device)
     except ConfigError as error:
@@ -272,7 +293,18 @@ def _connector(config: DeployConfig, placement: Placement) -> ConnectorChoice:
 
 def _model_repository(options: ServeOptions) -> Path:
     if options.model_repository is None:
-        return source_tree.find("model_repository", "give one with --model-repository")
+        return machine.source_file("model_repository")
     if not options.model_repository.is_dir():
         raise CommandError(f"--model-repository={options.model_repository} is not a folder")
     return options.model_repository.resolve()
+
+
+def _source(options: ServeOptions) -> str:
+    return "the default" if options.deploy_config is None else f"--deploy-config {options.deploy_config}"
+
+
+def _reason(chosen: str, configured: str, why: str = "no CUDA device") -> str:
+    """``chosen``, and why where it was left to the server."""
+    if configured != "auto":
+        return chosen
+    return f"{chosen} (auto: {'the first CUDA device' if chosen.startswith('cuda') else why})"

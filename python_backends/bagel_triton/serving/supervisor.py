@@ -21,12 +21,10 @@ from bagel_triton.ipc.control_file import SERVER, ControlFile
 from bagel_triton.ipc.prefix import SharedMemoryPrefix
 from bagel_triton.openai import http_server
 from bagel_triton.protocol.errors import StageUnavailable
-from bagel_triton.serving import triton_process as triton_log
-from bagel_triton.serving.command_error import CommandError
-from bagel_triton.serving.model_repository import ModelRepository
-from bagel_triton.serving.startup_progress import StartupProgress
-from bagel_triton.serving.triton_process import POLL_S, STOP_TIMEOUT_S, TritonProcess
-from bagel_triton.serving.watchdog import RestartBudget, RestartNeeded, Watchdog
+from bagel_triton.serving import CommandError
+from bagel_triton.serving.process import log_event
+from bagel_triton.serving.triton_process import POLL_S, STOP_TIMEOUT_S, StartupProgress, TritonProcess, follow
+from bagel_triton.serving.watchdog import ModelRepository, RestartBudget, RestartNeeded, Watchdog
 from bagel_triton.triton import connector_test
 
 GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
@@ -105,15 +103,15 @@ async def supervise(launch: Launch, stop: asyncio.Event) -> None:
     helpers: list[asyncio.Task[Any]] = [stopped]
     if launch.verbose:
         launch.log.touch()
-        helpers.append(asyncio.create_task(triton_log.follow(launch.log, sys.stderr)))
-    tries, notices = RestartBudget(), ControlFile(launch.shared.prefix)
+        helpers.append(asyncio.create_task(follow(launch.log, sys.stderr)))
+    budget, control = RestartBudget(), ControlFile(launch.shared.prefix)
     try:
-        while crash := await _serve_once(launch, proxy, serving, stopped, tries, notices):
-            if not tries.again(time.monotonic()):
+        while crash := await _serve_once(launch, proxy, serving, stopped, budget, control):
+            if not budget.again(time.monotonic()):
                 raise CommandError(crash)
-            print(f"{crash}; starting it again", flush=True)
+            log_event(f"{crash}; starting it again")
             launch.shared.clear()
-            notices.reloaded(SERVER)
+            control.reloaded(SERVER)
     finally:
         proxy.end()
         await asyncio.wait({serving})
@@ -127,8 +125,8 @@ async def _serve_once(
     proxy: _Proxy,
     serving: asyncio.Task[None],
     stopped: asyncio.Task[bool],
-    tries: RestartBudget,
-    notices: ControlFile,
+    budget: RestartBudget,
+    control: ControlFile,
 ) -> str | None:
     """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
     triton = await TritonProcess.start(
@@ -136,18 +134,18 @@ async def _serve_once(
     )
     ended = asyncio.create_task(triton.ended())
     ready = asyncio.create_task(_until_ready(triton, launch))
-    watching = asyncio.create_task(_watch(triton, launch, notices))
+    watching = asyncio.create_task(_watch(triton, launch, control))
     crash = None
     try:
         ends = {serving, ended, stopped, watching}
         done, _ = await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
         if done == {ready}:
             ready.result()
-            tries.back(time.monotonic())
+            budget.back(time.monotonic())
             print(f"READY {launch.url}", flush=True)
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if stopped in done:
-            print("stopping", flush=True)
+            log_event("stopping")
         elif ended in done:
             if not triton.crashed:
                 raise CommandError(ended.result())
@@ -162,7 +160,7 @@ async def _serve_once(
         if crash is None:
             proxy.end()
             await asyncio.wait({serving}, timeout=GRACE_S)
-            notices.stop()
+            control.stop()
             await asyncio.wait({serving}, timeout=LAST_S)
         await triton.stop(at_once=crash is not None)
         for task in (ended, ready, watching):
@@ -179,10 +177,10 @@ def _restart_reason(watching: asyncio.Task[None]) -> str:
     raise CommandError("the watchdog ended by itself")
 
 
-async def _watch(triton: TritonProcess, launch: Launch, notices: ControlFile) -> None:
+async def _watch(triton: TritonProcess, launch: Launch, control: ControlFile) -> None:
     await triton.loaded.wait()
     async with ModelRepository(launch.http_port) as repository:
-        await Watchdog(launch.shared.prefix, repository, notices.reloaded).run()
+        await Watchdog(launch.shared.prefix, repository, control.reloaded).run()
 
 
 async def _until_ready(triton: TritonProcess, launch: Launch) -> None:
@@ -202,13 +200,13 @@ async def _until_healthy(launch: Launch) -> None:
 
     It may still wait to connect again, after a question that came too early.
     """
-    wait = StartupProgress()
+    progress = StartupProgress()
     assert launch.proxy is not None
     # Not over the network: the API may have a certificate for another name.
     transport = httpx.ASGITransport(launch.proxy)
     async with httpx.AsyncClient(base_url=launch.url, transport=transport, timeout=None) as client:
         while not (answer := await client.get("/health")).is_success:
             away = [model for model, ready in answer.json()["models"].items() if not ready]
-            if wait.due:
-                wait.tell(", ".join(f"{model} at {launch.addresses[model]}" for model in away))
+            if progress.due:
+                progress.report(", ".join(f"{model} at {launch.addresses[model]}" for model in away))
             await asyncio.sleep(POLL_S)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bagel_triton.deploy.config import DEPLOY_VARIABLE
 from bagel_triton.ipc.liveness import region_prefix
-from bagel_triton.serving.command_error import CommandError
-from bagel_triton.serving.ports import LOOPBACK
+from bagel_triton.serving import CommandError
+from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.telemetry import tracing
 
 EXIT_TIMEOUT_S = 2  # for requests in flight; a lost one must not hold up a shutdown

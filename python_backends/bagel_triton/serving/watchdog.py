@@ -10,15 +10,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
+
+import httpx
 
 from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.shm import SHM_DIRECTORY
-from bagel_triton.serving.command_error import CommandError
-from bagel_triton.serving.model_repository import ReloadError
+from bagel_triton.serving import CommandError
+from bagel_triton.serving.machine import LOOPBACK
+from bagel_triton.serving.process import log_event
 
 POLL_S = 0.25
+MAX_TRIES, STABLE_S = 5, 10.0
+UNLOAD_TIMEOUT_S, LOAD_TIMEOUT_S, RELOAD_POLL_S = 10.0, 900.0, 0.05
 
 
 class RestartBudget:
@@ -45,6 +51,10 @@ class RestartBudget:
     def back(self, now: float) -> None:
         """It lives."""
         self._back_at = now
+
+
+class ReloadError(Exception):
+    """A model could not be loaded anew."""
 
 
 class RestartNeeded(Exception):
@@ -113,7 +123,7 @@ class Watchdog:
         if stage == ORCHESTRATOR:
             # Triton goes on delivering to it what the stages answer, and they hang as soon as it is full.
             raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
-        print(f"stage {stage} died (process {pids}); reloading", flush=True)
+        log_event(f"stage {stage} died (process {pids}); reloading")
         before = liveness.processes(self._prefix, stage, self._directory)
         try:
             await self._repository.reload(stage)
@@ -122,7 +132,7 @@ class Watchdog:
         except ReloadError as error:
             # What it lacks, such as memory, others may have to free first.
             history.next_try_at = self._clock() + 2.0 ** (history.tries.count - 1)
-            print(f"stage {stage} could not be reloaded: {error}", flush=True)
+            log_event(f"stage {stage} could not be reloaded: {error}")
             return
         for process in before:
             if process.alive:
@@ -133,7 +143,55 @@ class Watchdog:
         history.reloads += 1
         self._reloaded(stage)
         history.tries.back(now := self._clock())
-        print(f"stage {stage} is back after {now - started:.1f} s (reload {history.reloads})", flush=True)
+        log_event(f"stage {stage} is back after {now - started:.1f} s (reload {history.reloads})")
 
 
-MAX_TRIES, STABLE_S = 5, 10.0
+class ModelRepository:
+    """The models of the Triton at ``http_port`` of this host."""
+
+    def __init__(self, http_port: int) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=f"http://{LOOPBACK}:{http_port}", trust_env=False, timeout=UNLOAD_TIMEOUT_S
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def reload(self, model: str) -> None:
+        """Give ``model`` new processes; returns once it is ready.
+
+        Models that build on it stay loaded, or are loaded again with it as ensembles are.
+
+        Raises:
+            ReloadError: it is not ready afterwards.
+            TimeoutError: Triton did not answer in time.
+        """
+        try:
+            await self._post(f"/v2/repository/models/{model}/unload", UNLOAD_TIMEOUT_S)
+            # Not until it is gone: with a request that its dead process lost it never is,
+            # and a new one can be loaded beside it all the same.
+            deadline = time.monotonic() + UNLOAD_TIMEOUT_S
+            while await self._ready(model):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{model} was not unloaded within {UNLOAD_TIMEOUT_S:g} s")
+                await asyncio.sleep(RELOAD_POLL_S)
+            await self._post(f"/v2/repository/models/{model}/load", LOAD_TIMEOUT_S)
+            if not await self._ready(model):
+                raise ReloadError(f"{model} is not ready after it was loaded")
+        except httpx.TimeoutException as error:
+            raise TimeoutError(f"no answer about {model}") from error
+        except httpx.TransportError as error:
+            raise ReloadError(f"Triton does not answer: {error!r}") from error
+
+    async def _post(self, path: str, timeout_s: float) -> None:
+        answer = await self._client.post(path, json={}, timeout=timeout_s)
+        if not answer.is_success:
+            raise ReloadError(f"{path}: {answer.text}")
+
+    async def _ready(self, model: str) -> bool:
+        return (await self._client.get(f"/v2/models/{model}/ready")).is_success

@@ -14,15 +14,12 @@ import safetensors
 from safetensors import SafetensorError
 
 from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, WEIGHTS_FILE, check_folder
 
 # The request planner imports this module, and starts sooner and smaller without torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "ema.safetensors"
-AUTOENCODER_FILE = "ae.safetensors"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 LANGUAGE_LAYER = "language_model.model.layers.{}.input_layernorm.weight"
 VIT_LAYER = "vit_model.vision_model.encoder.layers.{}.layer_norm1.weight"
 
@@ -136,11 +133,7 @@ class CheckpointFiles:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"checkpoint {self.directory} is not a folder")
-        for name in TOKENIZER_FILES:
-            if not (self.directory / name).is_file():
-                raise CheckpointError(f"{self.directory / name} does not exist")
+        check_folder(self.directory)
         self.weights = TensorFiles(_weight_files(self.directory))
         self.autoencoder = TensorFiles([self.directory / AUTOENCODER_FILE])
         shapes = self.weights.shapes()

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bagel_triton.deploy.config import ConfigError
-from bagel_triton.weights.files import AUTOENCODER_FILE, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
 from bagel_triton.weights.tiny import tokenizer as tiny_tokenizer
 from bagel_triton.weights.tiny.config import CONFIG_FILES, TinyConfig, json_files
 from bagel_triton.weights.tiny.tensors import autoencoder_tensors, bagel_tensors

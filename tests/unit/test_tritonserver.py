@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.serving import tritonserver
-from bagel_triton.serving import tritonserver as python_library
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError, tritonserver
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,12 +31,12 @@ def test_the_stub_finds_its_libraries(tmp_path: Path):
     )
     assert os.access(stub, os.X_OK)
     assert "not found" not in needs.stdout
-    assert f"{tmp_path}/lib/{python_library.NAME}" in needs.stdout
+    assert f"{tmp_path}/lib/{tritonserver.NAME}" in needs.stdout
 
 
 def test_a_missing_libpython_names_the_library_and_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(python_library, "_directories", lambda: iter([tmp_path]))
-    version = python_library.VERSION
+    monkeypatch.setattr(tritonserver, "_directories", lambda: iter([tmp_path]))
+    version = tritonserver.VERSION
     with pytest.raises(CommandError, match=rf"libpython{version}\.so\.1\.0 is not .*package libpython{version}"):
         tritonserver.find(tmp_path)
 

@@ -1,10 +1,12 @@
-"""The reason of a failure is found in tritonserver's log and fits one line."""
+"""tritonserver's log as `serve` reads it, the lines of a slow start, and the folders that Triton leaves."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bagel_triton.serving import triton_process as triton_log
+from bagel_triton.serving import triton_process
+from bagel_triton.serving.triton_process import Scratch, StartupProgress
 
 LOADED = "I1120 22:41:25.578660 4642 model_lifecycle.cc:839] \"successfully loaded 'dit'\"\n"
 FAILED = (
@@ -35,10 +37,36 @@ LOADER = "stub: error while loading shared libraries: libx.so.1: cannot open sha
 def test_the_reason_of_a_failure(tmp_path: Path, text: str, reason: str | None):
     log = tmp_path / "log"
     log.write_text(text)
-    assert triton_log.failure(log) == reason
+    assert triton_process.failure(log) == reason
 
 
 def test_loaded_models(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text(LOADED + FAILED)
-    assert triton_log.loaded_models(log) == {"dit"}
+    assert triton_process.loaded_models(log) == {"dit"}
+
+
+def test_a_slow_start_reports_every_ten_seconds_what_is_missing_by_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(triton_process.time, "monotonic", lambda: clock.now)
+    progress = StartupProgress()
+    for second in range(1, 24):
+        clock.now = 100.0 + second
+        if progress.due:
+            progress.report("dit, bagel" if second < 15 else "bagel")
+    assert capsys.readouterr().out.splitlines() == ["  waiting for dit, bagel (11 s)", "  waiting for bagel (22 s)"]
+
+
+def test_the_python_backends_empty_folder_goes_with_its_server_and_no_other(tmp_path: Path) -> None:
+    earlier, own, later, in_use = (tmp_path / f"python_env_{letter * 6}" for letter in "abcd")
+    earlier.mkdir()
+    scratch = Scratch(tmp_path)
+    own.mkdir()
+    in_use.mkdir()
+    (in_use / "environment").touch()
+    scratch.claim()
+    later.mkdir()
+    scratch.remove()
+    assert sorted(tmp_path.iterdir()) == [earlier, later, in_use]

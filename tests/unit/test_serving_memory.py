@@ -11,9 +11,8 @@ import torch
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.model.device import Placement
-from bagel_triton.serving import available_memory, cli, memory
-from bagel_triton.serving.available_memory import _ask_device
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError, cli, memory
+from bagel_triton.serving.memory import _ask_device
 from bagel_triton.serving.memory_plan import Available
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
@@ -23,7 +22,7 @@ GIB = 2**30
 def test_a_server_refuses_to_start_without_the_memory(monkeypatch: pytest.MonkeyPatch):
     small = {"thinker": ThinkerConfig(kv_tokens=64), "dit": DitConfig(max_num_seqs=1)}
     memory.require(DeployConfig(str(CHECKPOINT), device="cpu", **small))
-    monkeypatch.setattr(available_memory, "read", lambda placement: Available(host=2**20, shared=GIB))
+    monkeypatch.setattr(memory, "available", lambda placement: Available(host=2**20, shared=GIB))
     with pytest.raises(CommandError, match=r"the stages need .* and 1\.00 MiB are free"):
         memory.require(DeployConfig(str(CHECKPOINT), device="cpu"))
 
@@ -45,7 +44,7 @@ def machine(tmp_path: Path) -> Path:
 
 
 def host(machine: Path) -> int:
-    return available_memory.host(machine / "proc", machine / "cgroup")
+    return memory.host_memory(machine / "proc", machine / "cgroup")
 
 
 def test_without_a_limit_the_machines_memory_counts(machine: Path):
@@ -72,7 +71,7 @@ def test_a_limit_of_the_old_hierarchy_counts(machine: Path):
 
 
 def test_this_machine_can_be_read():
-    free = available_memory.read(Placement(torch.device("cpu"), torch.float32))
+    free = memory.available(Placement(torch.device("cpu"), torch.float32))
     assert free.host > 0
     assert free.shared > 0
     assert free.device is None
@@ -127,7 +126,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, private_weights: str | None) -> No
     placement = Placement(torch.device("cuda:0"), torch.bfloat16)
     available = Available(2**40, 2**40, 2**40, private_weights)
     monkeypatch.setattr(memory, "_placement", lambda config: (placement, True))
-    monkeypatch.setattr(available_memory, "read", lambda placement: available)
+    monkeypatch.setattr(memory, "available", lambda placement: available)
 
 
 def test_a_gpu_on_which_weights_cannot_be_shared_is_said_to_be_one(
@@ -165,7 +164,7 @@ def _die(device: torch.device) -> None:
 def test_a_gpu_that_does_not_answer_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ask: object, reason: str
 ):
-    monkeypatch.setattr(available_memory, "_ask_device", ask)
+    monkeypatch.setattr(memory, "_ask_device", ask)
     placement = Placement(torch.device("cuda:0"), torch.bfloat16)
     monkeypatch.setattr(memory, "_placement", lambda config: (placement, True))
     assert cli.main(["memory", str(CHECKPOINT)]) == 1

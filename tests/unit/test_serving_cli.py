@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.serving import cli
-from bagel_triton.serving import tritonserver as python_library
+import bagel_triton
+from bagel_triton.serving import cli, tritonserver
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 
@@ -34,6 +34,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["serve"], "CHECKPOINT"),
         (["serve", "x", "--port", "many"], "'many'"),
         (["serve", "x", "--nonsense"], "--nonsense"),
+        (["serve", "x", "--nonsense"], "see bagel-triton serve --help"),
+        (["serve", "x", "--mod", "y"], "--mod"),
+        (["serve", "x", "--tensor-parallel-size", "2"], "only 1 is supported"),
+        (["serve", "x", "--gpu-memory-utilization", "0.9"], "memory is what kv_tokens and max_num_seqs"),
+        (["serve", "x", "-oma", "10.0.0.1"], "stages[].address"),
         (["fly"], "'fly'"),
         ([], "COMMAND"),
     ],
@@ -66,6 +71,44 @@ def test_a_reader_that_has_enough_ends_it_without_a_word():
     run = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
     os.close(output)
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("command", [["-V"], ["--version"], ["version"]])
+def test_the_version(command: list[str]):
+    run = subprocess.run([sys.executable, "-m", "bagel_triton", *command], capture_output=True, text=True, check=True)
+    assert run.stdout == f"bagel-triton {bagel_triton.__version__}\n"
+
+
+def test_a_shell_completes_commands_and_their_options():
+    script = subprocess.run(
+        [sys.executable, "-m", "bagel_triton", "completion", "bash"], capture_output=True, text=True, check=True
+    ).stdout
+    words = "_shtab_bagel_triton; printf '%s\\n' \"${COMPREPLY[@]}\""
+    typed = "COMP_WORDS=(bagel-triton serve --dep); COMP_CWORD=2"
+    bash = ["bash", "-c", f"{script}\n{typed}\n{words}"]
+    assert subprocess.run(bash, capture_output=True, text=True, check=True).stdout.split() == ["--deploy-config"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--height", "60"], "--height=60 is not allowed; allowed: a multiple of 16"),
+        (["--steps", "0"], "--steps=0 is not allowed"),
+        (["--output", "cat.jpg"], "--output=cat.jpg is not allowed; the image is a PNG file"),
+        (["--output", "/nowhere/cat.png"], "/nowhere is not a folder"),
+    ],
+)
+def test_the_demo_refuses_an_image_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], named: str
+):
+    monkeypatch.setattr("bagel_triton.serving.demo.running", lambda *args, **options: pytest.fail("a server starts"))
+    assert named in error_of(capsys, "demo", str(CHECKPOINT), *options)
+
+
+def test_a_preset_is_named_without_its_path(capsys: pytest.CaptureFixture[str]):
+    arguments = ["memory", str(CHECKPOINT), "--device", "cpu", "--deploy-config", "bagel_single_stage"]
+    assert cli.main(arguments) == 0
+    assert "pipeline bagel_single_stage on cpu" in capsys.readouterr().out
 
 
 def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -123,10 +166,10 @@ def test_a_busy_port_of_triton(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_missing_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(python_library, "_directories", lambda: iter([tmp_path]))
+    monkeypatch.setattr(tritonserver, "_directories", lambda: iter([tmp_path]))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    assert python_library.NAME in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0")
+    assert tritonserver.NAME in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0")
     assert list(tmp_path.glob("bagel_triton_*")) == []
 
 
@@ -177,8 +220,10 @@ def test_model_names_begin_with_the_folders_and_have_no_duplicates():
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         named = [] if name is None else ["--served-model-name", name]
-        return options(parser.parse_args([checkpoint, *named])).model_names
+        return options(parser.parse_args([checkpoint, *named])).model_names(Path(checkpoint))
 
     assert names("/models/mine", None) == ("mine", *ALIASES)
     assert names("/models/mine", "other") == ("other", *ALIASES)
+    cached = "/cache/models--ByteDance-Seed--BAGEL-7B-MoT/snapshots/c1a2b3"
+    assert names(cached, None) == names("/models/BAGEL-7B-MoT", None)
     assert names("/models/BAGEL-7B-MoT", None) == ("BAGEL-7B-MoT", "bagel", "ByteDance-Seed/BAGEL-7B-MoT")

@@ -7,9 +7,7 @@ import socket
 import httpx
 import pytest
 
-from bagel_triton.serving import ports
-from bagel_triton.serving import proxy as main
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError, machine, proxy
 from tests.support.proxy_process import proxy_process
 from tests.support.triton_service import TritonService, serving
 from tests.support.waiting import soon
@@ -19,8 +17,8 @@ CHAT = "/v1/chat/completions"
 
 def run(*args: str) -> int:
     parser = argparse.ArgumentParser()
-    main.add_arguments(parser)
-    return main.run(parser.parse_args(args))
+    proxy.add_arguments(parser)
+    return proxy.run(parser.parse_args(args))
 
 
 def test_a_busy_port_is_named_in_one_line() -> None:
@@ -36,6 +34,10 @@ def test_a_busy_port_is_named_in_one_line() -> None:
     [
         (("--port", "70000"), "--port=70000 is not allowed"),
         (("--max-body-mib", "0"), "--max-body-mib=0 is not allowed"),
+        (("--triton-grpc", "localhost"), "allowed: HOST:PORT of Triton's gRPC, such as localhost:8001"),
+        (("--triton-grpc", ":8001"), "--triton-grpc=:8001 is not allowed"),
+        (("--triton-grpc", "http://localhost"), "--triton-grpc=http://localhost is not allowed"),
+        (("--triton-grpc", "localhost:grpc"), "--triton-grpc=localhost:grpc is not allowed"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused(args: tuple[str, ...], text: str) -> None:
@@ -44,7 +46,7 @@ def test_a_value_that_is_not_allowed_is_refused(args: tuple[str, ...], text: str
 
 
 def test_it_is_healthy_once_the_triton_of_a_stage_0_is_there_and_while_all_of_its_models_are() -> None:
-    triton, port = TritonService(), ports.choose({"--triton-grpc-port": 0})["--triton-grpc-port"]
+    triton, port = TritonService(), machine.choose_ports({"--triton-grpc-port": 0})["--triton-grpc-port"]
     with proxy_process("--triton-grpc", f"127.0.0.1:{port}") as (_, url):
 
         def health() -> httpx.Response:

@@ -4,8 +4,7 @@ import subprocess
 
 import pytest
 
-from bagel_triton.serving import cli, perf_analyzer
-from bagel_triton.serving.command_error import CommandError
+from bagel_triton.serving import CommandError, cli, perf_analyzer
 
 
 def test_it_runs_with_the_libraries_laid_out():
