@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 
 from bagel_triton.ipc import prefix as shared_memory
-from bagel_triton.serving import ports, tritonserver
+from bagel_triton.serving import machine, tritonserver
 from bench.figure import Figure
 from bench.setting import Setting
 
@@ -63,7 +63,7 @@ def _measured(address: str, way: str, at_once: int, elements: int, seconds: floa
 @contextlib.contextmanager
 def _server(folder: Path) -> Iterator[str]:
     """The gRPC address of a tritonserver with the three models."""
-    http, grpc, metrics = ports.choose({"http": 0, "grpc": 0, "metrics": 0}).values()
+    http, grpc, metrics = machine.choose_ports({"http": 0, "grpc": 0, "metrics": 0}).values()
     models = [path.name for path in MODELS.iterdir() if path.is_dir()]
     with shared_memory.SharedMemoryPrefix() as shared:
         server = tritonserver.find(folder)
@@ -81,7 +81,7 @@ def _server(folder: Path) -> Iterator[str]:
             environment = server.environment(folder / "none") | {"OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, env=dict(os.environ) | environment, stdout=output, stderr=output)
         try:
-            address = f"{ports.LOOPBACK}:{grpc}"
+            address = f"{machine.LOOPBACK}:{grpc}"
             _wait(process, address, models, log)
             yield address
         finally:
