@@ -71,7 +71,7 @@ def attach(page: Page, *files: Path) -> None:
 
 
 def choose(page: Page, output: str) -> None:
-    """Choose what comes back: ``Image`` or ``Text``."""
+    """Choose the output: ``Image`` or ``Text``."""
     page.get_by_role("radio", name=output).check(force=True)
 
 

@@ -374,7 +374,7 @@ def test_a_setting_that_cannot_be_sent_as_written_is_not_sent(open_for: Open, va
     assert client.requests == []
 
 
-def test_what_matters_is_said_to_screen_readers(open_for: Open) -> None:
+def test_a_result_is_announced_and_every_control_has_a_name(open_for: Open) -> None:
     page = open_for(FakeClient())
     announcer = page.locator("#announcer")
     send(page, "A cute cat")
@@ -392,3 +392,17 @@ def test_a_server_that_still_loads_is_shown_as_loading_until_it_is_ready(browser
         expect(page.get_by_text("Loading the model")).to_be_visible()
         client.ready = {"thinker": True}
         expect(page.locator("#dot[data-state=ready]")).to_be_attached()
+
+
+def test_nothing_is_cut_off_on_a_phone(open_for: Open) -> None:
+    page = open_for(FakeClient(*THOUGHT_IMAGES))
+    page.set_viewport_size({"width": 360, "height": 640})
+    settings(page, {"Results": "2"})
+    wide = "[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > 360.5).length"
+    assert page.evaluate(wide) == 0
+    send(page, "A" * 200)
+    expect(page.get_by_role("img", name="Result")).to_have_count(2)
+    page.get_by_role("button", name="Timings").click()
+    assert page.evaluate(wide) == 0
+    page.get_by_role("button", name="curl").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -6,7 +6,7 @@ const PREVIEWS = 3; // of each image, the most that the server makes
 export const apiKey = () => sessionStorage.getItem(KEY) ?? "";
 export const setApiKey = (key) => sessionStorage.setItem(KEY, key);
 
-/** An answer other than the one wanted. `status` is null where no HTTP answer came, or where it had begun. */
+/** A request that failed. `status` is null without an HTTP response, and for an error inside a streamed reply. */
 export class ApiError extends Error {
   constructor(message, { status = null, requestId = null } = {}) {
     super(message);
@@ -32,7 +32,7 @@ async function refusal(response) {
   try {
     message = JSON.parse(text).error.message;
   } catch {
-    // A gateway in front of the server has its own words.
+    // A gateway in front of the server has another format.
   }
   return new ApiError(message, { status: response.status, requestId: response.headers.get("x-request-id") });
 }

@@ -1,4 +1,4 @@
-// The page: what is sent, what is shown, what may be stopped.
+// The page: it sends requests, shows a turn for each, and stops them.
 
 import { complete, health, modelName, setApiKey } from "./api.js";
 import { Composer } from "./composer.js";

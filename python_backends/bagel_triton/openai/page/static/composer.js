@@ -1,4 +1,4 @@
-// The form: prompt, images by button, drop or paste, what comes back, and the settings.
+// The form: the prompt, images by button, drop or paste, the kind of output, and the settings.
 
 import { el } from "./turn.js";
 import { task } from "./request.js";

@@ -1,4 +1,4 @@
-// What a request asks for, as the body of POST /v1/chat/completions and as code that sends the same.
+// A request as the body of POST /v1/chat/completions, and as code that sends the same.
 
 import { apiKey } from "./api.js";
 
@@ -7,7 +7,7 @@ const FOR = {
   text: ["temperature", "max_tokens", "n", "seed"],
 };
 
-/** The name of what `request` does, and the verb of its button. */
+/** The name of the request's task, and the verb of its button. */
 export function task({ output, images }) {
   if (output === "image") return images.length ? ["Edit an image", "Edit"] : ["Text to image", "Generate"];
   return images.length ? ["Describe an image", "Ask"] : ["Chat", "Send"];

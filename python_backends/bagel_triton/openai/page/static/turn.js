@@ -20,7 +20,7 @@ const seconds = (s) => (s < 10 ? `${s.toFixed(1)} s` : `${Math.round(s)} s`);
 
 async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  // A page that came over plain HTTP from another host has no clipboard.
+  // Browsers give a page that came over plain HTTP from another host no clipboard.
   const area = el("textarea", { value: text, class: "visually-hidden" });
   document.body.append(area);
   area.select();
@@ -28,7 +28,7 @@ async function copy(text) {
   area.remove();
 }
 
-/** What one choice has brought: its thought and its text. */
+/** The thought and the text of one choice. */
 class Answer {
   constructor() {
     this.text = document.createTextNode("");
@@ -85,7 +85,7 @@ class Picture {
 }
 
 export class Turn {
-  /** `on` has what the page does for a turn: edit, reuse, seed, retry, announce. */
+  /** `on` holds the page's handlers: edit, reuse, seed, retry, announce. */
   constructor(request, model, on) {
     this.request = request;
     this.model = model;
