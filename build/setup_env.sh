@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Make .venv with everything the project needs; a second run with nothing changed does nothing.
 # PYTHON=/path/to/python3.12 chooses the interpreter; otherwise the first fitting one on PATH is taken.
+# VENV=folder makes the environment there, with the EXTRAS given (default: test,lint); VERBOSE=1 shows pip's output.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-.venv}
+extras=${EXTRAS-test,lint}
 
 fail() {
     echo "setup: error: $1" >&2
@@ -24,8 +27,26 @@ find_python() {
     fail "Python 3.11 or 3.12 is needed, and found under none of: $candidates (set PYTHON=/path/to/python3.12)"
 }
 
+step() { # run a command under a title; its output is shown only if it fails, or with VERBOSE=1
+    local title=$1 began=$SECONDS
+    shift
+    if [ -n "${VERBOSE:-}" ]; then
+        echo "setup: $title"
+        "$@"
+        return
+    fi
+    printf 'setup: %s ... ' "$title"
+    if "$@" >"$log" 2>&1; then
+        echo "$((SECONDS - began)) s"
+    else
+        echo "failed"
+        tail -n 20 "$log" >&2
+        return 1
+    fi
+}
+
 mooncake() { # what keeps the connector mooncake from working; nothing where it works
-    .venv/bin/python - <<'EOF'
+    "$venv/bin/python" - <<'EOF'
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
 from bagel_triton.kv.connectors.transfer_engine import load
 
@@ -36,7 +57,8 @@ except (ConnectorUnavailable, ImportError) as error:
 EOF
 }
 
-unpack_libibverbs() ( # into folder $1, from the packages of Debian or Ubuntu; installs nothing
+unpack_libibverbs() ( # beside Mooncake's modules, from the packages of Debian or Ubuntu; installs nothing
+    modules=$("$venv/bin/python" -c 'import mooncake; print(mooncake.__path__[0])')
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     chmod 755 "$folder"
@@ -45,35 +67,44 @@ unpack_libibverbs() ( # into folder $1, from the packages of Debian or Ubuntu; i
     for package in *.deb; do
         dpkg --extract "$package" .
     done
-    find . \( -name libibverbs.so.1 -o -name 'libnl-*.so.200' \) -exec cp --dereference {} "$1" \;
-) >/dev/null 2>&1
+    find . \( -name libibverbs.so.1 -o -name 'libnl-*.so.200' \) -exec cp --dereference {} "$modules" \;
+    # Mooncake's programs, such as mooncake_master, look for libraries in another folder than its modules do.
+    for library in "$modules"/libibverbs.so.1 "$modules"/libnl-*.so.200; do
+        ln -sf "$library" "$modules/../mooncake_transfer_engine_non_cuda.libs/"
+    done
+)
 
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || fail "Linux on x86_64 is needed; this is $(uname -s) on $(uname -m)"
 python=$(find_python)
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$python has no venv and pip modules; install the package $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
 
-stamp=.venv/.setup
-wanted=$({ "$python" -VV; cat pyproject.toml build/constraints.txt build/setup_env.sh; } | sha256sum)
-if [ -x .venv/bin/bagel-triton ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+stamp=$venv/.setup
+wanted=$({ "$python" -VV; cat pyproject.toml setup.py build/constraints.txt build/setup_env.sh; } | sha256sum)
+if [ -x "$venv/bin/bagel-triton" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
 
-echo "setup: making .venv with $("$python" --version); the first time takes a few minutes"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+echo "setup: making $venv with $("$python" --version); the first time takes a few minutes"
 rm -f "$stamp"
-if [ "$(.venv/bin/python -VV 2>/dev/null)" != "$("$python" -VV)" ]; then
-    "$python" -m venv --clear .venv
+if [ "$("$venv/bin/python" -VV 2>/dev/null)" != "$("$python" -VV)" ]; then
+    step "virtual environment" "$python" -m venv --clear "$venv"
 fi
-install=(.venv/bin/python -m pip install --disable-pip-version-check --constraint build/constraints.txt)
-"${install[@]}" setuptools
-"${install[@]}" --no-build-isolation --editable '.[test,lint]'
+install=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off --constraint build/constraints.txt)
+step "setuptools" "${install[@]}" setuptools
+step "the package and its dependencies (1.5 GB with torch, most of the time)" \
+    "${install[@]}" --no-build-isolation --editable ".${extras:+[$extras]}"
 # Only the server binaries of this wheel are used, so what its Python API needs is left out.
-"${install[@]}" --no-deps nvidia-pytriton
+step "tritonserver" "${install[@]}" --no-deps nvidia-pytriton
 # The connector mooncake is an extra: without it everything else works, and its tests are skipped.
-if "${install[@]}" --no-build-isolation --editable '.[mooncake]'; then
+if [ -z "$extras" ]; then
+    : # only the server is wanted
+elif step "mooncake" "${install[@]}" --no-build-isolation --editable '.[mooncake]'; then
     if [[ $(mooncake) = *libibverbs* ]]; then
         # The wheel leaves this library to the system, but looks for it beside its own files first.
-        unpack_libibverbs "$(.venv/bin/python -c 'import mooncake; print(mooncake.__path__[0])')" || true
+        step "libibverbs for mooncake" unpack_libibverbs || true
     fi
     missing=$(mooncake)
     [ -z "$missing" ] || echo "setup: $missing; until then its tests are skipped"
@@ -81,4 +112,4 @@ else
     echo "setup: the connector mooncake could not be installed; its tests are skipped"
 fi
 echo "$wanted" >"$stamp"
-echo "setup: .venv is ready"
+echo "setup: $venv is ready"

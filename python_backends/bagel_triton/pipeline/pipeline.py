@@ -13,9 +13,8 @@ import msgspec
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ImageEvent, StageStats
 from bagel_triton.protocol.messages import Answer, DenoiseJob, FlowSettings, Plan, ThinkerOutput, Usage
-from bagel_triton.telemetry.spans import (
+from bagel_triton.telemetry.tracing import (
     Attributes,
-    NoSpan,
     Span,
     image_attributes,
     request_attributes,
@@ -72,7 +71,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         """
         times: list[StageStats] = []
         started, deadline = time.time(), None
-        whole = span or NoSpan()
+        whole = span or Span()
 
         def follow(visit: StageCall[T], attributes: Attributes = MappingProxyType({})) -> Generator[Event, None, T]:
             with whole.child(visit.stage, visit.started_at) as part:

@@ -21,7 +21,7 @@ from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
 from bagel_triton.telemetry.metric_defs import CATALOGUE, SUPERVISOR
 from bagel_triton.telemetry.metrics import NoMetrics
-from bagel_triton.telemetry.spans import Span
+from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.client import RemoteModels
 from bagel_triton.triton.metrics import TritonMetrics

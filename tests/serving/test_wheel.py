@@ -1,0 +1,66 @@
+"""A wheel serves by itself: in an environment that has it and its dependencies, far from the source tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "data" / "tiny-a"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel; its dependencies are those of the environment that runs the tests."""
+    directory = tmp_path_factory.mktemp("wheel")
+    # setuptools adds what an earlier build left, so this one has a folder of its own.
+    (directory / "build.cfg").write_text(f"[build]\nbuild_base = {directory / 'build'}\n")
+    environment = {**os.environ, "DIST_EXTRA_CONFIG": str(directory / "build.cfg")}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(directory)]
+    subprocess.run([*pip, "wheel", *options, str(ROOT)], env=environment, check=True)
+    (wheel,) = directory.glob("*.whl")
+    venv = directory / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    # Names a folder, whose own .pth files are not read: the editable install there is not seen.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    subprocess.run([*pip, "--python", str(venv), "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    return venv
+
+
+def test_it_serves_an_image(bare: Path, tmp_path: Path) -> None:
+    command = [str(bare / "bin" / "bagel-triton"), "demo", str(CHECKPOINT), "--output", "cat.png", "--steps", "3"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [*command, "--height", "64", "--width", "48"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (48, 64)
+
+
+def test_it_has_its_own_presets_and_models(bare: Path) -> None:
+    script = (
+        "from bagel_triton.serving.machine import source_file as f; print(f('model_repository'), f('build/deploy'))"
+    )
+    shown = subprocess.run([bare / "bin" / "python", "-c", script], capture_output=True, text=True, check=True)
+    for path in shown.stdout.split():
+        assert Path(path).is_relative_to(bare)
+
+
+def test_building_it_leaves_the_projects_build_folder_alone(bare: Path) -> None:
+    assert not (ROOT / "build" / "lib").exists()
+    assert not list((ROOT / "build").glob("bdist*"))
