@@ -1,4 +1,4 @@
-"""How much arithmetic a step is, and how fast this machine can do such arithmetic."""
+"""The amount of arithmetic in a step, and this machine's rate of such arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RATE_TRIALS = 5
 
 
 def products(config: LanguageConfig) -> list[tuple[int, int]]:
-    """(inner, outer) of the matrix products that one layer does for every token."""
+    """(inner, outer) of one layer's matrix products for a token."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden)]
@@ -37,7 +37,7 @@ def step_flops(config: ModelConfig, branches: Sequence[tuple[int, int]]) -> int:
 def matmul_rate(shapes: Sequence[tuple[int, int]], rows: int, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of plain matrix products of ``rows`` rows, of all ``shapes`` (inner, outer) together.
 
-    Into memory that is there already, so this is the products alone.
+    The results' memory is allocated before, so that only the products are timed.
     """
     operands = [
         (
@@ -59,6 +59,6 @@ def matmul_rate(shapes: Sequence[tuple[int, int]], rows: int, device: torch.devi
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has been given."""
+    """Wait for a GPU's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""``decode_tokens_per_s``: greedy text of 1, 8 and 32 requests at a time, prefill of their short prompts included."""
+"""``decode_tokens_per_s``: greedy text for 1, 8 and 32 concurrent requests, with the prefill of their short prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(setting: Setting, counts: Sequence[int] = COUNTS, tokens: int = TOKENS) 
 
 
 def measure(stages: LocalStages, counts: Sequence[int], tokens: int, trials: int) -> list[Figure]:
-    """The figures of stages that are there already."""
+    """The figures of ``stages``."""
     rates: dict[int, list[float]] = {count: [] for count in counts}
     prompts = _long_prompts(stages, max(counts), tokens)
     for trial in range(1 + trials):
@@ -40,7 +40,7 @@ def measure(stages: LocalStages, counts: Sequence[int], tokens: int, trials: int
 
 
 def _long_prompts(stages: LocalStages, count: int, tokens: int) -> list[str]:
-    """Prompts whose answers do not end before ``tokens``: a text that ends early would leave the batch."""
+    """Prompts whose answers have ``tokens`` tokens or more, so that no text leaves the batch early."""
     found: list[str] = []
     for start in range(0, 8 * count, count):
         prompts = [f"Count the cats of image {start + number}." for number in range(count)]

@@ -1,8 +1,8 @@
-"""``dit_step_over_floor``: one guided step at 512x512 over the time its matrix arithmetic needs at least.
+"""``dit_step_over_floor``: the time of one guided step at 512x512 over that of its matrix arithmetic.
 
 The floor is the arithmetic of two branches (linear layers and attention) at the rate of plain
-matrix products of the model's own shapes by all threads, measured before and after every trial.
-Trials are short and many, as a machine that others use, too, changes its pace within seconds.
+matrix products of the model's shapes on all threads, measured before and after every trial.
+Trials are short and many, as the speed of a shared machine changes within seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.setting import Setting, denoise_job, image_request
 
 NAME = "dit_step_over_floor"
 SIDE, STEPS = 512, 5
-SHORT = 3  # trials in the time of one
+SHORT = 3  # trials are this many times as many, and shorter
 GOAL = 1.3
 
 
@@ -59,7 +59,7 @@ def run(setting: Setting, side: int = SIDE) -> list[Figure]:
 
 
 def step_seconds(stages: LocalStages, job: DenoiseJob) -> float:
-    """The median step of a request that is alone."""
+    """Seconds of a step, the median over one request without others."""
     told: list[float] = []
     stages.dit.submit(job, job.request_id, lambda event: told.append(time.perf_counter())).done.result()
     return statistics.median(after - before for before, after in pairwise(told))

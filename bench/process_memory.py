@@ -1,4 +1,4 @@
-"""What a process has in memory, by the kernel's account."""
+"""A process's memory as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class ProcessMemory:
     """Bytes of a process.
 
     ``pss`` is its proportional set size: a page that n processes map counts as 1/n.
-    ``anonymous`` are the pages that belong to it alone and to no file; a page of a private
-    mapping of a file becomes one when it is written.
+    ``anonymous`` pages belong to this process alone and to no file; a page of a private mapping
+    of a file becomes one when it is written.
     """
 
     pss: int
@@ -21,7 +21,7 @@ class ProcessMemory:
 
     @classmethod
     def own(cls) -> Self:
-        """This process, now."""
+        """This process's, at this moment."""
         fields = {}
         for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
             name, value = line.split(":")

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagel_triton.model.attention import attend
 from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.row_stable import rms_norm
 from bagel_triton.model.cpu.row_stable import rotate as rotate_into
@@ -17,6 +19,7 @@ from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.naive import NaiveContext
 from tests.support.packs import pack, sequence
+from tests.support.tensor_parallel import run_rank
 
 
 @pytest.fixture(scope="module", params=["checkpoint_dir", "other_checkpoint"])
@@ -54,26 +57,36 @@ def test_the_embeddings_given_stay_as_they_are(bagel: Bagel, plain: bool) -> Non
     assert torch.equal(embeddings, before)
 
 
-def test_a_sharded_rank_computes_its_own_heads(bagel: Bagel) -> None:
-    """With the rows of one key head and its queries, an expert projects those heads alone."""
-    config, expert = bagel.config.language, bagel.language_model.model.layers[0].gen
-    groups, head_dim = config.num_heads // config.num_kv_heads, config.head_dim
-    x = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    tables = rotary_tables(torch.arange(7), config, torch.float32)
-    whole = expert.project(x, *tables)
-    sizes = [count * head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    for kv_head in range(config.num_kv_heads):
-        heads = [slice(kv_head * count * head_dim, (kv_head + 1) * count * head_dim) for count in (groups, 1, 1)]
+def test_torch_shards_it_over_two_processes(checkpoint_dir: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run_rank, (2, checkpoint_dir, tmp_path), nprocs=2)
+    plain, sharded = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "sharded"))
+    assert (sharded - plain).abs().max() < 2e-6 * plain.abs().max()
 
-        def own(packed: Tensor, heads: list[slice] = heads) -> torch.nn.Parameter:
-            parts = [part[rows] for part, rows in zip(packed.split(sizes), heads, strict=True)]
-            return torch.nn.Parameter(torch.cat(parts), requires_grad=False)
 
-        shard = type(expert)(config).requires_grad_(False)
-        shard.load_state_dict(expert.state_dict())
-        shard.qkv_proj.weight, shard.qkv_proj.bias = own(expert.qkv_proj.weight), own(expert.qkv_proj.bias)
-        for ours, all_heads, count in zip(shard.project(x, *tables), whole, (groups, 1, 1), strict=True):
-            torch.testing.assert_close(ours, all_heads[:, kv_head * count : (kv_head + 1) * count])
+class _StaticKV:
+    """Keys and values of one sequence in buffers that never move, as a CUDA graph needs them."""
+
+    def __init__(self, config: LanguageConfig, past: int, new: int) -> None:
+        self._store = torch.zeros(config.num_layers, 2, past + new, config.num_kv_heads, config.head_dim)
+        self._slots = torch.arange(past, past + new)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for target, rows in zip(self._store[layer], (key, value), strict=True):
+            target.index_copy_(0, self._slots, rows)
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        return attend(query, *self._store[layer], causal=False)
+
+
+def test_a_forward_is_one_graph(checkpoint_dir: Path) -> None:
+    """Nothing in it depends on a tensor's contents, so it can be compiled and captured whole."""
+    bagel = Checkpoint(checkpoint_dir).load_bagel(torch.device("cpu"), torch.float32)
+    embeddings, batch, _ = pack(bagel, [sequence(bagel, 7, 4, 0)])
+    transformer, config = bagel.language_model.model, bagel.config.language
+    compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        expected, found = (run(embeddings, batch, _StaticKV(config, 5, 11)) for run in (transformer, compiled))
+    assert torch.equal(found, expected)
 
 
 def test_the_norm_is_the_formula() -> None:

@@ -47,7 +47,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, height, width], same shape out."""
         h = self.norm(x)
-        # Contiguous channels: without them torch falls back to an attention that holds all pixels' scores at once.
+        # With other strides torch falls back to an attention that holds the scores of all pixels.
         q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous().unsqueeze(1) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # [batch, 1, pixels, channels]
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))  # type: ignore[no-any-return]
@@ -160,7 +160,7 @@ class Autoencoder(nn.Module):
     """Encoder and decoder, built from the ``shapes`` of a checkpoint's tensors.
 
     Raises:
-        CheckpointError: a tensor that tells a width is missing.
+        CheckpointError: a tensor that determines a width is missing.
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -220,7 +220,7 @@ def sample(moments: Tensor, noise: Tensor) -> Tensor:
 def decode(autoencoder: Autoencoder, latent: Tensor, decoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Pixels of latent images: [batch, channels, h, w] -> uint8 [batch, 8h, 8w, 3].
 
-    ``decoder`` is a way to run the autoencoder's, if not the plain one.
+    ``decoder`` runs instead of the autoencoder's plain one.
     """
     weight = autoencoder.decoder.conv_in.weight
     z = (latent / SCALE + SHIFT).to(device=weight.device, dtype=weight.dtype)

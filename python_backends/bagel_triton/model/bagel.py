@@ -26,7 +26,7 @@ class LanguageModel(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A flow time in [0, 1] as a hidden vector."""
+    """Embeds a flow time in [0, 1]."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Bagel(nn.Module):
     """The whole network but for the autoencoder.
 
     Its parameters have the checkpoint's names, but for the layers of the transformer:
-    ``weights/names.py`` has the tensors that are packed into each.
+    ``weights/checkpoint.py`` has the tensors that are packed into each.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -83,7 +83,7 @@ class Bagel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The weights' device."""
         return self.vae2llm.weight.device
 
     @property

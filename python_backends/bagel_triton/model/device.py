@@ -1,4 +1,4 @@
-"""Where and in what precision a stage computes."""
+"""The device and precision of a stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Placement:
-    """A resolved device and dtype, and the attention backend they lead to."""
+    """A resolved device and dtype, which determine the attention backend."""
 
     torch_device: torch.device
     torch_dtype: torch.dtype
@@ -36,12 +36,12 @@ class Placement:
 
 
 def resolve(device: str, dtype: str) -> Placement:
-    """``auto`` device: CUDA where there is one; ``auto`` dtype: float32 on a CPU, bfloat16 on CUDA.
+    """Resolve ``auto``: CUDA if there is a device, else the CPU; float32 on a CPU, bfloat16 on CUDA.
 
-    ``cuda`` becomes ``cuda:0``: what makes a device current, or names it, needs the number.
+    ``cuda`` becomes ``cuda:0``, as calls of the driver need the index.
 
     Raises:
-        ValueError: names the value and what is allowed.
+        ValueError: the message has the value and what is allowed.
     """
     name = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind, _, index = name.partition(":")
@@ -61,9 +61,9 @@ CPU = torch.device("cpu")
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether whatever is asked of ``device`` fails, as after an illegal access: CUDA repeats that error for ever.
+    """Whether every call of ``device`` fails, as after an illegal access: CUDA then repeats that error forever.
 
-    An error that was a call's own, too little memory for example, is over with that call.
+    Other errors, such as too little memory, end with their call.
     """
     if device.type != "cuda":
         return False

@@ -1,11 +1,10 @@
 """The decoder in strips: the same image in a fraction of the memory.
 
-A decoder's memory is a few feature maps of the full resolution. Here each map is a queue of
-strips of rows. A convolution takes a strip with the row above and the row below it and makes
-the strip of the next map, and strips are dropped as soon as the next one has seen their last
-row: two maps never exist together in full. The statistics of the group norms are those of
-the whole image, gathered as its strips are made. So there are no seams to be blended; what
-differs from the whole decoder is the rounding of sums.
+The plain decoder holds several feature maps of the full resolution. Here each map is a queue of
+strips of rows. A convolution takes a strip, with one row of each neighbour, and makes a strip of
+the next map; a strip is freed once the one below it is done. So no two maps exist in full at
+the same time. Group norms use the statistics of the whole map, which are summed up as its
+strips are made. There are no seams to blend, and the image differs by the rounding of sums only.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from bagel_triton.model.autoencoder import GROUPS, Decoder, Resample, ResnetBlock
 
 ROWS = 32  # of a strip
-WORTH_IT = 512 * 512  # pixels from which on an image is decoded so
+WORTH_IT = 512 * 512  # larger images are decoded in strips, pixels
 
 
 class Strips:
-    """A feature map, top to bottom, [batch, channels, rows, width] a strip, and its groups' statistics."""
+    """A feature map in strips [batch, channels, rows, width], top to bottom, and the statistics of its groups."""
 
     def __init__(self) -> None:
         self._strips: deque[Tensor] = deque()
         self._count = 0
-        self._mean = self._squares = torch.zeros(())  # [batch, GROUPS] float64; squares of the distance from the mean
+        self._mean = self._squares = torch.zeros(())  # [batch, GROUPS] float64; squared distances from the mean
 
     @classmethod
     def of(cls, whole: Tensor) -> Strips:
@@ -41,13 +40,13 @@ class Strips:
     def append(self, rows: Tensor) -> None:
         """Add rows below."""
         for strip in rows.split(ROWS, dim=2):
-            # A strip on its own: a view would keep all of ``rows``.
+            # A copy, as a view would keep all of ``rows``.
             self._strips.append(strip.clone(memory_format=torch.contiguous_format))
             self._observe(self._strips[-1])
 
     def _observe(self, strip: Tensor) -> None:
         groups = strip.view(len(strip), GROUPS, -1)
-        center = groups.mean(dim=-1, keepdim=True)  # torch's own variance takes several times as long
+        center = groups.mean(dim=-1, keepdim=True)  # torch's variance takes several times as long
         squares = torch.linalg.vector_norm(groups - center, dim=-1).double() ** 2
         mean, count = center.squeeze(-1).double(), groups.shape[-1]
         total, apart = self._count + count, mean - self._mean.to(mean)
@@ -55,7 +54,7 @@ class Strips:
         self._mean, self._count = self._mean.to(mean) + apart * (count / total), total
 
     def activation(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-        """``norm`` and SiLU, by the statistics of the whole map as it is now."""
+        """A function that applies ``norm``, with the statistics of the strips so far, and SiLU."""
         deviation = (self._squares / self._count + norm.eps).rsqrt()
         per_channel = norm.num_channels // GROUPS
         mean, inverse = (part.repeat_interleave(per_channel, dim=1) for part in (self._mean, deviation))
@@ -65,12 +64,12 @@ class Strips:
         return lambda x: F.silu(torch.addcmul(shift, x, scale), inplace=True)
 
     def take(self) -> Iterator[Tensor]:
-        """Each strip, which is then dropped."""
+        """Remove and return each strip."""
         while self._strips:
             yield self._strips.popleft()
 
     def take_framed(self) -> Iterator[tuple[Tensor, int, int]]:
-        """Each strip with the row above and the row below it, and how many of either it has; it is then dropped."""
+        """Remove and return each strip with the rows next to it, and the number of those above and below (0 or 1)."""
         above: list[Tensor] = []
         while self._strips:
             strip = self._strips.popleft()
@@ -80,7 +79,7 @@ class Strips:
 
 
 def decode_in_strips(decoder: Decoder, z: Tensor) -> Tensor:
-    """What ``decoder`` makes of ``z`` [batch, latent_channels, height, width]: [batch, 3, 8 * height, 8 * width]."""
+    """Run ``decoder``: z [batch, latent_channels, height, width] -> [batch, 3, 8 * height, 8 * width]."""
     strips = Strips.of(decoder.mid(decoder.conv_in(z)))
     for level in reversed(decoder.up):
         for block in level.block:  # type: ignore[union-attr]
@@ -98,7 +97,7 @@ def _convolved(conv: nn.Conv2d, strips: Strips, activate: Callable[[Tensor], Ten
 
 
 def _conv(conv: nn.Conv2d, rows: Tensor, above: int, below: int) -> Tensor:
-    """``conv``, 3x3, of rows that come with those beyond them where the image has any."""
+    """``conv``, 3x3, of ``rows``, which include ``above`` and ``below`` neighbouring rows; zeros beyond the image."""
     return F.conv2d(F.pad(rows, (0, 0, 1 - above, 1 - below)), conv.weight, conv.bias, padding=(0, 1))
 
 
@@ -118,6 +117,6 @@ def _doubled(resample: Resample, x: Strips) -> Strips:
     out = Strips()
     for framed, above, below in x.take_framed():
         rows = F.interpolate(framed, scale_factor=2.0, mode="nearest")
-        # Of a neighbouring row's two copies only the nearer one is within reach.
+        # A neighbouring row is doubled too; the convolution reaches the nearer copy only.
         out.append(_conv(resample.conv, rows[:, :, above : rows.shape[2] - below], above, below))
     return out

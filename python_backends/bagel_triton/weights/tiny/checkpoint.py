@@ -85,7 +85,7 @@ def _check_free(target: Path, force: bool) -> None:
     names = sorted(path.name for path in target.iterdir())
     if names and not force:
         raise FileExistsError(f"{target} is not empty; --force replaces the checkpoint in it")
-    # A mistyped folder must not cost its owner more than a checkpoint of this kind.
+    # In a mistyped folder nothing but a checkpoint of this kind may be lost.
     if strays := [name for name in names if name not in OWN_FILES and not name.endswith(".safetensors")]:
         raise FileExistsError(f"{target} holds {strays[0]}, which is no file of a tiny checkpoint: not replaced")
 
@@ -99,7 +99,7 @@ def _write_files(directory: Path, config: TinyConfig) -> None:
 
 
 def _write_sharded(directory: Path, tensors: dict[str, Tensor], count: int) -> None:
-    """Write ``tensors`` as ``count`` files of about equal size, and the index of which holds which."""
+    """Write ``tensors`` as ``count`` files of about equal size, and their index."""
     if count > len(tensors):
         raise ConfigError(f"shards={count} is not allowed; allowed: 1 to {len(tensors)}, the number of tensors")
     files = [f"ema-{shard:05d}-of-{count:05d}.safetensors" for shard in range(1, count + 1)]
@@ -119,7 +119,7 @@ def _write_sharded(directory: Path, tensors: dict[str, Tensor], count: int) -> N
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    # The library's own file writer makes files that only their owner can read, which a container could not.
+    # The library's file writer makes files for their owner alone, which a container's user could not read.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
@@ -128,11 +128,11 @@ def _write_json(path: Path, contents: dict[str, object]) -> None:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Put ``partial`` in the place of ``target``, absent, empty or a checkpoint to be replaced."""
+    """Rename ``partial`` to ``target``, which is absent, empty or a checkpoint to be replaced."""
     if not target.exists():
         partial.rename(target)
         return
-    # No rename replaces a folder that is not empty, so the old one steps aside first, and back on failure.
+    # A rename cannot replace a folder that is not empty, so the old one is renamed first, and back on failure.
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
     target.rename(old)
     try:

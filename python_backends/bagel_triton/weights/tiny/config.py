@@ -1,4 +1,4 @@
-"""The shape of a tiny checkpoint, and the configuration files that tell of it."""
+"""The shape of a tiny checkpoint, and its configuration files."""
 
 from __future__ import annotations
 

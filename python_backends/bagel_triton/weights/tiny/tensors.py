@@ -33,7 +33,7 @@ NOISE_STD = 0.1
 BIAS_STD = 0.02
 # Logits with some spread make greedy decoding independent of rounding.
 LOGIT_GAIN = 2.2
-# Pixels are (x + 1) / 2 of what this layer gives: a third of the range is one standard deviation.
+# Pixels are (x + 1) / 2 of this layer's output: a third of the range is one standard deviation.
 PIXEL_GAIN = 0.6
 
 
@@ -65,7 +65,7 @@ class _Weights:
 
 
 def bagel_tensors(config: TinyConfig) -> dict[str, Tensor]:
-    """The transformer, the vision tower and what joins them, by name, in bfloat16."""
+    """The transformer, the vision tower and the layers between them, by name, in bfloat16."""
     weights = _Weights(config.seed)
     _language_model(weights, config)
     _vision_model(weights)
