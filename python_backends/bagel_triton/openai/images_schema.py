@@ -21,7 +21,7 @@ from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
 Images = tuple[ImageUrl | ImageUpload, ...]
 B = TypeVar("B", bound="ImagesBody")
-MAX_FORM_FIELDS = 100
+MAX_FORM_FIELDS = 300  # more than there are names
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
 
 
@@ -29,7 +29,7 @@ class ImagesBody(GenerationFields):
     """The fields that both endpoints have. ``null`` means not given."""
 
     place: ClassVar[str] = "images"
-    prompt: str = Field(description="What to draw, or how to edit the images.")
+    prompt: str = Field(description="What to draw, or how to edit the images.", json_schema_extra={"pattern": r"\S"})
     model: str | None = None
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16; or auto.")
     output_format: Format | None = Field(None, description="The file format of the images. Default: png")

@@ -40,7 +40,7 @@ _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
     ("ChatMessage", "content"): [_TEXT],
     ("ImagePart", "image_url"): [_TEXT],
     ("InputMessage", "content"): [_TEXT],
-    ("ResponsesBody", "input"): [_TEXT],
+    ("ResponsesBody", "input"): [{**_TEXT, "pattern": r"\S"}],
     ("JsonEditsBody", "image"): [_TEXT, _ANY_OBJECT],
     ("JsonEditsBody", "images"): [_TEXT, _ANY_OBJECT],
 }
@@ -212,7 +212,7 @@ def _paths() -> Json:
         "/health": get("Whether every stage is ready", answers=unready),
         "/health/ready": get("The same", answers=unready),
         "/health/live": get("That this process answers"),
-        "/ping": get("As /health", answers=unready),
+        "/ping": {**get("As /health", answers=unready), "post": get("As /health", answers=unready)["get"]},
         "/metrics": get("Triton's metrics and the API's own, for Prometheus", answers=text),
         "/version": get("The server's version"),
         "/openapi.json": get("This document"),
