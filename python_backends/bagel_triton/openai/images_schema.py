@@ -14,6 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from bagel_triton.openai.image_encode import Format
 from bagel_triton.openai.image_source import ImageUpload, ImageUrl
+from bagel_triton.openai.noop_fields import IGNORED
 from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
 from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, parse_size, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
@@ -175,7 +176,7 @@ async def _from_form(form: FormData) -> tuple[EditsBody, Images]:
             images.append(ImageUpload(await value.read(), f"image[{len(images)}]"))
         elif is_image:
             images.append(ImageUrl(value, f"image[{len(images)}]"))
-        else:
+        elif name not in IGNORED["images"]:
             texts.setdefault(name, []).append(value)
     return _checked(EditsBody, _from_texts(texts)), _enough(images)
 

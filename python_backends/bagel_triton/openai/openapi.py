@@ -167,7 +167,7 @@ def _paths() -> Json:
         return {"description": description, "content": {"application/json": schema}}
 
     error = reply("An error, in OpenAI's shape", reference("ReplyErrorBody"))
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    events: Json = {"text/event-stream": {}}
     any_json = {"schema": {"type": "object"}}
 
     def post(summary: str, answer: str, *bodies: tuple[str, str]) -> Json:

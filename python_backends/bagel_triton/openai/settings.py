@@ -46,6 +46,7 @@ class HttpOptions:
     body_timeout_s: int = 300
     write_timeout_s: int = 300
     access_log: bool = True
+    max_body_mib: int = 64
     image_reply: Literal["auto", "list", "images", "both"] = "auto"
     allowed_image_hosts: tuple[str, ...] = ()
 
@@ -135,6 +136,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, type=int, default=seconds, metavar="S", help=f"seconds {meaning} (default: %(default)s)"
         )
     group.add_argument(
+        "--max-body-mib",
+        type=int,
+        default=defaults.max_body_mib,
+        metavar="MIB",
+        help="largest request body (default: %(default)s)",
+    )
+    group.add_argument(
         "--image-reply",
         choices=("auto", "list", "images", "both"),
         default=defaults.image_reply,
@@ -162,6 +170,8 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
         if getattr(args, flag) < 1:
             name = f"--{flag.replace('_', '-')}"
             raise OptionError(f"{name}={getattr(args, flag)} is not allowed; allowed: whole seconds, 1 or more")
+    if args.max_body_mib < 1:
+        raise OptionError(f"--max-body-mib={args.max_body_mib} is not allowed; allowed: an integer >= 1")
     if args.ssl_keyfile and not args.ssl_certfile:
         raise OptionError("--ssl-keyfile is given without --ssl-certfile; allowed: both, or the certificate alone")
     for flag, path in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
@@ -181,6 +191,7 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
         body_timeout_s=args.timeout_body,
         write_timeout_s=args.timeout_write,
         access_log=args.access_log,
+        max_body_mib=args.max_body_mib,
         image_reply=args.image_reply,
         allowed_image_hosts=tuple(args.allow_image_host),
     )

@@ -41,9 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names that requests may give as model; the first is listed, and is the default (default: bagel)",
     )
-    parser.add_argument(
-        "--max-body-mib", type=int, default=64, metavar="MIB", help="largest request body (default: %(default)s)"
-    )
     add_http_arguments(parser)
 
 
@@ -53,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: an argument is not allowed, or the port is busy.
     """
-    if args.max_body_mib < 1:
-        raise CommandError(f"--max-body-mib={args.max_body_mib} is not allowed; allowed: an integer >= 1")
     triton = arguments.host_port("--triton-grpc", args.triton_grpc)
     try:
         options = http_options(args)
@@ -65,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     settings = ProxySettings(
         triton_grpc=triton,
         served_model_names=tuple(args.served_model_name),
-        max_body_bytes=args.max_body_mib * MIB,
+        max_body_bytes=options.max_body_mib * MIB,
         fetch_remote=args.fetch_remote,
         metrics_url=args.triton_metrics or f"http://{triton.rpartition(':')[0]}:{TRITON_METRICS_PORT}/metrics",
         http=options,

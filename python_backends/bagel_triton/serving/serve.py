@@ -21,7 +21,7 @@ from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.ipc import prefix as shared_memory
-from bagel_triton.openai.settings import HttpOptions, OptionError, ProxySettings, http_options
+from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.serving import CommandError, arguments, machine, memory, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
@@ -191,6 +191,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 shm_prefix=shared.prefix,
                 remote=deploy.remote,
                 metrics_url=addresses.metrics_url,
+                max_body_bytes=options.http.max_body_mib * MIB,
                 http=options.http,
             )
             # What is loaded now is never garbage, and walking it took half a second at the end.
