@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bagel_triton.openai.http_metrics import HttpMetrics
 from bagel_triton.telemetry.metric_defs import CATALOGUE
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -79,4 +80,9 @@ def test_a_rate_is_of_a_counter_and_a_quantile_of_a_histogram(expressions: list[
 
 def test_the_documentation_has_every_metric_and_its_kind() -> None:
     rows = dict(re.findall(r"^\| `(bagel_\w+)[^`]*` \| (\w+)", (DOCS / "observability.md").read_text(), re.MULTILINE))
-    assert rows == {name: metric.kind for name, metric in METRICS.items()}
+    api = HttpMetrics()
+    api.requests.labels("GET", "/health", "200").inc()  # a labelled metric is on the page from its first use
+    api.seconds.labels("/health").observe(0.1)
+    http = dict(re.findall(r"^# TYPE (\w+) (\w+)$", api.page().decode(), re.MULTILINE))
+    http = {name: kind for name, kind in http.items() if not name.endswith("_created")}
+    assert rows == {name: metric.kind for name, metric in METRICS.items()} | http
