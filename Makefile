@@ -16,6 +16,7 @@ $(TINY): $(wildcard python_backends/bagel_triton/weights/tiny/*.py) | setup
 
 demo: $(TINY) ## one image through the whole server, on free ports
 	$(BIN)/bagel-triton demo $(TINY) --output .cache/demo.png
+	@$(BIN)/python build/check_demo.py .cache/demo.png
 
 serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by default)
 	$(BIN)/bagel-triton serve $(CHECKPOINT) $(SERVE_ARGS)

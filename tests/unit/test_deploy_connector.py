@@ -158,7 +158,7 @@ def test_the_stores_options_are_understood(tmp_path: Path) -> None:
             r"extra.zmq_port=50051 has no meaning here: a lease travels with its request",
         ),
         ("{name: shm, extra: {host: here}}", r"connectors.net.extra=\{'host': 'here'\} is not allowed; shm takes no"),
-        ("{name: mooncake, extra: {host: auto}}", r"mooncake.host='auto' is not allowed; allowed: an address of this"),
+        ("{name: mooncake, extra: {host: 0.0.0.0}}", r"mooncake.host='0.0.0.0' is not allowed; allowed: an address of"),
         ("{name: mooncake, extra: {protocol: udp}}", r"connectors.net.extra: Invalid enum value 'udp'"),
         ("{name: mooncake, extra: {hots: here}}", r"connectors.net.extra: .*unknown field `hots`"),
         ("{name: mooncake, extra: {timeout_s: 0}}", r"mooncake.timeout_s=0 is not allowed"),

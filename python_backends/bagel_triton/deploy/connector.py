@@ -77,6 +77,8 @@ def connector_fields(where: str, spec: ConnectorSpec) -> dict[str, Any]:
             raise ConfigError(f"{where}.extra.{option}={value!r} has no meaning here: {pointless[option]}; remove it")
     if config is not None:
         options = {_RENAMED.get(option, option): value for option, value in spec.extra.items()}
+        if options.get("host") == "auto":  # it is found out: see hosts.py
+            del options["host"]
         try:
             return {"connector": kind, kind: msgspec.convert(options, config)}
         except msgspec.ValidationError as error:

@@ -6,7 +6,7 @@ here is refused with the reason, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,18 @@ def load(path: Path, checkpoint: str) -> DeployConfig:
 
 
 def _read(path: Path) -> DeployYaml:
-    written = _parse(path.read_text())
-    refuse_unknown("", written, DeployYaml)
+    written = drop_neutral(_parse(path.read_text()))
+    assert isinstance(written, dict), "it was parsed as one"
+    if isinstance(written.get("stages"), list):
+        written["stages"] = [drop_neutral(section) for section in written["stages"]]
+    errors = list(unknown_fields("", written, DeployYaml))
     stages, connectors = written.get("stages"), written.get("connectors")
     for index, section in enumerate(stages if isinstance(stages, list) else ()):
-        refuse_unknown(f"stages[{index}]", section, StageSection)
+        errors += unknown_fields(f"stages[{index}]", section, StageSection)
     for name, spec in connectors.items() if isinstance(connectors, dict) else ():
-        refuse_unknown(f"connectors.{name}", spec, ConnectorSpec)
+        errors += unknown_fields(f"connectors.{name}", spec, ConnectorSpec)
+    if errors:
+        raise ConfigError("; ".join(errors))
     return msgspec.convert(written, DeployYaml)
 
 
@@ -151,7 +156,7 @@ def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
             raise ConfigError(f"{name}.vae_use_tiling belongs to the DiT; that is stage {DIT_STAGE}")
         return
     for field in _THINKER_FIELDS:
-        if getattr(section, field) is not None:
+        if getattr(section, field) not in (None, False):  # what is off is off there
             raise ConfigError(f"{name}.{field} belongs to the thinker; that is stage {THINKER_STAGE}")
 
 
@@ -171,11 +176,11 @@ def _connector(user: DeployYaml) -> dict[str, Any]:
     for section in user.stages:
         for reference in (*section.input_connectors.values(), *section.output_connectors.values()):
             used.append(_allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors)))
-    fields = {name: connector_fields(f"connectors.{name}", spec) for name, spec in user.connectors.items()}
-    names = list(dict.fromkeys(used or fields))
+    names = list(dict.fromkeys(used or user.connectors))
     if len(names) > 1:
         raise ConfigError(f"connectors={names}: contexts travel once, from the thinker to the DiT; one may be used")
-    return fields[names[0]] if names else {}
+    # Options of a connector that no stage names change nothing.
+    return connector_fields(f"connectors.{names[0]}", user.connectors[names[0]]) if names else {}
 
 
 def _merged(user: DeployYaml, stage: int, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -216,30 +221,55 @@ def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 _TOPOLOGY = "the topology that `pipeline` names decides it"
-_FLAT = "its fields stand directly under the stage here"
-# Of vLLM-Omni's files.
+_FLAT = "write its fields directly under the stage"
+_PER_REQUEST = "requests carry these values, and docs/api.md has their defaults"
+# Fields of vLLM-Omni's files, and why each is refused.
 _REASONS = {
+    "async_chunk": "a stage gets its input whole",
+    "default_sampling_params": _PER_REQUEST,
+    "engine_args": _FLAT,
+    "engine_input_source": _TOPOLOGY,
     "gpu_memory_utilization": "memory is what kv_tokens and max_num_seqs make it; `bagel-triton memory` shows it",
+    "limit_mm_per_prompt": "a request may hold as many images as fit kv_tokens",
     "max_batch_size": "a stage batches all it has, within max_num_seqs and max_num_batched_tokens",
+    "max_inflight": "set max_num_seqs and max_waiting of a stage",
+    "model_arch": _TOPOLOGY,
+    "model_stage": _TOPOLOGY,
+    "omni_kv_config": _TOPOLOGY,
     "parallel_config": "all stages run on one device",
     "platforms": "`device` says where the stages run",
-    "stage_args": "the stages are listed under `stages`",
-    "engine_args": _FLAT,
-    "runtime": _FLAT,
+    "runtime": "set devices, max_num_seqs and max_waiting directly under the stage",
+    "shm_threshold_bytes": "contexts always stay in shared memory, whatever their size",
+    "stage_args": "list the stages under `stages`",
     "stage_type": _TOPOLOGY,
-    "model_stage": _TOPOLOGY,
-    "model_arch": _TOPOLOGY,
-    "engine_input_source": _TOPOLOGY,
-    "omni_kv_config": _TOPOLOGY,
+    "window_size": "a stage gets its input whole",
 }
+# Fields of those files that change nothing here, and the values at which they do.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "async_chunk": (False,),
+    "enable_chunked_prefill": (True, False),
+    "trust_remote_code": (True, False),
+}
+_NEUTRAL_PARALLEL = (1, False, None)  # every size of a parallel_config
 
 
-def refuse_unknown(where: str, section: object, known: type[msgspec.Struct]) -> None:
-    """Refuse a field of ``section``, at ``where``, that a ``known`` does not have; what is no mapping has none.
+def drop_neutral(section: object) -> object:
+    """``section`` without fields of vLLM-Omni's files that have a value at which they change nothing here."""
+    if not isinstance(section, dict):
+        return section
+    return {name: value for name, value in section.items() if not _is_neutral(name, value)}
 
-    Raises:
-        ConfigError: names the field, and why there is none such here or which there are.
-    """
+
+def _is_neutral(name: object, value: object) -> bool:
+    if name == "parallel_config":
+        return isinstance(value, dict) and all(
+            size is not True and size in _NEUTRAL_PARALLEL for size in value.values()
+        )
+    return value in _NEUTRAL.get(str(name), ())
+
+
+def unknown_fields(where: str, section: object, known: type[msgspec.Struct]) -> Iterator[str]:
+    """An error for each field of ``section``, at ``where``, that ``known`` does not have, with the reason or a hint."""
     if not isinstance(section, dict):
         return
     allowed = [field.name for field in msgspec.structs.fields(known)]
@@ -248,5 +278,6 @@ def refuse_unknown(where: str, section: object, known: type[msgspec.Struct]) -> 
             continue
         path = f"{where}.{name}" if where else str(name)
         if name in _REASONS:
-            raise ConfigError(f"{path} has no meaning here: {_REASONS[name]}; remove it")
-        raise ConfigError(InvalidRequest.unknown(path, str(name), allowed).message)
+            yield f"{path} has no meaning here: {_REASONS[name]}; remove it"
+        else:
+            yield InvalidRequest.unknown(path, str(name), allowed).message
