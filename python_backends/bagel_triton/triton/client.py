@@ -116,6 +116,7 @@ class RemoteModels:
         self._servers = {address: TritonServer(address) for address in set(addresses.values())}
         # When the last check began that found the model missing.
         self._missed_at = dict.fromkeys(addresses, -math.inf)
+        self._missing: dict[str, list[str]] = {address: [] for address in self._servers}
         self._closing = threading.Event()
         for address in self._servers:
             threading.Thread(target=self._check, args=(address,), name="remote-readiness", daemon=True).start()
@@ -124,6 +125,10 @@ class RemoteModels:
         """Whether ``model`` has been ready since this call, when called."""
         began = time.monotonic()
         return lambda: self._missed_at[model] < began
+
+    def is_ready(self, model: str) -> bool:
+        """Whether the last check found ``model`` ready."""
+        return model not in self._missing[self.addresses[model]]
 
     def model_call(self, model: str) -> Callable[..., Arrays]:
         """Calls ``model``; see :class:`ModelCall`."""
@@ -149,6 +154,7 @@ class RemoteModels:
             began = time.monotonic()
             missing = [model for model in models if not server.is_ready(model)]
             self._missed_at.update(dict.fromkeys(missing, began))
+            self._missing[address] = missing
             self._closing.wait(READY_POLL_S)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,10 @@ class StageConnections:
             return self._remote.watch(stage)
         return liveness.watch(self._prefix, stage)
 
+    def is_alive(self, stage: str) -> bool:
+        """Whether ``stage`` can be called."""
+        return self._remote.is_ready(stage) if stage in self._remote.addresses else self.watch(stage)()
+
     def close(self, timeout_s: float) -> None:
         """Stop; aborts that are queued get up to ``timeout_s`` seconds a stage."""
         self.expanding.shutdown(wait=False, cancel_futures=True)
@@ -99,8 +104,8 @@ class TritonStages:
 
     def abort(self, request_id: str) -> None:
         """Stop the request's work in every stage and revoke its leases."""
-        for client in self._connections.stages.values():
-            client.abort(request_id)
+        for stage, client in self._connections.stages.items():
+            client.abort(request_id, partial(self._connections.is_alive, stage))
 
     def _submit(
         self,

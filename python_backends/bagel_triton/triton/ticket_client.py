@@ -148,13 +148,18 @@ class TicketClient:
 
         self._calls.put(send)
 
-    def abort(self, request_id: str) -> None:
-        """Give up the tickets of a request and have the stage free what it holds for it. Returns at once."""
+    def abort(self, request_id: str, alive: Callable[[], bool] = lambda: True) -> None:
+        """Give up the tickets of a request and have the stage free what it holds for it. Returns at once.
+
+        A stage that is not ``alive`` holds nothing; to call it would hold up the calls behind.
+        """
         with self._lock:
             for number in [number for number, opened in self._open.items() if opened.request_id == request_id]:
                 del self._open[number]
 
         def send() -> None:
+            if not alive():
+                return
             try:
                 self._call({"abort": _bytes_array(request_id.encode())}, [], request_id)
             except Exception as error:  # the stage's own time-outs free it later
