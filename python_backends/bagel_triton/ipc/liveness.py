@@ -1,13 +1,13 @@
 """Which stage processes are alive: each holds the lock of a file that says who it is.
 
-Triton goes on calling a model ready whose process was killed, and never answers what was
-in flight. So every stage process announces itself when it is built: a file
-``PREFIX_stage_STAGE.TOKEN`` in shared memory, locked as long as the process lives. The
-kernel drops the lock with the process, whatever ended it: no process id is trusted, as
-ids are reused. A process that forks without exec would share its lock with the child.
+Triton keeps reporting a model as ready after its process was killed, and never answers a
+decoupled request that was in flight. So every stage process announces itself once it is
+built: a file ``PREFIX_stage_STAGE.TOKEN`` in shared memory, locked for the life of the
+process. The kernel drops the lock however the process ends. Process ids are reused and
+therefore not trusted. A child forked without exec would share the lock.
 
-A file whose lock is free is that of a process that died. It stays until whoever replaces
-the process removes it, so a stage counts as dead until it is back.
+A file with a free lock belongs to a dead process. The watchdog removes it after it has
+replaced the process, so a stage counts as dead until it is back.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PARENT_POLL_S, LAST_WORDS_S = 1.0, 3.0
 def end_with_parent() -> None:
     """From now on, end this process soon after its parent.
 
-    Triton's stub does so by itself, unless tritonserver was killed while a request was there:
-    its threads then wait for each other, and the process keeps its memory for ever.
+    Triton's stub does so by itself unless tritonserver was killed during a request: then the
+    stub's threads wait for each other, and the process keeps its memory for ever.
     """
     parent = os.getppid()
 
@@ -56,7 +56,7 @@ def end_when(lost: threading.Event) -> None:
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file says: who, and which files in shared memory Triton made for it alone."""
+    """The content of a file: the process, and the files that Triton made for it in shared memory."""
 
     stage: str
     pid: int
@@ -64,11 +64,11 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Announcement:
-    """This process as one of ``stage``, from now until :meth:`withdraw` or its death."""
+    """Announces this process as one of ``stage``, until :meth:`withdraw` or its death."""
 
     def __init__(self, prefix: str, stage: str, directory: Path = SHM_DIRECTORY) -> None:
         token = secrets.token_hex(4)
-        # Named only once it is locked: until then it would look like a dead process's.
+        # It gets its name once it is locked: unlocked it would look like a dead process's.
         unnamed = directory / f"{prefix}_announcing.{token}"
         self._path = directory / f"{prefix}_stage_{stage}.{token}"
         lock = open_locked(unnamed, create=True)
@@ -83,14 +83,14 @@ class Announcement:
         return self._path.name
 
     def withdraw(self) -> None:
-        """The process ends in good order."""
+        """Remove the announcement: the process is about to end."""
         self._path.unlink(missing_ok=True)
         os.close(self._lock)
 
 
 @dataclass(frozen=True)
 class StageProcess:
-    """A process that announced itself."""
+    """An announced process."""
 
     stage: str
     pid: int
@@ -99,11 +99,11 @@ class StageProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs and has not withdrawn."""
+        """Whether it runs and has not withdrawn."""
         return is_locked(self.path)
 
     def remove(self) -> None:
-        """Remove what a dead process has left in shared memory."""
+        """Remove a dead process's files from shared memory."""
         for region in self.regions:
             self.path.with_name(region).unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def processes(prefix: str, stage: str = "*", directory: Path = SHM_DIRECTORY) ->
     for path in sorted(directory.glob(f"{prefix}_stage_{stage}.*")):
         try:
             record = msgspec.json.decode(path.read_bytes(), type=_Record)
-        except FileNotFoundError:  # it has just withdrawn
+        except FileNotFoundError:  # withdrawn meanwhile
             continue
         found.append(StageProcess(record.stage, record.pid, path, record.regions))
     return found
@@ -130,17 +130,17 @@ def dead_stages(prefix: str, directory: Path = SHM_DIRECTORY) -> dict[str, list[
     """The processes that died and have not been replaced, by stage."""
     dead: dict[str, list[StageProcess]] = {}
     for process in processes(prefix, directory=directory):
-        # A file that is gone by now was withdrawn, not left behind.
+        # A file that is gone by now was withdrawn.
         if not process.alive and process.path.exists():
             dead.setdefault(process.stage, []).append(process)
     return dead
 
 
 def watch(prefix: str, stage: str, directory: Path = SHM_DIRECTORY) -> Callable[[], bool]:
-    """Whether ``stage`` lives on as it does now, when called: false once any process has died.
+    """A function that tells whether every process of ``stage`` that lives now still does.
 
-    Which of its processes has a request cannot be told. Processes that are dead already
-    do not count, unless all are. A stage that never announced itself is never held dead.
+    All of them count, because it is unknown which one has a given request. Processes that are
+    already dead are ignored unless all are. A stage without announcements counts as alive.
     """
     announced = processes(prefix, stage, directory)
     living = [process for process in announced if process.alive]
@@ -150,12 +150,12 @@ def watch(prefix: str, stage: str, directory: Path = SHM_DIRECTORY) -> Callable[
 
 
 def _regions(prefix: str, directory: Path) -> tuple[str, ...]:
-    """Names of the mapped files that Triton made for this process: it forgets those of a killed one."""
+    """Names of the mapped files that Triton made for this process. It forgets those of a killed one."""
     start = f"{directory}/{region_prefix(prefix)}"
     mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     return tuple(sorted(Path(name).name for name in mapped if name.startswith(start)))
 
 
 def region_prefix(prefix: str) -> str:
-    """How the names of Triton's own files in shared memory start."""
+    """The prefix of Triton's own files in shared memory."""
     return f"{prefix}_triton_"

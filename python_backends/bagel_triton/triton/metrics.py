@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class TritonMetrics:
-    """The metrics of ``measurers`` (names of the catalogue), all there from the start.
+    """The metrics of ``measurers`` (names in the catalogue), created at once.
 
-    Silent where Triton has metrics switched off. Each update crosses a process boundary, so a
-    thread of its own makes them: no step waits.
+    Does nothing if Triton's metrics are switched off. Each update crosses a process boundary,
+    so a thread of its own makes them and no step waits.
     """
 
     def __init__(self, measurers: Sequence[str]) -> None:
-        self._families: dict[str, Any] = {}  # kept: Triton drops a metric whose family is collected
+        self._families: dict[str, Any] = {}  # kept: a metric vanishes when its family is collected
         self._metrics: dict[tuple[str, ...], Any] = {}
         self._known = {metric.name: metric for name in measurers for metric in CATALOGUE[name]}
         self._updates: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -34,19 +34,19 @@ class TritonMetrics:
         self._thread.start()
 
     def gauge(self, name: str, value: float) -> None:
-        """``bagel_name`` is ``value`` now."""
+        """Set ``bagel_name`` to ``value``."""
         self._updates.put(lambda: self._metric(name).set(value))
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """``amount`` more of ``bagel_name_total``."""
+        """Add ``amount`` to ``bagel_name_total``."""
         self._updates.put(lambda: self._metric(name, **labels).increment(amount))
 
     def count_up_to(self, name: str, total: int, **labels: str) -> None:
-        """``bagel_name_total`` is ``total`` now, whatever a process that was killed had made of it."""
+        """Raise ``bagel_name_total`` to ``total``, which a process that was killed may have raised in part."""
         self._updates.put(lambda: self._count_up_to(self._metric(name, **labels), total))
 
     def observe(self, name: str, seconds: float) -> None:
-        """``bagel_name`` took ``seconds`` once."""
+        """Add ``seconds`` to the histogram ``bagel_name``."""
         self._updates.put(lambda: self._metric(name).observe(seconds))
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class TritonMetrics:
         self._families.clear()
 
     def _make_all(self) -> None:
-        """A series that is missing until something happens looks like one that was renamed, and has no rate."""
+        """Create every series: one that is missing until its first event has no rate before the second."""
         for metric in self._known.values():
             for values in itertools.product(*metric.labels.values()):
                 self._metric(metric.name, **dict(zip(metric.labels, values, strict=True)))
@@ -92,5 +92,5 @@ class TritonMetrics:
                 break
             except KeyError as error:
                 log.warning("no such metric: %s", error)
-        while update is not None:  # nobody listens, and nothing may pile up
+        while update is not None:  # metrics are off: drain the queue
             update = self._updates.get()
