@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bagel_triton.deploy.config import from_environment
+from bagel_triton.deploy.config import DeployConfig, from_environment
 from bagel_triton.ipc import control_file
 from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.pipeline.in_flight import InFlight
@@ -23,7 +23,6 @@ from bagel_triton.telemetry.metric_defs import CATALOGUE, SUPERVISOR
 from bagel_triton.telemetry.metrics import NoMetrics
 from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
-from bagel_triton.triton.client import RemoteModels
 from bagel_triton.triton.metrics import TritonMetrics
 from bagel_triton.triton.stages import StageConnections, TritonStages
 
@@ -64,11 +63,15 @@ class Orchestrator:
         control_file.start_watching(config.shm_prefix, self._metrics or _NoCounters(), self._closing)
         end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
-        self._remote = RemoteModels(config.remote)
-        self._connections = None
-        if not one_process:
-            here = triton_io.model_call, self._announcement, config.shm_prefix
-            self._connections = StageConnections(*here, self._remote)
+        self._connections = None if one_process else self._connect(config)
+
+    def _connect(self, config: DeployConfig) -> StageConnections:
+        remote = None
+        if config.remote:
+            from bagel_triton.triton.client import RemoteModels  # gRPC, which one host does not need
+
+            remote = RemoteModels(config.remote)
+        return StageConnections(triton_io.model_call, self._announcement, config.shm_prefix, remote)
 
     def execute(self, requests: list[Any]) -> list[None] | None:
         """Follow every request from a thread of its own."""
@@ -120,7 +123,6 @@ class Orchestrator:
         self._in_flight.drain(LAST_S)
         if self._connections is not None:
             self._connections.close(LAST_S)
-        self._remote.close()
         if self._local:
             self._local.close()
         self._outbox.close()

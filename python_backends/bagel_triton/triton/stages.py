@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.events import Stage, decode_stats
 from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput, decode, encode
 from bagel_triton.protocol.tensors import Array, Arrays
-from bagel_triton.triton.client import RemoteModels
 from bagel_triton.triton.ticket_client import Doorbell, ModelCall, TicketClient
+
+if TYPE_CHECKING:
+    from bagel_triton.triton.client import RemoteModels
 
 # BLS calls that may wait at a time: these, and two for each stage with tickets. Triton has 32
 # threads for a model's BLS calls, which also send the model's own responses.
@@ -31,11 +33,11 @@ class StageConnections:
         bls: makes the unary call of a model of this server.
         announcement: this process; a stage drops its tickets when it has died.
         shm_prefix: the server's; its stages are announced under it.
-        remote: the stages of other hosts.
+        remote: the stages of other hosts, if there are any.
     """
 
     def __init__(
-        self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, remote: RemoteModels
+        self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, remote: RemoteModels | None
     ) -> None:
         self._prefix, self._remote = shm_prefix, remote
         self.expand_call = bls(EXPANDER)
@@ -43,25 +45,29 @@ class StageConnections:
         self.stages = {stage: self._connect(stage, bls, announcement) for stage in (THINKER, DIT, DECODER)}
 
     def _connect(self, stage: str, bls: Callable[[str], ModelCall], announcement: Announcement) -> TicketClient:
-        if stage in self._remote.addresses:
+        if self._remote is not None and stage in self._remote.addresses:
             return TicketClient(self._remote.model_call(stage))
         return TicketClient(bls(stage), Doorbell(self._prefix), announcement.lock_name)
 
     def watch(self, stage: str) -> Callable[[], bool]:
         """Whether ``stage`` has lived on since this call, when called."""
-        if stage in self._remote.addresses:
+        if self._remote is not None and stage in self._remote.addresses:
             return self._remote.watch(stage)
         return liveness.watch(self._prefix, stage)
 
     def is_alive(self, stage: str) -> bool:
         """Whether ``stage`` can be called."""
-        return self._remote.is_ready(stage) if stage in self._remote.addresses else self.watch(stage)()
+        if self._remote is not None and stage in self._remote.addresses:
+            return self._remote.is_ready(stage)
+        return self.watch(stage)()
 
     def close(self, timeout_s: float) -> None:
         """Stop; aborts that are queued get up to ``timeout_s`` seconds a stage."""
         self.expanding.shutdown(wait=False, cancel_futures=True)
         for client in self.stages.values():
             client.close(timeout_s)
+        if self._remote is not None:
+            self._remote.close()
 
 
 class TritonStages:
