@@ -79,7 +79,7 @@ def hosts(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_each_server_says_what_it_serves(hosts: Hosts) -> None:
     local, remote = "".join(hosts.local.output), "".join(hosts.remote.output)
-    assert f"0: cfg_expand, thinker, bagel, dit at {hosts.remote.grpc}, vae_decode at" in local
+    assert f"0: cfg_expand, thinker, bagel, bagel_infer, dit at {hosts.remote.grpc}, vae_decode at" in local
     assert "self-test: mooncake carried a pattern from thinker to dit" in local
     assert "1: dit, vae_decode" in remote
     assert f"READY {hosts.remote.grpc}\n" in remote
