@@ -15,6 +15,7 @@ from typing import Protocol, Self
 
 import httpx
 
+from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.serving import CommandError
@@ -119,6 +120,9 @@ class Watchdog:
         started = self._clock()
         if not history.tries.again(started):
             raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
+        if stage == ORCHESTRATOR:
+            # Triton goes on delivering to it what the stages answer, and they hang as soon as it is full.
+            raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
         log_event(f"stage {stage} died (process {pids}); reloading")
         before = liveness.processes(self._prefix, stage, self._directory)
         try:
