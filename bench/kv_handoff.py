@@ -127,8 +127,8 @@ def _config(connector: Connector, tokens: int, master: str) -> DeployConfig:
 
 def _trial(producer: Producer, pipe: Connection, tokens: int, blocks: BlockAllocator) -> tuple[float, float]:
     """Seconds from publish to claimed, and of a plain copy."""
-    arena = producer.arena
-    context, gaps = KVSequence(arena), KVSequence(arena)
+    pool = producer.pool
+    context, gaps = KVSequence(pool), KVSequence(pool)
     if blocks == "scattered":  # no two blocks stand together
         for start in range(0, tokens, GEOMETRY.block_tokens):
             context.extend(min(GEOMETRY.block_tokens, tokens - start))
@@ -136,9 +136,9 @@ def _trial(producer: Producer, pipe: Connection, tokens: int, blocks: BlockAlloc
         gaps.free()
     else:
         context.extend(tokens)
-    arena.store[:, :, arena.read_slots(context)] = 1.0
-    if arena.store.is_cuda:
-        torch.cuda.synchronize(arena.store.device)
+    pool.store[:, :, pool.read_slots(context)] = 1.0
+    if pool.store.is_cuda:
+        torch.cuda.synchronize(pool.store.device)
     time.sleep(SETTLE_S)  # threads that have just computed spin a while, and would keep a core from the consumer
     started = time.monotonic()
     handle = producer.leases.publish("bench", Branch.GEN, context, TTL_S)

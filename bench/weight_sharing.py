@@ -4,7 +4,7 @@ Three processes build the thinker, the DiT and the decoder, one after the other,
 every weight once. What they then hold together, less what they do with a tiny checkpoint, over
 the bytes of the weights is 1 where each weight is in memory once. On a CPU they hold the sum
 of their proportional set sizes; on a GPU, what more of it is in use than before, by whomever,
-with the KV arena in it: a few per cent.
+with the KV cache in it: a few per cent.
 """
 
 from __future__ import annotations

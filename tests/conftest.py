@@ -59,9 +59,9 @@ def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def local_stages(checkpoint_dir: Path) -> Iterator[LocalStages]:
-    """All stages in this process; nothing may be left in the arena afterwards."""
+    """All stages in this process; nothing may be left in the pool afterwards."""
     stages = LocalStages(DeployConfig(checkpoint=str(checkpoint_dir), device="cpu", dtype="float32"))
     yield stages
     stages.close()
-    assert stages.producer.arena.blocks.used == 0
+    assert stages.producer.pool.blocks.used == 0
     assert len(stages.producer.leases) == 0

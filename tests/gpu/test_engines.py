@@ -38,13 +38,13 @@ def stages(dtype: str) -> Iterator[LocalStages]:
     stages = LocalStages(DeployConfig(str(DATA / "tiny-a"), device=str(GPU), dtype=dtype))  # type: ignore[arg-type]
     yield stages
     stages.close()
-    assert stages.producer.arena.blocks.used == 0
+    assert stages.producer.pool.blocks.used == 0
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.height], ids=lambda case: case.name)
 def test_an_image_is_near_the_one_recorded(stages: LocalStages, dtype: str, case: Case) -> None:
     run = generate(stages, case.request)
-    assert run.latents[0].tokens.device == stages.producer.arena.store.device == GPU
+    assert run.latents[0].tokens.device == stages.producer.pool.store.device == GPU
     assert relative_rms(run.latents[0].tokens, case.tensors()["latent"]) < RMS[dtype]
     assert mean_levels(run.pixels[0], case.image()) < LEVELS[dtype]
 
@@ -67,7 +67,7 @@ def test_a_text_is_sampled_from_its_seed(stages: LocalStages) -> None:
 
 
 def test_images_made_together_are_near_those_made_alone(stages: LocalStages, dtype: str) -> None:
-    """They share forwards, decodings, and an arena whose blocks are not consecutive by then."""
+    """They share forwards, decodings, and a pool whose blocks are not consecutive by then."""
     prompts = ("A cute cat", "A cute cat that sits on a table", "A futuristic city " * 9)
     requests = [
         GenerationRequest(prompt=prompt, height=side, width=96, seed=seed, num_inference_steps=6, n=1 + seed % 2)

@@ -29,7 +29,7 @@ def stages() -> Iterator[LocalStages]:
 @pytest.mark.parametrize("name", ["t2i_default", "t2i_channel_renorm", "t2i_think", "t2i_taylorseer", "edit_wide"])
 def test_an_image_is_near_the_one_recorded(stages: LocalStages, name: str) -> None:
     run = generate(stages, CASES[name].request)
-    assert stages.producer.arena.store.dtype == torch.bfloat16
+    assert stages.producer.pool.store.dtype == torch.bfloat16
     assert run.latents[0].tokens.dtype == torch.float32
     assert relative_rms(run.latents[0].tokens, CASES[name].tensors()["latent"]) < RMS
     assert mean_levels(run.pixels[0], CASES[name].image()) < LEVELS

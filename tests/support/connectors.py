@@ -25,12 +25,12 @@ from tests.support.kv import GEOMETRY
 
 def require_mooncake() -> None:
     """Skip where Mooncake's library, or a system library that it needs, is not installed."""
-    from bagel_triton.kv.connectors import transfer_engine
+    from bagel_triton.kv.connectors import mooncake
 
     if importlib.util.find_spec("mooncake") is None:
         pytest.skip("the extra bagel-triton[mooncake] is not installed")
     try:
-        transfer_engine.load("mooncake.engine")
+        mooncake.load("mooncake.engine")
     except ConnectorUnavailable as error:
         pytest.skip(str(error))
 

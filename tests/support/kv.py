@@ -1,4 +1,4 @@
-"""Contexts with known contents, for the tests of arenas, leases and connectors."""
+"""Contexts with known contents, for the tests of pools, leases and connectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GEOMETRY = KVGeometry(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype="f
 
 
 def new_arena(blocks: int, geometry: KVGeometry = GEOMETRY) -> KVCachePool:
-    """An empty arena in this process' memory."""
+    """An empty pool in this process' memory."""
     return KVCachePool(torch.zeros(store_shape(geometry, blocks * geometry.block_tokens)), geometry)
 
 
@@ -33,16 +33,16 @@ def contents_of(labels: Sequence[int], geometry: KVGeometry = GEOMETRY) -> Tenso
     return torch.tensor(list(labels))[None, None, :, None, None] * 1000.0 + places
 
 
-def append(arena: KVCachePool, context: KVSequence, labels: Sequence[int]) -> None:
+def append(pool: KVCachePool, context: KVSequence, labels: Sequence[int]) -> None:
     """Extend ``context`` by the tokens named ``labels`` and write their keys and values."""
-    arena.store[:, :, context.extend(len(labels))] = contents_of(labels, arena.geometry).to(arena.store)
+    pool.store[:, :, context.extend(len(labels))] = contents_of(labels, pool.geometry).to(pool.store)
     context.next_position += len(labels)
 
 
-def read(arena: KVCachePool, context: KVSequence) -> Tensor:
+def read(pool: KVCachePool, context: KVSequence) -> Tensor:
     """All keys and values of ``context``."""
-    out = torch.empty(store_shape(arena.geometry, context.tokens))
-    gather(arena.store, arena.read_slots(context), out)
+    out = torch.empty(store_shape(pool.geometry, context.tokens))
+    gather(pool.store, pool.read_slots(context), out)
     return out
 
 
@@ -65,18 +65,18 @@ class Clock:
 
 
 class Lender(MappedConsumer):
-    """An arena with leases, and at once its reader."""
+    """A pool with leases, and at once its reader."""
 
     def __init__(self, blocks: int, generation: int = 7) -> None:
-        self.arena = new_arena(blocks)
+        self.pool = new_arena(blocks)
         self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
         self.clock = Clock()
-        self.book = LeaseManager(self.arena, self.table, "arena", "test", generation, self.clock)
+        self.book = LeaseManager(self.pool, self.table, "pool", "test", generation, self.clock)
 
     def context(self, labels: Sequence[int]) -> KVSequence:
         """A context of the tokens named ``labels``."""
-        context = KVSequence(self.arena)
-        append(self.arena, context, labels)
+        context = KVSequence(self.pool)
+        append(self.pool, context, labels)
         return context
 
     def lend(self, labels: Sequence[int], request_id: str = "r", ttl_s: float = 10.0) -> KVHandle:
@@ -84,7 +84,7 @@ class Lender(MappedConsumer):
         return self.book.publish(request_id, Branch.GEN, self.context(labels), ttl_s)
 
     def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
-        return self.arena.store, self.table
+        return self.pool.store, self.table
 
     def close(self) -> None:
         self.book.close()

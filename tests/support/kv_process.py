@@ -111,9 +111,9 @@ class _Lending:
         self._parent: KVSequence | None = None
 
     def lend(self, labels: range, ttl_s: float, request_id: str) -> bytes:
-        context = KVSequence(self._producer.arena)
+        context = KVSequence(self._producer.pool)
         try:
-            append(self._producer.arena, context, labels)
+            append(self._producer.pool, context, labels)
         except KVCacheFull:
             context.free()
             raise
@@ -121,18 +121,18 @@ class _Lending:
 
     def fork(self, labels: range, more: range) -> bytes:
         """Two contexts with one past; the second, which grew by ``more``, is lent."""
-        self._parent = KVSequence(self._producer.arena)
-        append(self._producer.arena, self._parent, labels)
+        self._parent = KVSequence(self._producer.pool)
+        append(self._producer.pool, self._parent, labels)
         child = self._parent.fork()
-        append(self._producer.arena, child, more)
+        append(self._producer.pool, child, more)
         return self._publish(child, 60.0, "fork")
 
     def lend_random(self, tokens: int, seed: int) -> bytes:
         """Much data: seeded numbers, as :func:`random_contents` makes them."""
-        arena = self._producer.arena
-        context = KVSequence(arena)
+        pool = self._producer.pool
+        context = KVSequence(pool)
         slots = context.extend(tokens)
-        arena.store[:, :, slots] = random_contents(arena.store, tokens, seed)
+        pool.store[:, :, slots] = random_contents(pool.store, tokens, seed)
         return self._publish(context, 60.0, "random")
 
     def pattern(self) -> bytes:
@@ -142,14 +142,14 @@ class _Lending:
         return self._producer.leases.reclaim()
 
     def used(self) -> int:
-        return self._producer.arena.blocks.used
+        return self._producer.pool.blocks.used
 
     def close(self) -> None:
         self._producer.close()
 
     def _publish(self, context: KVSequence, ttl_s: float, request_id: str) -> bytes:
-        if self._producer.arena.store.is_cuda:
-            torch.cuda.synchronize(self._producer.arena.store.device)
+        if self._producer.pool.store.is_cuda:
+            torch.cuda.synchronize(self._producer.pool.store.device)
         return encode(self._producer.leases.publish(request_id, Branch.GEN, context, ttl_s))
 
 

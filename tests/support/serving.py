@@ -27,7 +27,7 @@ from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
 from bagel_triton.protocol.tensors import Arrays, to_tensors
 
 START_S, STOP_S, ANSWER_S = 180, 15, 120
-ENDLESS_TEXT = {  # what was said becomes so likely that nothing else is: it runs to its limit, nearly all of the arena
+ENDLESS_TEXT = {  # what was said becomes so likely that nothing else is: it runs to its limit, nearly all of the pool
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "modalities": ["text"],
     "max_tokens": 3000,

@@ -14,10 +14,10 @@ from tests.support.kv import append
 def produce(pipe: Connection, prefix: str, geometry: KVGeometry) -> None:
     """Lend two contexts of scattered blocks, then ``reclaim``, ``close`` or ``die`` as told."""
     producer = ShmProducer(geometry, 16, prefix)
-    contexts = [KVSequence(producer.arena), KVSequence(producer.arena)]
+    contexts = [KVSequence(producer.pool), KVSequence(producer.pool)]
     for start in range(0, 10, 2):
         for number, context in enumerate(contexts):
-            append(producer.arena, context, range(100 * number + start, 100 * number + start + 2))
+            append(producer.pool, context, range(100 * number + start, 100 * number + start + 2))
     for context in contexts:
         pipe.send_bytes(encode(producer.leases.publish("r", Branch.GEN, context, 60.0)))
     while True:

@@ -187,7 +187,7 @@ def test_one_process_hands_over_within_itself() -> None:
     config = DeployConfig("c", "bagel_single_stage", thinker=thinker)
     producer = open_producer(config, GEOMETRY, torch.device("cpu"))
     assert isinstance(producer, LocalProducer)
-    assert producer.arena.capacity == 12  # whole blocks
+    assert producer.pool.capacity == 12  # whole blocks
     assert isinstance(open_consumer(config, torch.device("cpu")), LocalConsumer)
     producer.close()
 

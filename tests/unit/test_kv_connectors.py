@@ -46,15 +46,15 @@ def pair(request: pytest.FixtureRequest, shm_directory: Path) -> Pair:
 
 
 def _lend(producer: Producer, labels: range) -> KVHandle:
-    context = KVSequence(producer.arena)
-    append(producer.arena, context, labels)
+    context = KVSequence(producer.pool)
+    append(producer.pool, context, labels)
     return producer.leases.publish("r", Branch.GEN, context, 60.0)
 
 
 @pytest.mark.parametrize("geometry", [GEOMETRY, BFLOAT16], ids=lambda geometry: geometry.dtype)
 def test_what_is_lent_is_what_is_read(pair: Pair, geometry: KVGeometry) -> None:
     producer, consumer = pair(geometry)
-    assert producer.arena.capacity == 8 * geometry.block_tokens
+    assert producer.pool.capacity == 8 * geometry.block_tokens
     handles = [_lend(producer, labels) for labels in (range(3), range(10, 16), range(20, 21))]
     for handle, labels in zip(handles, (range(3), range(10, 16), range(20, 21)), strict=True):
         expected = contents_of(labels, geometry).to(getattr(torch, geometry.dtype))

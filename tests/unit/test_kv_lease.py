@@ -24,9 +24,9 @@ def test_a_claim_reads_the_context_and_gives_its_blocks_back(lender: Lender) -> 
     handle = lender.lend(range(6))
     assert (handle.tokens, handle.next_position, handle.generation) == (6, 6, 7)
     assert torch.equal(claim(lender, handle), contents_of(range(6)))
-    assert lender.arena.blocks.used == 2  # the producer takes them back in its own time
+    assert lender.pool.blocks.used == 2  # the producer takes them back in its own time
     assert lender.book.reclaim() == 1
-    assert lender.arena.blocks.used == 0
+    assert lender.pool.blocks.used == 0
     assert len(lender.book) == 0
 
 
@@ -106,8 +106,8 @@ def test_a_lease_that_is_no_longer_renewed_expires(lender: Lender) -> None:
 
 def test_a_restarted_producer_refuses_leases_of_the_one_before(lender: Lender) -> None:
     handle = lender.lend(range(6))
-    LeaseManager(lender.arena, lender.table, "arena", "test", 8, lender.clock)
-    with pytest.raises(LeaseError, match="is of generation 7; the arena's is 8"):
+    LeaseManager(lender.pool, lender.table, "pool", "test", 8, lender.clock)
+    with pytest.raises(LeaseError, match="is of generation 7; the pool's is 8"):
         claim(lender, handle)
     lender.release(handle)  # must not mark a lease of the new generation
     assert lender.table.released(handle.slot) == 0
@@ -116,7 +116,7 @@ def test_a_restarted_producer_refuses_leases_of_the_one_before(lender: Lender) -
 def test_a_closed_producer_lends_nothing(lender: Lender) -> None:
     handle = lender.lend(range(6))
     lender.close()
-    assert lender.arena.blocks.used == 0
+    assert lender.pool.blocks.used == 0
     with pytest.raises(LeaseError, match="generation"):
         claim(lender, handle)
 
@@ -126,7 +126,7 @@ def test_a_lease_withdrawn_during_the_copy_shows(lender: Lender, monkeypatch: py
     copy = base.gather
 
     def copy_too_late(store: torch.Tensor, slots: slice | torch.Tensor, out: torch.Tensor) -> None:
-        lender.book.withdraw("leaver")
+        lender.book.revoke("leaver")
         lender.lend(range(50, 56), request_id="next")
         copy(store, slots, out)
 
@@ -139,9 +139,9 @@ def test_a_lease_withdrawn_during_the_copy_shows(lender: Lender, monkeypatch: py
 def test_withdrawing_a_request_takes_back_its_leases_only(lender: Lender) -> None:
     first = [lender.lend(range(4), request_id="leaver") for _ in range(2)]
     other = lender.lend(range(50, 54), request_id="other")
-    assert lender.book.withdraw("leaver") == 2
-    assert lender.book.withdraw("leaver") == 0
-    assert lender.arena.blocks.used == 1
+    assert lender.book.revoke("leaver") == 2
+    assert lender.book.revoke("leaver") == 0
+    assert lender.pool.blocks.used == 1
     for handle in first:
         with pytest.raises(LeaseError, match="has ended"):
             claim(lender, handle)
@@ -171,7 +171,7 @@ def test_a_reader_of_another_shape_or_precision_is_refused(
 
 
 def test_an_empty_context_needs_no_lease(lender: Lender) -> None:
-    handle = lender.book.publish("r", Branch.CFG_TEXT, KVSequence(lender.arena), 10.0)
+    handle = lender.book.publish("r", Branch.CFG_TEXT, KVSequence(lender.pool), 10.0)
     assert (handle.lease, handle.tokens, handle.blocks) == (0, 0, ())
     assert len(lender.book) == 0
     assert claim(lender, handle).shape[2] == 0
@@ -187,7 +187,7 @@ def test_a_full_table_leaves_the_context_to_its_owner(monkeypatch: pytest.Monkey
     context = lender.context([3])
     with pytest.raises(KVCacheFull, match="all 2 lease slots are taken"):
         lender.book.publish("r", Branch.GEN, context, 10.0)
-    assert torch.equal(read(lender.arena, context), contents_of([3]))
+    assert torch.equal(read(lender.pool, context), contents_of([3]))
     lender.release(handles[0])
     assert lender.book.reclaim() == 1
     again = lender.book.publish("r", Branch.GEN, context, 10.0)

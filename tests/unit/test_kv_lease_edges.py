@@ -118,7 +118,7 @@ def test_a_producer_that_was_restarted_lends_anew_and_refuses_what_was_lent_befo
     producer.ask("close")
     with peer(ends.producer) as successor:
         with pytest.raises(
-            LeaseError, match=r"is of generation \d+; the arena's is 0|cannot be read: its stage has ended|has ended or"
+            LeaseError, match=r"is of generation \d+; the pool's is 0|cannot be read: its stage has ended|has ended or"
         ):
             claim(consumer, unseen)
         consumer.release(unseen)

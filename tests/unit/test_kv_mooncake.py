@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from bagel_triton.kv.block_pool import KVSequence
-from bagel_triton.kv.connectors.mooncake import MooncakeConsumer, MooncakeProducer
-from bagel_triton.kv.connectors.transfer_engine import Piece, TransferEngine
+from bagel_triton.kv.connectors.mooncake import MooncakeConsumer, MooncakeProducer, Piece, TransferEngine
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVHandle
 from tests.support.kv import GEOMETRY, append, claim, contents_of
@@ -55,7 +54,7 @@ class Wire(TransferEngine):
     def _check(self, peer: str, pieces: Sequence[Piece]) -> None:
         for local, remote, size in pieces:
             if peer != self.peer or not self._holds(remote, size):
-                raise LeaseError(f"the arena at {peer} cannot be read")
+                raise LeaseError(f"the pool at {peer} cannot be read")
             assert self._unregistered or self._holds(local, size), "the network card cannot reach this memory"
 
     def _holds(self, address: int, size: int) -> bool:
@@ -68,8 +67,8 @@ def network() -> dict[int, int]:
 
 
 def _lend(producer: MooncakeProducer, labels: range, ttl_s: float = 60.0) -> KVHandle:
-    context = KVSequence(producer.arena)
-    append(producer.arena, context, labels)
+    context = KVSequence(producer.pool)
+    append(producer.pool, context, labels)
     return producer.leases.publish("r", Branch.GEN, context, ttl_s)
 
 

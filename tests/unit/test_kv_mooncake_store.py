@@ -15,10 +15,14 @@ import torch
 
 from bagel_triton.deploy.config import MooncakeStoreConfig
 from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
-from bagel_triton.kv.connectors import object_store
+from bagel_triton.kv.connectors import mooncake_store
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreConsumer, MooncakeStoreProducer, StoreLeases
-from bagel_triton.kv.connectors.object_store import ObjectStore
+from bagel_triton.kv.connectors.mooncake_store import (
+    MooncakeStoreConsumer,
+    MooncakeStoreProducer,
+    ObjectStore,
+    StoreLeases,
+)
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVHandle
 from tests.support.kv import GEOMETRY, Clock, append, claim, contents_of, new_arena
@@ -121,20 +125,20 @@ def store(library: Library, config: MooncakeStoreConfig) -> ObjectStore:
 
 
 def _lend(producer: MooncakeStoreProducer, labels: range, request_id: str = "r") -> KVHandle:
-    context = KVSequence(producer.arena)
-    append(producer.arena, context, labels)
+    context = KVSequence(producer.pool)
+    append(producer.pool, context, labels)
     return producer.leases.publish(request_id, Branch.GEN, context, 60.0)
 
 
 @pytest.mark.parametrize("geometry", [GEOMETRY, BFLOAT16], ids=lambda geometry: geometry.dtype)
 def test_scattered_contexts_arrive_whole_and_hold_no_block(library: Library, store: ObjectStore, geometry: Any) -> None:
     producer, consumer = MooncakeStoreProducer(geometry, 12, "test", store), MooncakeStoreConsumer(store)
-    contexts = [KVSequence(producer.arena) for _ in range(2)]
+    contexts = [KVSequence(producer.pool) for _ in range(2)]
     for start in range(0, 12, 4):
         for number, context in enumerate(contexts):
-            append(producer.arena, context, range(100 * number + start, 100 * number + start + 4))
+            append(producer.pool, context, range(100 * number + start, 100 * number + start + 4))
     handles = [producer.leases.publish("r", Branch.GEN, context, 60.0) for context in contexts]
-    assert producer.arena.blocks.used == 0
+    assert producer.pool.blocks.used == 0
     assert producer.leases.blocks == 6  # what is admitted besides may not fill the store
     for number, handle in enumerate(handles):
         expected = contents_of(range(100 * number, 100 * number + 12), geometry).to(getattr(torch, geometry.dtype))
@@ -148,7 +152,7 @@ def test_a_cancelled_request_leaves_no_object_of_its_own(library: Library, store
     producer, consumer = MooncakeStoreProducer(GEOMETRY, 8, "test", store), MooncakeStoreConsumer(store)
     gone, kept = _lend(producer, range(6), "leaver"), _lend(producer, range(50, 54), "other")
     consumer.renew(gone)
-    assert producer.leases.withdraw("leaver") == 1
+    assert producer.leases.revoke("leaver") == 1
     assert len(library.objects) == 1
     with pytest.raises(LeaseError, match="lease 1 of request leaver, branch gen has ended"):
         claim(consumer, gone)
@@ -156,12 +160,12 @@ def test_a_cancelled_request_leaves_no_object_of_its_own(library: Library, store
 
 
 def test_only_a_lease_that_is_renewed_outlives_its_time(library: Library, store: ObjectStore) -> None:
-    arena, clock, consumer = new_arena(8), Clock(), MooncakeStoreConsumer(store)
-    leases = StoreLeases(arena, store, "arena", 7, clock)
+    pool, clock, consumer = new_arena(8), Clock(), MooncakeStoreConsumer(store)
+    leases = StoreLeases(pool, store, "pool", 7, clock)
     handles = []
     for _ in range(2):
-        context = KVSequence(arena)
-        append(arena, context, range(6))
+        context = KVSequence(pool)
+        append(pool, context, range(6))
         handles.append(leases.publish("r", Branch.GEN, context, 10.0))
     for expected in (1, 0):
         clock.now += 10.0
@@ -181,7 +185,7 @@ def test_a_context_that_is_deleted_while_it_is_read_is_refused(
 
     def too_late(*arguments: Any) -> int:
         size = read(*arguments)
-        producer.leases.withdraw("leaver")
+        producer.leases.revoke("leaver")
         return size
 
     monkeypatch.setattr(library, "get_into", too_late)
@@ -203,7 +207,7 @@ def test_a_full_store_leaves_the_context_to_its_owner(library: Library, store: O
     library.room = 100
     with pytest.raises(KVCacheFull, match="Mooncake's store has no room for 384 bytes"):
         _lend(producer, range(6))
-    assert producer.arena.blocks.used == 2
+    assert producer.pool.blocks.used == 2
     assert len(producer.leases) == 0
 
 
@@ -219,7 +223,7 @@ def test_a_master_that_died_is_not_asked_again_at_once(
     library: Library, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(object_store.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(mooncake_store.time, "monotonic", lambda: clock.now)
     producer, consumer = MooncakeStoreProducer(GEOMETRY, 8, "test", store), MooncakeStoreConsumer(store)
     handle = _lend(producer, range(6))
     library.alive, library.asked = False, 0

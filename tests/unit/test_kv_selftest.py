@@ -51,7 +51,7 @@ def test_its_blocks_are_scattered(producer: LocalProducer) -> None:
 def test_one_wrong_number_fails_it(producer: LocalProducer) -> None:
     handle = selftest.lend_pattern(producer, 60.0)
     slot = handle.blocks[1] * GEOMETRY.block_tokens
-    producer.arena.store[1, 1, slot, 0, 2] += 1
+    producer.pool.store[1, 1, slot, 0, 2] += 1
     with pytest.raises(LeaseError, match=r"self-test of connector local read 1 of 240 numbers wrong"):
         selftest.read_pattern(LocalConsumer(), handle, CPU)
 
@@ -64,7 +64,7 @@ def test_two_patterns_differ(producer: LocalProducer) -> None:
 
 
 def test_a_full_arena_fails_it_and_keeps_no_block(producer: LocalProducer) -> None:
-    held = producer.arena.blocks.allocate(14)
+    held = producer.pool.blocks.allocate(14)
     with pytest.raises(KVCacheFull):
         selftest.lend_pattern(producer, 60.0)
-    assert producer.arena.blocks.used == len(held)
+    assert producer.pool.blocks.used == len(held)

@@ -61,14 +61,14 @@ class ArenaMachine(RuleBasedStateMachine):
     def _grow(self, owned: Owned, tokens: int) -> None:
         """It succeeds where, and only where, as many blocks are free as it takes, wherever they lie."""
         labels = [next(self.labels) for _ in range(tokens)]
-        before = (list(owned.context.blocks), owned.context.tokens, self.lender.arena.blocks.free)
-        if self._blocks_needed(owned, tokens) <= self.lender.arena.blocks.free:
-            append(self.lender.arena, owned.context, labels)
+        before = (list(owned.context.blocks), owned.context.tokens, self.lender.pool.blocks.free)
+        if self._blocks_needed(owned, tokens) <= self.lender.pool.blocks.free:
+            append(self.lender.pool, owned.context, labels)
             owned.labels += labels
         else:
             with pytest.raises(KVCacheFull):
-                append(self.lender.arena, owned.context, labels)
-            assert (owned.context.blocks, owned.context.tokens, self.lender.arena.blocks.free) == before
+                append(self.lender.pool, owned.context, labels)
+            assert (owned.context.blocks, owned.context.tokens, self.lender.pool.blocks.free) == before
 
     def _blocks_needed(self, owned: Owned, tokens: int) -> int:
         size, blocks = GEOMETRY.block_tokens, owned.context.blocks
@@ -77,7 +77,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 9))
     def begin(self, tokens: int) -> None:
-        owned = Owned(KVSequence(self.lender.arena), [])
+        owned = Owned(KVSequence(self.lender.pool), [])
         self._grow(owned, tokens)
         self.owned.append(owned)
 
@@ -149,7 +149,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(request=REQUESTS)
     def withdraw(self, request: int) -> None:
         over = [lent for lent in self.lent if lent.handle.request_id == f"r{request}"]
-        assert self.lender.book.withdraw(f"r{request}") == len(over)
+        assert self.lender.book.revoke(f"r{request}") == len(over)
         self._end(over)
 
     def _end(self, over: list[Lent]) -> None:
@@ -162,9 +162,9 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @invariant()
     def contents_are_intact(self) -> None:
-        store = self.lender.arena.store
+        store = self.lender.pool.store
         for owned in self.owned:
-            assert torch.equal(read(self.lender.arena, owned.context), contents_of(owned.labels))
+            assert torch.equal(read(self.lender.pool, owned.context), contents_of(owned.labels))
         for lent in self.lent:
             slots = slots_of(lent.handle.blocks, lent.handle.tokens, GEOMETRY.block_tokens)
             assert torch.equal(store[:, :, slots], contents_of(lent.labels))
@@ -182,7 +182,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def no_block_is_lost(self) -> None:
         held = {block for blocks, _ in self._holdings() for block in blocks}
-        assert self.lender.arena.blocks.used == len(held)
+        assert self.lender.pool.blocks.used == len(held)
         assert len(self.lender.book) == len(self.lent)
 
     def _holdings(self) -> list[tuple[list[int], list[int]]]:
@@ -193,8 +193,8 @@ class ArenaMachine(RuleBasedStateMachine):
         for owned in self.owned:
             owned.context.free()
         self.lender.close()
-        count = self.lender.arena.blocks.count
-        assert self.lender.arena.blocks.allocate(count) == list(range(count))
+        count = self.lender.pool.blocks.count
+        assert self.lender.pool.blocks.allocate(count) == list(range(count))
 
 
 def test_ten_thousand_operations_in_any_order() -> None:

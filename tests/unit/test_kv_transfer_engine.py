@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from bagel_triton.deploy.config import MooncakeConfig
-from bagel_triton.kv.connectors import transfer_engine
+from bagel_triton.kv.connectors import mooncake
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.connectors.transfer_engine import TransferEngine
+from bagel_triton.kv.connectors.mooncake import TransferEngine
 from bagel_triton.protocol.errors import LeaseError
 
 
@@ -92,7 +92,7 @@ def test_a_peer_that_took_long_to_fail_is_not_asked_again_at_once(
     library: _Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(transfer_engine.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(mooncake.time, "monotonic", lambda: clock.now)
 
     def slow(*arguments: Any) -> int:
         clock.now += 1.0
@@ -115,7 +115,7 @@ def test_a_peer_that_took_long_to_fail_is_not_asked_again_at_once(
 def test_rdma_without_a_device_is_refused_where_the_library_would_take_tcp(
     library: _Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(transfer_engine, "RDMA_DEVICES", tmp_path / "infiniband")
+    monkeypatch.setattr(mooncake, "RDMA_DEVICES", tmp_path / "infiniband")
     with pytest.raises(ConnectorUnavailable, match="protocol='rdma' needs an RDMA device"):
         TransferEngine(MooncakeConfig(protocol="rdma"))
     (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Stages in one process under pressure: queues, full arenas, clients that leave, and the end."""
+"""Stages in one process under pressure: queues, full pools, clients that leave, and the end."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
 
 def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make) -> None:
     stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16))
-    think(stages, SMALL)  # nobody claims it, and the arena has no room for another
+    think(stages, SMALL)  # nobody claims it, and the pool has no room for another
     plan = result_of(stages.expand(SMALL))
     waits = threading.Event()
     job = stages.thinker.submit(plan, plan.request_id, lambda event: waits.set())

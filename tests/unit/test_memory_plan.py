@@ -94,7 +94,7 @@ def test_the_arena_is_the_one_that_is_made():
     thinker = ThinkerConfig(kv_tokens=1000, block_tokens=16)  # 63 blocks
     need = plan_of(thinker=thinker, pipeline="bagel_single_stage")
     stages = LocalStages(config_of(CHECKPOINT, thinker=thinker))
-    assert need.stages[0].kv == stages.producer.arena.store.nbytes == 63 * 16 * need.kv_token
+    assert need.stages[0].kv == stages.producer.pool.store.nbytes == 63 * 16 * need.kv_token
     stages.close()
     assert need.shared == 0
     assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2 + PACKED

@@ -260,10 +260,10 @@ def test_what_json_cannot_carry_is_refused_by_the_server(tmp_path: Path, args: t
 
 
 def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    with live_proxy(FakeClient(*PROGRESS, Overloaded("the arena is full"))) as url:
+    with live_proxy(FakeClient(*PROGRESS, Overloaded("the pool is full"))) as url:
         done = run_client("-s", url, cwd=tmp_path)
     assert done.returncode == 1
-    assert last_line(done) == "the server gave up: the arena is full"
+    assert last_line(done) == "the server gave up: the pool is full"
     assert not (tmp_path / "bagel_output.png").exists()
 
 

@@ -27,24 +27,24 @@ def keys(*names: str) -> list[bytes]:
 
 
 def test_what_is_kept_outlives_its_maker_and_is_taken_without_a_copy() -> None:
-    arena = new_arena(8)
-    cache, maker = PrefixCache(arena), KVSequence(arena)
-    append(arena, maker, range(SIZE + 2))
+    pool = new_arena(8)
+    cache, maker = PrefixCache(pool), KVSequence(pool)
+    append(pool, maker, range(SIZE + 2))
     cache.keep(keys("a", "ab"), maker)
     blocks = list(maker.blocks)
     maker.free()
     taken = cache.take(keys("a", "ab"))
     assert (taken.blocks, taken.tokens, taken.next_position) == (blocks, SIZE + 2, SIZE + 2)
-    append(arena, taken, [90])  # the half-filled block is copied, so that what is kept stays as it was
-    assert torch.equal(read(arena, cache.take(keys("ab"))), contents_of(range(SIZE + 2)))
-    assert torch.equal(read(arena, taken), contents_of([*range(SIZE + 2), 90]))
+    append(pool, taken, [90])  # the half-filled block is copied, so that what is kept stays as it was
+    assert torch.equal(read(pool, cache.take(keys("ab"))), contents_of(range(SIZE + 2)))
+    assert torch.equal(read(pool, taken), contents_of([*range(SIZE + 2), 90]))
 
 
 def test_the_longest_that_is_kept_is_found() -> None:
-    arena = new_arena(8)
-    cache, context = PrefixCache(arena), KVSequence(arena)
+    pool = new_arena(8)
+    cache, context = PrefixCache(pool), KVSequence(pool)
     for length in (1, 3):
-        append(arena, context, [length])
+        append(pool, context, [length])
         cache.keep(keys("a", "ab", "abc")[:length], context)
     assert cache.longest(keys("a", "ab", "abc", "abcd")) == 3
     assert cache.longest(keys("a", "ab")) == 1
@@ -53,9 +53,9 @@ def test_the_longest_that_is_kept_is_found() -> None:
 
 
 def test_kept_blocks_count_as_free_to_others_only_while_nobody_else_holds_them() -> None:
-    arena = new_arena(8)
-    cache, context = PrefixCache(arena), KVSequence(arena)
-    append(arena, context, range(2 * SIZE))
+    pool = new_arena(8)
+    cache, context = PrefixCache(pool), KVSequence(pool)
+    append(pool, context, range(2 * SIZE))
     cache.keep(keys("a"), context)
     assert cache.blocks == 0
     context.free()
@@ -66,19 +66,19 @@ def test_kept_blocks_count_as_free_to_others_only_while_nobody_else_holds_them()
 
 
 def test_the_least_recently_used_makes_way_and_the_end_of_a_chain_before_its_beginning() -> None:
-    arena = new_arena(4)
-    cache = PrefixCache(arena)
-    chain = KVSequence(arena)
-    append(arena, chain, range(SIZE))
+    pool = new_arena(4)
+    cache = PrefixCache(pool)
+    chain = KVSequence(pool)
+    append(pool, chain, range(SIZE))
     cache.keep(keys("a"), chain)
-    append(arena, chain, range(SIZE))
+    append(pool, chain, range(SIZE))
     cache.keep(keys("a", "ab"), chain)
     chain.free()
-    other = KVSequence(arena)
-    append(arena, other, range(SIZE))
+    other = KVSequence(pool)
+    append(pool, other, range(SIZE))
     cache.keep(keys("x"), other)
     other.free()
-    grower = KVSequence(arena)
+    grower = KVSequence(pool)
     grower.extend(2 * SIZE)  # one block is free, one has to be given up
     assert (cache.longest(keys("a", "ab")), cache.longest(keys("x"))) == (1, 1)
     grower.extend(SIZE)
@@ -88,21 +88,21 @@ def test_the_least_recently_used_makes_way_and_the_end_of_a_chain_before_its_beg
 
 
 def test_what_others_hold_too_is_kept_as_long_as_dropping_it_frees_nothing() -> None:
-    arena = new_arena(4)
-    cache, holder = PrefixCache(arena), KVSequence(arena)
-    append(arena, holder, range(2 * SIZE))
+    pool = new_arena(4)
+    cache, holder = PrefixCache(pool), KVSequence(pool)
+    append(pool, holder, range(2 * SIZE))
     cache.keep(keys("held"), holder)
-    KVSequence(arena).extend(2 * SIZE)
+    KVSequence(pool).extend(2 * SIZE)
     assert cache.longest(keys("held")) == 1
 
 
 def test_a_full_arena_whose_last_block_is_only_shared_with_the_cache_still_takes_the_next_token() -> None:
-    arena = new_arena(1)
-    cache, context = PrefixCache(arena), KVSequence(arena)
-    append(arena, context, [1])
+    pool = new_arena(1)
+    cache, context = PrefixCache(pool), KVSequence(pool)
+    append(pool, context, [1])
     cache.keep(keys("a"), context)
-    append(arena, context, [2])  # no block is free to copy the shared one to: the cache lets go
-    assert torch.equal(read(arena, context), contents_of([1, 2]))
+    append(pool, context, [2])  # no block is free to copy the shared one to: the cache lets go
+    assert torch.equal(read(pool, context), contents_of([1, 2]))
 
 
 # --- through the thinker ---
@@ -145,7 +145,7 @@ def make(checkpoint_dir: Path) -> Iterator[Make]:
     yield build
     for stages in made:
         stages.close()
-        assert stages.producer.arena.blocks.used == 0
+        assert stages.producer.pool.blocks.used == 0
 
 
 def edit(prompt: str, seed: int = 1, image: int = 0, **fields: object) -> GenerationRequest:

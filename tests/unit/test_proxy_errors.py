@@ -35,7 +35,7 @@ from tests.support.waiting import soon
     ("error", "status", "kind", "code"),
     [
         (errors.InvalidRequest("height=7 is not allowed", "height"), 400, "invalid_request_error", "invalid_request"),
-        (errors.Overloaded("the arena is full"), 429, "rate_limit_error", "overloaded"),
+        (errors.Overloaded("the pool is full"), 429, "rate_limit_error", "overloaded"),
         (errors.DeadlineExceeded("too late"), 504, "timeout_error", "deadline_exceeded"),
         (errors.StageUnavailable("dit died"), 503, "service_unavailable_error", "stage_unavailable"),
         (errors.LeaseError("stale"), 503, "service_unavailable_error", "lease_error"),

@@ -58,7 +58,7 @@ def test_waiting_and_working_are_timed_apart() -> None:
 def test_a_waiting_job_whose_lease_is_gone_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(job: CountJob) -> None:
         if job.request_id == "stale":
-            raise LeaseError("the arena is gone")
+            raise LeaseError("the pool is gone")
 
     worker = CountingWorker(capacity=1)
     monkeypatch.setattr(worker, "_renew_leases", keep)

@@ -60,7 +60,7 @@ class StageResources:
 
     @property
     def kv_geometry(self) -> KVGeometry:
-        """The layout of the thinker's arena."""
+        """The layout of the thinker's KV cache."""
         block_tokens = self.config.thinker.block_tokens
         return kv_geometry(self.checkpoint.config.language, block_tokens, self.placement.dtype_name)
 
@@ -70,7 +70,7 @@ class StageResources:
 
 
 def build_thinker(parts: StageResources, metrics: Metrics | None = None) -> ThinkerEngine:
-    """The thinker with an arena that the DiT can read."""
+    """The thinker with a KV cache that the DiT can read."""
     config, place = parts.config, parts.placement
     producer = open_producer(config, parts.kv_geometry, place.torch_device)
     model, autoencoder = parts.load_bagel(), parts.load_autoencoder()
@@ -78,12 +78,12 @@ def build_thinker(parts: StageResources, metrics: Metrics | None = None) -> Thin
 
 
 def build_dit(parts: StageResources, metrics: Metrics | None = None) -> DitEngine:
-    """The DiT, reading the thinker's arena."""
+    """The DiT, reading the thinker's KV cache."""
     tokenizer = parts.tokenizer()
     consumer = open_consumer(parts.config, parts.placement.torch_device)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    arena = parts.kv_geometry, parts.config.thinker.kv_tokens
-    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, *arena, metrics)
+    kv_pool = parts.kv_geometry, parts.config.thinker.kv_tokens
+    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, *kv_pool, metrics)
 
 
 def build_decoder(parts: StageResources, metrics: Metrics | None = None) -> DecoderEngine:

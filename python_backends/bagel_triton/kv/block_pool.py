@@ -16,7 +16,7 @@ class KVCacheFull(Exception):
 
 
 class BlockAllocator:
-    """Reference counts of ``count`` blocks (``references``, by block). Not thread-safe: one thread owns an arena."""
+    """Reference counts of ``count`` blocks (``references``, by block). Not thread-safe: one thread owns a pool."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -69,12 +69,12 @@ class BlockAllocator:
 
 
 class KVSequence:
-    """One branch's tokens in the arena: a path of blocks that forks without a copy."""
+    """One branch's tokens in the pool: a path of blocks that forks without a copy."""
 
     def __init__(
-        self, arena: KVCachePool, blocks: list[int] | None = None, tokens: int = 0, next_position: int = 0
+        self, pool: KVCachePool, blocks: list[int] | None = None, tokens: int = 0, next_position: int = 0
     ) -> None:
-        self._arena = arena
+        self._pool = pool
         self.blocks = blocks or []
         self.tokens = tokens
         self.next_position = next_position
@@ -85,9 +85,9 @@ class KVSequence:
 
     def fork_at(self, tokens: int, next_position: int) -> KVSequence:
         """A context with the first ``tokens`` of this one's, which end before ``next_position``."""
-        blocks = self.blocks[: self._arena.blocks_for(tokens)]
-        self._arena.blocks.retain(blocks)
-        return KVSequence(self._arena, blocks, tokens, next_position)
+        blocks = self.blocks[: self._pool.blocks_for(tokens)]
+        self._pool.blocks.retain(blocks)
+        return KVSequence(self._pool, blocks, tokens, next_position)
 
     def extend(self, tokens: int) -> Tensor:
         """Room for ``tokens`` more: their slots, [tokens] int64.
@@ -95,27 +95,25 @@ class KVSequence:
         A last block that another context shares is copied first, so that neither sees
         the other's tokens. Raises :class:`KVCacheFull` and changes nothing.
         """
-        arena, size = self._arena, self._arena.geometry.block_tokens
+        pool, size = self._pool, self._pool.geometry.block_tokens
         filled = self.tokens % size
         missing = -(-(self.tokens + tokens) // size) - len(self.blocks)
-        arena.make_room(missing + (bool(filled) and arena.blocks.shared(self.blocks[-1])))
-        copy_tail = bool(filled) and arena.blocks.shared(self.blocks[-1])  # which making room may have ended
-        fresh = arena.blocks.allocate(missing + copy_tail)
+        pool.make_room(missing + (bool(filled) and pool.blocks.shared(self.blocks[-1])))
+        copy_tail = bool(filled) and pool.blocks.shared(self.blocks[-1])  # which making room may have ended
+        fresh = pool.blocks.allocate(missing + copy_tail)
         if copy_tail:
             tail, copy = self.blocks[-1], fresh.pop(0)
-            arena.store[:, :, copy * size : copy * size + filled] = arena.store[
-                :, :, tail * size : tail * size + filled
-            ]
+            pool.store[:, :, copy * size : copy * size + filled] = pool.store[:, :, tail * size : tail * size + filled]
             self.blocks[-1] = copy
-            arena.blocks.release([tail])
+            pool.blocks.release([tail])
         self.blocks.extend(fresh)
         start, self.tokens = self.tokens, self.tokens + tokens
-        return arena.slots(self.blocks, start, self.tokens)
+        return pool.slots(self.blocks, start, self.tokens)
 
     def free(self) -> None:
         """Give the blocks back; the context is empty afterwards."""
         blocks, self.blocks, self.tokens = self.blocks, [], 0
-        self._arena.blocks.release(blocks)
+        self._pool.blocks.release(blocks)
 
 
 class KVCachePool:
@@ -133,7 +131,7 @@ class KVCachePool:
 
     @property
     def capacity(self) -> int:
-        """Tokens the whole arena holds."""
+        """Tokens the whole pool holds."""
         return self.blocks.count * self.geometry.block_tokens
 
     def blocks_for(self, tokens: int) -> int:

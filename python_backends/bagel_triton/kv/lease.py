@@ -110,7 +110,7 @@ class LeaseTable:
         self.fetch(handle.slot)
         what = f"lease {handle.lease} of request {handle.request_id}, branch {handle.branch}"
         if self.generation != handle.generation:
-            raise LeaseError(f"{what} is of generation {handle.generation}; the arena's is {self.generation}")
+            raise LeaseError(f"{what} is of generation {handle.generation}; the pool's is {self.generation}")
         if self.granted(handle.slot) != handle.lease:
             raise LeaseError(f"{what} has ended")
         if self.released(handle.slot) == handle.lease:
@@ -130,21 +130,21 @@ class _Lease:
 class LeaseManager:
     """The producer's side: grants leases on contexts and takes their blocks back.
 
-    Owned by the arena's thread.
+    Owned by the pool's thread.
     """
 
     def __init__(
         self,
-        arena: KVCachePool,
+        pool: KVCachePool,
         table: LeaseTable,
-        arena_name: str,
+        pool_name: str,
         connector: str,
         generation: int,
         clock: Callable[[], float] = time.monotonic,
         address: Address | None = None,
     ) -> None:
-        self._arena, self._table = arena, table
-        self._arena_name, self._connector, self._generation = arena_name, connector, generation
+        self._pool, self._table = pool, table
+        self._pool_name, self._connector, self._generation = pool_name, connector, generation
         self._clock, self._address = clock, address
         self._leases: dict[int, _Lease] = {}  # by slot
         self._free_slots = list(range(SLOTS - 1, -1, -1))
@@ -165,7 +165,7 @@ class LeaseManager:
         An empty context needs no lease: its handle has ``lease`` 0.
 
         Raises:
-            ArenaFull: every lease slot is taken; the caller still owns the context.
+            KVCacheFull: every lease slot is taken; the caller still owns the context.
         """
         slot = lease = 0
         expires_at = self._clock() + ttl_s
@@ -180,14 +180,14 @@ class LeaseManager:
             request_id=request_id,
             branch=branch,
             connector=self._connector,
-            arena=self._arena_name,
+            pool=self._pool_name,
             generation=self._generation,
             slot=slot,
             lease=lease,
             blocks=tuple(context.blocks),
             tokens=context.tokens,
             next_position=context.next_position,
-            geometry=self._arena.geometry,
+            geometry=self._pool.geometry,
             expires_at=expires_at,
             address=self._address,
         )
@@ -207,7 +207,7 @@ class LeaseManager:
             self._end(slot)
         return len(ended)
 
-    def withdraw(self, request_id: str) -> int:
+    def revoke(self, request_id: str) -> int:
         """Take back every lease of a request at once (cancelled, failed); how many."""
         ended = [slot for slot, lease in self._leases.items() if lease.request_id == request_id]
         for slot in ended:

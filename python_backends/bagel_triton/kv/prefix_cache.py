@@ -14,14 +14,14 @@ class PrefixCache:
     A key stands for everything that determined a context's numbers, so equal keys mean equal
     keys and values to the last bit. What is kept shares its blocks with whoever made it and
     whoever takes it: keeping copies nothing, and a block is free when the last holder lets go.
-    Owned by the arena's thread, like the arena.
+    Owned by the pool's thread, like the pool.
     """
 
-    def __init__(self, arena: KVCachePool) -> None:
-        self._arena = arena
+    def __init__(self, pool: KVCachePool) -> None:
+        self._pool = pool
         self._kept: OrderedDict[bytes, KVSequence] = OrderedDict()  # least recently used first
-        self._holds = [0] * arena.blocks.count  # of each block, by what is kept
-        arena.make_room = self._make_room
+        self._holds = [0] * pool.blocks.count  # of each block, by what is kept
+        pool.make_room = self._make_room
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -29,7 +29,7 @@ class PrefixCache:
     @property
     def blocks(self) -> int:
         """Blocks that nothing but this cache holds: free to whoever needs them."""
-        references = self._arena.blocks.references
+        references = self._pool.blocks.references
         return sum(bool(holds) and holds == references[block] for block, holds in enumerate(self._holds))
 
     def longest(self, keys: Sequence[bytes]) -> int:
@@ -65,9 +65,9 @@ class PrefixCache:
         # One whose blocks are all in use by others would be lost for nothing: those go last.
         for in_use_too in (False, True):
             for key in list(self._kept):
-                if self._arena.blocks.free >= blocks:
+                if self._pool.blocks.free >= blocks:
                     return
-                if in_use_too or not all(map(self._arena.blocks.shared, self._kept[key].blocks)):
+                if in_use_too or not all(map(self._pool.blocks.shared, self._kept[key].blocks)):
                     self._drop(key)
 
     def _drop(self, key: bytes) -> None:

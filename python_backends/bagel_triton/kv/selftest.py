@@ -26,20 +26,20 @@ def lend_pattern(producer: Producer, ttl_s: float = TTL_S) -> KVHandle:
     """A lease on a pattern of a few scattered blocks, the last one not full.
 
     Raises:
-        ArenaFull: there is no room for it.
+        KVCacheFull: there is no room for it.
     """
-    arena, geometry = producer.arena, producer.arena.geometry
+    pool, geometry = producer.pool, producer.pool.geometry
     request_id = f"selftest-{secrets.token_hex(8)}"
     size = geometry.block_tokens
-    context, gaps = KVSequence(arena), KVSequence(arena)
+    context, gaps = KVSequence(pool), KVSequence(pool)
     try:
-        for block in range(min(BLOCKS, arena.blocks.count // 2)):
+        for block in range(min(BLOCKS, pool.blocks.count // 2)):
             context.extend(size if block < BLOCKS - 1 else max(1, size - 1))
             gaps.extend(size)
-        slots = arena.slots(context.blocks, 0, context.tokens)
-        arena.store[:, :, slots] = _pattern(request_id, geometry, context.tokens).to(arena.store.device)
-        if arena.store.is_cuda:
-            torch.cuda.synchronize(arena.store.device)
+        slots = pool.slots(context.blocks, 0, context.tokens)
+        pool.store[:, :, slots] = _pattern(request_id, geometry, context.tokens).to(pool.store.device)
+        if pool.store.is_cuda:
+            torch.cuda.synchronize(pool.store.device)
         handle = producer.leases.publish(request_id, Branch.GEN, context, ttl_s)
     except Exception:
         context.free()

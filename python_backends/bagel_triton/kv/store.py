@@ -1,6 +1,6 @@
 """The layout of keys and values, and how a forward writes and reads them.
 
-Every store, the thinker's arena and the DiT's workspace alike, is
+Every store, the thinker's pool and the DiT's workspace alike, is
 ``[layers, 2, slots, kv_heads, head_dim]``: keys at index 0, values at 1, one slot a
 token. A layer's keys are one contiguous run, so tokens in consecutive slots are read
 without a copy.
@@ -63,7 +63,7 @@ def gather(store: Tensor, slots: slice | Tensor, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class PagedStep(SequenceKV):
-    """One forward's view of the arena: new tokens to ``write_slots``, each sequence read whole.
+    """One forward's view of the pool: new tokens to ``write_slots``, each sequence read whole.
 
     ``write_slots`` [tokens] int64 is in the batch's order. A store that is not on the
     forward's ``device`` is staged through copies.

@@ -46,8 +46,8 @@ class LocalStages:
         self.expander = RequestPlanner(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
-        arena = geometry, config.thinker.kv_tokens
-        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *arena, metrics)
+        pool = geometry, config.thinker.kv_tokens
+        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *pool, metrics)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode, metrics)
 
     def expand(self, request: GenerationRequest) -> StageCall[Plan]:

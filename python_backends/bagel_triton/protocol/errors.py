@@ -84,7 +84,7 @@ class ModelNotFound(InvalidRequest):
 
 
 class Overloaded(BagelError):
-    """A bounded queue or the KV arena stayed full; the client may retry."""
+    """A bounded queue or the KV cache stayed full; the client may retry."""
 
     http_status = 429
     openai_type = "rate_limit_error"

@@ -230,7 +230,7 @@ class KVGeometry(Message, frozen=True):
 
 
 class MooncakeAddress(Message, frozen=True, tag="mooncake"):
-    """Where a transfer engine finds an arena of ``slots`` tokens.
+    """Where a transfer engine finds a pool of ``slots`` tokens.
 
     ``peer`` is the engine, ``host:port``; ``store`` and ``words`` are addresses in its
     process.
@@ -243,7 +243,7 @@ class MooncakeAddress(Message, frozen=True, tag="mooncake"):
 
 
 class CudaAddress(Message, frozen=True, tag="cuda_ipc"):
-    """An arena of ``slots`` tokens on the GPU ``device`` (its UUID); ``memory`` is its CUDA IPC handle."""
+    """A pool of ``slots`` tokens on the GPU ``device`` (its UUID); ``memory`` is its CUDA IPC handle."""
 
     device: str
     memory: bytes
@@ -256,16 +256,16 @@ Address = MooncakeAddress | CudaAddress
 class KVHandle(Message, frozen=True):
     """A lease on one branch's context: enough to map and check it, no KV.
 
-    ``blocks`` are block indices in the arena named ``arena`` of generation
+    ``blocks`` are block indices in the pool named ``pool`` of generation
     ``generation``; an empty context has none and needs no lease (``lease`` 0).
     ``expires_at`` is ``time.monotonic()`` seconds, comparable between processes of
-    one host only. ``address`` is what a connector needs beyond the arena's name.
+    one host only. ``address`` is what a connector needs beyond the pool's name.
     """
 
     request_id: str
     branch: Branch
     connector: str
-    arena: str
+    pool: str
     generation: int
     slot: Annotated[int, Meta(ge=0, lt=LEASE_SLOTS)]
     lease: Seed
@@ -279,7 +279,7 @@ class KVHandle(Message, frozen=True):
     def __post_init__(self) -> None:
         if bool(self.lease) != bool(self.tokens):
             raise ValueError(f"lease {self.lease} is of {self.tokens} tokens: an empty context alone has none")
-        if "\0" in self.arena or "\0" in self.request_id:
+        if "\0" in self.pool or "\0" in self.request_id:
             raise ValueError("a name holds a NUL")
         if len(self.blocks) != -(-self.tokens // self.geometry.block_tokens):
             raise ValueError(f"{len(self.blocks)} blocks do not hold {self.tokens} tokens")

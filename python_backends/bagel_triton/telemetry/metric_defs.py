@@ -70,15 +70,15 @@ _THINKER = (
     Metric("counter", "thinker_prefix_hit_tokens", "tokens of context that were kept from earlier requests"),
     Metric("counter", "thinker_encoding_queries", "encodings of images that were wanted, up to two an image"),
     Metric("counter", "thinker_encoding_hits", "encodings of images that were kept from an earlier time"),
-    Metric("counter", "thinker_kv_waits", "requests that found the KV arena full and waited for room"),
-    Metric("gauge", "thinker_kv_blocks", "blocks of the KV arena"),
+    Metric("counter", "thinker_kv_waits", "requests that found the KV cache full and waited for room"),
+    Metric("gauge", "thinker_kv_blocks", "blocks of the KV cache"),
     Metric("gauge", "thinker_kv_blocks_used", "blocks that requests or leases hold"),
     Metric("gauge", "thinker_kv_blocks_leased", "blocks that leases hold"),
     Metric("gauge", "thinker_kv_blocks_cached", "blocks that are only kept for requests that begin alike"),
     Metric("gauge", "thinker_kv_leases", "contexts that are lent"),
 )
 _DIT = (
-    Metric("histogram", "dit_kv_handoff_seconds", "time to copy a request's contexts from the KV arena"),
+    Metric("histogram", "dit_kv_handoff_seconds", "time to copy a request's contexts from the KV cache"),
     Metric("counter", "images", "images that were denoised"),
 )
 # By who measures them; the orchestrator has all of them where it has every engine.

@@ -36,7 +36,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     """Owns the transformer's generation side, from one thread.
 
     ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
-    and ``arena_tokens`` are those of the thinker's arena.
+    and ``kv_tokens`` are those of the thinker's KV cache.
     """
 
     stage = "dit"
@@ -48,13 +48,13 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         config: DitConfig,
         vision_markers: tuple[int, int],
         geometry: KVGeometry,
-        arena_tokens: int,
+        kv_tokens: int,
         metrics: Metrics | None = None,
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._consumer, self._config = model, consumer, config
         self._forward = forward_on(model.device, model.language_model.model, self._pool)
-        self._geometry, self._arena_tokens = geometry, arena_tokens
+        self._geometry, self._kv_tokens = geometry, kv_tokens
         self._runs: list[FlowRun] = []
         self._packed: tuple[list[BranchItem], PackedBatch, WorkspaceStep] | None = None
         with torch.inference_mode():
@@ -80,11 +80,11 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             self._check_handle(handle)
 
     def _check_handle(self, handle: KVHandle) -> None:
-        """Refuse what is not the thinker's: an arena is mapped as its first handle says it is."""
+        """Refuse what is not the thinker's: a KV cache is mapped as its first handle says it is."""
         if handle.geometry != self._geometry:
             raise LeaseError(f"the context's geometry {handle.geometry} is not the thinker's {self._geometry}")
-        if handle.tokens > self._arena_tokens + self._geometry.block_tokens:
-            raise LeaseError(f"the context's {handle.tokens} tokens are more than the arena's {self._arena_tokens}")
+        if handle.tokens > self._kv_tokens + self._geometry.block_tokens:
+            raise LeaseError(f"the context's {handle.tokens} tokens are more than the KV cache's {self._kv_tokens}")
 
     def _admit(self, job: DitJob) -> bool:
         flow = job.task.flow

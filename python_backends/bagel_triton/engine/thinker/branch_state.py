@@ -78,12 +78,12 @@ class BranchState:
     draws: Sequence[Tensor] = ()
     parent: BranchState | None = None
     shared: int = 0  # leading segments taken from the parent
-    marks: list[ChunkBoundary] = field(default_factory=list)
-    reached: int = 0  # marks that are in the context
+    boundaries: list[ChunkBoundary] = field(default_factory=list)
+    reached: int = 0  # boundaries that are in the context
     children: list[BranchState] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.marks.extend(self._marks_from(0))
+        self.boundaries.extend(self._boundaries_from(0))
 
     @property
     def waiting(self) -> bool:
@@ -93,27 +93,27 @@ class BranchState:
     @property
     def complete(self) -> bool:
         """Whether every segment is in the context."""
-        return not self.waiting and self.reached == len(self.marks)
+        return not self.waiting and self.reached == len(self.boundaries)
 
     @property
     def keys(self) -> list[bytes]:
         """Of what is in the context, from its first chunk to the last."""
-        return [mark.key for mark in self.marks[: self.reached]]
+        return [boundary.key for boundary in self.boundaries[: self.reached]]
 
     @property
     def total_tokens(self) -> int:
         """Tokens of the complete context."""
-        return self.marks[-1].tokens if self.marks else 0
+        return self.boundaries[-1].tokens if self.boundaries else 0
 
     @property
     def shared_tokens(self) -> int:
         """Tokens taken from the parent."""
-        return self._shared_mark.tokens if self.shared else 0
+        return self._shared_boundary.tokens if self.shared else 0
 
     def append(self, segment: Segment) -> None:
         """One segment more to come."""
         self.segments.append(segment)
-        self.marks.extend(self._marks_from(len(self.segments) - 1))
+        self.boundaries.extend(self._boundaries_from(len(self.segments) - 1))
 
     def next_chunk(self, budget: int, alone: bool) -> Chunk | None:
         """What to append next within ``budget`` tokens, if anything.
@@ -124,8 +124,8 @@ class BranchState:
         """
         if self.waiting or self.complete:
             return None
-        before = self.marks[self.reached - 1] if self.reached else _START
-        tokens = self.marks[self.reached].tokens - before.tokens
+        before = self.boundaries[self.reached - 1] if self.reached else _START
+        tokens = self.boundaries[self.reached].tokens - before.tokens
         if tokens > budget and not alone:
             return None
         segment = self.segments[before.done]
@@ -140,7 +140,7 @@ class BranchState:
         self.fork_children()
 
     def adopt(self, context: KVSequence, reached: int) -> None:
-        """Go on from ``context``, which has everything up to the mark number ``reached``."""
+        """Go on from ``context``, which has everything up to the boundary number ``reached``."""
         self.context.free()
         if self.parent is not None:
             self.parent.children.remove(self)
@@ -150,17 +150,18 @@ class BranchState:
     def fork_children(self) -> None:
         """Fork the branches whose shared beginning is in the context."""
         for child in list(self.children):
-            mark = child._shared_mark
-            if mark.tokens <= self.context.tokens:
-                child.adopt(self.context.fork_at(mark.tokens, mark.position), child.marks.index(mark) + 1)
+            boundary = child._shared_boundary
+            if boundary.tokens <= self.context.tokens:
+                fork = self.context.fork_at(boundary.tokens, boundary.position)
+                child.adopt(fork, child.boundaries.index(boundary) + 1)
 
     @property
-    def _shared_mark(self) -> ChunkBoundary:
-        return next(mark for mark in self.marks if mark.done == self.shared and not mark.offset)
+    def _shared_boundary(self) -> ChunkBoundary:
+        return next(boundary for boundary in self.boundaries if boundary.done == self.shared and not boundary.offset)
 
-    def _marks_from(self, first: int) -> Iterator[ChunkBoundary]:
-        """The marks of the segments from number ``first`` on; those before are marked already."""
-        mark = self.marks[-1] if self.marks else _START
+    def _boundaries_from(self, first: int) -> Iterator[ChunkBoundary]:
+        """The boundaries of the segments from number ``first`` on; those before are marked already."""
+        boundary = self.boundaries[-1] if self.boundaries else _START
         for done, segment in enumerate(self.segments[first:], first):
             tokens = segment_tokens(segment, self.config)
             if isinstance(segment, TextSegment):
@@ -168,15 +169,16 @@ class BranchState:
                 for start in range(0, tokens, TEXT_CHUNK):
                     stop = min(start + TEXT_CHUNK, tokens)
                     place = (done + 1, 0) if stop == tokens else (done, stop)
-                    key = _key(mark.key, b"text", ids[start:stop].tobytes())
-                    mark = ChunkBoundary(key, *place, mark.tokens + stop - start, mark.position + stop - start)
-                    yield mark
+                    key = _key(boundary.key, b"text", ids[start:stop].tobytes())
+                    size = stop - start
+                    boundary = ChunkBoundary(key, *place, boundary.tokens + size, boundary.position + size)
+                    yield boundary
             else:
                 what = b"%s %dx%d" % (type(segment).__name__.encode(), segment.height, segment.width)
                 draw = self._draw(done).numpy().tobytes() if isinstance(segment, VaeSegment) else b""
-                key = _key(mark.key, what, segment.pixels, draw)
-                mark = ChunkBoundary(key, done + 1, 0, mark.tokens + tokens, mark.position + 1)
-                yield mark
+                key = _key(boundary.key, what, segment.pixels, draw)
+                boundary = ChunkBoundary(key, done + 1, 0, boundary.tokens + tokens, boundary.position + 1)
+                yield boundary
 
     def _draw(self, index: int) -> Tensor:
         """The posterior draw of segment ``index``, an image for generation."""
@@ -192,14 +194,14 @@ def _key(*parts: bytes) -> bytes:
 
 
 def build_branch_states(
-    branches: Sequence[BranchPlan], arena: KVCachePool, config: ModelConfig, draws: Sequence[Tensor] = ()
+    branches: Sequence[BranchPlan], kv_pool: KVCachePool, config: ModelConfig, draws: Sequence[Tensor] = ()
 ) -> list[BranchState]:
     """The branches that need a context, each tied to the earlier one it shares most with."""
     sequences: list[BranchState] = []
     for plan in branches:
         if plan.same_as is not None:
             continue
-        sequence = BranchState(plan.branch, list(plan.segments), config, KVSequence(arena), draws)
+        sequence = BranchState(plan.branch, list(plan.segments), config, KVSequence(kv_pool), draws)
         best = max(sequences, key=lambda other: _common(other.segments, sequence.segments), default=None)
         shared = _common(best.segments, sequence.segments) if best else 0
         if best and shared:

@@ -14,8 +14,7 @@ from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.engine.thinker.admission import Admission
 from bagel_triton.engine.thinker.branch_state import BranchState, Chunk
 from bagel_triton.engine.thinker.detokenizer import IncrementalDetokenizer
-from bagel_triton.engine.thinker.encoding_cache import EncodingCache
-from bagel_triton.engine.thinker.prefill import Prefiller
+from bagel_triton.engine.thinker.prefill import EncodingCache, Prefiller
 from bagel_triton.engine.thinker.run import TextDecoder, ThinkerRun
 from bagel_triton.kv import selftest
 from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
@@ -42,7 +41,7 @@ from bagel_triton.protocol.messages import (
 from bagel_triton.telemetry.metrics import Metrics
 
 ThinkerJob = Job[Plan, ThinkerOutput]
-COUNT_S = 0.25  # how often the arena's blocks are counted for the gauges
+COUNT_S = 0.25  # how often the KV cache's blocks are counted for the gauges
 
 
 def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeometry:
@@ -51,7 +50,7 @@ def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeom
 
 
 class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
-    """Owns the transformer's understanding side and the KV arena, from one thread."""
+    """Owns the transformer's understanding side and the KV cache, from one thread."""
 
     stage = "thinker"
 
@@ -69,11 +68,11 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
-        self._prefiller = Prefiller(model, autoencoder, producer.arena, encodings, markers, self._pool)
-        self._prefixes = PrefixCache(producer.arena)
+        self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, markers, self._pool)
+        self._prefixes = PrefixCache(producer.pool)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0
-        self.gauge("kv_blocks", producer.arena.blocks.count)
+        self.gauge("kv_blocks", producer.pool.blocks.count)
         self._running: list[ThinkerRun] = []
         self.start()
 
@@ -83,13 +82,13 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
 
     def _lend_pattern(self) -> KVHandle:
         if self._admission.room(self._running) < 2 * selftest.BLOCKS:  # every other block is a gap, for a moment
-            raise Overloaded("the arena has no room for a self-test beside what is promised")
+            raise Overloaded("the KV cache has no room for a self-test beside what is promised")
         return selftest.lend_pattern(self._producer, min(selftest.TTL_S, self._config.lease_ttl_s))
 
     @property
     def blocks_used(self) -> int:
-        """Blocks of the arena that requests or leases hold; those only kept for later are not counted."""
-        return self._producer.arena.blocks.used - self._prefixes.blocks
+        """Blocks of the KV cache that requests or leases hold; those only kept for later are not counted."""
+        return self._producer.pool.blocks.used - self._prefixes.blocks
 
     # --- admission ---
 
@@ -200,10 +199,10 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         try:
             for sequence in active.sequences:
                 handle = self._producer.leases.publish(plan.request_id, sequence.branch, sequence.context, ttl)
-                sequence.context = KVSequence(self._producer.arena)  # the lease owns the blocks now
+                sequence.context = KVSequence(self._producer.pool)  # the lease owns the blocks now
                 handles.append(handle)
         except KVCacheFull as error:
-            self._producer.leases.withdraw(plan.request_id)
+            self._producer.leases.revoke(plan.request_id)
             self.metrics.count("thinker_refused")
             raise Overloaded(f"no KV lease is free: {error}") from error
         index: dict[Branch, int] = {handle.branch: number for number, handle in enumerate(handles)}
@@ -218,7 +217,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             active.free()
 
     def _revoke_leases(self, request_id: str) -> None:
-        self._producer.leases.withdraw(request_id)
+        self._producer.leases.revoke(request_id)
 
     def _housekeep(self) -> bool:
         leases = self._producer.leases
@@ -233,7 +232,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         return len(leases) > 0
 
     def close(self) -> None:
-        """Stop the thread, then end every lease and remove the arena."""
+        """Stop the thread, then end every lease and remove the KV cache."""
         super().close()
         self._prefixes.clear()
         self._producer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bagel_triton.engine.thinker.branch_state import Chunk, ImageChunk, TextChunk
-from bagel_triton.engine.thinker.encoding_cache import EncodingCache
 from bagel_triton.engine.token_count import VISION_TOKENS
 from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.store import PagedStep
@@ -25,6 +25,34 @@ from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.image import normalised
 from bagel_triton.model.mot import rotary_tables
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
+from bagel_triton.telemetry.metrics import Metrics
+
+
+class EncodingCache:
+    """Tensors by key, at most ``capacity`` bytes of them; those used longest ago go first.
+
+    An editing session sends the same image with a new seed: its posterior draw, and so its
+    keys and values, are new, but what the encoders made of its pixels is not.
+    """
+
+    def __init__(self, capacity: int, metrics: Metrics) -> None:
+        self._capacity, self._bytes, self._metrics = capacity, 0, metrics
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def get(self, key: bytes, encode: Callable[[], Tensor]) -> Tensor:
+        """What is kept under ``key``, or else what ``encode`` returns; not to be written to."""
+        self._metrics.count("thinker_encoding_queries")
+        if key in self._kept:
+            self._metrics.count("thinker_encoding_hits")
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = encode()
+        if made.nbytes <= self._capacity:
+            self._kept[key] = made
+            self._bytes += made.nbytes
+            while self._bytes > self._capacity:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return made
 
 
 @dataclass
@@ -55,12 +83,12 @@ class Prefiller:
         self,
         model: Bagel,
         autoencoder: Autoencoder,
-        arena: KVCachePool,
+        kv_pool: KVCachePool,
         encodings: EncodingCache,
         vision_markers: tuple[int, int],
         pool: ThreadPool,
     ) -> None:
-        self._model, self._autoencoder, self._arena, self._encodings = model, autoencoder, arena, encodings
+        self._model, self._autoencoder, self._kv_pool, self._encodings = model, autoencoder, kv_pool, encodings
         self._pool, self._forward = pool, forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
@@ -68,13 +96,13 @@ class Prefiller:
 
     @torch.inference_mode()
     def append(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Run ``chunks`` in one forward; their keys and values are in the arena afterwards.
+        """Run ``chunks`` in one forward; their keys and values are in the KV cache afterwards.
 
         Returns:
             Scores of the scored chunks' last tokens, [scored, vocabulary].
 
         Raises:
-            ArenaFull: before anything was computed; contexts extended so far stay so.
+            KVCacheFull: before anything was computed; contexts extended so far stay so.
         """
         gen, und = _Rows(), _Rows()
         texts = self._embedded([chunk.token_ids for chunk in chunks if isinstance(chunk, TextChunk)])
@@ -104,8 +132,8 @@ class Prefiller:
                 scored.append(gen_rows + stop - 1)
         positions_at = torch.tensor(gen.positions + und.positions, device=self._model.device)
         cos, sin = rotary_tables(positions_at, self._model.config.language, self._model.dtype)
-        reads = [self._arena.read_slots(chunk.context) for chunk in chunks]
-        kv = PagedStep(spans, self._arena.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
+        reads = [self._kv_pool.read_slots(chunk.context) for chunk in chunks]
+        kv = PagedStep(spans, self._kv_pool.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
         packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
         wanted = slice(min(scored, default=0), max(scored, default=-1) + 1)
         hidden = self._forward(packed, PackedBatch(gen_rows, cos, sin, wanted), kv)

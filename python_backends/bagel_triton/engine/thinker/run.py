@@ -100,7 +100,7 @@ class ThinkerRun:
     blocks: int
     decoders: list[TextDecoder] = field(default_factory=list)
     decoded: bool = False
-    waits: bool = False  # it found the arena full
+    waits: bool = False  # it found the KV cache full
     prefilled_at: float = 0.0
 
     @property

@@ -1,1 +1,1 @@
-"""How an arena reaches its consumer; one contract, chosen by name."""
+"""How a pool reaches its consumer; one contract, chosen by name."""

@@ -31,7 +31,7 @@ class Leases(Protocol):
 
     def reclaim(self) -> int: ...
 
-    def withdraw(self, request_id: str) -> int: ...
+    def revoke(self, request_id: str) -> int: ...
 
     def close(self) -> None: ...
 
@@ -49,7 +49,7 @@ class LeaseView(Protocol):
 
 
 class Producer(ABC):
-    """The thinker's end: an arena others can read, and the leases on it.
+    """The thinker's end: a pool others can read, and the leases on it.
 
     Lifetime: from construction to :meth:`close`, which ends every lease and removes what
     it created outside the process. Threads: one. Ordering: a context's keys and values
@@ -57,12 +57,12 @@ class Producer(ABC):
     the stream that wrote them first.
     """
 
-    arena: KVCachePool
+    pool: KVCachePool
     leases: Leases
 
     @abstractmethod
     def close(self) -> None:
-        """End all leases and remove the arena."""
+        """End all leases and remove the pool."""
 
 
 class Consumer(ABC):
@@ -70,16 +70,16 @@ class Consumer(ABC):
 
     Threads: one. Ordering: a claim returns, and gives its lease back, only after the copy
     is complete, on a GPU too. Errors: :class:`LeaseError` for whatever is wrong with a
-    lease or its arena, and never a wait without an end: a producer that has died is
+    lease or its pool, and never a wait without an end: a producer that has died is
     noticed.
     """
 
     @abstractmethod
     def lease_table(self, handle: KVHandle) -> LeaseView:
-        """The lease words of the arena that ``handle`` points into.
+        """The lease words of the pool that ``handle`` points into.
 
         Raises:
-            LeaseError: the producer's arena is gone.
+            LeaseError: the producer's pool is gone.
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Consumer(ABC):
         """Copy the context into ``destination``, whose shape and dtype are right; done on return.
 
         Raises:
-            LeaseError: the producer's arena is gone, or the handle names blocks outside it.
+            LeaseError: the producer's pool is gone, or the handle names blocks outside it.
         """
 
     @abstractmethod
@@ -127,7 +127,7 @@ class Consumer(ABC):
             table.renew(handle.slot)
 
     def release(self, handle: KVHandle) -> None:
-        """Give a lease back unread; one that has ended, with its arena or alone, is left alone."""
+        """Give a lease back unread; one that has ended, with its pool or alone, is left alone."""
         if handle.lease and (table := self._carrying(handle)):
             table.release(handle.slot, handle.lease)
 
@@ -136,7 +136,7 @@ class Consumer(ABC):
         try:
             table = self.lease_table(handle)
             return table if table.carries(handle) else None
-        except LeaseError:  # the arena is gone, and every lease on it has ended
+        except LeaseError:  # the pool is gone, and every lease on it has ended
             return None
 
 
@@ -155,7 +155,7 @@ class MappedConsumer(Consumer):
         """The store and lease table that ``handle`` points into.
 
         Raises:
-            LeaseError: the producer's arena is gone.
+            LeaseError: the producer's pool is gone.
         """
 
     def lease_table(self, handle: KVHandle) -> LeaseTable:

@@ -1,6 +1,6 @@
-"""``cuda_ipc``: the arena is memory of one GPU that both stages map.
+"""``cuda_ipc``: the pool is memory of one GPU that both stages map.
 
-The producer allocates one pool and exports it once; the consumer opens it once and keeps it.
+The producer allocates one allocation and exports it once; the consumer opens it once and keeps it.
 The GPU is named by its UUID, since processes may number the GPUs they see differently. The
 lease words stay in a file of the host's shared memory, exactly as for ``shm``.
 
@@ -29,7 +29,7 @@ from bagel_triton.protocol.messages import CudaAddress, KVGeometry, KVHandle
 
 
 class CudaIpcProducer(Producer):
-    """An arena of ``blocks`` blocks on ``device``.
+    """A pool of ``blocks`` blocks on ``device``.
 
     Raises:
         ConnectorUnavailable: CUDA IPC cannot be used.
@@ -39,13 +39,13 @@ class CudaIpcProducer(Producer):
     def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, device: torch.device) -> None:
         refuse_expandable_segments()
         slots = blocks * geometry.block_tokens
-        self._pool = CudaPool.allocate(device, slots * token_bytes(geometry))
-        address = CudaAddress(device_uuid(device), self._pool.export(), slots)
+        self._allocation = CudaAllocation.allocate(device, slots * token_bytes(geometry))
+        address = CudaAddress(device_uuid(device), self._allocation.export(), slots)
         name, generation = new_name(prefix)
         self._words = SharedWords.create(name)
-        self.arena = KVCachePool(_store(self._pool, geometry, slots), geometry)
+        self.pool = KVCachePool(_store(self._allocation, geometry, slots), geometry)
         table = LeaseTable(self._words.array)
-        self.leases = LeaseManager(self.arena, table, name, "cuda_ipc", generation, address=address)
+        self.leases = LeaseManager(self.pool, table, name, "cuda_ipc", generation, address=address)
 
     def close(self) -> None:
         """End all leases and unlink the words; the GPU's memory returns when the process ends."""
@@ -54,35 +54,40 @@ class CudaIpcProducer(Producer):
 
 
 class CudaIpcConsumer(MappedConsumer):
-    """Maps arenas of its host's GPUs and keeps the mapping of the newest."""
+    """Maps pools of its host's GPUs and keeps the mapping of the newest."""
 
     def __init__(self) -> None:
         refuse_expandable_segments()
-        self._attached: tuple[str, CudaPool, Tensor, LeaseTable] | None = None
+        self._attached: tuple[str, CudaAllocation, Tensor, LeaseTable] | None = None
 
     def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
-        """The mapped store and table of the handle's arena."""
-        if self._attached is None or self._attached[0] != handle.arena:
+        """The mapped store and table of the handle's pool."""
+        if self._attached is None or self._attached[0] != handle.pool:
             self.close()
             words = SharedWords.open(handle)
-            pool = _open(handle)
-            slots = pool.size // token_bytes(handle.geometry)
-            self._attached = (handle.arena, pool, _store(pool, handle.geometry, slots), LeaseTable(words.array))
+            allocation = _open(handle)
+            slots = allocation.size // token_bytes(handle.geometry)
+            self._attached = (
+                handle.pool,
+                allocation,
+                _store(allocation, handle.geometry, slots),
+                LeaseTable(words.array),
+            )
         return self._attached[2], self._attached[3]
 
     def close(self) -> None:
         """End the mapping."""
         if self._attached is not None:
-            pool = self._attached[1]
+            allocation = self._attached[1]
             self._attached = None
-            pool.close()
+            allocation.close()
 
 
-def _store(pool: CudaPool, geometry: KVGeometry, slots: int) -> Tensor:
-    return pool.tensor().view(getattr(torch, geometry.dtype)).view(store_shape(geometry, slots))
+def _store(allocation: CudaAllocation, geometry: KVGeometry, slots: int) -> Tensor:
+    return allocation.tensor().view(getattr(torch, geometry.dtype)).view(store_shape(geometry, slots))
 
 
-def _open(handle: KVHandle) -> CudaPool:
+def _open(handle: KVHandle) -> CudaAllocation:
     what, address = f"the lease of request {handle.request_id}", handle.address
     if not isinstance(address, CudaAddress):
         raise LeaseError(f"{what} is of connector {handle.connector}; this stage has cuda_ipc")
@@ -90,9 +95,9 @@ def _open(handle: KVHandle) -> CudaPool:
     if device is None:
         raise LeaseError(f"{what} is on GPU {address.device}, which this process does not see")
     try:
-        return CudaPool.open(device, address.memory, address.slots * token_bytes(handle.geometry))
+        return CudaAllocation.open(device, address.memory, address.slots * token_bytes(handle.geometry))
     except ConnectorUnavailable as error:
-        raise LeaseError(f"{what}: its arena on {device} cannot be mapped: {error}") from error
+        raise LeaseError(f"{what}: its pool on {device} cannot be mapped: {error}") from error
 
 
 HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; the bindings show a handle's address, not all of them its bytes
@@ -111,15 +116,15 @@ def refuse_expandable_segments() -> None:
             raise ConnectorUnavailable(f"{variable}={value!r}: connector=cuda_ipc needs expandable_segments:False")
 
 
-class CudaPool(CudaBytes):
-    """A pool allocated here, or mapped from another process.
+class CudaAllocation(CudaBytes):
+    """A allocation allocated here, or mapped from another process.
 
     An allocation is never freed before its process ends: to free what another process has
     mapped is undefined, and there is no telling whether one has.
     """
 
     @classmethod
-    def allocate(cls, device: torch.device, size: int) -> CudaPool:
+    def allocate(cls, device: torch.device, size: int) -> CudaAllocation:
         """New memory, zeroed.
 
         Raises:
@@ -131,13 +136,13 @@ class CudaPool(CudaBytes):
             free, _ = torch.cuda.mem_get_info(device)
             raise MemoryError(f"{device} has no room for {size} bytes of contexts; {free} are free: lower kv_tokens")
         _check(runtime, "cudaMalloc", error)
-        pool = cls(device, int(pointer), size)
-        pool.tensor().zero_()
+        allocation = cls(device, int(pointer), size)
+        allocation.tensor().zero_()
         torch.cuda.synchronize(device)
-        return pool
+        return allocation
 
     @classmethod
-    def open(cls, device: torch.device, memory: bytes, size: int) -> CudaPool:
+    def open(cls, device: torch.device, memory: bytes, size: int) -> CudaAllocation:
         """Another process's allocation by its handle; :meth:`close` ends the mapping."""
         if len(memory) != HANDLE_BYTES:
             raise ConnectorUnavailable(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(memory)}")

@@ -21,7 +21,7 @@ _producers: weakref.WeakValueDictionary[str, LocalProducer] = weakref.WeakValueD
 
 
 class LocalProducer(Producer):
-    """An arena of ``blocks`` blocks on ``device`` in this process."""
+    """A pool of ``blocks`` blocks on ``device`` in this process."""
 
     def __init__(self, geometry: KVGeometry, blocks: int, device: torch.device) -> None:
         generation = next(_generations)
@@ -29,12 +29,12 @@ class LocalProducer(Producer):
         shape = store_shape(geometry, blocks * geometry.block_tokens)
         self.store = torch.zeros(shape, dtype=getattr(torch, geometry.dtype), device=device)
         self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
-        self.arena = KVCachePool(self.store, geometry)
-        self.leases = LeaseManager(self.arena, self.table, self.name, "local", generation)
+        self.pool = KVCachePool(self.store, geometry)
+        self.leases = LeaseManager(self.pool, self.table, self.name, "local", generation)
         _producers[self.name] = self
 
     def close(self) -> None:
-        """End all leases; consumers find the arena gone."""
+        """End all leases; consumers find the pool gone."""
         self.leases.close()
         _producers.pop(self.name, None)
 
@@ -44,9 +44,9 @@ class LocalConsumer(MappedConsumer):
 
     def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         """The producer's own store and table."""
-        producer = _producers.get(handle.arena)
+        producer = _producers.get(handle.pool)
         if producer is None:
-            raise LeaseError(f"arena {handle.arena} of request {handle.request_id} is gone")
+            raise LeaseError(f"pool {handle.pool} of request {handle.request_id} is gone")
         return producer.store, producer.table
 
     def close(self) -> None:

@@ -1,38 +1,154 @@
-"""``mooncake``: the arena is memory of the thinker's process that the DiT reads over a network.
+"""``mooncake``: the pool is memory of the thinker's process that the DiT reads over a network.
 
-The producer registers its store and, beside it, the lease words with a transfer engine.
-A handle carries the engine's name and both addresses. The consumer follows the protocol
-of :mod:`bagel_triton.kv.lease` by transfers: it reads the header and a slot's words
-before and after its copy, and writes the words that are the consumer's.
+The producer registers its store and the lease words with Mooncake's transfer engine, by TCP
+or RDMA. A handle carries the engine's name and both addresses. The consumer follows the
+protocol of :mod:`bagel_triton.kv.lease` by transfers: it reads the header and a slot's words
+before and after its copy, and writes the consumer's words.
 
-No clock is compared between the hosts: a lease's time is the producer's own, who says by
-its ``granted`` word that a lease has ended; a consumer that needs longer raises
-``renewals``. A consumer that cannot reach the producer any more holds nothing there for
-longer than the lease's time.
+The hosts' clocks are never compared: a lease's time is the producer's own, and its ``granted``
+word tells when it has ended. A consumer that needs longer raises ``renewals``; one that cannot
+reach the producer any more loses its lease when that expires.
+
+Mooncake has no authentication. Its library listens on two ports of **every** interface,
+whatever ``host`` says, and gives registered memory to any peer that connects. Those ports
+belong on a network of trusted hosts; ``MC_MIN_PRC_PORT`` and ``MC_MAX_PRC_PORT`` in the
+environment bound them. Peers need no master and no metadata server.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+import re
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bagel_triton.deploy.config import MooncakeConfig
 from bagel_triton.kv.block_pool import KVCachePool
-from bagel_triton.kv.connectors.base import Consumer, Producer, check_blocks
-from bagel_triton.kv.connectors.transfer_engine import Piece, TransferEngine
+from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer, check_blocks
 from bagel_triton.kv.lease import LeaseManager, LeaseTable, consumer_words, row_bytes, table_words
 from bagel_triton.kv.store import runs_of, store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import KVGeometry, KVHandle, MooncakeAddress
 
 log = logging.getLogger(__name__)
+PACKAGE = "mooncake-transfer-engine-non-cuda"
+RDMA_DEVICES = Path("/sys/class/infiniband")
+# Debian's names of the packages with the libraries that the wheel expects of the system.
+SYSTEM_PACKAGES = {"libibverbs.so.1": "libibverbs1", "libnuma.so.1": "libnuma1", "libcurl.so.4": "libcurl4"}
+SLOW_S = 0.2
+PIECES = 128  # of one batch: with a few thousand the library's queue overflows and all of them fail
+Piece = tuple[int, int, int]  # local address, peer's address, bytes
+
+
+class TransferEngine:
+    """One engine; ``peer`` is the name by which others reach it.
+
+    Raises:
+        ConnectorUnavailable: the library or the RDMA device is missing, or it would not start.
+    """
+
+    def __init__(self, config: MooncakeConfig) -> None:
+        library = load("mooncake.engine")
+        prepare(config)
+        self._config = config
+        self._engine = library.TransferEngine()
+        if self._engine.initialize(config.host, "P2PHANDSHAKE", config.protocol, config.device_name):
+            raise ConnectorUnavailable(f"Mooncake's transfer engine did not start with {config}")
+        self.peer = f"{config.host}:{self._engine.get_rpc_port()}"
+        self._failed_at: dict[str, float] = {}
+
+    @property
+    def reads_unregistered_memory(self) -> bool:
+        """Whether the local side of a transfer may be memory that was never registered."""
+        return self._config.protocol == "tcp"
+
+    def register(self, address: int, size: int) -> None:
+        """Let peers read and write ``size`` bytes at ``address``, and the network card too."""
+        if self._engine.register_memory(address, size):
+            raise ConnectorUnavailable(f"Mooncake's transfer engine could not register {size} bytes of memory")
+
+    def unregister(self, address: int) -> None:
+        """Take memory back before it is freed."""
+        if self._engine.unregister_memory(address):
+            raise RuntimeError(f"memory at {address:#x} was not registered")
+
+    def read(self, peer: str, pieces: Sequence[Piece]) -> None:
+        """Copy from ``peer``; raises :class:`LeaseError` where it does not answer or has no such memory."""
+        self._transfer(self._engine.batch_transfer_sync_read, peer, pieces)
+
+    def write(self, peer: str, pieces: Sequence[Piece]) -> None:
+        """Copy to ``peer``; errors as for :meth:`read`."""
+        self._transfer(self._engine.batch_transfer_sync_write, peer, pieces)
+
+    def _transfer(self, transfer: Any, peer: str, pieces: Sequence[Piece]) -> None:
+        failed_at = self._failed_at.get(peer)
+        if failed_at is not None and time.monotonic() - failed_at < self._config.timeout_s:
+            # Each attempt at a dead peer takes seconds, and many leases may point there.
+            raise LeaseError(f"the pool at {peer} did not answer a moment ago")
+        started = time.monotonic()
+        for start in range(0, len(pieces), PIECES):
+            local, remote, sizes = (list(column) for column in zip(*pieces[start : start + PIECES], strict=True))
+            if transfer(peer, local, remote, sizes):
+                if time.monotonic() - started > SLOW_S:
+                    self._failed_at[peer] = time.monotonic()
+                raise LeaseError(f"the pool at {peer} cannot be read: its stage has ended or is out of reach")
+        self._failed_at.pop(peer, None)
+
+
+def load(module: str) -> Any:
+    """A module of the library; raises :class:`ConnectorUnavailable` naming what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConnectorUnavailable(
+            f"connector=mooncake needs the Python package {PACKAGE}: install the extra bagel-triton[mooncake]"
+        ) from error
+    except ImportError as error:
+        found = re.match(r"(lib\S+\.so\S*): cannot open shared object file", str(error))
+        if found is None:
+            raise
+        library = found[1]
+        raise ConnectorUnavailable(
+            f"connector=mooncake needs the system library {library}: install the package "
+            f"{SYSTEM_PACKAGES.get(library, f'that brings {library}')} (its name on Debian and Ubuntu)"
+        ) from error
+
+
+def prepare(config: MooncakeConfig) -> None:
+    """Set what the library takes from the environment alone, when an engine starts.
+
+    Raises:
+        ConnectorUnavailable: the RDMA device is missing.
+    """
+    _check_device(config)
+    if config.protocol == "tcp":  # without this it chooses RDMA by itself
+        os.environ["MC_FORCE_TCP"] = "1"
+    # These end a transfer to a peer that fell silent.
+    for variable in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+        os.environ[variable] = str(config.timeout_s)
+
+
+def _check_device(config: MooncakeConfig) -> None:
+    """The library takes TCP, without a word, where the RDMA device is not there."""
+    if config.protocol != "rdma":
+        return
+    devices = sorted(path.name for path in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
+    if not devices:
+        raise ConnectorUnavailable(f"mooncake.protocol='rdma' needs an RDMA device; {RDMA_DEVICES} has none")
+    if missing := [name for name in config.device_name.split(",") if name and name not in devices]:
+        raise ConnectorUnavailable(f"mooncake.device_name={missing}: the RDMA devices here are {', '.join(devices)}")
 
 
 class MooncakeProducer(Producer):
-    """An arena of ``blocks`` blocks in this process's memory, registered with ``engine``."""
+    """A pool of ``blocks`` blocks in this process's memory, registered with ``engine``."""
 
     def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine) -> None:
         generation = time.time_ns()
@@ -42,16 +158,16 @@ class MooncakeProducer(Producer):
         self._engine: TransferEngine | None = engine
         engine.register(store.data_ptr(), store.nbytes)
         engine.register(self._words.ctypes.data, self._words.nbytes)
-        self.arena = KVCachePool(store, geometry)
+        self.pool = KVCachePool(store, geometry)
         address = MooncakeAddress(engine.peer, store.data_ptr(), self._words.ctypes.data, slots)
         name = f"{prefix}_kv_{generation}"
-        self.leases = LeaseManager(self.arena, LeaseTable(self._words), name, "mooncake", generation, address=address)
+        self.leases = LeaseManager(self.pool, LeaseTable(self._words), name, "mooncake", generation, address=address)
 
     def close(self) -> None:
         """End all leases and take the memory back from the network."""
         self.leases.close()
         if self._engine is not None:
-            self._engine.unregister(self.arena.store.data_ptr())
+            self._engine.unregister(self.pool.store.data_ptr())
             self._engine.unregister(self._words.ctypes.data)
             self._engine = None
 
@@ -84,7 +200,7 @@ class _RemoteTable(LeaseTable):
 
 
 class MooncakeConsumer(Consumer):
-    """Reads arenas on any host that ``engine`` reaches.
+    """Reads pools on any host that ``engine`` reaches.
 
     The CPU's memory is written in place where the transport allows that; RDMA and a GPU
     get a buffer between, as large as the largest context so far.
@@ -96,7 +212,7 @@ class MooncakeConsumer(Consumer):
         self._buffer: Tensor | None = None
 
     def lease_table(self, handle: KVHandle) -> LeaseTable:
-        """The words of the handle's arena; fetched when they are read, not before."""
+        """The words of the handle's pool; fetched when they are read, not before."""
         address = _address(handle)
         if self._table is None or self._table[0] != address:
             self._forget_table()
@@ -136,7 +252,7 @@ class MooncakeConsumer(Consumer):
             self._buffer = None
 
     def close(self) -> None:
-        """Forget the arena and the buffer."""
+        """Forget the pool and the buffer."""
         self._forget_table()
         self._forget_buffer()
 

@@ -1,42 +1,151 @@
 """``mooncake_store``: contexts are objects in Mooncake's store, put by the thinker, got by the DiT.
 
-Where ``mooncake`` lets the DiT read the thinker's arena, here a lease is an object of its
-own, so its blocks are free as soon as it is published; the price is a second copy in the
-store's memory, and the thinker's time to write it. The words of the lease table become keys:
+With ``mooncake`` the DiT reads the thinker's pool. Here each lease is an object of its own, so
+its blocks are free as soon as it is published; the price is a second copy in the store's memory,
+and the thinker's time to write it. Keys take the place of the lease table's words:
 
 ======== ===========================================================================
-granted  the key ``ARENA/LEASE`` is there; an arena's name holds its generation
+granted  the key ``POOL/LEASE`` exists; a pool's name holds its generation
 released the consumer deletes that key
-renewals the consumer changes what is noted under ``ARENA/LEASE/renewals``
+renewals the consumer changes the value of ``POOL/LEASE/renewals``
 ======== ===========================================================================
 
-Keys never repeat. An object that is deleted while it is read may be written over, so a
-claim looks again after its copy, as on shared memory. A producer that dies takes its part of
-the store, and so its objects, along; what they were is refused. No clock is compared.
+Keys never repeat. An object that is deleted during a read may be overwritten, so a claim
+checks its key again after the copy, as on shared memory. A producer that dies takes its segment
+of the store and the objects in it along. Clocks are not compared.
+
+One ``mooncake_master`` knows where objects are. Like the transfer engine, whose ports the store
+shares, it has no authentication: it belongs on a network of trusted hosts.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bagel_triton.deploy.config import MooncakeStoreConfig
 from bagel_triton.kv.block_pool import KVCacheFull, KVCachePool, KVSequence
-from bagel_triton.kv.connectors.base import Consumer, LeaseView, Producer
-from bagel_triton.kv.connectors.object_store import ObjectStore, StoreFull
+from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, LeaseView, Producer
+from bagel_triton.kv.connectors.mooncake import load, prepare
 from bagel_triton.kv.store import gather, store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 log = logging.getLogger(__name__)
+UNIT = 16 << 20  # the library takes no smaller segment
+# The library's codes, of which it has no names in Python.
+NO_ROOM, NOT_LISTENING = -200, -900
+
+
+class StoreFull(Exception):
+    """No process that joined has room for the object."""
+
+
+class ObjectStore:
+    """This process's part of the store, to which it lends ``segment`` bytes.
+
+    Raises:
+        ConnectorUnavailable: the library or the RDMA device is missing, no master answers, or
+            there is no memory for the segment.
+    """
+
+    def __init__(self, config: MooncakeStoreConfig, segment: int = 0) -> None:
+        library = load("mooncake.store")
+        prepare(config)
+        _greet(config)
+        self._config = config
+        self._pinned = library.ReplicateConfig()
+        self._pinned.with_hard_pin = True  # a lease's contents may not make room for others
+        self._store = library.MooncakeDistributedStore()
+        if code := self._store.setup(
+            config.host,
+            config.metadata_server,
+            -(-segment // UNIT) * UNIT,
+            config.localbuf,
+            config.protocol,
+            config.device_name,
+            config.master,
+        ):
+            raise ConnectorUnavailable(f"Mooncake's store did not start (code {code}) with {config}")
+        # Its own segment first: the master offers one whose process was killed for seconds after.
+        self._pinned.preferred_segment = self._store.get_hostname()
+        self._failed_at: float | None = None
+
+    def register(self, address: int, size: int) -> None:
+        """Let :meth:`put` and :meth:`get` use ``size`` bytes at ``address``."""
+        if self._store.register_buffer(address, size):
+            raise ConnectorUnavailable(f"Mooncake's store could not register {size} bytes of memory")
+
+    def unregister(self, address: int) -> None:
+        """Take memory back before it is freed."""
+        self._store.unregister_buffer(address)
+
+    def put(self, key: str, address: int, size: int) -> None:
+        """Keep ``size`` bytes under a new key; raises :class:`StoreFull`."""
+        code = self._ask(self._store.put_from, key, address, size, self._pinned)
+        if code == NO_ROOM:
+            raise StoreFull(f"Mooncake's store has no room for {size} bytes")
+        if code:
+            raise LeaseError(f"Mooncake's store did not take {size} bytes (code {code})")
+
+    def get(self, key: str, address: int, size: int) -> int:
+        """Copy an object to ``address``; its size, or a negative number where it cannot be had."""
+        return int(self._ask(self._store.get_into, key, address, size))
+
+    def exist(self, keys: Sequence[str]) -> list[bool]:
+        """Which of the keys are there."""
+        found: list[int] = self._ask(self._store.batch_is_exist, list(keys))
+        return [code == 1 for code in found]
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Delete; a key that is not there is none to delete. Whoever reads one now reads rubbish."""
+        self._ask(self._store.batch_remove, list(keys), True)
+
+    def note(self, key: str, text: bytes) -> None:
+        """Keep a few bytes under ``key``, over what was there."""
+        self._ask(self._store.upsert, key, text)
+
+    def noted(self, key: str) -> bytes:
+        """What was noted under ``key``; empty where nothing was."""
+        return bytes(self._ask(self._store.get, key))
+
+    def close(self) -> None:
+        """Leave; objects in this process's segment are gone."""
+        self._store.close()
+
+    def _ask(self, call: Any, *arguments: Any) -> Any:
+        now = time.monotonic()
+        if self._failed_at is not None and now - self._failed_at < self._config.timeout_s:
+            # Each attempt at a master that has gone takes seconds, and many leases need it.
+            raise LeaseError(f"Mooncake's master at {self._config.master} did not answer a moment ago")
+        answer = call(*arguments)
+        codes = answer if isinstance(answer, list) else [answer]
+        self._failed_at = now if NOT_LISTENING in codes else None
+        if self._failed_at is not None:
+            raise LeaseError(f"Mooncake's master at {self._config.master} does not answer")
+        return answer
+
+
+def _greet(config: MooncakeStoreConfig) -> None:
+    """The library tries for minutes where no master is."""
+    host, _, port = config.master.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=config.timeout_s).close()
+    except OSError as error:
+        raise ConnectorUnavailable(
+            f"connector=mooncake_store: no mooncake_master answers at {config.master} ({error}); start it first"
+        ) from error
 
 
 def _key(handle: KVHandle) -> str:
-    return f"{handle.arena}/{handle.lease}"
+    return f"{handle.pool}/{handle.lease}"
 
 
 def _renewals(key: str) -> str:
@@ -83,13 +192,13 @@ class StoreLeases:
 
     def __init__(
         self,
-        arena: KVCachePool,
+        pool: KVCachePool,
         store: ObjectStore,
         name: str,
         generation: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._arena, self._store, self._name, self._generation, self._clock = arena, store, name, generation, clock
+        self._pool, self._store, self._name, self._generation, self._clock = pool, store, name, generation, clock
         self._buffer = _Buffer(store)
         self._leases: list[_Stored] = []
         self._last_lease = 0
@@ -99,14 +208,14 @@ class StoreLeases:
 
     @property
     def blocks(self) -> int:
-        """Blocks' worth of contexts in the store: the thinker admits no more than the arena's size."""
+        """Blocks' worth of contexts in the store: the thinker admits no more than the pool's size."""
         return sum(lease.blocks for lease in self._leases)
 
     def publish(self, request_id: str, branch: Branch, context: KVSequence, ttl_s: float) -> KVHandle:
         """Lend a copy of ``context`` for ``ttl_s`` seconds; its own blocks are free on return.
 
         Raises:
-            ArenaFull: the store has no room; the caller still owns the context.
+            KVCacheFull: the store has no room; the caller still owns the context.
             LeaseError: the store's master does not answer; likewise.
         """
         lease, tokens, next_position, blocks = 0, context.tokens, context.next_position, tuple(context.blocks)
@@ -114,8 +223,8 @@ class StoreLeases:
         if tokens:
             self._last_lease = lease = self._last_lease + 1
             key = f"{self._name}/{lease}"
-            copy = self._buffer.like(self._arena.geometry, tokens)
-            gather(self._arena.store, self._arena.read_slots(context), copy)
+            copy = self._buffer.like(self._pool.geometry, tokens)
+            gather(self._pool.store, self._pool.read_slots(context), copy)
             try:
                 self._store.put(key, copy.data_ptr(), copy.nbytes)
             except StoreFull as error:
@@ -126,14 +235,14 @@ class StoreLeases:
             request_id=request_id,
             branch=branch,
             connector="mooncake_store",
-            arena=self._name,
+            pool=self._name,
             generation=self._generation,
             slot=0,
             lease=lease,
             blocks=blocks,  # as a handle must have; whose they are by now is of no account
             tokens=tokens,
             next_position=next_position,
-            geometry=self._arena.geometry,
+            geometry=self._pool.geometry,
             expires_at=expires_at,
         )
 
@@ -153,7 +262,7 @@ class StoreLeases:
         found = zip(self._leases, there, strict=True)
         return self._end([lease for lease, exists in found if not exists or lease.expires_at <= now])
 
-    def withdraw(self, request_id: str) -> int:
+    def revoke(self, request_id: str) -> int:
         """Delete every lease of a request at once (cancelled, failed); how many."""
         return self._end([lease for lease in self._leases if lease.request_id == request_id])
 
@@ -174,15 +283,15 @@ class StoreLeases:
 
 
 class MooncakeStoreProducer(Producer):
-    """An arena of ``blocks`` blocks in this process's memory, whose contexts are copied to the store."""
+    """A pool of ``blocks`` blocks in this process's memory, whose contexts are copied to the store."""
 
     def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore) -> None:
         generation = time.time_ns()
         tokens = torch.zeros(
             store_shape(geometry, blocks * geometry.block_tokens), dtype=getattr(torch, geometry.dtype)
         )
-        self.arena = KVCachePool(tokens, geometry)
-        self.leases = StoreLeases(self.arena, store, f"{prefix}_kv_{generation}", generation)
+        self.pool = KVCachePool(tokens, geometry)
+        self.leases = StoreLeases(self.pool, store, f"{prefix}_kv_{generation}", generation)
         self._store: ObjectStore | None = store
 
     def close(self) -> None:

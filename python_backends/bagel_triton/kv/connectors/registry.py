@@ -16,12 +16,12 @@ from bagel_triton.protocol.messages import KVGeometry
 
 
 def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.device) -> Producer:
-    """The thinker's end, with an arena of ``thinker.kv_tokens`` tokens.
+    """The thinker's end, with a pool of ``thinker.kv_tokens`` tokens.
 
     Raises:
         ConfigError: the connector does not fit the device.
         ConnectorUnavailable: it needs something that this machine does not have.
-        MemoryError: the arena does not fit.
+        MemoryError: the pool does not fit.
     """
     blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
     match choose(config, str(device)).name:
@@ -34,16 +34,14 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
 
             return CudaIpcProducer(geometry, blocks, config.shm_prefix, device)
         case "mooncake":
-            from bagel_triton.kv.connectors.mooncake import MooncakeProducer
-            from bagel_triton.kv.connectors.transfer_engine import TransferEngine
+            from bagel_triton.kv.connectors.mooncake import MooncakeProducer, TransferEngine
 
             return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake))
         case "mooncake_store":
-            from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreProducer
-            from bagel_triton.kv.connectors.object_store import ObjectStore
+            from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreProducer, ObjectStore
 
-            arena = blocks * geometry.block_tokens * token_bytes(geometry)
-            store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(arena))
+            pool = blocks * geometry.block_tokens * token_bytes(geometry)
+            store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(pool))
             return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store)
 
 
@@ -59,12 +57,10 @@ def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:
 
             return CudaIpcConsumer()
         case "mooncake":
-            from bagel_triton.kv.connectors.mooncake import MooncakeConsumer
-            from bagel_triton.kv.connectors.transfer_engine import TransferEngine
+            from bagel_triton.kv.connectors.mooncake import MooncakeConsumer, TransferEngine
 
             return MooncakeConsumer(TransferEngine(config.mooncake))
         case "mooncake_store":
-            from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreConsumer
-            from bagel_triton.kv.connectors.object_store import ObjectStore
+            from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreConsumer, ObjectStore
 
             return MooncakeStoreConsumer(ObjectStore(config.mooncake_store))

@@ -1,4 +1,4 @@
-"""``shm``: the arena is a POSIX shared-memory file that both stages map.
+"""``shm``: the pool is a POSIX shared-memory file that both stages map.
 
 A producer makes two files, ``PREFIX_kv_GENERATION`` (the store) and the same with
 ``_leases``. Their pages are reserved when they are made, so a full ``/dev/shm`` is an
@@ -26,7 +26,7 @@ from bagel_triton.protocol.messages import KVGeometry, KVHandle
 
 
 def new_name(prefix: str) -> tuple[str, int]:
-    """The name of a new arena and its generation; files an earlier one of this prefix left are removed."""
+    """The name of a new pool and its generation; files an earlier one of this prefix left are removed."""
     for stale in SHM_DIRECTORY.glob(f"{prefix}_kv_*"):
         stale.unlink()
     generation = time.time_ns()
@@ -36,7 +36,7 @@ def new_name(prefix: str) -> tuple[str, int]:
 def _reserve(path: Path, size: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        reserve(descriptor, size, "KV arena")
+        reserve(descriptor, size, "KV cache")
     except MemoryError:
         path.unlink()
         raise
@@ -46,13 +46,13 @@ def _reserve(path: Path, size: int) -> None:
 
 def _path(handle: KVHandle) -> Path:
     """The store's file; a handle names one in shared memory and nowhere else."""
-    if Path(handle.arena).name != handle.arena:
-        raise LeaseError(f"arena {handle.arena!r} of request {handle.request_id} is no file's name")
-    return SHM_DIRECTORY / handle.arena
+    if Path(handle.pool).name != handle.pool:
+        raise LeaseError(f"pool {handle.pool!r} of request {handle.request_id} is no file's name")
+    return SHM_DIRECTORY / handle.pool
 
 
 def _gone(handle: KVHandle, error: Exception) -> LeaseError:
-    return LeaseError(f"arena {handle.arena} of request {handle.request_id} is gone: {error}")
+    return LeaseError(f"pool {handle.pool} of request {handle.request_id} is gone: {error}")
 
 
 def _map_store(path: Path, geometry: KVGeometry) -> Tensor:
@@ -64,7 +64,7 @@ def _map_store(path: Path, geometry: KVGeometry) -> Tensor:
 
 
 class SharedWords:
-    """The lease words of one arena, in a file that the consumer maps too; ``array`` are the words."""
+    """The lease words of one pool, in a file that the consumer maps too; ``array`` are the words."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -72,14 +72,14 @@ class SharedWords:
 
     @classmethod
     def create(cls, name: str) -> Self:
-        """The words of a new arena; raises :class:`MemoryError`."""
+        """The words of a new pool; raises :class:`MemoryError`."""
         path = SHM_DIRECTORY / f"{name}_leases"
         _reserve(path, table_words() * 8)
         return cls(path)
 
     @classmethod
     def open(cls, handle: KVHandle) -> Self:
-        """The words of the arena that ``handle`` names; raises :class:`LeaseError` where it is gone."""
+        """The words of the pool that ``handle`` names; raises :class:`LeaseError` where it is gone."""
         path = _path(handle)
         try:
             return cls(path.with_name(f"{path.name}_leases"))
@@ -92,7 +92,7 @@ class SharedWords:
 
 
 class ShmProducer(Producer):
-    """An arena of ``blocks`` blocks in shared memory, named after ``prefix``.
+    """A pool of ``blocks`` blocks in shared memory, named after ``prefix``.
 
     Files that an earlier producer with this prefix left behind are removed.
 
@@ -109,8 +109,8 @@ class ShmProducer(Producer):
         except MemoryError:
             self._store_path.unlink()
             raise
-        self.arena = KVCachePool(_map_store(self._store_path, geometry), geometry)
-        self.leases = LeaseManager(self.arena, LeaseTable(self._words.array), name, "shm", generation)
+        self.pool = KVCachePool(_map_store(self._store_path, geometry), geometry)
+        self.leases = LeaseManager(self.pool, LeaseTable(self._words.array), name, "shm", generation)
 
     def close(self) -> None:
         """End all leases and unlink both files; existing mappings stay readable."""
@@ -120,20 +120,20 @@ class ShmProducer(Producer):
 
 
 class ShmConsumer(MappedConsumer):
-    """Maps arenas by name and keeps the mapping of the newest."""
+    """Maps pools by name and keeps the mapping of the newest."""
 
     def __init__(self) -> None:
         self._attached: tuple[str, Tensor, LeaseTable] | None = None
 
     def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
-        """The mapped store and table of the handle's arena."""
-        if self._attached is None or self._attached[0] != handle.arena:
+        """The mapped store and table of the handle's pool."""
+        if self._attached is None or self._attached[0] != handle.pool:
             path = _path(handle)
             try:
                 store = _map_store(path, handle.geometry)
             except (OSError, RuntimeError) as error:
                 raise _gone(handle, error) from error
-            self._attached = (handle.arena, store, LeaseTable(SharedWords.open(handle).array))
+            self._attached = (handle.pool, store, LeaseTable(SharedWords.open(handle).array))
         return self._attached[1], self._attached[2]
 
     def close(self) -> None:

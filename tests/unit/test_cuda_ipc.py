@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.connectors.cuda_ipc import CudaPool
+from bagel_triton.kv.connectors.cuda_ipc import CudaAllocation
 
 GPU = torch.device("cuda:0")
 FREE = 1 << 20
@@ -75,16 +75,16 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: fake.calls.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
-    monkeypatch.setattr(CudaPool, "tensor", lambda pool: torch.ones(pool.size, dtype=torch.uint8))
+    monkeypatch.setattr(CudaAllocation, "tensor", lambda allocation: torch.ones(allocation.size, dtype=torch.uint8))
     return fake
 
 
 def test_an_allocation_passes_by_its_handle_and_is_closed_by_its_reader(runtime: FakeRuntime) -> None:
-    pool = CudaPool.allocate(GPU, 1000)
+    allocation = CudaAllocation.allocate(GPU, 1000)
     assert runtime.calls == ["torch uses cuda:0", "cudaSetDevice", "cudaMalloc", "synchronize"]
-    handle = pool.export()
+    handle = allocation.export()
     assert handle == HANDLE
-    opened = CudaPool.open(GPU, handle, pool.size)
+    opened = CudaAllocation.open(GPU, handle, allocation.size)
     assert ([opened.pointer], opened.size) == (runtime.opened, 1000)
     runtime.calls.clear()
     opened.close()
@@ -93,7 +93,7 @@ def test_an_allocation_passes_by_its_handle_and_is_closed_by_its_reader(runtime:
 
 
 def test_the_memory_is_shown_to_torch_as_bytes() -> None:
-    shown = CudaPool(GPU, 0x7F0000000000, 24).__cuda_array_interface__
+    shown = CudaAllocation(GPU, 0x7F0000000000, 24).__cuda_array_interface__
     assert (shown["shape"], shown["typestr"], shown["data"]) == (
         (24,),
         "|u1",
@@ -104,17 +104,17 @@ def test_the_memory_is_shown_to_torch_as_bytes() -> None:
 def test_a_full_gpu_is_an_error_that_says_what_to_lower(runtime: FakeRuntime) -> None:
     message = f"cuda:0 has no room for {FREE + 1} bytes of contexts; {FREE} are free: lower kv_tokens"
     with pytest.raises(MemoryError, match=message):
-        CudaPool.allocate(GPU, FREE + 1)
+        CudaAllocation.allocate(GPU, FREE + 1)
 
 
 @pytest.mark.parametrize("call", ["cudaSetDevice", "cudaMalloc", "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"])
 def test_a_call_that_fails_is_named_with_its_error(runtime: FakeRuntime, call: str) -> None:
     runtime.refused = {call}
     with pytest.raises(ConnectorUnavailable, match=f"{call} failed: cudaErrorInsufficientDriver"):
-        CudaPool.open(GPU, CudaPool.allocate(GPU, 1000).export(), 1000)
+        CudaAllocation.open(GPU, CudaAllocation.allocate(GPU, 1000).export(), 1000)
 
 
 def test_a_handle_of_another_length_is_refused(runtime: FakeRuntime) -> None:
     with pytest.raises(ConnectorUnavailable, match="a CUDA IPC handle has 64 bytes, not 63"):
-        CudaPool.open(GPU, HANDLE[:63], 1000)
+        CudaAllocation.open(GPU, HANDLE[:63], 1000)
     assert runtime.calls == []
