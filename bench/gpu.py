@@ -135,5 +135,5 @@ def _image_seconds(stages: LocalStages, side: int, steps: int) -> float:
     started = time.perf_counter()
     job = denoise_job(stages, image_request(side, side, steps))
     latents, _ = answer(stages.denoise(job))
-    answer(stages.decode(latents[0], job.request_id))
+    answer(stages.decode(latents[0], job.request_id, job.scheduling))
     return time.perf_counter() - started

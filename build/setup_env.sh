@@ -48,7 +48,7 @@ step() { # run a command under a title; its output is shown only if it fails, or
 mooncake() { # what keeps the connector mooncake from working; nothing where it works
     "$venv/bin/python" - <<'EOF'
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.connectors.transfer_engine import load
+from bagel_triton.kv.connectors.mooncake import load
 
 try:
     load("mooncake.engine")

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from common import ProgressBar
 
-from bagel_triton.pipeline.pipeline import GeneratedImage
+from bagel_triton.pipeline.pipeline import GeneratedImage, Item
 from bagel_triton.protocol.errors import BagelError, InvalidRequest
-from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ProgressEvent
+from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.serving import CommandError
 
@@ -176,7 +176,7 @@ class Results:
         self._lines = [[f"[{index}] {prompt}"] for index, prompt in enumerate(prompts)]
         self._step = [0] * len(prompts)
 
-    def take(self, index: int, item: Event | GeneratedImage[Tensor] | BagelError) -> None:
+    def take(self, index: int, item: Item[Tensor] | BagelError) -> None:
         lines = self._lines[index]
         if isinstance(item, ProgressEvent) and item.stage == "dit":
             self._advance(index, item.step)

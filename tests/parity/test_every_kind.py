@@ -9,7 +9,15 @@ from torch import Tensor
 
 from bagel_triton.kv.connectors.local import LocalConsumer
 from bagel_triton.pipeline.local import LocalStages
-from bagel_triton.protocol.messages import Branch, BranchPlan, Plan, TextSegment, VaeSegment, VitSegment
+from bagel_triton.protocol.messages import (
+    Branch,
+    BranchPlan,
+    Plan,
+    SchedulingParams,
+    TextSegment,
+    VaeSegment,
+    VitSegment,
+)
 from tests.support.cases import Case, load_cases
 from tests.support.kv import claim
 from tests.support.runs import result_of
@@ -46,7 +54,7 @@ def test_contexts_latents_and_image(local_stages: LocalStages, case: Case) -> No
         assert handle.next_position == int(expected[f"rope.{context.branch}"])
     (latents,) = result_of(local_stages.denoise(job))
     assert distance(latents.tokens, expected["latent"]) < TOLERANCE
-    difference = (result_of(local_stages.decode(latents, "")).int() - case.image().int()).abs()
+    difference = (result_of(local_stages.decode(latents, "", SchedulingParams())).int() - case.image().int()).abs()
     assert int(difference.max()) <= 2
     assert float((difference == 0).float().mean()) >= 0.99
 

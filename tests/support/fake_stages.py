@@ -10,7 +10,16 @@ from typing import Any
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.protocol.events import ProgressEvent, Stage, StageStats
-from bagel_triton.protocol.messages import Answer, Branch, BranchPlan, FlowSettings, Plan, ThinkerOutput, Usage
+from bagel_triton.protocol.messages import (
+    Answer,
+    Branch,
+    BranchPlan,
+    FlowSettings,
+    Plan,
+    SchedulingParams,
+    ThinkerOutput,
+    Usage,
+)
 
 FLOW = FlowSettings(
     height=64,
@@ -64,7 +73,7 @@ class FakeStages:
         latents = [f"latents {number} of {job}" for number in range(self.flow.num_images)]
         return self._visit("dit", latents, progress, delay)
 
-    def decode(self, latents: str, request_id: str) -> StageCall[str]:
+    def decode(self, latents: str, request_id: str, scheduling: SchedulingParams) -> StageCall[str]:
         return self._visit("vae_decode", f"pixels of {latents}")
 
     def abort(self, request_id: str) -> None:

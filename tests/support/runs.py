@@ -50,7 +50,8 @@ def generate(stages: LocalStages, request: GenerationRequest) -> Run:
     """``request`` from prompt to pixels."""
     plan, job = think(stages, request)
     latents = result_of(stages.denoise(job))
-    return Run(plan, list(latents), [result_of(stages.decode(one, plan.request_id)) for one in latents])
+    decoding = [stages.decode(one, plan.request_id, plan.scheduling) for one in latents]
+    return Run(plan, list(latents), [result_of(call) for call in decoding])
 
 
 def generate_together(stages: LocalStages, requests: Sequence[GenerationRequest]) -> list[Run]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model.flow import combine, denoise, guidance_branches, initial_noise, schedule
+from bagel_triton.model.flow import combine, denoise, get_timesteps, guidance_branches, initial_noise
 from bagel_triton.protocol.messages import Branch, FlowSettings
 
 SETTINGS = FlowSettings(
@@ -41,7 +41,7 @@ def _velocities(*branches: Branch) -> dict[Branch, Tensor]:
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 10.0])
 def test_times_run_from_one_to_zero_with_the_shift(steps: int, shift: float) -> None:
     t = np.linspace(1, 0, steps)
-    times = schedule(steps, shift)
+    times = get_timesteps(steps, shift)
     np.testing.assert_allclose(times.numpy(), shift * t / (1 + (shift - 1) * t), rtol=1e-6, atol=1e-7)
     assert times.dtype == torch.float32
     assert (times[0], times[-1]) == (1, 0)
@@ -142,7 +142,7 @@ def test_n_points_are_n_minus_one_updates_along_the_velocity() -> None:
 
     settings = _with(num_inference_steps=6, cfg_text_scale=1.0)
     x = denoise(torch.zeros(4, 8), velocity, settings)
-    assert seen == [(float(t), GEN) for t in schedule(6, 3.0)[:-1]]
+    assert seen == [(float(t), GEN) for t in get_timesteps(6, 3.0)[:-1]]
     torch.testing.assert_close(x, torch.full((4, 8), -2.0))  # over a time of one, whatever the steps
 
 

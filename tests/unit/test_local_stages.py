@@ -62,7 +62,7 @@ def test_a_client_that_leaves_while_denoising_frees_the_next_ones_place(make: Ma
     assert soon(lambda: _nothing_left(stages))
 
 
-def test_an_abandoned_requests_contexts_are_taken_back(local_stages: LocalStages) -> None:
+def test_an_aborted_requests_contexts_are_taken_back(local_stages: LocalStages) -> None:
     plan, job = think(local_stages, SMALL)
     assert not _nothing_left(local_stages)
     local_stages.abort(plan.request_id)

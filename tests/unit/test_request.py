@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_triton.model.flow import schedule
+from bagel_triton.model.flow import get_timesteps
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import Decoding, FlowSettings
 from bagel_triton.protocol.request import (
@@ -210,7 +210,7 @@ def _accepted(**fields: float) -> FlowSettings | None:
 def test_a_shift_that_is_accepted_gives_finite_times(shift: float) -> None:
     """The flow computes in float32: what that cannot carry must not become a black image."""
     settings = _accepted(timestep_shift=shift)
-    assert settings is None or bool(schedule(4, settings.timestep_shift).isfinite().all())
+    assert settings is None or bool(get_timesteps(4, settings.timestep_shift).isfinite().all())
 
 
 @pytest.mark.parametrize("field", ["cfg_text_scale", "cfg_img_scale"])

@@ -12,7 +12,7 @@ from bagel_triton.engine.dit.run import Latents
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import DenoiseJob, KVHandle, decode_handle
 from bagel_triton.protocol.tensors import Arrays
-from bagel_triton.triton.io import bytes_array, mapped, message_of, text_of
+from bagel_triton.triton.io import bytes_array, mapped, message_array, message_of, text_of
 from bagel_triton.triton.stage_model import StageModel
 from bagel_triton.triton.tickets import Work
 
@@ -26,7 +26,7 @@ def handle_of(inputs: Arrays) -> KVHandle:
 
 
 class TritonPythonModel(StageModel):
-    """``denoise_job`` -> ``latents``, ``latent_grid``, ``seed``."""
+    """``denoise_job`` -> ``latents``, ``latent_grid``, ``seed``, ``scheduling``."""
 
     def build(self, parts: StageResources) -> DitEngine:
         """The engine."""
@@ -41,9 +41,10 @@ class TritonPythonModel(StageModel):
                 "latents": torch.cat([image.tokens for image in images]).cpu().numpy(),
                 "latent_grid": np.array([images[0].rows, images[0].columns], dtype=np.int32),
                 "seed": np.array([job.flow.seed], dtype=np.int64),
+                "scheduling": message_array(job.scheduling),  # for the decoder
             }
 
-        return Work(job, job.request_id, outputs, job.schedule)
+        return Work(job, job.request_id, outputs, job.scheduling)
 
     def selftest(self, inputs: Arrays) -> Future[Arrays]:
         """Read the pattern that the thinker lent; the connector's name."""

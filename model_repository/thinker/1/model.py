@@ -27,7 +27,7 @@ class TritonPythonModel(StageModel):
     def work(self, inputs: Arrays, request_id: str) -> Work:
         """A plan's branches and text."""
         plan = message_of(inputs, "plan", Plan)
-        return Work(plan, plan.request_id, outputs, plan.schedule)
+        return Work(plan, plan.request_id, outputs, plan.scheduling)
 
     def selftest(self, inputs: Arrays) -> Future[Arrays]:
         """Lend a pattern; the lease as JSON."""

@@ -6,13 +6,15 @@ from bagel_triton.engine.build import StageResources, build_decoder
 from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.vae.engine import DecoderEngine
 from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.messages import SchedulingParams
 from bagel_triton.protocol.tensors import Arrays
+from bagel_triton.triton.io import message_of
 from bagel_triton.triton.stage_model import StageModel
 from bagel_triton.triton.tickets import Work
 
 
 class TritonPythonModel(StageModel):
-    """``latents``, ``latent_grid`` -> ``generated_image``."""
+    """``latents``, ``latent_grid``, optional ``scheduling`` -> ``generated_image``."""
 
     def build(self, parts: StageResources) -> DecoderEngine:
         """The engine."""
@@ -34,4 +36,6 @@ class TritonPythonModel(StageModel):
             allowed = f"[rows * columns, {self._channels}] of latent_grid, here [{rows}, {columns}]"
             raise InvalidRequest.value("latents", f"shape {shape}", allowed)
         latents = Latents(torch.from_numpy(inputs["latents"].copy()), rows, columns)
-        return Work(latents, request_id, lambda image: {"generated_image": image.numpy()})
+        known = "scheduling" in inputs
+        scheduling = message_of(inputs, "scheduling", SchedulingParams) if known else SchedulingParams()
+        return Work(latents, request_id, lambda image: {"generated_image": image.numpy()}, scheduling)

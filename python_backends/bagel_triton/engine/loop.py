@@ -1,4 +1,4 @@
-"""One thread that owns a device and works on many jobs at once."""
+"""The loop every engine shares: one thread that owns a device and works on many jobs at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -25,13 +25,12 @@ from bagel_triton.protocol.errors import (
     StageUnavailable,
     from_exception,
 )
-from bagel_triton.protocol.events import Event, ProgressEvent, Stage, StageStats
+from bagel_triton.protocol.events import ProgressEvent, Stage, StageStats
 from bagel_triton.protocol.messages import SchedulingParams
+from bagel_triton.protocol.timing import ENGINE_POLL_S, HEARTBEAT_S, LEASE_RENEWAL_S
 from bagel_triton.telemetry.metrics import ChangedGauges, Metrics, NoMetrics
 
-KEEP_S, SIGN_OF_LIFE_S = 0.05, 1.0
 log = logging.getLogger(__name__)
-
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -39,7 +38,7 @@ Value = TypeVar("Value")
 
 
 class Call(Generic[Value]):
-    """A question to an engine, answered on its thread by ``function``."""
+    """A function to run on an engine's thread; ``future`` resolves to its result."""
 
     def __init__(self, function: Callable[[], Value]) -> None:
         self._function, self.future = function, Future[Value]()
@@ -54,16 +53,16 @@ class Call(Generic[Value]):
 
 @dataclass(eq=False)
 class Job(Generic[Task, Result]):
-    """One request's visit to a stage.
+    """One request's work at a stage.
 
-    ``done`` resolves, from the worker's thread, to the result and its timing; ``progress``
-    is called from there too and must not block.
+    ``done`` resolves, on the engine's thread, to the result and its timing. ``progress`` is
+    called on that thread too and must not block.
     """
 
     request_id: str
     task: Task
-    progress: Callable[[Event], None]
-    schedule: SchedulingParams = field(default_factory=SchedulingParams)
+    progress: Callable[[Any], None]
+    scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     done: Future[tuple[Result, StageStats]] = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
@@ -81,20 +80,20 @@ class Job(Generic[Task, Result]):
         self.done.set_exception(from_exception(error))
 
     @property
-    def rank(self) -> tuple[int, float]:
-        """Its place among those that wait: by priority, then by age."""
-        return self.schedule.priority, self.submitted_at
+    def rank(self) -> tuple[bool, int, float]:
+        """Order among waiting jobs: previews last, then by priority, then by age."""
+        return self.scheduling.preview, self.scheduling.priority, self.submitted_at
 
     @property
     def expired(self) -> bool:
-        """Whether its time is up."""
-        return self.schedule.deadline is not None and time.time() > self.schedule.deadline
+        """Whether the deadline has passed."""
+        return self.scheduling.deadline is not None and time.time() > self.scheduling.deadline
 
 
 class WaitingQueue(Generic[Task, Result]):
-    """Jobs by priority, then by age; at most ``limit``, those on their way here counted.
+    """Jobs by rank; at most ``limit``, counting those still in the inbox.
 
-    Places are reserved from any thread; everything else is the worker's.
+    Any thread may reserve a place; everything else belongs to the engine's thread.
     """
 
     def __init__(self, limit: int) -> None:
@@ -103,24 +102,24 @@ class WaitingQueue(Generic[Task, Result]):
         self._lock = threading.Lock()
 
     def reserve(self) -> bool:
-        """Take a place for a job to come; False where all are taken."""
+        """Take a place for a job that is about to be added; False if all are taken."""
         with self._lock:
             free = self.taken < self._limit
             self.taken += free
             return free
 
     def add(self, job: Job[Task, Result]) -> None:
-        """Let ``job`` take its reserved place."""
+        """Put ``job`` in its reserved place."""
         insort(self._jobs, job, key=lambda waiting: waiting.rank)
 
     def remove(self, job: Job[Task, Result]) -> None:
-        """Let ``job`` leave."""
+        """Take ``job`` out."""
         self._jobs.remove(job)
         with self._lock:
             self.taken -= 1
 
     def __iter__(self) -> Iterator[Job[Task, Result]]:
-        """The first in line first; jobs may leave meanwhile."""
+        """The first in line first; jobs may be removed during the iteration."""
         return iter(list(self._jobs))
 
     def __len__(self) -> int:
@@ -131,16 +130,16 @@ class WaitingQueue(Generic[Task, Result]):
 
 
 class EngineLoop(ABC, Generic[Task, Result]):
-    """The loop every engine shares: take jobs in, admit what fits, step what is active.
+    """Takes jobs in, admits those that fit, and steps the active ones together.
 
-    Subclasses own ``active`` jobs and implement :meth:`_admit`, :meth:`_step` and
-    :meth:`_drop`. An exception in a step fails the jobs that took part in it, and the
-    worker goes on. Jobs wait by priority, then by age, and no more than ``max_waiting``
-    of them; one whose deadline passes fails wherever it is. ``pool`` belongs to this engine and is closed with it.
+    Subclasses hold the active jobs and implement :meth:`_active`, :meth:`_admit`,
+    :meth:`_step` and :meth:`_free`. An exception in a step fails the jobs of that step, and
+    the loop goes on. At most ``max_waiting`` jobs wait; a job whose deadline passes fails,
+    waiting or active. ``pool`` belongs to this engine and is closed with it.
     """
 
     stage: Stage
-    poll_s = 0.02  # how soon a condition without a wake-up, such as a released lease, is noticed
+    poll_s = ENGINE_POLL_S
 
     def __init__(
         self,
@@ -153,20 +152,27 @@ class EngineLoop(ABC, Generic[Task, Result]):
         self.gauge = ChangedGauges(self.metrics, f"{self.stage}_")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: WaitingQueue[Task, Result] = WaitingQueue(max_waiting)
-        self._closing, self.lost = threading.Event(), threading.Event()  # lost: its device is, for this process
+        self._closing = threading.Event()
+        self.lost = threading.Event()  # set when this process can no longer use its device
         self._closed, self._closing_lock = False, threading.Lock()
-        self._told_at = self._kept_at = time.monotonic()
+        self._heartbeat_at = self._renewed_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"{self.stage}-engine", daemon=True)
 
+    # --- from any thread ---
+
     def start(self) -> None:
-        """Start the thread; the subclass is fully built by then."""
+        """Start the thread; call it when the subclass is fully built."""
         self._thread.start()
 
     def submit(
-        self, task: Task, request_id: str, progress: Callable[[Event], None], schedule: SchedulingParams | None = None
+        self,
+        task: Task,
+        request_id: str,
+        progress: Callable[[Any], None],
+        scheduling: SchedulingParams | None = None,
     ) -> Job[Task, Result]:
-        """Queue ``task``; from any thread."""
-        job: Job[Task, Result] = Job(request_id, task, progress, schedule or SchedulingParams())
+        """Queue ``task``; the job fails at once if the queue is full or the engine closed."""
+        job: Job[Task, Result] = Job(request_id, task, progress, scheduling or SchedulingParams())
         try:
             self._check(task)
         except BagelError as error:
@@ -184,7 +190,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
         return job
 
     def call(self, function: Callable[[], Value]) -> Future[Value]:
-        """What ``function`` returns or raises, run between steps on the worker's thread; from any thread."""
+        """Run ``function`` on the engine's thread between two steps; its result or exception."""
         call = Call(function)
         with self._closing_lock:
             if self._closed:
@@ -193,13 +199,13 @@ class EngineLoop(ABC, Generic[Task, Result]):
                 self._inbox.put(call.run)
         return call.future
 
-    def cancel(self, request_id: str) -> None:
-        """Drop what ``request_id`` has here, waiting or active; from any thread."""
-        self._inbox.put(lambda: self._cancel(request_id, self._jobs))
+    def abort(self, request_id: str) -> None:
+        """Abort every job of ``request_id``, waiting or active, and revoke its leases."""
+        self._inbox.put(lambda: self._abort_request(request_id, self._jobs))
 
-    def drop(self, job: Job[Task, Result]) -> None:
-        """Drop ``job`` and what its request has here; from any thread."""
-        self._inbox.put(lambda: self._cancel(job.request_id, [job]))
+    def abort_job(self, job: Job[Task, Result]) -> None:
+        """Abort ``job``, if it has not ended, and revoke its request's leases."""
+        self._inbox.put(lambda: self._abort_request(job.request_id, [job]))
 
     def close(self) -> None:
         """Fail what is left with :class:`StageUnavailable` and end the thread."""
@@ -208,36 +214,41 @@ class EngineLoop(ABC, Generic[Task, Result]):
         self._thread.join()
         self._pool.close()
 
-    # --- the engine's part, all on the worker's thread ---
+    # --- what a subclass implements, on the engine's thread but for _check ---
 
     @abstractmethod
     def _active(self) -> list[Job[Task, Result]]:
         """Jobs that the next step works on."""
 
     def _check(self, task: Task) -> None:
-        """Raise a BagelError for a task that may not even wait; called from any thread."""
+        """Raise a BagelError for a task that must not even wait; called from any thread."""
 
     @abstractmethod
     def _admit(self, job: Job[Task, Result]) -> bool:
-        """Make ``job`` active; False if there is no room yet. An exception fails the job."""
+        """Make ``job`` active; False if it does not fit yet. An exception fails the job."""
 
     @abstractmethod
     def _step(self) -> None:
-        """Advance the active jobs and finish those that are through."""
+        """Advance the active jobs and finish those that are complete."""
 
     @abstractmethod
-    def _drop(self, job: Job[Task, Result]) -> None:
-        """Free what an active job holds."""
+    def _free(self, job: Job[Task, Result]) -> None:
+        """Free what an active job holds; it is active no more."""
 
     def _on_rejected(self, job: Job[Task, Result]) -> None:
-        """Free what came with a job that will not be admitted any more."""
+        """Release what came with a job that will not be admitted."""
 
-    def _housekeep(self) -> bool:
-        """Between steps; True while something is pending that needs polling."""
-        return False
+    def _renew_leases(self, job: Job[Task, Result]) -> None:
+        """Keep a waiting job's leases from expiring; an exception fails the job."""
 
     def _revoke_leases(self, request_id: str) -> None:
-        """Free what a request left behind after its job was done."""
+        """Take back the leases a request left behind after its job was done."""
+
+    def _housekeep(self) -> bool:
+        """Run between steps; True while something is pending that needs polling."""
+        return False
+
+    # --- the loop ---
 
     def _run(self) -> None:
         self._pool.use_caller_thread()
@@ -246,26 +257,27 @@ class EngineLoop(ABC, Generic[Task, Result]):
                 self._turn()
             except Exception as error:
                 log.exception("%s: a step failed", self.stage)
-                if not self._ends_with(error):
-                    self._fail_active(error)
+                if not self._device_lost(error):
+                    for job in self._active():
+                        self._fail(job, error)
         self._shut_down()
 
-    def _ends_with(self, error: Exception) -> bool:
-        """Whether this worker ends, as ``error`` came of a device that no later step can use."""
+    def _device_lost(self, error: Exception) -> bool:
+        """Whether ``error`` came from a device that no later step can use, which ends this engine."""
         if not isinstance(error, BagelError) and is_lost(self._device):
             log.error("%s: %s is lost to this process", self.stage, self._device)
             self.lost.set()
         return self.lost.is_set()
 
     def _turn(self) -> None:
-        """Take in, admit, and step; or wait, where there is nothing to step."""
+        """Take in, admit, and step; or wait if there is nothing to step."""
         self._drain(0.0)
         polling = self._housekeep()
-        self._expire()
+        self._fail_expired()
         self._admit_waiting()
         self.gauge("active", len(self._active()))
         self.gauge("waiting", len(self._waiting))
-        self._send_heartbeats()
+        self._serve_waiting()
         if self._active():
             started = time.monotonic()
             self._step()
@@ -274,41 +286,8 @@ class EngineLoop(ABC, Generic[Task, Result]):
             release_intraop_threads()
             self._drain(self.poll_s if polling or self._waiting else None)
 
-    def _send_heartbeats(self) -> None:
-        """A sign of life to those who wait: without one a busy stage looks dead."""
-        now = time.monotonic()
-        if now - self._kept_at > KEEP_S:
-            self._kept_at = now
-            for job in self._waiting:
-                try:
-                    self._renew_leases(job)
-                except Exception as error:  # its own failure, not that of those being worked on
-                    self._remove(job)
-                    job.fail(error)
-        if now - self._told_at > SIGN_OF_LIFE_S:
-            self._told_at = now
-            for job in self._waiting:
-                job.progress(ProgressEvent(self.stage, 0, 0))
-
-    def _renew_leases(self, job: Job[Task, Result]) -> None:
-        """See that what a waiting job needs is still there when its turn comes; a BagelError fails it."""
-
-    def _expire(self) -> None:
-        """Fail every job whose time is up, waiting or active."""
-        for job in [job for job in self._jobs if job.expired]:
-            self._remove(job)
-            job.fail(DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout"))
-            self._revoke_leases(job.request_id)
-
-    def _remove(self, job: Job[Task, Result]) -> None:
-        """Take a job from the line, or from the active ones."""
-        if job in self._waiting:
-            self._waiting.remove(job)
-            self._on_rejected(job)
-        else:
-            self._drop(job)
-
     def _drain(self, wait_s: float | None) -> None:
+        """Run what is in the inbox; wait up to ``wait_s`` seconds (None: forever) for something."""
         try:
             message = self._inbox.get_nowait() if wait_s == 0.0 else self._inbox.get(timeout=wait_s)
             while True:
@@ -325,33 +304,63 @@ class EngineLoop(ABC, Generic[Task, Result]):
                 job.started_at = time.monotonic()
                 self.metrics.observe(f"{self.stage}_queue_seconds", job.started_at - job.submitted_at)
             except Exception as error:
-                self._ends_with(error)
+                self._device_lost(error)
                 self._on_rejected(job)
                 job.fail(error)
             self._waiting.remove(job)
+
+    def _serve_waiting(self) -> None:
+        """Renew the leases of waiting jobs and send their heartbeats, each when due."""
+        now = time.monotonic()
+        if now - self._renewed_at > LEASE_RENEWAL_S:
+            self._renewed_at = now
+            for job in self._waiting:
+                try:
+                    self._renew_leases(job)
+                except Exception as error:  # this job's failure, not that of the active ones
+                    self._fail(job, error)
+        if now - self._heartbeat_at > HEARTBEAT_S:
+            self._heartbeat_at = now
+            self._send_heartbeats()
+
+    def _send_heartbeats(self) -> None:
+        """Show waiting requests that the stage is alive: silence would look like a dead one."""
+        for job in self._waiting:
+            job.progress(ProgressEvent(self.stage, 0, 0))
+
+    # --- the end of a job: every path but success ---
 
     @property
     def _jobs(self) -> list[Job[Task, Result]]:
         return [*self._waiting, *self._active()]
 
-    def _cancel(self, request_id: str, among: Sequence[Job[Task, Result]]) -> None:
+    def _fail(self, job: Job[Task, Result], error: Exception) -> None:
+        """Take ``job`` out of the queue or the active ones, free what it holds, and fail it."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self._on_rejected(job)
+        else:
+            self._free(job)
+        job.fail(error)
+
+    def _abort_request(self, request_id: str, among: Sequence[Job[Task, Result]]) -> None:
         for job in [job for job in self._jobs if job in among and job.request_id == request_id]:
-            self._remove(job)
-            job.fail(Cancelled(f"request {request_id} was cancelled"))
+            self._fail(job, Cancelled(f"request {request_id} was cancelled"))
             self.metrics.count(f"{self.stage}_cancelled")
         self._revoke_leases(request_id)
 
-    def _fail_active(self, error: Exception) -> None:
-        for job in self._active():
-            self._drop(job)
-            job.fail(error)
+    def _fail_expired(self) -> None:
+        for job in [job for job in self._jobs if job.expired]:
+            self._fail(job, DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout"))
+            self._revoke_leases(job.request_id)
 
     def _shut_down(self) -> None:
         with self._closing_lock:
             self._closed = True
         self._drain(0.0)
-        reason = "lost its device and starts again" if self.lost.is_set() else "is shutting down"
-        for job in self._jobs:
-            if not self.lost.is_set():  # else to free what it holds there would fail, too
-                self._remove(job)
-            job.fail(StageUnavailable(f"{self.stage} {reason}"))
+        if self.lost.is_set():  # freeing memory of a lost device would fail, too
+            for job in self._jobs:
+                job.fail(StageUnavailable(f"{self.stage} lost its device and starts again"))
+        else:
+            for job in self._jobs:
+                self._fail(job, StageUnavailable(f"{self.stage} is shutting down"))

@@ -23,7 +23,7 @@ def initial_noise(seed: int, tokens: int, channels: int) -> Tensor:
     return torch.randn(tokens, channels, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def schedule(num_steps: int, shift: float) -> Tensor:
+def get_timesteps(num_steps: int, shift: float) -> Tensor:
     """Flow times, [num_steps] float32 from 1 to 0; N points make N - 1 updates."""
     t = torch.linspace(1, 0, num_steps)
     shifted: Tensor = shift * t / (1 + (shift - 1) * t)
@@ -80,7 +80,7 @@ def combine(velocities: dict[Branch, Tensor], settings: FlowSettings) -> Tensor:
 def denoise(x: Tensor, velocity: Velocity, settings: FlowSettings) -> Tensor:
     """The whole flow of one image, one branch at a time: the plain form of what the
     engine does for many images at once."""
-    for t, t_next in pairwise(schedule(settings.num_inference_steps, settings.timestep_shift)):
+    for t, t_next in pairwise(get_timesteps(settings.num_inference_steps, settings.timestep_shift)):
         velocities = {branch: velocity(x, t, branch) for branch in guidance_branches(t, settings)}
         x = x - combine(velocities, settings) * (t - t_next)
     return x

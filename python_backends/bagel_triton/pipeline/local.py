@@ -20,7 +20,7 @@ from bagel_triton.engine.vae.engine import DecoderEngine
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.events import StageStats
-from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput
+from bagel_triton.protocol.messages import DenoiseJob, Plan, SchedulingParams, ThinkerOutput
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.telemetry.metrics import Metrics
 
@@ -61,22 +61,22 @@ class LocalStages:
     def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         """Queue at the thinker."""
         visit: StageCall[ThinkerOutput] = StageCall("thinker")
-        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress, plan.schedule))
+        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress, plan.scheduling))
 
     def denoise(self, job: DenoiseJob) -> StageCall[Sequence[Latents]]:
         """Queue at the DiT."""
         visit: StageCall[Sequence[Latents]] = StageCall("dit")
-        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress, job.schedule))
+        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress, job.scheduling))
 
-    def decode(self, latents: Latents, request_id: str) -> StageCall[Tensor]:
+    def decode(self, latents: Latents, request_id: str, scheduling: SchedulingParams) -> StageCall[Tensor]:
         """Queue at the decoder."""
         visit: StageCall[Tensor] = StageCall("vae_decode")
-        return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress))
+        return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress, scheduling))
 
     def abort(self, request_id: str) -> None:
-        """Cancel in every engine."""
+        """Abort in every engine."""
         for engine in (self.decoder, self.dit, self.thinker):
-            engine.cancel(request_id)
+            engine.abort(request_id)
 
     def close(self) -> None:
         """Stop every engine."""

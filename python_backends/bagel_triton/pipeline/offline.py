@@ -21,9 +21,9 @@ from torch import Tensor
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.pipeline.local import LocalStages
-from bagel_triton.pipeline.pipeline import GeneratedImage, LatentsT, Pipeline, PixelsT, RequestT, Stages
+from bagel_triton.pipeline.pipeline import Item, LatentsT, Pipeline, PixelsT, RequestT, Stages
 from bagel_triton.protocol.errors import BagelError, Cancelled, StageUnavailable, from_exception
-from bagel_triton.protocol.events import DoneEvent, Event, ProgressEvent, StageStats
+from bagel_triton.protocol.events import DoneEvent, ProgressEvent, StageStats
 from bagel_triton.protocol.request import GenerationRequest
 
 
@@ -86,7 +86,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def run_batch(
     stages: Stages[RequestT, LatentsT, PixelsT], requests: Sequence[RequestT], silence_s: float, max_inflight: int
-) -> Generator[tuple[int, Event | GeneratedImage[PixelsT] | BagelError], None, None]:
+) -> Generator[tuple[int, Item[PixelsT] | BagelError], None, None]:
     """Run ``requests`` together; (index, what happened), each request's in order.
 
     A request's last item is a :class:`DoneEvent`, or its error, which is that request's alone.
@@ -94,7 +94,7 @@ def run_batch(
     :class:`StageUnavailable`. Closing the iterator cancels them.
     """
     pipeline = Pipeline(stages, math.inf)
-    happened: queue.SimpleQueue[tuple[int, Event | GeneratedImage[PixelsT] | BagelError]] = queue.SimpleQueue()
+    happened: queue.SimpleQueue[tuple[int, Item[PixelsT] | BagelError]] = queue.SimpleQueue()
     stop = threading.Event()
 
     def follow(index: int, request: RequestT) -> None:

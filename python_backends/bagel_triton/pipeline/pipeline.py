@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from bagel_triton.pipeline.stage_call import StageCall
-from bagel_triton.protocol.events import AnswerEvent, DoneEvent, Event, ImageEvent, StageStats
-from bagel_triton.protocol.messages import Answer, DenoiseJob, FlowSettings, Plan, ThinkerOutput, Usage
+from bagel_triton.protocol.events import (
+    AnswerEvent,
+    DoneEvent,
+    Event,
+    ImageEvent,
+    PartialImageEvent,
+    Preview,
+    StageStats,
+)
+from bagel_triton.protocol.messages import (
+    Answer,
+    DenoiseJob,
+    FlowSettings,
+    Plan,
+    SchedulingParams,
+    ThinkerOutput,
+    Usage,
+)
 from bagel_triton.telemetry.tracing import (
     Attributes,
     Span,
@@ -40,7 +57,7 @@ class Stages(Protocol[RequestT, LatentsT, PixelsT]):
     def denoise(self, job: DenoiseJob) -> StageCall[Sequence[LatentsT]]:
         """``dit``: claim the contexts and run the flow, of every image asked for."""
 
-    def decode(self, latents: LatentsT, request_id: str) -> StageCall[PixelsT]:
+    def decode(self, latents: LatentsT, request_id: str, scheduling: SchedulingParams) -> StageCall[PixelsT]:
         """``vae_decode``: one image's latents to uint8 [height, width, 3]."""
 
     def abort(self, request_id: str) -> None:
@@ -55,6 +72,17 @@ class GeneratedImage(Generic[PixelsT]):
     pixels: PixelsT
 
 
+@dataclass(frozen=True)
+class PartialImage(Generic[PixelsT]):
+    """A preview and its description."""
+
+    event: PartialImageEvent
+    pixels: PixelsT
+
+
+Item = Event | GeneratedImage[PixelsT] | PartialImage[PixelsT]
+
+
 class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
     """Chains the stages for one request at a time per call; calls may run in parallel."""
 
@@ -63,7 +91,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
 
     def run(
         self, request: RequestT, cancelled: Callable[[], bool] = lambda: False, span: Span | None = None
-    ) -> Iterator[Event | GeneratedImage[PixelsT]]:
+    ) -> Iterator[Item[PixelsT]]:
         """Events of one request, :class:`DoneEvent` last; ``span``, the request's, is told of each visit.
 
         Raises:
@@ -73,10 +101,17 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         started, deadline = time.time(), None
         whole = span or Span()
 
-        def follow(visit: StageCall[T], attributes: Attributes = MappingProxyType({})) -> Generator[Event, None, T]:
+        def follow(
+            visit: StageCall[T], attributes: Attributes = MappingProxyType({})
+        ) -> Generator[Item[PixelsT], None, T]:
             with whole.child(visit.stage, visit.started_at) as part:
                 part.set_attributes(attributes)
-                result, stats = yield from visit.follow(cancelled, self._timeout_s, deadline)
+                for item in (following := _Following(visit.follow(cancelled, self._timeout_s, deadline))):
+                    if isinstance(item, Preview):
+                        self._decode_preview(item, visit, plan)
+                    else:
+                        yield item
+                result, stats = following.result
                 part.set_attributes({"queue_s": stats.queue_s, "run_s": stats.run_s})
                 if isinstance(result, ThinkerOutput):
                     part.set_attributes(text_attributes(result.answers))
@@ -85,8 +120,8 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
 
         plan = yield from follow(self._stages.expand(request))
         whole.set_attributes(request_attributes(plan))
-        if plan.schedule.deadline is not None:  # it was set when the plan was made, which took its time
-            deadline = plan.schedule.deadline - (time.time() - started)
+        if plan.scheduling.deadline is not None:  # it was set when the plan was made, which took its time
+            deadline = plan.scheduling.deadline - (time.time() - started)
         images: list[PixelsT] = []
         finished = False
         try:
@@ -95,7 +130,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
             yield from _answers(thoughts.answers)
             if thoughts.job is not None:
                 latents = yield from follow(self._stages.denoise(thoughts.job), image_attributes(plan.flow))
-                for visit in [self._stages.decode(one, plan.request_id) for one in latents]:
+                for visit in [self._stages.decode(one, plan.request_id, plan.scheduling) for one in latents]:
                     images.append((yield from follow(visit, size_attributes(plan.flow))))
             finished = True
         finally:
@@ -104,6 +139,28 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         if plan.flow is not None:
             yield from _images(plan.flow, images)
         yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, thoughts.answers), _by_stage(times))
+
+    def _decode_preview(self, preview: Preview[LatentsT], denoising: StageCall[Any], plan: Plan) -> None:
+        """Have a preview decoded; its image joins the events of ``denoising``, unless that ends first."""
+        scheduling = msgspec.structs.replace(plan.scheduling, preview=True)
+
+        def deliver(decoded: Future[tuple[PixelsT, StageStats]]) -> None:
+            if decoded.exception() is None:  # a preview that failed is left out
+                denoising.progress(PartialImage(preview.event, decoded.result()[0]))
+
+        self._stages.decode(preview.latents, plan.request_id, scheduling).done.add_done_callback(deliver)
+
+
+class _Following(Generic[T]):
+    """Iterates over a generator and keeps what it returns."""
+
+    result: T
+
+    def __init__(self, items: Generator[Any, None, T]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        self.result = yield from self._items
 
 
 def _answers(answers: Sequence[Answer]) -> Iterator[AnswerEvent]:

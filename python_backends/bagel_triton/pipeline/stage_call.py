@@ -5,14 +5,14 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Generator
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 from bagel_triton.protocol.errors import BagelError, Cancelled, DeadlineExceeded, StageUnavailable, from_exception
-from bagel_triton.protocol.events import Event, Stage, StageStats
+from bagel_triton.protocol.events import Stage, StageStats
+from bagel_triton.protocol.timing import LAST_WORDS_S, REQUEST_POLL_S
 
 Result = TypeVar("Result")
-POLL_S = 0.05  # how soon a client that left, or a stage that died, is noticed
-LAST_WORDS_S = 0.3  # answers of a dead process, or of another process of its stage, may still arrive
 
 
 class StageCall(Generic[Result]):
@@ -24,23 +24,28 @@ class StageCall(Generic[Result]):
     def __init__(self, stage: Stage, alive: Callable[[], bool] = lambda: True) -> None:
         self.stage, self.started_at = stage, time.time()
         self.alive = alive
-        self._items: queue.SimpleQueue[Event | BagelError | tuple[Result, StageStats]] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.done: Future[tuple[Result, StageStats]] = Future()
 
-    def progress(self, event: Event) -> None:
+    def progress(self, event: Any) -> None:
         """Report an event of the stage; any event also shows that the stage is alive."""
         self._items.put(event)
 
     def finish(self, result: Result, stats: StageStats) -> None:
         """End the call with the stage's answer."""
         self._items.put((result, stats))
+        if not self.done.done():
+            self.done.set_result((result, stats))
 
     def fail(self, error: BaseException) -> None:
         """End the call with an error."""
         self._items.put(from_exception(error))
+        if not self.done.done():
+            self.done.set_exception(from_exception(error))
 
     def follow(
         self, cancelled: Callable[[], bool], timeout_s: float, deadline: float | None = None
-    ) -> Generator[Event, None, tuple[Result, StageStats]]:
+    ) -> Generator[Any, None, tuple[Result, StageStats]]:
         """Yield events until the answer, and return it.
 
         Raises:
@@ -56,7 +61,7 @@ class StageCall(Generic[Result]):
             if deadline is not None and time.time() > deadline:
                 raise DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout")
             try:
-                item = self._items.get(timeout=POLL_S)
+                item = self._items.get(timeout=REQUEST_POLL_S)
             except queue.Empty:
                 now = time.monotonic()
                 if self.alive():

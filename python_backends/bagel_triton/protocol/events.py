@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -10,6 +11,7 @@ from bagel_triton.protocol.messages import Message
 from bagel_triton.protocol.messages import TokenLogprob as TokenLogprob
 from bagel_triton.protocol.messages import Usage as Usage
 
+Latents = TypeVar("Latents")
 Stage = Literal["cfg_expand", "thinker", "dit", "vae_decode"]
 
 
@@ -95,6 +97,14 @@ class DoneEvent(Message, frozen=True, tag="done"):
     seed: int | None  # of the first image or answer; None for greedy text
     usage: Usage
     stages: tuple[StageStats, ...]
+
+
+@dataclass(frozen=True)
+class Preview(Generic[Latents]):
+    """What the DiT reports for a preview: the clean latents it predicts, to be decoded. Clients never see it."""
+
+    event: PartialImageEvent
+    latents: Latents
 
 
 Event = ProgressEvent | TextEvent | AnswerEvent | PartialImageEvent | ImageEvent | DoneEvent

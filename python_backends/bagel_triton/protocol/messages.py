@@ -53,10 +53,11 @@ def decode(data: bytes, kind: type[M]) -> M:
 
 
 class SchedulingParams(Message, frozen=True):
-    """When a request is worked on: lower ``priority`` first; not after ``deadline``, Unix seconds."""
+    """When a request is worked on: lower ``priority`` first, previews last; not after ``deadline``, Unix seconds."""
 
     priority: int = 0
     deadline: float | None = None
+    preview: bool = False
 
 
 class Branch(StrEnum):
@@ -206,7 +207,7 @@ class Plan(Message, frozen=True):
     usage: Usage
     flow: FlowSettings | None = None  # None where no image is wanted
     decoding: Decoding | None = None
-    schedule: SchedulingParams = SchedulingParams()
+    scheduling: SchedulingParams = SchedulingParams()
 
     def __post_init__(self) -> None:
         own = [plan.branch for plan in self.branches if plan.same_as is None]
@@ -309,7 +310,7 @@ class DenoiseJob(Message, frozen=True):
     flow: FlowSettings
     handles: tuple[KVHandle, ...]
     branches: tuple[BranchKV, ...]
-    schedule: SchedulingParams = SchedulingParams()
+    scheduling: SchedulingParams = SchedulingParams()
 
     def __post_init__(self) -> None:
         if {context.branch for context in self.branches} != set(Branch):

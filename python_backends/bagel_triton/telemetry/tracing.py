@@ -163,7 +163,7 @@ def request_attributes(plan: Plan) -> Attributes:
         "unique_request_id": plan.request_id,  # of equal ids that clients gave, each is told apart
         "modality": "text" if plan.flow is None else "image",
         "prompt_tokens": plan.usage.prompt_tokens,
-        "priority": plan.schedule.priority,
+        "priority": plan.scheduling.priority,
         **text,
         **image_attributes(plan.flow),
     }

@@ -13,9 +13,9 @@ from bagel_triton.deploy.config import DeployConfig, from_environment
 from bagel_triton.ipc import control_file
 from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.pipeline.in_flight import InFlight
-from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
+from bagel_triton.pipeline.pipeline import GeneratedImage, Item, PartialImage, Pipeline
 from bagel_triton.protocol.errors import Cancelled, StageUnavailable, from_exception
-from bagel_triton.protocol.events import Event, PartialImageEvent, ProgressEvent, TextEvent, encode_event
+from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
@@ -132,14 +132,14 @@ class Orchestrator:
         self._announcement.withdraw()
 
 
-def _response(item: Event | GeneratedImage[Any]) -> Arrays:
-    if isinstance(item, GeneratedImage):
+def _response(item: Item[Any]) -> Arrays:
+    if isinstance(item, GeneratedImage | PartialImage):
         event = triton_io.bytes_array(encode_event(item.event))
         return {"event": event, "generated_image": np.asarray(item.pixels)}
     return {"event": triton_io.bytes_array(encode_event(item))}
 
 
-def one_response(items: Iterator[Event | GeneratedImage[Any]]) -> Arrays:
+def one_response(items: Iterator[Item[Any]]) -> Arrays:
     """A whole request in one response: its lasting events, and the images below each other.
 
     ``event`` [events] has no progress, previews or pieces of texts: the answers have the texts whole.
@@ -147,10 +147,9 @@ def one_response(items: Iterator[Event | GeneratedImage[Any]]) -> Arrays:
     """
     events, images = [], []
     for item in items:
-        event = item.event if isinstance(item, GeneratedImage) else item
-        if isinstance(event, ProgressEvent | TextEvent | PartialImageEvent):
+        if isinstance(item, ProgressEvent | TextEvent | PartialImage):
             continue
-        events.append(encode_event(event))
+        events.append(encode_event(item.event if isinstance(item, GeneratedImage) else item))
         if isinstance(item, GeneratedImage):
             images.append(np.asarray(item.pixels))
     arrays: Arrays = {"event": np.array(events, dtype=np.object_)}

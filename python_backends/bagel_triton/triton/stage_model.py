@@ -12,7 +12,7 @@ from bagel_triton.engine.loop import Job
 from bagel_triton.ipc import control_file as notices
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
-from bagel_triton.protocol.events import Event
+from bagel_triton.protocol.events import Event, Preview
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.telemetry.metric_defs import SUPERVISOR
 from bagel_triton.triton import io as triton_io
@@ -26,10 +26,10 @@ class Engine(Protocol):
 
     lost: threading.Event
 
-    def cancel(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> None:
         """Abort a request's work here."""
 
-    def drop(self, job: Job[Any, Any]) -> None:
+    def abort_job(self, job: Job[Any, Any]) -> None:
         """Abort this job."""
 
     def close(self) -> None:
@@ -57,8 +57,8 @@ class StageModel:
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if controlled else [])])
         resources = StageResources.open(config)
         self.engine, self._weights = self.build(resources), resources.weights
-        self._disconnects = DisconnectWatcher(self.engine.drop)
-        self._tickets = TicketStore(self.engine.drop, liveness.holds_lock, config.shm_prefix)
+        self._disconnects = DisconnectWatcher(self.engine.abort_job)
+        self._tickets = TicketStore(self.engine.abort_job, liveness.holds_lock, config.shm_prefix)
         self._closing = threading.Event()
         if controlled:
             notices.start_watching(config.shm_prefix, self.metrics, self._closing)
@@ -92,14 +92,14 @@ class StageModel:
             if "ticket" in inputs:
                 return self._answer_ticket(inputs, request)
             if "abort" in inputs:
-                self.engine.cancel(triton_io.text_of(inputs, "abort"))
+                self.engine.abort(triton_io.text_of(inputs, "abort"))
                 return triton_io.response({})
             if "selftest" in inputs:
                 tested = self.selftest(inputs)
                 triton_io.Reply(request, self._outbox).answer(tested)
                 return None
             work = self.work(inputs, request.request_id())
-            job = self.engine.submit(work.task, work.request_id, _ignore, work.schedule)
+            job = self.engine.submit(work.task, work.request_id, _ignore, work.scheduling)
         except Exception as error:
             return triton_io.error_response(error)
         reply = triton_io.Reply(request, self._outbox)
@@ -123,7 +123,13 @@ class StageModel:
     def _submit(self, call: Submit, inputs: Arrays, request_id: str) -> None:
         def start(progress: Any) -> tuple[Work, Job[Any, Any]]:
             work = self.work(inputs, request_id)
-            return work, self.engine.submit(work.task, work.request_id, progress, work.schedule)
+
+            def report(event: Event | Preview[Any]) -> None:
+                if isinstance(event, Preview):
+                    event = Preview(event.event, work.outputs([event.latents]))
+                progress(event)
+
+            return work, self.engine.submit(work.task, work.request_id, report, work.scheduling)
 
         self._tickets.submit(call, start)
 

@@ -14,7 +14,7 @@ from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.events import Stage, decode_stats
-from bagel_triton.protocol.messages import DenoiseJob, Plan, ThinkerOutput, decode, encode
+from bagel_triton.protocol.messages import DenoiseJob, Message, Plan, SchedulingParams, ThinkerOutput, decode, encode
 from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.triton.ticket_client import Doorbell, ModelCall, TicketClient
 
@@ -103,10 +103,10 @@ class TritonStages:
         outputs = ["latents", "latent_grid"]
         return self._submit(DIT, {"denoise_job": _message(job)}, outputs, _split_latents, job.request_id)
 
-    def decode(self, latents: Arrays, request_id: str) -> StageCall[Array]:
+    def decode(self, latents: Arrays, request_id: str, scheduling: SchedulingParams) -> StageCall[Array]:
         """``vae_decode``."""
-        name = "generated_image"
-        return self._submit(DECODER, latents, [name], lambda arrays: arrays[name], request_id)
+        name, inputs = "generated_image", {**latents, "scheduling": _message(scheduling)}
+        return self._submit(DECODER, inputs, [name], lambda arrays: arrays[name], request_id)
 
     def abort(self, request_id: str) -> None:
         """Stop the request's work in every stage and revoke its leases."""
@@ -130,7 +130,7 @@ def _bytes(array: Array) -> bytes:
     return bytes(array.reshape(-1)[0])
 
 
-def _message(message: Plan | DenoiseJob) -> Array:
+def _message(message: Message) -> Array:
     return np.array([encode(message)], dtype=np.object_)
 
 

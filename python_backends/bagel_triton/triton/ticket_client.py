@@ -22,7 +22,7 @@ import numpy as np
 
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.errors import BagelError, Internal, StageUnavailable, from_exception, from_text
-from bagel_triton.protocol.events import StageStats
+from bagel_triton.protocol.events import Preview, StageStats
 from bagel_triton.protocol.messages import encode
 from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.triton.tickets import (
@@ -32,6 +32,7 @@ from bagel_triton.triton.tickets import (
     Finished,
     News,
     Poll,
+    Previewed,
     Progress,
     Submit,
     TicketAnswer,
@@ -245,6 +246,8 @@ class TicketClient:
             return
         if isinstance(event, Progress):
             opened.call.progress(event.event)
+        elif isinstance(event, Previewed):
+            opened.call.progress(Preview(event.event, unpack(event.outputs)))
         elif isinstance(event, Failed):
             self._fail(event.ticket, from_text(event.error))
         elif event.outputs is not None:

@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from bagel_triton.protocol.errors import BagelError, InvalidRequest, StageUnavailable, from_exception
-from bagel_triton.protocol.events import Event, StageStats
+from bagel_triton.protocol.events import Event, PartialImageEvent, Preview, StageStats
 from bagel_triton.protocol.messages import Message, SchedulingParams
 from bagel_triton.protocol.tensors import Array, Arrays
 
@@ -96,6 +96,14 @@ class Progress(Message, frozen=True, tag="progress"):
     event: Event
 
 
+class Previewed(Message, frozen=True, tag="previewed"):
+    """A preview: ``outputs`` has the form of a result of one image."""
+
+    ticket: int
+    event: PartialImageEvent
+    outputs: tuple[PackedTensor, ...]
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The job failed; ``error`` is the text form of a :class:`BagelError`."""
 
@@ -111,7 +119,7 @@ class Finished(Message, frozen=True, tag="finished"):
     outputs: tuple[PackedTensor, ...] | None
 
 
-TicketEvent = Progress | Failed | Finished
+TicketEvent = Progress | Previewed | Failed | Finished
 
 
 class News(Message, frozen=True):
@@ -168,7 +176,7 @@ class Work:
     task: Any
     request_id: str
     outputs: Callable[[Any], Arrays]
-    schedule: SchedulingParams = field(default_factory=SchedulingParams)
+    scheduling: SchedulingParams = field(default_factory=SchedulingParams)
 
 
 @dataclass(eq=False)
@@ -212,7 +220,7 @@ class TicketStore:
         self._thread = threading.Thread(target=self._run, name="ticket-expiry", daemon=True)
         self._thread.start()
 
-    def submit(self, message: Submit, start: Callable[[Callable[[Event], None]], tuple[Work, RunningJob]]) -> None:
+    def submit(self, message: Submit, start: Callable[[Callable[[Any], None]], tuple[Work, RunningJob]]) -> None:
         """Open a ticket and ``start`` its job, which reports progress to the callable it is given.
 
         Whatever is wrong with the job becomes an event of the ticket.
@@ -231,8 +239,15 @@ class TicketStore:
                     ticket.result = result
                     self._tell(owner, event)
 
+        def report(event: Event | Preview[Arrays]) -> None:
+            if isinstance(event, Preview):
+                outputs = {name: array for name, array in event.latents.items() if name in message.outputs}
+                tell(Previewed(message.ticket, event.event, pack(outputs)))
+            else:
+                tell(Progress(message.ticket, event))
+
         try:
-            work, job = start(lambda event: tell(Progress(message.ticket, event)))
+            work, job = start(report)
         except Exception as error:
             tell(Failed(message.ticket, _text(error)))
             return

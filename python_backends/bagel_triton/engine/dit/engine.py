@@ -1,10 +1,11 @@
-"""The flow stage: one step of the flow for every active image at a time."""
+"""The denoising stage: every step moves all active images, of all requests, in one packed forward."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,22 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.cpu.executor import forward_on
 from bagel_triton.model.cpu.thread_pool import ThreadPool
-from bagel_triton.model.flow import initial_noise, schedule
+from bagel_triton.model.flow import get_timesteps, initial_noise
 from bagel_triton.model.mot import rotary_tables
 from bagel_triton.protocol.errors import InvalidRequest, LeaseError
-from bagel_triton.protocol.events import ProgressEvent
+from bagel_triton.protocol.events import PartialImageEvent, Preview, ProgressEvent
 from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry, KVHandle
 from bagel_triton.telemetry.metrics import Metrics
 
 DitJob = Job[DenoiseJob, Sequence[Latents]]
-BranchItem = tuple[FlowRun, int, int]  # an image in one context: the run, the image, the context
+
+
+class BranchItem(NamedTuple):
+    """An image in one of its contexts, the unit of a step's batch."""
+
+    run: FlowRun
+    image: int
+    context: int
 
 
 class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
@@ -110,7 +118,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     def _begin(self, job: DitJob, rows: int, columns: int) -> FlowRun:
         model, task, settings = self._model, job.task, job.task.flow
         channels = model.config.latent.token_channels
-        times = schedule(settings.num_inference_steps, settings.timestep_shift)
+        times = get_timesteps(settings.num_inference_steps, settings.timestep_shift)
         return FlowRun(
             job=job,
             rows=rows,
@@ -146,7 +154,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     @torch.inference_mode()
     def _step(self) -> None:
         items = [
-            (run, image, context)
+            BranchItem(run, image, context)
             for run in self._runs
             for context in run.contexts_to_compute()
             for image in range(len(run.x))
@@ -156,18 +164,16 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             hidden = self._forward(self._embed(items), *self._pack(items))
             start = 0
             for run, image, context in items:
-                tokens = run.tokens
-                computed[id(run), image, context] = hidden[start : start + tokens]
-                start += tokens
+                computed[id(run), image, context] = hidden[start : start + run.tokens]
+                start += run.tokens
         for run in list(self._runs):
             for image in range(len(run.x)):
                 own = {context: state for (of, at, context), state in computed.items() if (of, at) == (id(run), image)}
                 run.update(image, own, self._model.velocity)
-            run.step += 1
             self._report(run)
 
     def _embed(self, items: Sequence[BranchItem]) -> Tensor:
-        """This step's embeddings, [latents of every block | markers of every block]."""
+        """This step's embeddings, [latents of every item | markers of every item]."""
         latents: dict[tuple[int, int], Tensor] = {}
         for run, image, _ in items:
             if (id(run), image) not in latents:
@@ -182,7 +188,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         return self._packed[1:]
 
     def _build(self, items: Sequence[BranchItem]) -> tuple[PackedBatch, WorkspaceStep]:
-        gen_rows = sum(run.tokens for run, _, _ in items)
+        gen_rows = sum(item.run.tokens for item in items)
         spans: list[QuerySpan] = []
         writes, start = [], 0
         for number, (run, _, context) in enumerate(items):
@@ -193,7 +199,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             writes.append(rows)
             start += run.tokens
         # One position for a whole block, latents and markers alike.
-        repeats = torch.tensor([run.tokens for run, _, _ in items] + [VISION_TOKENS] * len(items))
+        repeats = torch.tensor([item.run.tokens for item in items] + [VISION_TOKENS] * len(items))
         positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
         rows_at = positions.repeat_interleave(repeats).to(self._model.device)
         cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
@@ -201,9 +207,19 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         return PackedBatch(gen_rows, cos, sin, wanted=slice(0, gen_rows)), kv
 
     def _report(self, run: FlowRun) -> None:
+        """Count the step, send progress and previews, and finish a run that is complete."""
+        preview = run.preview_index
+        run.step += 1
         run.job.progress(ProgressEvent("dit", run.step, run.updates))
+        if preview is not None:
+            for image, tokens in run.predicted.items():
+                event = PartialImageEvent(
+                    image, preview, run.step, run.updates, run.settings.height, run.settings.width
+                )
+                run.job.progress(Preview(event, Latents(tokens, run.rows, run.columns)))
+            run.predicted.clear()
         if run.step == run.updates:
-            self._drop(run.job)
+            self._free(run.job)
             self.metrics.count("images", len(run.x))
             run.job.finish([Latents(x, run.rows, run.columns) for x in run.x], self.stage)
 
@@ -215,7 +231,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         for handle in job.task.handles:
             self._consumer.release(handle)
 
-    def _drop(self, job: DitJob) -> None:
+    def _free(self, job: DitJob) -> None:
         self._runs = [run for run in self._runs if run.job is not job]
         self._packed = None
 

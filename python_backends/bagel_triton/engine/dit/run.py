@@ -1,4 +1,4 @@
-"""One request's images on their way from noise: state, and what a step does to it."""
+"""One request's images while they are denoised: their state, and one step of it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Latents:
 
 @dataclass(eq=False)
 class FlowRun:
-    """The images of one request; everything but ``x``, ``step`` and ``seers`` is fixed.
+    """The images of one request, which share contexts, times and size and differ in their noise.
 
-    They share contexts, times and size, and differ in their noise.
+    Only ``x``, ``step``, ``seers`` and ``predicted`` change.
     """
 
     job: Job[DenoiseJob, Sequence[Latents]]
@@ -41,10 +41,10 @@ class FlowRun:
     context_of: dict[Branch, int]
     step: int = 0
     seers: dict[tuple[int, Branch], TaylorSeer] = field(default_factory=dict)  # by image and branch
+    predicted: dict[int, Tensor] = field(default_factory=dict)  # clean latents by image, in a preview's step
 
     @property
     def settings(self) -> FlowSettings:
-        """The request's."""
         return self.job.task.flow
 
     @property
@@ -56,6 +56,14 @@ class FlowRun:
     def updates(self) -> int:
         """Updates from noise to image."""
         return self.settings.num_inference_steps - 1
+
+    @property
+    def preview_index(self) -> int | None:
+        """The number of the preview that this step makes, if any; previews are spread evenly."""
+        wanted = self.settings.partial_images
+        due = [round(self.updates * number / (wanted + 1)) for number in range(1, wanted + 1)]
+        done = self.step + 1
+        return due.index(done) if done in due and done < self.updates else None
 
     def branches(self) -> tuple[Branch, ...]:
         """Branches that this step's guidance needs."""
@@ -94,5 +102,7 @@ class FlowRun:
                 computed[context] = velocity(hidden[context]).float()
             velocities[branch] = computed[context]
         t, t_next = self.times[self.step], self.times[self.step + 1]
-        x = self.x[image]
-        self.x[image] = x - combine(velocities, self.settings) * (t - t_next).to(x.device)
+        x, v = self.x[image], combine(velocities, self.settings)
+        self.x[image] = x - v * (t - t_next).to(x.device)
+        if self.preview_index is not None:
+            self.predicted[image] = x - v * t.to(x.device)  # rectified flow: x_t = (1 - t) * image + t * noise

@@ -82,7 +82,7 @@ class RequestPlanner:
         conversation = converse(turns, images, self._tokenizer, wanted, names)
         make = self._image if wanted == "image" else self._text
         plan = make(request, conversation, size, f"{client_id or 'request'}-{secrets.token_hex(6)}")
-        return msgspec.structs.replace(plan, schedule=resolve_scheduling(request, self._timeout_s))
+        return msgspec.structs.replace(plan, scheduling=resolve_scheduling(request, self._timeout_s))
 
     def _opening(self, instruction: str, think: bool | None) -> tuple[Segment, ...]:
         return (self._tokenizer.segment(instruction),) if think else ()

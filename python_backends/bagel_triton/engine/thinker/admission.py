@@ -74,7 +74,7 @@ class Admission:
         self._next = None
         return True
 
-    def forget(self, job: Job[Plan, ThinkerOutput]) -> None:
+    def abort(self, job: Job[Plan, ThinkerOutput]) -> None:
         """Drop what was prepared for ``job``, which waits no more."""
         if self._next is not None and self._next.job is job:
             self._next = None

@@ -38,10 +38,10 @@ from bagel_triton.protocol.messages import (
     TextSegment,
     ThinkerOutput,
 )
+from bagel_triton.protocol.timing import GAUGE_S
 from bagel_triton.telemetry.metrics import Metrics
 
 ThinkerJob = Job[Plan, ThinkerOutput]
-COUNT_S = 0.25  # how often the KV cache's blocks are counted for the gauges
 
 
 def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeometry:
@@ -99,7 +99,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         return self._admission.admit(job, self._running)
 
     def _on_rejected(self, job: ThinkerJob) -> None:
-        self._admission.forget(job)
+        self._admission.abort(job)
 
     # --- one step: a token for every running text, and prefill within the budget ---
 
@@ -127,9 +127,8 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             try:
                 self._next_phase(active)
             except Exception as error:
-                self._ends_with(error)
-                self._drop(active.job)
-                active.job.fail(error)
+                self._device_lost(error)
+                self._fail(active.job, error)
 
     def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor) -> None:
         best = logits.argmax(dim=-1).tolist()  # of all at once: on a GPU each question waits for the device
@@ -139,9 +138,8 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             try:
                 events = decoder.take(decoder.choose(scores, token_id), scores)
             except Exception as error:  # its own failure, not that of those that share the step
-                self._ends_with(error)
-                self._drop(active.job)
-                active.job.fail(error)
+                self._device_lost(error)
+                self._fail(active.job, error)
                 continue
             for event in events:
                 active.job.progress(event)
@@ -187,8 +185,8 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         flow = active.job.task.flow
         job = None if flow is None else self._publish(active, flow)
         answers = tuple(decoder.detokenizer.answer() for decoder in active.decoders)
-        active.tell(self.metrics)
-        self._drop(active.job)
+        active.record(self.metrics)
+        self._free(active.job)
         active.job.finish(ThinkerOutput(answers, job), self.stage)
 
     def _publish(self, active: ThinkerRun, flow: FlowSettings) -> DenoiseJob:
@@ -207,11 +205,11 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             raise Overloaded(f"no KV lease is free: {error}") from error
         index: dict[Branch, int] = {handle.branch: number for number, handle in enumerate(handles)}
         branches = tuple(BranchKV(b.branch, index[b.same_as or b.branch]) for b in plan.branches)
-        return DenoiseJob(plan.request_id, flow, tuple(handles), branches, plan.schedule)
+        return DenoiseJob(plan.request_id, flow, tuple(handles), branches, plan.scheduling)
 
     # --- the end ---
 
-    def _drop(self, job: ThinkerJob) -> None:
+    def _free(self, job: ThinkerJob) -> None:
         for active in [active for active in self._running if active.job is job]:
             self._running.remove(active)
             active.free()
@@ -224,7 +222,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         leases.reclaim()
         self.gauge("kv_leases", len(leases))
         now = time.monotonic()
-        if now - self._counted_at > COUNT_S or not self._running:
+        if now - self._counted_at > GAUGE_S or not self._running:
             self._counted_at = now
             self.gauge("kv_blocks_cached", self._prefixes.blocks)
             self.gauge("kv_blocks_used", self.blocks_used)

@@ -113,7 +113,7 @@ class ThinkerRun:
         """Texts that have not ended."""
         return [decoder for decoder in self.decoders if decoder.detokenizer.finish_reason is None]
 
-    def tell(self, metrics: Metrics) -> None:
+    def record(self, metrics: Metrics) -> None:
         """Measurements of a request that is through."""
         job = self.job
         metrics.count("prompt_tokens", job.task.usage.prompt_tokens)

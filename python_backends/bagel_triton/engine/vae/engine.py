@@ -1,4 +1,4 @@
-"""The pixel stage: latents to uint8 images, those of one size together."""
+"""The decoding stage: latents to uint8 images, those of one size together."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
 from bagel_triton.model.config import LatentConfig
 from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.protocol.errors import Cancelled
 from bagel_triton.telemetry.metrics import Metrics
 
 DecodeJob = Job[Latents, Tensor]
 
 
 class DecoderEngine(EngineLoop[Latents, Tensor]):
-    """Owns the autoencoder's decoder, from one thread; results are uint8 [height, width, 3]."""
+    """Owns the autoencoder's decoder, from one thread; results are uint8 [height, width, 3].
+
+    Previews wait behind all images, and are dropped once their request's image is there.
+    """
 
     stage = "vae_decode"
 
@@ -38,6 +42,14 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
 
     def _active(self) -> list[DecodeJob]:
         return list(self._batch)
+
+    def _housekeep(self) -> bool:
+        waiting = list(self._waiting)
+        finished = {job.request_id for job in waiting if not job.scheduling.preview}
+        for job in waiting:
+            if job.scheduling.preview and job.request_id in finished:
+                self._fail(job, Cancelled(f"the image of request {job.request_id} came before its preview"))
+        return False
 
     def _admit(self, job: DecodeJob) -> bool:
         if self._batch:
@@ -67,5 +79,5 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
         whole = not self._config.use_tiling or pixels <= strips.WORTH_IT
         return None if whole else partial(strips.decode_in_strips, self._autoencoder.decoder)
 
-    def _drop(self, job: DecodeJob) -> None:
+    def _free(self, job: DecodeJob) -> None:
         self._batch.remove(job)

@@ -1,4 +1,4 @@
-"""A worker whose jobs count: each needs a number of steps, and may be told to break."""
+"""An engine whose jobs count: each needs a number of steps, and may be told to break."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CountJob = Job[Count, int]
 WAIT_S = 10.0
 
 
-class CountingWorker(EngineLoop[Count, int]):
+class CountingEngine(EngineLoop[Count, int]):
     """Counts ``capacity`` jobs at a time; each step waits for :attr:`pace`."""
 
     stage = "dit"
@@ -34,17 +34,17 @@ class CountingWorker(EngineLoop[Count, int]):
     def __init__(self, capacity: int = 8, max_waiting: int = 256, device: torch.device = CPU) -> None:
         super().__init__(max_waiting=max_waiting, device=device)
         self.pace = threading.Semaphore(0)
-        self._free = threading.Event()
+        self._unpaced = threading.Event()
         self.batches: list[list[str]] = []
-        self.dropped: list[str] = []
-        self.forgotten: list[str] = []
+        self.freed: list[str] = []
+        self.revoked: list[str] = []
         self._capacity = capacity
         self._counts: dict[CountJob, int] = {}
         self.start()
 
     def free_run(self) -> None:
         """Do not wait any more."""
-        self._free.set()
+        self._unpaced.set()
         self.pace.release()
 
     def _active(self) -> list[CountJob]:
@@ -59,7 +59,7 @@ class CountingWorker(EngineLoop[Count, int]):
         return True
 
     def _step(self) -> None:
-        if not self._free.is_set():
+        if not self._unpaced.is_set():
             self.pace.acquire()
         self.batches.append([job.request_id for job in self._counts])
         for job, count in list(self._counts.items()):
@@ -71,17 +71,17 @@ class CountingWorker(EngineLoop[Count, int]):
                 del self._counts[job]
                 job.finish(count + 1, self.stage)
 
-    def _drop(self, job: CountJob) -> None:
+    def _free(self, job: CountJob) -> None:
         del self._counts[job]
-        self.dropped.append(job.request_id)
+        self.freed.append(job.request_id)
 
     def _revoke_leases(self, request_id: str) -> None:
-        self.forgotten.append(request_id)
+        self.revoked.append(request_id)
 
 
-def submit(worker: CountingWorker, request_id: str, count: Count) -> CountJob:
-    """A job for ``worker``, whose progress nobody follows."""
-    return worker.submit(count, request_id, lambda event: None)
+def submit(engine: CountingEngine, request_id: str, count: Count) -> CountJob:
+    """A job for ``engine`` whose progress is ignored."""
+    return engine.submit(count, request_id, lambda event: None)
 
 
 def error_of(job: CountJob) -> BagelError:
