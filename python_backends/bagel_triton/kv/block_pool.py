@@ -1,4 +1,4 @@
-"""Fixed-size blocks of tokens, shared by reference count, and the contexts made of them."""
+"""The KV cache: fixed-size blocks of tokens, reference-counted, and the sequences made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bagel_triton.protocol.messages import KVGeometry
 
 
 class KVCacheFull(Exception):
-    """No free blocks now; they return when leases end."""
+    """No blocks are free now; some return when requests and leases end."""
 
 
 class BlockAllocator:
@@ -30,11 +30,11 @@ class BlockAllocator:
 
     @property
     def used(self) -> int:
-        """Blocks that a context or lease holds."""
+        """Blocks that a sequence or a lease holds."""
         return self.count - len(self._free)
 
     def allocate(self, number: int) -> list[int]:
-        """``number`` blocks with one reference each; raises :class:`KVCacheFull` and takes none."""
+        """``number`` blocks with one reference each; all of them or :class:`KVCacheFull`."""
         if number > len(self._free):
             raise KVCacheFull(f"{number} blocks wanted, {len(self._free)} of {self.count} free")
         taken = [self._free.pop() for _ in range(number)]
@@ -43,14 +43,14 @@ class BlockAllocator:
         return taken
 
     def retain(self, blocks: Sequence[int]) -> None:
-        """One more reference to each block."""
+        """Add a reference to each block."""
         for block in blocks:
             if not self.references[block]:
                 raise ValueError(f"block {block} is free and cannot be shared")
             self.references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block; the last one frees it."""
+        """Remove a reference from each block; the last one frees it."""
         if twice := [block for block in blocks if not self.references[block]]:
             raise ValueError(f"block {twice[0]} is free already")
         freed = []
@@ -59,17 +59,17 @@ class BlockAllocator:
             if not self.references[block]:
                 freed.append(block)
         if freed:
-            # Sorted, so that the next contexts get consecutive blocks and are read without a gather.
+            # Sorted, so that the next sequences get consecutive blocks and are read without a gather.
             self._free.extend(freed)
             self._free.sort(reverse=True)
 
     def shared(self, block: int) -> bool:
-        """Whether more than one context holds ``block``."""
+        """Whether more than one sequence holds ``block``."""
         return self.references[block] > 1
 
 
 class KVSequence:
-    """One branch's tokens in the pool: a path of blocks that forks without a copy."""
+    """One branch's tokens in the pool: a list of blocks that forks without a copy."""
 
     def __init__(
         self, pool: KVCachePool, blocks: list[int] | None = None, tokens: int = 0, next_position: int = 0
@@ -80,20 +80,22 @@ class KVSequence:
         self.next_position = next_position
 
     def fork(self) -> KVSequence:
-        """A context with the same past; the two grow apart from here."""
+        """A sequence with the same past; the two grow apart from here."""
         return self.fork_at(self.tokens, self.next_position)
 
     def fork_at(self, tokens: int, next_position: int) -> KVSequence:
-        """A context with the first ``tokens`` of this one's, which end before ``next_position``."""
+        """A sequence with this one's first ``tokens``, which end before RoPE position ``next_position``."""
         blocks = self.blocks[: self._pool.blocks_for(tokens)]
         self._pool.blocks.retain(blocks)
         return KVSequence(self._pool, blocks, tokens, next_position)
 
     def extend(self, tokens: int) -> Tensor:
-        """Room for ``tokens`` more: their slots, [tokens] int64.
+        """Append ``tokens``; their slots, [tokens] int64.
 
-        A last block that another context shares is copied first, so that neither sees
-        the other's tokens. Raises :class:`KVCacheFull` and changes nothing.
+        A partly filled last block that another sequence shares is copied first.
+
+        Raises:
+            KVCacheFull: nothing has changed.
         """
         pool, size = self._pool, self._pool.geometry.block_tokens
         filled = self.tokens % size
@@ -111,7 +113,7 @@ class KVSequence:
         return pool.slots(self.blocks, start, self.tokens)
 
     def free(self) -> None:
-        """Give the blocks back; the context is empty afterwards."""
+        """Free the blocks; the sequence is empty afterwards."""
         blocks, self.blocks, self.tokens = self.blocks, [], 0
         self._pool.blocks.release(blocks)
 
@@ -119,8 +121,8 @@ class KVSequence:
 class KVCachePool:
     """A store, ``[layers, 2, blocks * block_tokens, kv_heads, head_dim]``, cut into blocks.
 
-    ``make_room`` is asked before blocks are allocated to see that so many are free, if
-    there is something that can be let go.
+    ``make_room`` is called with a number of blocks before they are allocated. It may evict
+    cached prefixes to free them.
     """
 
     def __init__(self, store: Tensor, geometry: KVGeometry) -> None:
@@ -135,17 +137,17 @@ class KVCachePool:
         return self.blocks.count * self.geometry.block_tokens
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that a new context of ``tokens`` takes."""
+        """Blocks that a new sequence of ``tokens`` takes."""
         return -(-tokens // self.geometry.block_tokens)
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
-        """Slots of a context's tokens ``start:stop``, [stop - start] int64 on the store's device."""
+        """Slots of the tokens ``start:stop`` of ``blocks``, [stop - start] int64 on the store's device."""
         size = self.geometry.block_tokens
         index = torch.arange(start, stop)
         slots = torch.tensor(blocks, dtype=torch.int64)[index // size] * size + index % size
         return slots.to(self.store.device)
 
     def read_slots(self, context: KVSequence) -> slice | Tensor:
-        """Slots of a whole context, for :class:`~bagel_triton.kv.store.PagedStep`."""
+        """Slots of a whole sequence, for :class:`~bagel_triton.kv.store.PagedStep`."""
         slots = slots_of(context.blocks, context.tokens, self.geometry.block_tokens)
         return slots if isinstance(slots, slice) else slots.to(self.store.device)

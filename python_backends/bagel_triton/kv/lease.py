@@ -1,16 +1,14 @@
-"""Leases: the right to read a context until a time, without a lock between processes.
+"""Leases: the right to read a sequence's KV for a limited time, without a lock between processes.
 
-The table is a few int64 words per slot, in memory both sides see. The producer alone
-writes ``granted`` (the lease a slot carries, 0 for none); a consumer alone writes
-``released`` (the last lease it gave back) and ``renewals`` (a count that it raises while
-it still wants the lease: the producer, seeing it move, lets the lease's time begin anew,
-so no clock is shared). Each word has one writer and is stored whole, so no lock is needed.
-Lease numbers never repeat within a generation. A consumer reads ``granted`` before and
-after its copy: a lease that was reclaimed meanwhile shows.
+The lease table has a few int64 words per slot, in memory that both sides map. Only the
+producer writes ``granted``, the lease a slot carries (0 for none). Only the consumer writes
+``released``, the last lease it gave back, and ``renewals``, a count it raises while it still
+wants the lease. When the count moves, the producer restarts the lease's time; no clock is
+shared. Each word has one writer and is stored whole, so no lock is needed.
 
-Giving back or renewing a lease that has ended, for whatever reason, does nothing: a
-number that is not the slot's own any more is nobody's. Claiming one is a
-:class:`LeaseError`.
+Lease ids never repeat within a generation. A consumer reads ``granted`` before and after its
+copy, as a seqlock's reader does, and so notices a lease that was reclaimed meanwhile.
+Releasing or renewing a stale lease id does nothing; claiming one raises :class:`LeaseError`.
 """
 
 from __future__ import annotations
@@ -43,16 +41,15 @@ def row_bytes() -> int:
 
 
 def consumer_words() -> tuple[int, int]:
-    """Where in a slot's row the words that a consumer writes begin and end, in bytes."""
+    """Byte range, within a slot's row, of the words that a consumer writes."""
     return _RELEASED * 8, (_RENEWALS + 1) * 8
 
 
 class LeaseTable:
     """The shared words, [1 + SLOTS, 4]; row 0 holds the producer's generation.
 
-    Where the words are not shared but a copy of another host's, a subclass fetches and
-    sends them: :meth:`fetch` comes before every reading of a slot by a consumer,
-    :meth:`send` after every writing.
+    A subclass whose words are a copy of another host's overrides :meth:`fetch`, called
+    before a consumer reads a slot, and :meth:`send`, called after it writes one.
     """
 
     def __init__(self, words: Words) -> None:
@@ -62,7 +59,7 @@ class LeaseTable:
         """Bring the generation and the words of ``slot`` up to date."""
 
     def send(self, slot: int) -> None:
-        """Let the producer see what was written to ``slot``."""
+        """Make what was written to ``slot`` visible to the producer."""
 
     def open(self, generation: int) -> None:
         """Start a generation: no lease is granted."""
@@ -75,7 +72,7 @@ class LeaseTable:
         return int(self._words[_HEADER, 0])
 
     def grant(self, slot: int, lease: int) -> None:
-        """Producer: ``slot`` now carries ``lease``; 0 takes it back."""
+        """Producer: put ``lease`` in ``slot``; 0 ends the lease there."""
         self._words[1 + slot, _GRANTED] = lease
 
     def granted(self, slot: int) -> int:
@@ -88,7 +85,7 @@ class LeaseTable:
         self.send(slot)
 
     def released(self, slot: int) -> int:
-        """The lease that was last given back in ``slot``."""
+        """The lease that was last released in ``slot``."""
         return int(self._words[1 + slot, _RELEASED])
 
     def renew(self, slot: int) -> None:
@@ -101,7 +98,7 @@ class LeaseTable:
         return int(self._words[1 + slot, _RENEWALS])
 
     def carries(self, handle: KVHandle) -> bool:
-        """Whether the lease of ``handle`` has not ended, released or not."""
+        """Whether the slot still carries the lease of ``handle``, released or not."""
         self.fetch(handle.slot)
         return self.generation == handle.generation and self.granted(handle.slot) == handle.lease
 
@@ -128,9 +125,9 @@ class _Lease:
 
 
 class LeaseManager:
-    """The producer's side: grants leases on contexts and takes their blocks back.
+    """The producer's side: grants leases on sequences and frees their blocks when they end.
 
-    Owned by the pool's thread.
+    Not thread-safe: the thread that owns the pool owns it.
     """
 
     def __init__(
@@ -160,12 +157,12 @@ class LeaseManager:
         return sum(len(lease.context.blocks) for lease in self._leases.values())
 
     def publish(self, request_id: str, branch: Branch, context: KVSequence, ttl_s: float) -> KVHandle:
-        """Lend ``context`` for ``ttl_s`` seconds; the book owns its blocks from here on.
+        """Lend ``context`` for ``ttl_s`` seconds; its blocks belong to the lease from here on.
 
-        An empty context needs no lease: its handle has ``lease`` 0.
+        An empty sequence needs no lease: its handle has ``lease`` 0.
 
         Raises:
-            KVCacheFull: every lease slot is taken; the caller still owns the context.
+            KVCacheFull: every lease slot is taken; the caller still owns the sequence.
         """
         slot = lease = 0
         expires_at = self._clock() + ttl_s
@@ -193,7 +190,7 @@ class LeaseManager:
         )
 
     def reclaim(self) -> int:
-        """Take back every lease that was released or has expired; how many there were."""
+        """End every lease that was released or has expired; how many there were."""
         now = self._clock()
         for slot, lease in self._leases.items():
             if self._table.renewals(slot) != lease.renewals:
@@ -208,7 +205,7 @@ class LeaseManager:
         return len(ended)
 
     def revoke(self, request_id: str) -> int:
-        """Take back every lease of a request at once (cancelled, failed); how many."""
+        """End every lease of a request that was aborted or failed; how many there were."""
         ended = [slot for slot, lease in self._leases.items() if lease.request_id == request_id]
         for slot in ended:
             self._end(slot)
@@ -221,7 +218,7 @@ class LeaseManager:
         self._table.open(0)
 
     def _end(self, slot: int) -> None:
-        # The word changes before the blocks do: a reader that copied too late sees it.
+        # The word changes before the blocks are freed, so that a late reader sees it.
         self._table.grant(slot, 0)
         self._leases.pop(slot).context.free()
         self._free_slots.append(slot)

@@ -1,7 +1,7 @@
-"""The self-test of a connector: a pattern that the thinker lends and the DiT reads back.
+"""A connector's self-test: the thinker lends a pattern, and the DiT claims and compares it.
 
-Both ends run inside the stages' own processes, on the engines' threads, so it proves what
-requests will use: the mapping or the connection, the lease words, the copy.
+Both ends run in the stages' own processes, on the engines' threads, so the test covers what
+requests use: the mapping or connection, the lease words, the copy.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_pattern(consumer: Consumer, handle: KVHandle, device: torch.device) -> 
     """Claim the lease of :func:`lend_pattern` into memory of ``device`` and compare.
 
     Raises:
-        LeaseError: it cannot be claimed, or what was read is not what was lent.
+        LeaseError: it cannot be claimed, or the contents differ.
     """
     if handle.tokens > BLOCKS * handle.geometry.block_tokens:
         raise LeaseError(f"{handle.tokens} tokens are more than a self-test lends")
@@ -68,7 +68,7 @@ def read_pattern(consumer: Consumer, handle: KVHandle, device: torch.device) -> 
 
 
 def _pattern(request_id: str, geometry: KVGeometry, tokens: int) -> Tensor:
-    """Small whole numbers, exact in every dtype, that no other request's pattern repeats."""
+    """Small integers, exact in every dtype and different for every request."""
     generator = torch.Generator().manual_seed(zlib.crc32(request_id.encode()))
     numbers = torch.randint(-128, 128, store_shape(geometry, tokens), generator=generator)
     return numbers.to(getattr(torch, geometry.dtype))

@@ -1,4 +1,4 @@
-"""The layout of keys and values, and how a forward writes and reads them.
+"""The KV layout, and how a forward reads and writes it.
 
 Every store, the thinker's pool and the DiT's workspace alike, is
 ``[layers, 2, slots, kv_heads, head_dim]``: keys at index 0, values at 1, one slot a
@@ -44,7 +44,7 @@ def runs_of(blocks: Sequence[int], tokens: int, block_tokens: int) -> list[slice
 
 
 def slots_of(blocks: Sequence[int], tokens: int, block_tokens: int) -> slice | Tensor:
-    """Slots of a context's ``tokens``, in order: a slice where its blocks are consecutive."""
+    """Slots of a context's ``tokens``, in order: a slice if its blocks are consecutive."""
     runs = runs_of(blocks, tokens, block_tokens)
     if len(runs) < 2:
         return runs[0] if runs else slice(0, 0)
@@ -57,7 +57,7 @@ def gather(store: Tensor, slots: slice | Tensor, out: Tensor) -> None:
     if isinstance(slots, slice):
         out.copy_(store[:, :, slots])
     else:
-        # Straight to its place: one pass over the bytes, and no intermediate that has to be allocated.
+        # Directly into ``out``: one pass over the bytes, without an intermediate.
         torch.index_select(store, 2, slots.to(store.device), out=out)
 
 

@@ -1,1 +1,1 @@
-"""What travels between processes: requests, messages, events, errors; imports nothing else of ours."""
+"""The vocabulary shared by all rooms: requests, messages, events, errors. It imports no other room."""

@@ -1,8 +1,8 @@
 """Every error a client can meet, typed where it happens and mapped once.
 
-Triton carries an error between models and to clients as one string, so each
-error has a text form, ``GRPC_STATUS: Kind(param): message``, that survives being
-wrapped by Triton (an ensemble prefixes it) and is read back by :func:`from_text`.
+Triton carries an error between models and to clients as one string. So each error has a
+text form, ``GRPC_STATUS: Kind(param): message``, which :func:`from_text` reads back even if
+Triton has wrapped it (an ensemble adds a prefix).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
-# Triton's codes where they are not gRPC's; it has none for a full queue or for a deadline.
+# Triton has no code for a full queue or a deadline.
 _TRITON_CODES = {
     "INVALID_ARGUMENT": "INVALID_ARG",
     "RESOURCE_EXHAUSTED": "UNAVAILABLE",
     "DEADLINE_EXCEEDED": "CANCELLED",
 }
-NEAR = 0.75  # how alike two names are, at least, for one to be a slip of the other
+NEAR = 0.75  # least similarity of a name to the one it is suggested for
 
 
 class BagelError(Exception):
@@ -41,12 +41,12 @@ class BagelError(Exception):
 
     @property
     def triton_code(self) -> str:
-        """The nearest that Triton has to ``grpc_status``."""
+        """Triton's code nearest to ``grpc_status``."""
         return _TRITON_CODES.get(self.grpc_status, self.grpc_status)
 
     def to_text(self) -> str:
-        """The form that travels through Triton, whose streams carry no status and whose codes are fewer than gRPC's."""
-        param = re.sub(r"[()\n]", "?", self.param or "")  # a user's own words, which end where these do
+        """The text form. Triton's streams carry no status, and it has fewer codes than gRPC."""
+        param = re.sub(r"[()\n]", "?", self.param or "")  # user input; these characters delimit it
         return f"{self.grpc_status}: {self.kind}({param}): {self.message}"
 
 
@@ -59,17 +59,17 @@ class InvalidRequest(BagelError):
 
     @classmethod
     def value(cls, param: str, value: object, allowed: str) -> InvalidRequest:
-        """An error that names the field, the value it had and what is allowed."""
+        """An error that names the field, its value and what is allowed."""
         return cls(f"{truncate(param)}={format_value(value)} is not allowed; allowed: {allowed}", param)
 
     @classmethod
     def meaningless(cls, param: str, value: object, where: str, allowed: str) -> InvalidRequest:
-        """An error for a field that says nothing about what is asked for."""
+        """An error for a field that makes no sense ``where`` it stands."""
         return cls(f"{param}={format_value(value)} has no meaning {where}; allowed: {allowed}", param)
 
     @classmethod
     def unknown(cls, param: str, name: str, known: Iterable[str]) -> InvalidRequest:
-        """An error for a field ``name``, at ``param``, that is none of ``known``; it suggests the nearest."""
+        """An error for the unknown field ``name`` at ``param``, with the nearest of ``known`` as a suggestion."""
         allowed = list(known)
         near = difflib.get_close_matches(truncate(name), allowed, n=1, cutoff=NEAR)
         suggestion = f"did you mean {near[0]}? " if near else ""
@@ -92,7 +92,7 @@ class Overloaded(BagelError):
 
 
 class DeadlineExceeded(BagelError):
-    """The request ran out of its own time."""
+    """The request's timeout passed."""
 
     http_status = 504
     openai_type = "timeout_error"
@@ -100,7 +100,7 @@ class DeadlineExceeded(BagelError):
 
 
 class Cancelled(BagelError):
-    """The client left, or asked for the work to stop."""
+    """The client left or aborted the request."""
 
     http_status = 499
     openai_type = "cancelled"
@@ -118,7 +118,7 @@ class StageUnavailable(BagelError):
 class LeaseError(BagelError):
     """A KV lease was stale, expired, released or did not match its contents.
 
-    The request was sound: served again, it gets other leases.
+    The request itself is valid and may be retried.
     """
 
     http_status = 503
@@ -145,7 +145,7 @@ _KINDS: dict[str, type[BagelError]] = {
 }
 # The HTTP status of every way a request can end.
 STATUSES = ("200", *sorted({str(kind.http_status) for kind in _KINDS.values()}))
-# Triton's own words, and its client's, for what is not there, has died or is being stopped.
+# Messages of Triton and its client about a model that is not there, has died or is being stopped.
 _GONE = (
     "is not healthy",
     "is not ready",
@@ -161,8 +161,8 @@ _TEXT = re.compile(rf"\b({'|'.join(_KINDS)})\(([^()\n]*)\): (.*)", re.DOTALL)
 def from_text(text: str) -> BagelError:
     """The typed error in ``text``; text of any other origin becomes :class:`Internal`.
 
-    Triton's own word for a dead stub, an unloaded model or a server that stops
-    becomes :class:`StageUnavailable`.
+    Triton's message for a dead stub, an unloaded model or a stopping server becomes
+    :class:`StageUnavailable`.
     """
     found = _TEXT.search(text)
     if found:
@@ -175,11 +175,11 @@ def from_text(text: str) -> BagelError:
 def from_exception(error: BaseException) -> BagelError:
     """``error`` itself if typed; :class:`Internal` naming its type otherwise.
 
-    What Triton's client raises carries Triton's text.
+    An exception of Triton's client carries Triton's text.
     """
     if isinstance(error, BagelError):
         return error
-    if type(error).__name__ == "InferenceServerException":  # known by name: most of the package needs no client
+    if type(error).__name__ == "InferenceServerException":  # by name: most of the package does not import the client
         return from_text(str(error))
     return Internal(f"{type(error).__name__}: {error}")
 
@@ -188,14 +188,14 @@ MAX_SHOWN = 120  # characters
 
 
 def truncate(text: str) -> str:
-    """``text``, cut where it is too long for an error."""
+    """``text``, shortened if it is too long for an error."""
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def format_value(value: object) -> str:
-    """``value`` as an error shows it: a text in quotes, bytes as the text that they are or counted, the rest as JSON.
+    """``value`` as errors show it: text in quotes, bytes as text if they are text, everything else as JSON.
 
-    It is cut, and no more of a large value is looked at than is shown.
+    A long value is shortened without reading all of it.
     """
     if isinstance(value, bytes):
         text = _decoded(value)
@@ -211,7 +211,7 @@ def format_value(value: object) -> str:
 
 
 def _decoded(data: bytes) -> str | None:
-    """The beginning of the text that ``data`` is, as much as is shown; None where it begins like none."""
+    """The beginning of ``data`` as text; None if it is not printable UTF-8."""
     head = data[: 4 * (MAX_SHOWN + 1)]  # a character has at most 4
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) == len(data))
@@ -221,7 +221,7 @@ def _decoded(data: bytes) -> str | None:
 
 
 def _json(value: object) -> Iterator[str]:
-    """``value`` as JSON writes it, in pieces: ``json`` itself would write all of a long text or list."""
+    """``value`` as JSON, in pieces: ``json`` itself would write a long value to its end."""
     if isinstance(value, dict):
         yield "{"
         for number, (name, member) in enumerate(value.items()):
@@ -244,4 +244,4 @@ def _json(value: object) -> Iterator[str]:
 
 def _quoted(text: str) -> str:
     head = text[: MAX_SHOWN + 1]
-    return json.dumps(head, ensure_ascii=not head.isprintable())  # half a character must not get into a reply
+    return json.dumps(head, ensure_ascii=not head.isprintable())  # replies must not hold lone surrogates

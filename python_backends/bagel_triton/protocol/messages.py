@@ -61,7 +61,7 @@ class SchedulingParams(Message, frozen=True):
 
 
 class Branch(StrEnum):
-    """The contexts of guidance: ``cfg_text`` has no prompt, ``cfg_img`` no image."""
+    """The contexts of classifier-free guidance: ``cfg_text`` lacks the prompt, ``cfg_img`` the images."""
 
     GEN = "gen"
     CFG_TEXT = "cfg_text"
@@ -69,13 +69,13 @@ class Branch(StrEnum):
 
 
 class TextSegment(Message, frozen=True, tag="text"):
-    """Tokens appended causally, one position each, markers included."""
+    """Tokens appended causally, one RoPE position each, markers included."""
 
     token_ids: Annotated[tuple[Index, ...], Meta(min_length=1)]
 
 
 class _ImageSegment(Message, frozen=True):
-    """One bidirectional block at one position; ``pixels`` are uint8 [height, width, 3]."""
+    """An image: bidirectional attention, one RoPE position; ``pixels`` are uint8 [height, width, 3]."""
 
     height: Count
     width: Count
@@ -87,19 +87,19 @@ class _ImageSegment(Message, frozen=True):
 
 
 class VitSegment(_ImageSegment, frozen=True, tag="vit"):
-    """An image for understanding, resized for the ViT already."""
+    """An image for understanding, already resized for the ViT."""
 
 
 class VaeSegment(_ImageSegment, frozen=True, tag="vae"):
-    """An image for generation, resized for the autoencoder already."""
+    """An image for generation, already resized for the autoencoder."""
 
 
 Segment = TextSegment | VitSegment | VaeSegment
 
 
 class BranchPlan(Message, frozen=True):
-    """One branch's context. With ``same_as`` it is another branch's, token for token,
-    and ``segments`` is empty: it needs no forward of its own."""
+    """One branch's context. With ``same_as`` it equals another branch's and needs no forward;
+    ``segments`` is empty then."""
 
     branch: Branch
     segments: tuple[Segment, ...] = ()
@@ -107,7 +107,7 @@ class BranchPlan(Message, frozen=True):
 
 
 class FlowSettings(Message, frozen=True):
-    """What the denoising loop needs of a request; names and meaning as in the paper's code.
+    """A request's parameters for denoising; names and meaning as in the model authors' code.
 
     ``height`` and ``width`` are pixels. ``num_inference_steps`` counts sample points
     (N points are N-1 updates). Guidance acts where ``lo < t <= hi`` of ``cfg_interval``.
@@ -140,11 +140,11 @@ class FlowSettings(Message, frozen=True):
 
 
 class Decoding(Message, frozen=True):
-    """How text is decoded, and what for.
+    """How text is decoded, and for what purpose.
 
     ``first_token`` is fed first: the start token, or the last token of a prompt taken
-    verbatim. With ``purpose`` "think" the text is appended to the ``gen`` context, as a
-    segment of its own, before that is lent; with "answer" it is the result, once per seed.
+    verbatim. With ``purpose`` "think" the text becomes a further segment of the ``gen``
+    context, which is lent afterwards; with "answer" it is the result, once per seed.
     ``temperature`` 0 is greedy. ``frequency_penalty`` and ``presence_penalty`` concern the
     decoded tokens, ``repetition_penalty`` the context's as well. ``top_logprobs`` asks for
     each token's log-probability and those of this many alternatives. ``max_think_tokens``
@@ -186,10 +186,10 @@ class TokenLogprob(Message, frozen=True, omit_defaults=True):
 
 
 class Usage(Message, frozen=True):
-    """Token counts: the context a request brought, text and latents it made.
+    """Token counts of a request: its context, decoded text, generated latents.
 
-    ``reasoning_tokens`` are those of ``text_tokens`` that were thinking, ``prompt_image_tokens``
-    those of ``prompt_tokens`` that stand for images.
+    ``reasoning_tokens`` is the part of ``text_tokens`` that was thinking, ``prompt_image_tokens``
+    the part of ``prompt_tokens`` that stands for images.
     """
 
     prompt_tokens: Index = 0
@@ -200,7 +200,7 @@ class Usage(Message, frozen=True):
 
 
 class Plan(Message, frozen=True):
-    """``cfg_expand``'s answer: everything the later stages need of a request."""
+    """The answer of ``cfg_expand``: everything that the later stages need."""
 
     request_id: str
     branches: tuple[BranchPlan, ...]
@@ -217,7 +217,7 @@ class Plan(Message, frozen=True):
             raise ValueError(f"a branch is the same as {lost[0]}, which has no context")
 
 
-LEASE_SLOTS = 4096  # contexts that are lent at a time
+LEASE_SLOTS = 4096  # leases at a time
 
 
 class KVGeometry(Message, frozen=True):
@@ -231,7 +231,7 @@ class KVGeometry(Message, frozen=True):
 
 
 class MooncakeAddress(Message, frozen=True, tag="mooncake"):
-    """Where a transfer engine finds a pool of ``slots`` tokens.
+    """The address of a pool of ``slots`` tokens for a transfer engine.
 
     ``peer`` is the engine, ``host:port``; ``store`` and ``words`` are addresses in its
     process.
@@ -255,12 +255,12 @@ Address = MooncakeAddress | CudaAddress
 
 
 class KVHandle(Message, frozen=True):
-    """A lease on one branch's context: enough to map and check it, no KV.
+    """A lease on one branch's context: enough to map and check it, without any KV.
 
     ``blocks`` are block indices in the pool named ``pool`` of generation
     ``generation``; an empty context has none and needs no lease (``lease`` 0).
-    ``expires_at`` is ``time.monotonic()`` seconds, comparable between processes of
-    one host only. ``address`` is what a connector needs beyond the pool's name.
+    ``expires_at`` is ``time.monotonic()`` seconds, which only processes of one host can
+    compare. ``address`` is what a connector needs beyond the pool's name.
     """
 
     request_id: str
@@ -287,7 +287,7 @@ class KVHandle(Message, frozen=True):
 
 
 def encode_handle(handle: KVHandle) -> bytes:
-    """JSON of ``handle``: what the connector's self-test passes between the stages."""
+    """JSON of ``handle``, for the connector's self-test."""
     return msgspec.json.encode(handle)
 
 
@@ -297,14 +297,14 @@ def decode_handle(data: bytes) -> KVHandle:
 
 
 class BranchKV(Message, frozen=True):
-    """Which handle a branch reads: its own, or another branch's."""
+    """The handle that a branch reads: its own, or another branch's."""
 
     branch: Branch
     handle: Index
 
 
 class DenoiseJob(Message, frozen=True):
-    """The thinker's answer, the DiT's input: flow settings and leased contexts."""
+    """The DiT's input: flow settings and leased contexts."""
 
     request_id: str
     flow: FlowSettings
@@ -334,7 +334,7 @@ class Answer(Message, frozen=True):
 
 
 class ThinkerOutput(Message, frozen=True):
-    """The thinker's answer: texts it decoded, and contexts where an image is to follow."""
+    """The thinker's answer: decoded texts, and the DiT's job if an image follows."""
 
     answers: tuple[Answer, ...] = ()
     job: DenoiseJob | None = None

@@ -1,4 +1,4 @@
-"""Every metric there is: what it measures, and whose work it measures."""
+"""Every metric: its kind, name and meaning, by the model that reports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. ``name`` is what engines call it; ``labels`` are those known beforehand, by name."""
+    """One metric. ``name`` is the engines' name for it; ``labels`` maps each label to its known values."""
 
     kind: Kind
     name: str
@@ -29,59 +29,53 @@ class Metric:
 
 
 def _of_engine(stage: str) -> tuple[Metric, ...]:
-    """What every engine tells of its line and its loop."""
+    """The metrics of every engine's queue and loop."""
     return (
-        Metric("gauge", f"{stage}_active", f"requests that {stage} works on"),
-        Metric("gauge", f"{stage}_waiting", f"requests that wait in line for {stage}"),
-        Metric("histogram", f"{stage}_queue_seconds", f"time a request waited in line for {stage}"),
-        Metric("histogram", f"{stage}_step_seconds", f"time of one step of {stage}, of all requests in it"),
-        Metric(
-            "counter", f"{stage}_refused", f"requests refused because the line for {stage}, or {stage} itself, was full"
-        ),
-        Metric("counter", f"{stage}_cancelled", f"requests dropped at {stage} because their client had gone"),
+        Metric("gauge", f"{stage}_active", f"requests active in {stage}"),
+        Metric("gauge", f"{stage}_waiting", f"requests waiting for {stage}"),
+        Metric("histogram", f"{stage}_queue_seconds", f"time a request waited for {stage}"),
+        Metric("histogram", f"{stage}_step_seconds", f"time of one step of {stage}, for all active requests together"),
+        Metric("counter", f"{stage}_refused", f"requests refused because {stage} or its queue was full"),
+        Metric("counter", f"{stage}_cancelled", f"requests aborted in {stage}, most often because the client left"),
     )
 
 
 _ORCHESTRATOR = (
     Metric("counter", "requests", "requests that ended, by HTTP status", {"status": STATUSES}),
-    Metric("gauge", "requests_active", "requests in flight, whatever stage they are at"),
-    Metric("histogram", "request_seconds", "time of a whole request that succeeded"),
+    Metric("gauge", "requests_active", "requests in flight, in any stage"),
+    Metric("histogram", "request_seconds", "time of a whole request, of those that succeeded"),
 )
 _SUPERVISOR = (
     Metric(
         "counter",
         "stage_reloads",
-        "times a stage was loaded anew because a process of it had died",
+        "reloads of a stage after one of its processes died",
         {"stage": (EXPANDER, THINKER, DIT, DECODER)},
     ),
-    Metric("counter", "server_restarts", "times tritonserver was started again because it had crashed or hung"),
+    Metric("counter", "server_restarts", "restarts of tritonserver after a crash or a hang"),
 )
 _THINKER = (
-    Metric("histogram", "thinker_prefill_seconds", "time from a request's admission to its contexts being complete"),
-    Metric(
-        "histogram", "time_to_first_token_seconds", "time from a request's coming to the thinker to its first token"
-    ),
+    Metric("histogram", "thinker_prefill_seconds", "time from a request's admission to the end of its prefill"),
+    Metric("histogram", "time_to_first_token_seconds", "time to first token, from arrival at the thinker"),
     Metric("histogram", "time_per_output_token_seconds", "mean time between the tokens of one text"),
-    Metric("counter", "prompt_tokens", "tokens of context that requests brought, images included"),
-    Metric("counter", "generated_tokens", "tokens of text that were decoded"),
-    Metric(
-        "counter", "thinker_prefix_query_tokens", "tokens of context that could have been kept from earlier requests"
-    ),
-    Metric("counter", "thinker_prefix_hit_tokens", "tokens of context that were kept from earlier requests"),
-    Metric("counter", "thinker_encoding_queries", "encodings of images that were wanted, up to two an image"),
-    Metric("counter", "thinker_encoding_hits", "encodings of images that were kept from an earlier time"),
-    Metric("counter", "thinker_kv_waits", "requests that found the KV cache full and waited for room"),
+    Metric("counter", "prompt_tokens", "context tokens of requests, images included"),
+    Metric("counter", "generated_tokens", "text tokens decoded"),
+    Metric("counter", "thinker_prefix_query_tokens", "context tokens looked up in the prefix cache"),
+    Metric("counter", "thinker_prefix_hit_tokens", "context tokens found in the prefix cache"),
+    Metric("counter", "thinker_encoding_queries", "image encodings looked up in the cache, up to two an image"),
+    Metric("counter", "thinker_encoding_hits", "image encodings found in the cache"),
+    Metric("counter", "thinker_kv_waits", "requests that had to wait for KV blocks"),
     Metric("gauge", "thinker_kv_blocks", "blocks of the KV cache"),
     Metric("gauge", "thinker_kv_blocks_used", "blocks that requests or leases hold"),
     Metric("gauge", "thinker_kv_blocks_leased", "blocks that leases hold"),
-    Metric("gauge", "thinker_kv_blocks_cached", "blocks that are only kept for requests that begin alike"),
-    Metric("gauge", "thinker_kv_leases", "contexts that are lent"),
+    Metric("gauge", "thinker_kv_blocks_cached", "blocks held by the prefix cache alone"),
+    Metric("gauge", "thinker_kv_leases", "contexts lent to the DiT"),
 )
 _DIT = (
-    Metric("histogram", "dit_kv_handoff_seconds", "time to copy a request's contexts from the KV cache"),
-    Metric("counter", "images", "images that were denoised"),
+    Metric("histogram", "dit_kv_handoff_seconds", "time to copy a request's contexts from the thinker's KV cache"),
+    Metric("counter", "images", "images denoised"),
 )
-# By who measures them; the orchestrator has all of them where it has every engine.
+# By the model that reports them; the orchestrator reports all if every engine runs in its process.
 CATALOGUE: Mapping[str, tuple[Metric, ...]] = {
     ORCHESTRATOR: _ORCHESTRATOR,
     SUPERVISOR: _SUPERVISOR,

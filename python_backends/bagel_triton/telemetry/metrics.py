@@ -1,4 +1,4 @@
-"""What an engine tells of itself while it works."""
+"""The interface by which engines report measurements."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ SECONDS: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 10
 
 
 class Metrics(Protocol):
-    """Where measurements go. Names are without the server's prefix; calls must not block."""
+    """A sink for measurements. Names lack the server's prefix; calls must not block."""
 
     def gauge(self, name: str, value: float) -> None:
-        """``name`` is ``value`` now."""
+        """Set ``name`` to ``value``."""
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """``amount`` more of ``name``."""
+        """Add ``amount`` to ``name``."""
 
     def observe(self, name: str, seconds: float) -> None:
-        """``name`` took ``seconds`` once."""
+        """Add a duration to the histogram ``name``."""
 
 
 class NoMetrics:
-    """Nobody listens."""
+    """Ignores everything."""
 
     def gauge(self, name: str, value: float) -> None:
         """Do nothing."""
@@ -36,13 +36,13 @@ class NoMetrics:
 
 
 class ChangedGauges:
-    """Gauges that are only told where they changed: setting one at every step would be most of what is told."""
+    """Gauges that are set only when they change; engines update them at every step."""
 
     def __init__(self, metrics: Metrics, prefix: str) -> None:
         self._metrics, self._prefix, self._values = metrics, prefix, dict[str, float]()
 
     def __call__(self, name: str, value: float) -> None:
-        """``name``, behind the prefix, is ``value`` now."""
+        """Set ``name``, behind the prefix, to ``value``."""
         if self._values.get(name) != value:
             self._values[name] = value
             self._metrics.gauge(f"{self._prefix}{name}", value)

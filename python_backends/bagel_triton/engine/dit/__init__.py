@@ -1,1 +1,1 @@
-"""The denoising stage: one step of the flow for every active image at a time."""
+"""The denoising stage."""

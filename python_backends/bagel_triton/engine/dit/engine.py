@@ -41,10 +41,10 @@ class BranchItem(NamedTuple):
 
 
 class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
-    """Owns the transformer's generation side, from one thread.
+    """Denoises images on contexts claimed from the thinker; owns its workspaces, from one thread.
 
     ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
-    and ``kv_tokens`` are those of the thinker's KV cache.
+    and ``kv_tokens`` are the thinker's KV cache's.
     """
 
     stage = "dit"
@@ -71,11 +71,11 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
 
     @property
     def placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where the transformer computes, and in what."""
+        """Device and dtype of the transformer."""
         return self._model.device, self._model.dtype
 
     def read_pattern(self, handle: KVHandle) -> Future[None]:
-        """Read what the thinker lent for the connector's self-test; from any thread."""
+        """Claim and compare the self-test's pattern; from any thread."""
         self._check_handle(handle)
         return self.call(lambda: selftest.read_pattern(self._consumer, handle, self._model.device))
 
@@ -88,7 +88,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             self._check_handle(handle)
 
     def _check_handle(self, handle: KVHandle) -> None:
-        """Refuse what is not the thinker's: a KV cache is mapped as its first handle says it is."""
+        """Refuse a handle that is not the thinker's: its first handle decides how its KV cache is mapped."""
         if handle.geometry != self._geometry:
             raise LeaseError(f"the context's geometry {handle.geometry} is not the thinker's {self._geometry}")
         if handle.tokens > self._kv_tokens + self._geometry.block_tokens:
@@ -101,7 +101,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         tokens = (rows * columns + VISION_TOKENS) * len(job.task.handles) * flow.num_images
         tokens += sum((run.tokens + VISION_TOKENS) * len(run.stores) * len(run.x) for run in self._runs)
         within = images <= self._config.max_num_seqs and tokens <= self._config.max_num_batched_tokens
-        if self._runs and not within:  # one that is alone may exceed both
+        if self._runs and not within:  # a single request may exceed both
             return False
         self._runs.append(self._begin(job, rows, columns))
         return True
@@ -133,9 +133,9 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         )
 
     def _claim(self, handles: Sequence[KVHandle], new_tokens: int) -> list[Tensor]:
-        """Each context copied to the front of a workspace with room for ``new_tokens``.
+        """Copy each context to the front of a workspace that has room for ``new_tokens`` behind it.
 
-        Every lease ends here, whether or not all could be claimed.
+        Every lease is released, even if some could not be claimed.
         """
         stores, started = [], time.monotonic()
         for index, handle in enumerate(handles):
@@ -194,11 +194,11 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         for number, (run, _, context) in enumerate(items):
             markers, past = gen_rows + VISION_TOKENS * number, run.stores[context].shape[2] - run.tokens - VISION_TOKENS
             rows = ((start, start + run.tokens, past), (markers, markers + VISION_TOKENS, past + run.tokens))
-            # Both spans of a sequence stand together: its new keys are written once for both.
+            # Both spans of a sequence are adjacent, so its new KV is written once for both.
             spans.extend(QuerySpan(first, last, number, causal=False) for first, last, _ in rows)
             writes.append(rows)
             start += run.tokens
-        # One position for a whole block, latents and markers alike.
+        # One position for a whole image, latents and markers alike.
         repeats = torch.tensor([item.run.tokens for item in items] + [VISION_TOKENS] * len(items))
         positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
         rows_at = positions.repeat_interleave(repeats).to(self._model.device)
@@ -236,6 +236,6 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         self._packed = None
 
     def close(self) -> None:
-        """Stop the thread and drop every mapping."""
+        """Stop the thread and close the connector."""
         super().close()
         self._consumer.close()

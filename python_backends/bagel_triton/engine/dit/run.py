@@ -15,7 +15,7 @@ from bagel_triton.protocol.messages import Branch, DenoiseJob, FlowSettings
 
 @dataclass(frozen=True)
 class Latents:
-    """A finished flow: ``tokens`` [rows * columns, channels] float32."""
+    """An image's latents: ``tokens`` [rows * columns, channels] float32."""
 
     tokens: Tensor
     rows: int
@@ -75,7 +75,7 @@ class FlowRun:
         return self.seers.setdefault((image, branch), TaylorSeer())
 
     def contexts_to_compute(self) -> list[int]:
-        """Contexts this step has to run, each once: branches may share one, or be extrapolated."""
+        """Contexts that this step computes, each once: branches may share one, or be extrapolated."""
         due = []
         for branch in self.branches():
             seer = self._seer(0, branch)  # all images' counters move together

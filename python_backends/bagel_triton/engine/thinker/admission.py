@@ -1,4 +1,4 @@
-"""What the thinker promises a request before it starts: room for all that it may come to hold."""
+"""Admission to the thinker: a request starts once the KV cache has room for its worst case."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from bagel_triton.telemetry.metrics import Metrics
 
 
 class Admission:
-    """Lets a request in when its worst case fits beside what is promised already.
+    """Admits requests in order, each when its worst case fits beside those of the running ones.
 
-    So a running request never meets a full KV cache. What is kept for later requests is not
-    promised to anyone: it goes when blocks are needed.
+    So a running request never finds the KV cache full. Cached prefixes reserve nothing: they
+    are evicted when blocks are needed.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Admission:
     ) -> None:
         self._model, self._producer, self._kv_pool = model, producer, producer.pool
         self._prefixes, self._config, self._metrics = prefixes, config, metrics
-        self._next: ThinkerRun | None = None  # the first in line, once it was looked at
+        self._next: ThinkerRun | None = None  # of the first job in the queue, once it was prepared
 
     def admit(self, job: Job[Plan, ThinkerOutput], running: list[ThinkerRun]) -> bool:
-        """Add ``job`` to ``running``; False where there is no room yet.
+        """Add ``job`` to ``running``; False if there is no room yet.
 
         Raises:
             InvalidRequest: it can never fit, or names tokens that the model does not have.
@@ -68,50 +68,50 @@ class Admission:
                 self._metrics.count("thinker_refused")
                 raise Overloaded(f"the thinker had no room for {waited:.0f} s: {'; '.join(reasons)}")
             return False
-        for sequence in run.sequences:
-            room = self.reuse(run, sequence, room)
+        for branch in run.branches:
+            room = self.reuse(run, branch, room)
         running.append(run)
         self._next = None
         return True
 
     def abort(self, job: Job[Plan, ThinkerOutput]) -> None:
-        """Drop what was prepared for ``job``, which waits no more."""
+        """Forget the run prepared for ``job``."""
         if self._next is not None and self._next.job is job:
             self._next = None
 
     def room(self, running: list[ThinkerRun]) -> int:
-        """Blocks that are promised to nobody."""
+        """Blocks that no request and no lease may claim."""
         promised = sum(active.blocks for active in running) + self._producer.leases.blocks
         return self._kv_pool.blocks.count - promised
 
-    def reuse(self, run: ThinkerRun, sequence: BranchState, room: int) -> int:
-        """Let ``sequence`` go on from the longest context that is kept; the ``room`` left then, in blocks."""
-        keys = [boundary.key for boundary in sequence.boundaries]
-        reached, shared = self._prefixes.longest(keys), sequence.shared_tokens
-        held = sequence.context.tokens or shared
-        self._metrics.count("thinker_prefix_query_tokens", sequence.total_tokens - held)
-        unshared = shared // self._kv_pool.geometry.block_tokens  # blocks that its parent would have lent it
-        if reached and sequence.boundaries[reached - 1].tokens > held and unshared <= room:
-            self._metrics.count("thinker_prefix_hit_tokens", sequence.boundaries[reached - 1].tokens - held)
+    def reuse(self, run: ThinkerRun, branch: BranchState, room: int) -> int:
+        """Let ``branch`` continue from its longest cached prefix; the ``room`` left then, in blocks."""
+        keys = [boundary.key for boundary in branch.boundaries]
+        reached, shared = self._prefixes.longest(keys), branch.shared_tokens
+        held = branch.context.tokens or shared
+        self._metrics.count("thinker_prefix_query_tokens", branch.total_tokens - held)
+        unshared = shared // self._kv_pool.geometry.block_tokens  # blocks its parent would have shared
+        if reached and branch.boundaries[reached - 1].tokens > held and unshared <= room:
+            self._metrics.count("thinker_prefix_hit_tokens", branch.boundaries[reached - 1].tokens - held)
             run.blocks += unshared
             room -= unshared
-            sequence.adopt(self._prefixes.take(keys[:reached]), reached)
+            branch.adopt(self._prefixes.take(keys[:reached]), reached)
         return room
 
     def _prepare(self, job: Job[Plan, ThinkerOutput]) -> ThinkerRun:
         """The run of ``job``, which holds nothing yet."""
         plan, kv_pool = job.task, self._kv_pool
         check_plan(plan, self._model)
-        sequences = build_branch_states(plan.branches, kv_pool, self._model, self._draws(plan))
-        needed = self._worst_case(sequences, plan.decoding)
+        branches = build_branch_states(plan.branches, kv_pool, self._model, self._draws(plan))
+        needed = self._worst_case(branches, plan.decoding)
         if needed > kv_pool.blocks.count:
-            tokens = sum(sequence.total_tokens for sequence in sequences)
+            tokens = sum(branch.total_tokens for branch in branches)
             raise InvalidRequest(
                 f"the request is too long: {tokens} tokens of context and what may be decoded need {needed} KV blocks; "
                 f"the KV cache has {kv_pool.blocks.count} of {kv_pool.geometry.block_tokens} tokens",
                 "messages",
             )
-        return ThinkerRun(job, sequences, needed)
+        return ThinkerRun(job, branches, needed)
 
     def _draws(self, plan: Plan) -> list[Tensor]:
         """The posterior draws of the request's images for generation."""
@@ -121,35 +121,35 @@ class Admission:
         latent = self._model.latent
         return posterior_noise(images, latent.channels, latent.downsample, plan.flow.seed)
 
-    def _worst_case(self, sequences: Sequence[BranchState], decoding: Decoding | None) -> int:
+    def _worst_case(self, branches: Sequence[BranchState], decoding: Decoding | None) -> int:
         """Blocks that a request holds at most; a fork may copy one block."""
         kv_pool = self._kv_pool
         size = kv_pool.geometry.block_tokens
         total = sum(
-            kv_pool.blocks_for(sequence.total_tokens) - sequence.shared_tokens // size + bool(sequence.shared)
-            for sequence in sequences
+            kv_pool.blocks_for(branch.total_tokens) - branch.shared_tokens // size + bool(branch.shared)
+            for branch in branches
         )
         if decoding is not None:
-            past = sequences[0].total_tokens
+            past = branches[0].total_tokens
             decoded = kv_pool.blocks_for(past + 1 + decoding.max_new_tokens) - past // size + 1
             total += decoded * len(decoding.seeds)
             if decoding.purpose == "think":
-                # The thought is appended encoded afresh, each broken character as three bytes.
+                # The thought is encoded again and appended; each broken character takes three bytes.
                 total += kv_pool.blocks_for(past + 2 + 3 * decoding.max_new_tokens) - past // size
         return total
 
 
 def check_plan(plan: Plan, config: ModelConfig) -> None:
-    """Refuse tokens and images that the model does not have a place for.
+    """Refuse tokens and images that this checkpoint has no place for, before they share a step with others.
 
     Raises:
-        InvalidRequest: names what it is and what is allowed.
+        InvalidRequest: names the value and what is allowed.
     """
     if plan.decoding is not None:
         _check_token(plan.decoding.first_token, config)
     expected = _sizes(plan.branches[0].segments)
     if expected and plan.flow is None:
-        raise InvalidRequest.value("plan", "an image for generation", "one only where flow says what to generate")
+        raise InvalidRequest.value("plan", "an image for generation", "one only if flow says what to generate")
     for branch in plan.branches:
         for segment in branch.segments:
             if isinstance(segment, TextSegment):
@@ -157,7 +157,7 @@ def check_plan(plan: Plan, config: ModelConfig) -> None:
             else:
                 _check_image(segment, config)
         sizes = _sizes(branch.segments)
-        if sizes != expected[: len(sizes)]:  # a draw belongs to an image by its number
+        if sizes != expected[: len(sizes)]:  # draws belong to images by number
             raise InvalidRequest.value("plan", f"images of {sizes} in {branch.branch}", f"those of gen, {expected}")
 
 

@@ -1,4 +1,4 @@
-"""A branch's context under construction: what it still lacks, and who forks from it."""
+"""A guidance branch's context while it is prefilled, and the branches that fork from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT_CHUNK = 512
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Tokens to append causally; with ``scored`` the last one's logits are wanted."""
+    """Tokens to append causally; ``scored`` asks for the last one's logits."""
 
     context: KVSequence
     token_ids: tuple[int, ...]
@@ -33,7 +33,7 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """A whole image to append as one bidirectional block, markers included."""
+    """A whole image to append with bidirectional attention, its two markers included."""
 
     context: KVSequence
     segment: VitSegment | VaeSegment
@@ -46,10 +46,10 @@ Chunk = TextChunk | ImageChunk
 
 @dataclass(frozen=True)
 class ChunkBoundary:
-    """Where a chunk ends: ``done`` segments and ``offset`` tokens of the next one are in the context.
+    """The end of a chunk: ``done`` whole segments and ``offset`` tokens of the next one come before it.
 
-    ``key`` stands for everything before this point that determines keys and values: tokens,
-    pixels, posterior draws, and where the chunks were cut.
+    ``key`` is a digest of everything before this point that determines the KV: tokens, pixels,
+    posterior draws, and the boundaries of the chunks.
     """
 
     key: bytes
@@ -64,14 +64,14 @@ _START = ChunkBoundary(b"", done=0, offset=0, tokens=0, position=0)
 
 @dataclass(eq=False)
 class BranchState:
-    """One branch of one request, from its first token to its last.
+    """One branch of one request while its context grows.
 
-    A branch that begins like an earlier one waits for that one to get there, then forks
-    its context: shared prefixes are prefilled once. ``draws`` are the posterior draws of
-    its images for generation, in order.
+    A branch with the same beginning as an earlier one waits until that one has prefilled it,
+    then forks its context: shared prefixes are prefilled once. ``draws`` are the posterior
+    draws of the branch's images for generation, in order.
     """
 
-    branch: Branch
+    name: Branch
     segments: list[Segment]
     config: ModelConfig
     context: KVSequence
@@ -97,7 +97,7 @@ class BranchState:
 
     @property
     def keys(self) -> list[bytes]:
-        """Of what is in the context, from its first chunk to the last."""
+        """Keys of the chunks that are in the context, in order."""
         return [boundary.key for boundary in self.boundaries[: self.reached]]
 
     @property
@@ -111,16 +111,16 @@ class BranchState:
         return self._shared_boundary.tokens if self.shared else 0
 
     def append(self, segment: Segment) -> None:
-        """One segment more to come."""
+        """Add a segment at the end."""
         self.segments.append(segment)
         self.boundaries.extend(self._boundaries_from(len(self.segments) - 1))
 
     def next_chunk(self, budget: int, alone: bool) -> Chunk | None:
-        """What to append next within ``budget`` tokens, if anything.
+        """The next chunk to append, if it fits into ``budget`` tokens.
 
-        An image is one block; text is cut every ``TEXT_CHUNK`` tokens and nowhere else, so
-        that a context's numbers do not depend on who shares the step. One chunk that is
-        ``alone`` in the step may exceed the budget.
+        An image is one chunk. Text is cut every ``TEXT_CHUNK`` tokens and nowhere else, so
+        that a context's KV does not depend on the other requests of a step. A chunk that is
+        ``alone`` in its step may exceed the budget.
         """
         if self.waiting or self.complete:
             return None
@@ -135,12 +135,12 @@ class BranchState:
         return ImageChunk(self.context, segment, tokens, noise)
 
     def advance(self) -> None:
-        """The next chunk is in the context now; branches that were waiting for it fork."""
+        """Record that the next chunk is in the context; branches that waited for it fork."""
         self.reached += 1
         self.fork_children()
 
     def adopt(self, context: KVSequence, reached: int) -> None:
-        """Go on from ``context``, which has everything up to the boundary number ``reached``."""
+        """Continue from ``context``, which holds the first ``reached`` chunks."""
         self.context.free()
         if self.parent is not None:
             self.parent.children.remove(self)
@@ -148,7 +148,7 @@ class BranchState:
         self.fork_children()
 
     def fork_children(self) -> None:
-        """Fork the branches whose shared beginning is in the context."""
+        """Fork the branches whose shared prefix is in the context."""
         for child in list(self.children):
             boundary = child._shared_boundary
             if boundary.tokens <= self.context.tokens:
@@ -160,7 +160,7 @@ class BranchState:
         return next(boundary for boundary in self.boundaries if boundary.done == self.shared and not boundary.offset)
 
     def _boundaries_from(self, first: int) -> Iterator[ChunkBoundary]:
-        """The boundaries of the segments from number ``first`` on; those before are marked already."""
+        """The boundaries of the segments from number ``first`` on."""
         boundary = self.boundaries[-1] if self.boundaries else _START
         for done, segment in enumerate(self.segments[first:], first):
             tokens = segment_tokens(segment, self.config)
@@ -194,21 +194,21 @@ def _key(*parts: bytes) -> bytes:
 
 
 def build_branch_states(
-    branches: Sequence[BranchPlan], kv_pool: KVCachePool, config: ModelConfig, draws: Sequence[Tensor] = ()
+    plans: Sequence[BranchPlan], kv_pool: KVCachePool, config: ModelConfig, draws: Sequence[Tensor] = ()
 ) -> list[BranchState]:
-    """The branches that need a context, each tied to the earlier one it shares most with."""
-    sequences: list[BranchState] = []
-    for plan in branches:
+    """The branches that need a context, each with the earlier one that it shares most with as its parent."""
+    states: list[BranchState] = []
+    for plan in plans:
         if plan.same_as is not None:
             continue
-        sequence = BranchState(plan.branch, list(plan.segments), config, KVSequence(kv_pool), draws)
-        best = max(sequences, key=lambda other: _common(other.segments, sequence.segments), default=None)
-        shared = _common(best.segments, sequence.segments) if best else 0
+        state = BranchState(plan.branch, list(plan.segments), config, KVSequence(kv_pool), draws)
+        best = max(states, key=lambda other: _common(other.segments, state.segments), default=None)
+        shared = _common(best.segments, state.segments) if best else 0
         if best and shared:
-            sequence.parent, sequence.shared = best, shared
-            best.children.append(sequence)
-        sequences.append(sequence)
-    return sequences
+            state.parent, state.shared = best, shared
+            best.children.append(state)
+        states.append(state)
+    return states
 
 
 def _common(first: Sequence[Segment], second: Sequence[Segment]) -> int:

@@ -1,4 +1,4 @@
-"""The autoregressive stage: prefills and decodes every request's contexts together, and lends them."""
+"""The autoregressive stage: every step prefills and decodes for all running requests together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeom
 
 
 class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
-    """Owns the transformer's understanding side and the KV cache, from one thread."""
+    """Prefills contexts, decodes text, and lends contexts to the DiT; owns the KV cache, from one thread."""
 
     stage = "thinker"
 
@@ -77,17 +77,17 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         self.start()
 
     def lend_pattern(self) -> Future[KVHandle]:
-        """A lease for the connector's self-test; from any thread."""
+        """A lease on a pattern for the connector's self-test; from any thread."""
         return self.call(self._lend_pattern)
 
     def _lend_pattern(self) -> KVHandle:
-        if self._admission.room(self._running) < 2 * selftest.BLOCKS:  # every other block is a gap, for a moment
-            raise Overloaded("the KV cache has no room for a self-test beside what is promised")
+        if self._admission.room(self._running) < 2 * selftest.BLOCKS:  # every other block stays a gap for a moment
+            raise Overloaded("the KV cache has no room for a self-test beside the running requests")
         return selftest.lend_pattern(self._producer, min(selftest.TTL_S, self._config.lease_ttl_s))
 
     @property
     def blocks_used(self) -> int:
-        """Blocks of the KV cache that requests or leases hold; those only kept for later are not counted."""
+        """Blocks that requests or leases hold; blocks of the prefix cache alone are not counted."""
         return self._producer.pool.blocks.used - self._prefixes.blocks
 
     # --- admission ---
@@ -101,7 +101,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     def _on_rejected(self, job: ThinkerJob) -> None:
         self._admission.abort(job)
 
-    # --- one step: a token for every running text, and prefill within the budget ---
+    # --- one step: a token for each running text, then prefill within the budget ---
 
     def _step(self) -> None:
         budget = self._config.max_num_batched_tokens
@@ -110,18 +110,18 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         budget -= len(chunks)
         prefilled: list[BranchState] = []
         for active in self._running:
-            for sequence in active.sequences:
-                chunk = sequence.next_chunk(budget, alone=not chunks)
+            for branch in active.branches:
+                chunk = branch.next_chunk(budget, alone=not chunks)
                 if chunk is not None:
                     chunks.append(chunk)
-                    prefilled.append(sequence)
+                    prefilled.append(branch)
                     budget -= chunk.tokens
         if chunks:
             logits = self._prefiller.append(chunks)
-            for sequence in prefilled:
-                sequence.advance()
+            for branch in prefilled:
+                branch.advance()
                 if self._config.enable_prefix_caching:
-                    self._prefixes.keep(sequence.keys, sequence.context)
+                    self._prefixes.keep(branch.keys, branch.context)
             self._decode(decoders, logits)
         for active in [active for active in self._running if active.prefilled and not active.running]:
             try:
@@ -131,13 +131,13 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
                 self._fail(active.job, error)
 
     def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor) -> None:
-        best = logits.argmax(dim=-1).tolist()  # of all at once: on a GPU each question waits for the device
+        best = logits.argmax(dim=-1).tolist()  # of all at once: each transfer from a GPU waits for the device
         for (active, decoder), scores, token_id in zip(decoders, logits, best, strict=True):
-            if active.job.done.done():  # another of its texts failed
+            if active.job.done.done():  # another of its texts has failed
                 continue
             try:
                 events = decoder.take(decoder.choose(scores, token_id), scores)
-            except Exception as error:  # its own failure, not that of those that share the step
+            except Exception as error:  # this request's failure, not that of the others in the step
                 self._device_lost(error)
                 self._fail(active.job, error)
                 continue
@@ -145,7 +145,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
                 active.job.progress(event)
 
     def _next_phase(self, active: ThinkerRun) -> None:
-        """After prefill: decode; after thinking: append the thought; then the answer."""
+        """Decode after prefill; append the thought after thinking; then finish."""
         plan = active.job.task
         active.prefilled_at = active.prefilled_at or time.monotonic()
         if plan.decoding is not None and not active.decoders:
@@ -156,7 +156,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             self._finish(active)
 
     def _begin_decoding(self, active: ThinkerRun, decoding: Decoding) -> None:
-        gen = active.sequences[0]
+        gen = active.branches[0]
         prompt = [i for segment in gen.segments if isinstance(segment, TextSegment) for i in segment.token_ids]
         for index, seed in enumerate(decoding.seeds):
             decoder = TextDecoder(
@@ -171,12 +171,12 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             active.decoders.append(decoder)
 
     def _append_thought(self, active: ThinkerRun) -> None:
-        """The thought joins ``gen`` encoded afresh; its decoded keys and values do not."""
+        """Encode the thought again and append it to ``gen``, as the model was trained; its decoded KV is freed."""
         decoder = active.decoders[0]
         decoder.context.free()
         tokenizer = self._tokenizer
         thought = (tokenizer.start, *tokenizer.encode(decoder.detokenizer.text), tokenizer.end)
-        gen = active.sequences[0]
+        gen = active.branches[0]
         gen.append(TextSegment(thought))
         self._admission.reuse(active, gen, 0)
         active.decoded = True
@@ -192,12 +192,12 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     def _publish(self, active: ThinkerRun, flow: FlowSettings) -> DenoiseJob:
         plan, ttl = active.job.task, self._config.lease_ttl_s
         if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)  # a lease carries no ordering of its own
+            torch.cuda.synchronize(self._model.device)  # a lease carries no ordering
         handles = []
         try:
-            for sequence in active.sequences:
-                handle = self._producer.leases.publish(plan.request_id, sequence.branch, sequence.context, ttl)
-                sequence.context = KVSequence(self._producer.pool)  # the lease owns the blocks now
+            for branch in active.branches:
+                handle = self._producer.leases.publish(plan.request_id, branch.name, branch.context, ttl)
+                branch.context = KVSequence(self._producer.pool)  # the lease owns the blocks now
                 handles.append(handle)
         except KVCacheFull as error:
             self._producer.leases.revoke(plan.request_id)

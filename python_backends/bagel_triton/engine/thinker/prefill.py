@@ -1,4 +1,4 @@
-"""One packed forward over chunks of many contexts: embeddings, positions, spans, and slots."""
+"""Prefill and decode: one packed forward over chunks of many contexts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from bagel_triton.telemetry.metrics import Metrics
 
 
 class EncodingCache:
-    """Tensors by key, at most ``capacity`` bytes of them; those used longest ago go first.
+    """The encoders' outputs by key, at most ``capacity`` bytes, evicted least recently used.
 
-    An editing session sends the same image with a new seed: its posterior draw, and so its
-    keys and values, are new, but what the encoders made of its pixels is not.
+    An editing session sends the same image with a new seed. Its posterior draw, and so its KV,
+    is new, but the encoders' output is not.
     """
 
     def __init__(self, capacity: int, metrics: Metrics) -> None:
@@ -40,7 +40,7 @@ class EncodingCache:
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, key: bytes, encode: Callable[[], Tensor]) -> Tensor:
-        """What is kept under ``key``, or else what ``encode`` returns; not to be written to."""
+        """The tensor under ``key``, made by ``encode`` if it is not cached; read-only."""
         self._metrics.count("thinker_encoding_queries")
         if key in self._kept:
             self._metrics.count("thinker_encoding_hits")
@@ -57,14 +57,14 @@ class EncodingCache:
 
 @dataclass
 class _Rows:
-    """Rows of a pack that use one expert, gathered chunk by chunk."""
+    """Rows of a batch that use one expert, gathered chunk by chunk."""
 
     embeddings: list[Tensor] = field(default_factory=list)  # [rows, hidden] each
     slots: list[Tensor] = field(default_factory=list)  # [rows] each
     positions: list[int] = field(default_factory=list)
 
     def add(self, embeddings: Tensor, slots: Tensor, positions: Sequence[int]) -> tuple[int, int]:
-        """Append rows; their (start, stop) among these."""
+        """Append rows; their (start, stop)."""
         start = len(self.positions)
         self.embeddings.append(embeddings)
         self.slots.append(slots)
@@ -96,13 +96,13 @@ class Prefiller:
 
     @torch.inference_mode()
     def append(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Run ``chunks`` in one forward; their keys and values are in the KV cache afterwards.
+        """Run ``chunks`` in one forward, which writes their KV to the cache.
 
         Returns:
-            Scores of the scored chunks' last tokens, [scored, vocabulary].
+            Logits of the scored chunks' last tokens, [scored, vocabulary].
 
         Raises:
-            KVCacheFull: before anything was computed; contexts extended so far stay so.
+            KVCacheFull: nothing was computed, but some contexts were extended.
         """
         gen, und = _Rows(), _Rows()
         texts = self._embedded([chunk.token_ids for chunk in chunks if isinstance(chunk, TextChunk)])
@@ -117,7 +117,7 @@ class Prefiller:
                 embeddings = next(texts)
                 positions: Sequence[int] = range(position, context.next_position)
             else:
-                context.next_position += 1  # one position for the whole block
+                context.next_position += 1  # one position for the whole image
                 embeddings, body = self._markers, [position] * chunk.tokens
                 if _is_vae(chunk):
                     start, stop = gen.add(self._vae_tokens(chunk), slots[1:-1], body[VISION_TOKENS:])
@@ -144,7 +144,7 @@ class Prefiller:
         return self._model.logits(hidden[scored])
 
     def _embedded(self, texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """[tokens, hidden] of each text, looked up all at once: a step of many short ones is many trips to a GPU."""
+        """[tokens, hidden] of each text, in one lookup: one a text would be as many trips to a GPU."""
         token_ids = torch.tensor([*chain.from_iterable(texts)], dtype=torch.long, device=self._model.device)
         return iter(self._model.embed_text(token_ids).split([len(text) for text in texts]))
 

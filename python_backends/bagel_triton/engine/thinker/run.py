@@ -1,4 +1,4 @@
-"""One request in the thinker: its branches, the texts it decodes, and what it may hold."""
+"""One request in the thinker: its branches and the texts it decodes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bagel_triton.telemetry.metrics import Metrics
 
 @dataclass(eq=False)
 class TextDecoder:
-    """One text being decoded on a context of its own."""
+    """One text being decoded, on a context of its own."""
 
     context: KVSequence
     decoding: Decoding
@@ -58,7 +58,7 @@ class TextDecoder:
         return list(self.detokenizer.push(token_id, self._logprob(token_id, logits)))
 
     def choose(self, logits: Tensor, best: int) -> int:
-        """The next token for ``logits`` [vocabulary], of which number ``best`` is the largest."""
+        """The next token for ``logits`` [vocabulary], whose largest is number ``best``."""
         how = self.decoding
         shaped = self._shaped(logits)
         if how.temperature == 0.0:
@@ -78,7 +78,7 @@ class TextDecoder:
         return logits
 
     def _logprob(self, token_id: int, logits: Tensor) -> TokenLogprob | None:
-        """The log-probabilities that the request wants of a token."""
+        """The log-probabilities of a token that the request asks for."""
         top = self.decoding.top_logprobs
         if top is None or token_id == self.tokenizer.end:
             return None
@@ -93,20 +93,20 @@ class TextDecoder:
 
 @dataclass(eq=False)
 class ThinkerRun:
-    """One request under way; ``blocks`` is the most that it can come to hold."""
+    """One running request; ``blocks`` is the most that it can hold."""
 
     job: Job[Plan, ThinkerOutput]
-    sequences: list[BranchState]
+    branches: list[BranchState]
     blocks: int
     decoders: list[TextDecoder] = field(default_factory=list)
     decoded: bool = False
-    waits: bool = False  # it found the KV cache full
+    waits: bool = False  # it has waited for KV blocks
     prefilled_at: float = 0.0
 
     @property
     def prefilled(self) -> bool:
         """Whether every branch's context is complete."""
-        return all(sequence.complete for sequence in self.sequences)
+        return all(branch.complete for branch in self.branches)
 
     @property
     def running(self) -> list[TextDecoder]:
@@ -114,7 +114,7 @@ class ThinkerRun:
         return [decoder for decoder in self.decoders if decoder.detokenizer.finish_reason is None]
 
     def record(self, metrics: Metrics) -> None:
-        """Measurements of a request that is through."""
+        """Record the measurements of a request that is done."""
         job = self.job
         metrics.count("prompt_tokens", job.task.usage.prompt_tokens)
         if job.started_at is not None and self.prefilled_at:
@@ -127,6 +127,6 @@ class ThinkerRun:
                 metrics.observe("time_per_output_token_seconds", (decoder.last_at - decoder.first_at) / (tokens - 1))
 
     def free(self) -> None:
-        """Give every context back."""
-        for context in [held.context for held in self.sequences] + [held.context for held in self.decoders]:
+        """Free every context."""
+        for context in [held.context for held in self.branches] + [held.context for held in self.decoders]:
             context.free()

@@ -34,7 +34,7 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
         device = next(autoencoder.parameters()).device
         super().__init__(metrics, config.max_waiting, device=device)
         self._autoencoder, self._latent, self._config = autoencoder, latent, config
-        # On a CPU a convolution's rounding depends on the batch, and batching gains nothing.
+        # On a CPU batching gains nothing, and a convolution's rounding depends on the batch.
         on_cpu = device.type == "cpu"
         self._limit = 1 if on_cpu else config.max_batch_size
         self._batch: list[DecodeJob] = []
@@ -74,7 +74,7 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
             job.finish(image, self.stage)
 
     def _decoder(self, latents: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """How latents [batch, channels, height, width] are decoded: what an image gets depends on its size alone."""
+        """The strip decoder for large latents [batch, channels, height, width], else None; only size decides."""
         pixels = latents.shape[2] * latents.shape[3] * self._latent.downsample**2
         whole = not self._config.use_tiling or pixels <= strips.WORTH_IT
         return None if whole else partial(strips.decode_in_strips, self._autoencoder.decoder)

@@ -1,1 +1,1 @@
-"""How a pool reaches its consumer; one contract, chosen by name."""
+"""Connectors: how KV gets from the thinker to the DiT. One contract in ``base``, chosen by name."""

@@ -1,4 +1,4 @@
-"""The contract between the stage that fills contexts and the stage that reads them."""
+"""The connector contract: a producer lends sequences, a consumer claims them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ConnectorUnavailable(RuntimeError):
 
 
 class Leases(Protocol):
-    """What a producer has lent; :class:`~bagel_triton.kv.lease.LeaseManager` says what each call does."""
+    """A producer's leases; :class:`~bagel_triton.kv.lease.LeaseManager` documents the calls."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,7 @@ class Leases(Protocol):
 
 
 class LeaseView(Protocol):
-    """What a consumer sees of a lease; :class:`~bagel_triton.kv.lease.LeaseTable` says what each call does."""
+    """A consumer's view of a lease; :class:`~bagel_triton.kv.lease.LeaseTable` documents the calls."""
 
     def carries(self, handle: KVHandle) -> bool: ...
 
@@ -49,12 +49,11 @@ class LeaseView(Protocol):
 
 
 class Producer(ABC):
-    """The thinker's end: a pool others can read, and the leases on it.
+    """The thinker's end: a pool that others can read, and the leases on it.
 
-    Lifetime: from construction to :meth:`close`, which ends every lease and removes what
-    it created outside the process. Threads: one. Ordering: a context's keys and values
-    are in memory before its lease is granted; on a GPU, whoever publishes synchronises
-    the stream that wrote them first.
+    Lifetime: from construction to :meth:`close`, which ends every lease and removes everything
+    created outside the process. Threads: one. Ordering: a sequence's KV is in memory before its
+    lease is granted; on a GPU, the publisher synchronises the stream that wrote it first.
     """
 
     pool: KVCachePool
@@ -68,10 +67,9 @@ class Producer(ABC):
 class Consumer(ABC):
     """The DiT's end. It holds nothing between claims but mappings and connections.
 
-    Threads: one. Ordering: a claim returns, and gives its lease back, only after the copy
-    is complete, on a GPU too. Errors: :class:`LeaseError` for whatever is wrong with a
-    lease or its pool, and never a wait without an end: a producer that has died is
-    noticed.
+    Threads: one. Ordering: a claim returns and releases its lease only after the copy is
+    complete, on a GPU too. Errors: :class:`LeaseError` for anything wrong with a lease or its
+    pool. No call waits without a limit: a dead producer is noticed.
     """
 
     @abstractmethod
@@ -101,9 +99,9 @@ class Consumer(ABC):
             destination: [layers, 2, tokens, kv_heads, head_dim] of the handle's dtype.
 
         Raises:
-            LeaseError: stale generation, a lease that was released or taken back, or a
-                handle whose geometry, size or dtype is not the destination's. A lease that
-                is still this request's is released all the same.
+            LeaseError: a stale generation, a lease that was released or reclaimed, or a handle
+                whose geometry, size or dtype is not the destination's. A lease that is still
+                this request's is released in every case.
         """
         if not handle.lease:
             return
@@ -117,17 +115,17 @@ class Consumer(ABC):
                     f"the reader expects {str(destination.dtype).removeprefix('torch.')} {list(destination.shape)}"
                 )
             self.read(handle, destination)
-            table.check(handle)  # reclaimed during the copy: what was read may be another's
+            table.check(handle)  # if it was reclaimed during the copy, the contents may be another request's
         finally:
             table.release(handle.slot, handle.lease)
 
     def renew(self, handle: KVHandle) -> None:
-        """Keep a lease that is still wanted from expiring; one that has ended stays so."""
+        """Keep a lease from expiring; one that has ended stays so."""
         if handle.lease and (table := self._carrying(handle)):
             table.renew(handle.slot)
 
     def release(self, handle: KVHandle) -> None:
-        """Give a lease back unread; one that has ended, with its pool or alone, is left alone."""
+        """Release a lease unread; nothing happens if it has ended."""
         if handle.lease and (table := self._carrying(handle)):
             table.release(handle.slot, handle.lease)
 
@@ -166,5 +164,5 @@ class MappedConsumer(Consumer):
         check_blocks(handle, store.shape[2])
         gather(store, slots_of(handle.blocks, handle.tokens, handle.geometry.block_tokens), destination)
         if destination.is_cuda:
-            # The lease words are the CPU's: they may speak of the copy only once it has happened.
+            # The lease is released by the CPU, which must not happen before the GPU's copy.
             torch.cuda.current_stream(destination.device).synchronize()

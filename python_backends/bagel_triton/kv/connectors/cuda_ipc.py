@@ -1,12 +1,12 @@
 """``cuda_ipc``: the pool is memory of one GPU that both stages map.
 
-The producer allocates one allocation and exports it once; the consumer opens it once and keeps it.
+The producer makes one allocation and exports it once; the consumer opens it once and keeps it.
 The GPU is named by its UUID, since processes may number the GPUs they see differently. The
 lease words stay in a file of the host's shared memory, exactly as for ``shm``.
 
-Ordering: a mapping carries none. Whoever publishes synchronises the stream that wrote the
-context first; the consumer synchronises its copy before it reads the words again and gives
-the lease back. So neither side ever waits for an event of the other.
+A mapping carries no ordering. The publisher synchronises the stream that wrote the KV first;
+the consumer synchronises its copy before it reads the words again and releases the lease.
+Neither side waits for an event of the other.
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ def _open(handle: KVHandle) -> CudaAllocation:
         raise LeaseError(f"{what}: its pool on {device} cannot be mapped: {error}") from error
 
 
-HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; the bindings show a handle's address, not all of them its bytes
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; not all versions of the bindings show a handle's bytes, but all its address
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def refuse_expandable_segments() -> None:
-    """Raise :class:`ConnectorUnavailable` where torch's allocator is set to use virtual memory.
+    """Raise :class:`ConnectorUnavailable` if torch's allocator is set to use virtual memory.
 
-    Its memory cannot be exported by the handles used here, and its own way of sharing needs
-    rights that containers lack; so it is refused for a whole stage, before anything is shared.
+    Such memory cannot be exported by the handles used here, and torch's own way of sharing it
+    needs rights that containers lack. So it is refused for a whole stage, at start.
     """
     for variable in ALLOCATOR_VARIABLES:
         value = os.environ.get(variable, "")
@@ -117,10 +117,10 @@ def refuse_expandable_segments() -> None:
 
 
 class CudaAllocation(CudaBytes):
-    """A allocation allocated here, or mapped from another process.
+    """GPU memory allocated here, or mapped from another process.
 
-    An allocation is never freed before its process ends: to free what another process has
-    mapped is undefined, and there is no telling whether one has.
+    An allocation is never freed before its process ends: freeing memory that another process
+    has mapped is undefined, and the owner cannot know whether one has.
     """
 
     @classmethod

@@ -81,7 +81,7 @@ class TransferEngine:
             raise RuntimeError(f"memory at {address:#x} was not registered")
 
     def read(self, peer: str, pieces: Sequence[Piece]) -> None:
-        """Copy from ``peer``; raises :class:`LeaseError` where it does not answer or has no such memory."""
+        """Copy from ``peer``; raises :class:`LeaseError` if it does not answer or has no such memory."""
         self._transfer(self._engine.batch_transfer_sync_read, peer, pieces)
 
     def write(self, peer: str, pieces: Sequence[Piece]) -> None:
@@ -91,7 +91,7 @@ class TransferEngine:
     def _transfer(self, transfer: Any, peer: str, pieces: Sequence[Piece]) -> None:
         failed_at = self._failed_at.get(peer)
         if failed_at is not None and time.monotonic() - failed_at < self._config.timeout_s:
-            # Each attempt at a dead peer takes seconds, and many leases may point there.
+            # An attempt at a dead peer takes seconds, and many leases may point there.
             raise LeaseError(f"the pool at {peer} did not answer a moment ago")
         started = time.monotonic()
         for start in range(0, len(pieces), PIECES):
@@ -123,21 +123,21 @@ def load(module: str) -> Any:
 
 
 def prepare(config: MooncakeConfig) -> None:
-    """Set what the library takes from the environment alone, when an engine starts.
+    """Set what the library reads from the environment only, when an engine starts.
 
     Raises:
         ConnectorUnavailable: the RDMA device is missing.
     """
     _check_device(config)
-    if config.protocol == "tcp":  # without this it chooses RDMA by itself
+    if config.protocol == "tcp":  # it may choose RDMA otherwise
         os.environ["MC_FORCE_TCP"] = "1"
-    # These end a transfer to a peer that fell silent.
+    # Limits for a transfer to a silent peer.
     for variable in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
         os.environ[variable] = str(config.timeout_s)
 
 
 def _check_device(config: MooncakeConfig) -> None:
-    """The library takes TCP, without a word, where the RDMA device is not there."""
+    """Refuse a missing RDMA device; the library would fall back to TCP silently."""
     if config.protocol != "rdma":
         return
     devices = sorted(path.name for path in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
@@ -164,7 +164,7 @@ class MooncakeProducer(Producer):
         self.leases = LeaseManager(self.pool, LeaseTable(self._words), name, "mooncake", generation, address=address)
 
     def close(self) -> None:
-        """End all leases and take the memory back from the network."""
+        """End all leases and unregister the memory."""
         self.leases.close()
         if self._engine is not None:
             self._engine.unregister(self.pool.store.data_ptr())
@@ -173,7 +173,7 @@ class MooncakeProducer(Producer):
 
 
 class _RemoteTable(LeaseTable):
-    """This host's copy of the words at ``base`` in ``peer``'s process, brought up to date row by row."""
+    """This host's copy of the words at ``base`` in ``peer``'s process, refreshed row by row."""
 
     def __init__(self, engine: TransferEngine, peer: str, base: int) -> None:
         self._copy = np.zeros(table_words(), dtype=np.int64)
@@ -188,11 +188,11 @@ class _RemoteTable(LeaseTable):
         first, last = consumer_words()
         try:
             self._engine.write(self._peer, [self._piece((1 + slot) * row_bytes() + first, last - first)])
-        except LeaseError as error:  # what was copied is good, and the lease ends with its time
-            log.warning("a lease could not be given back or renewed: %s", error)
+        except LeaseError as error:  # the copy is good, and the lease expires
+            log.warning("a lease could not be released or renewed: %s", error)
 
     def close(self) -> None:
-        """Take the copy back from the network."""
+        """Unregister the copy."""
         self._engine.unregister(self._copy.ctypes.data)
 
     def _piece(self, offset: int, size: int) -> Piece:
@@ -202,8 +202,8 @@ class _RemoteTable(LeaseTable):
 class MooncakeConsumer(Consumer):
     """Reads pools on any host that ``engine`` reaches.
 
-    The CPU's memory is written in place where the transport allows that; RDMA and a GPU
-    get a buffer between, as large as the largest context so far.
+    Memory of the CPU is written in place if the transport allows that. RDMA and a GPU go
+    through a registered buffer, as large as the largest context so far.
     """
 
     def __init__(self, engine: TransferEngine) -> None:
@@ -212,10 +212,10 @@ class MooncakeConsumer(Consumer):
         self._buffer: Tensor | None = None
 
     def lease_table(self, handle: KVHandle) -> LeaseTable:
-        """The words of the handle's pool; fetched when they are read, not before."""
+        """The words of the handle's pool; fetched when they are read."""
         address = _address(handle)
         if self._table is None or self._table[0] != address:
-            self._forget_table()
+            self._close_table()
             self._table = (address, _RemoteTable(self._engine, address.peer, address.words))
         return self._table[1]
 
@@ -226,35 +226,35 @@ class MooncakeConsumer(Consumer):
         in_place = (
             self._engine.reads_unregistered_memory and not destination.is_cuda and destination[0, 0].is_contiguous()
         )
-        target = destination if in_place else self._between(destination)
+        target = destination if in_place else self._buffer_like(destination)
         self._engine.read(address.peer, _pieces(handle, address, target))
         if target is not destination:
             destination.copy_(target)
             if destination.is_cuda:
                 torch.cuda.current_stream(destination.device).synchronize()
 
-    def _between(self, destination: Tensor) -> Tensor:
+    def _buffer_like(self, destination: Tensor) -> Tensor:
         """Registered memory in the form of ``destination``."""
         if self._buffer is None or self._buffer.numel() < destination.nbytes:
-            self._forget_buffer()
+            self._close_buffer()
             self._buffer = torch.empty(destination.nbytes, dtype=torch.uint8, pin_memory=destination.is_cuda)
             self._engine.register(self._buffer.data_ptr(), self._buffer.nbytes)
         return self._buffer[: destination.nbytes].view(destination.dtype).view(destination.shape)
 
-    def _forget_table(self) -> None:
+    def _close_table(self) -> None:
         if self._table is not None:
             self._table[1].close()
             self._table = None
 
-    def _forget_buffer(self) -> None:
+    def _close_buffer(self) -> None:
         if self._buffer is not None:
             self._engine.unregister(self._buffer.data_ptr())
             self._buffer = None
 
     def close(self) -> None:
-        """Forget the pool and the buffer."""
-        self._forget_table()
-        self._forget_buffer()
+        """Unregister the words and the buffer."""
+        self._close_table()
+        self._close_buffer()
 
 
 def _address(handle: KVHandle) -> MooncakeAddress:
@@ -266,7 +266,7 @@ def _address(handle: KVHandle) -> MooncakeAddress:
 
 
 def _pieces(handle: KVHandle, address: MooncakeAddress, target: Tensor) -> list[Piece]:
-    """Where each run of consecutive tokens comes from and goes to."""
+    """Source, destination and size of each run of consecutive tokens."""
     geometry, itemsize = handle.geometry, target.element_size()
     token = geometry.kv_heads * geometry.head_dim * itemsize
     runs = runs_of(handle.blocks, handle.tokens, geometry.block_tokens)

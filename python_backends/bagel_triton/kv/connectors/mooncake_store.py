@@ -39,17 +39,17 @@ from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 log = logging.getLogger(__name__)
-UNIT = 16 << 20  # the library takes no smaller segment
-# The library's codes, of which it has no names in Python.
+UNIT = 16 << 20  # the smallest segment the library accepts
+# Codes of the library, which has no names for them in Python.
 NO_ROOM, NOT_LISTENING = -200, -900
 
 
 class StoreFull(Exception):
-    """No process that joined has room for the object."""
+    """No process of the store has room for the object."""
 
 
 class ObjectStore:
-    """This process's part of the store, to which it lends ``segment`` bytes.
+    """This process's connection to the store, to which it lends ``segment`` bytes.
 
     Raises:
         ConnectorUnavailable: the library or the RDMA device is missing, no master answers, or
@@ -59,10 +59,10 @@ class ObjectStore:
     def __init__(self, config: MooncakeStoreConfig, segment: int = 0) -> None:
         library = load("mooncake.store")
         prepare(config)
-        _greet(config)
+        _check_master(config)
         self._config = config
         self._pinned = library.ReplicateConfig()
-        self._pinned.with_hard_pin = True  # a lease's contents may not make room for others
+        self._pinned.with_hard_pin = True  # a lease's contents must not be evicted
         self._store = library.MooncakeDistributedStore()
         if code := self._store.setup(
             config.host,
@@ -74,7 +74,7 @@ class ObjectStore:
             config.master,
         ):
             raise ConnectorUnavailable(f"Mooncake's store did not start (code {code}) with {config}")
-        # Its own segment first: the master offers one whose process was killed for seconds after.
+        # Prefer this process's segment: the master offers a killed process's for seconds after.
         self._pinned.preferred_segment = self._store.get_hostname()
         self._failed_at: float | None = None
 
@@ -88,7 +88,7 @@ class ObjectStore:
         self._store.unregister_buffer(address)
 
     def put(self, key: str, address: int, size: int) -> None:
-        """Keep ``size`` bytes under a new key; raises :class:`StoreFull`."""
+        """Store ``size`` bytes under a new key; raises :class:`StoreFull`."""
         code = self._ask(self._store.put_from, key, address, size, self._pinned)
         if code == NO_ROOM:
             raise StoreFull(f"Mooncake's store has no room for {size} bytes")
@@ -96,34 +96,34 @@ class ObjectStore:
             raise LeaseError(f"Mooncake's store did not take {size} bytes (code {code})")
 
     def get(self, key: str, address: int, size: int) -> int:
-        """Copy an object to ``address``; its size, or a negative number where it cannot be had."""
+        """Copy an object to ``address``; its size, or a negative number if that fails."""
         return int(self._ask(self._store.get_into, key, address, size))
 
     def exist(self, keys: Sequence[str]) -> list[bool]:
-        """Which of the keys are there."""
+        """Which of the keys exist."""
         found: list[int] = self._ask(self._store.batch_is_exist, list(keys))
         return [code == 1 for code in found]
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Delete; a key that is not there is none to delete. Whoever reads one now reads rubbish."""
+        """Delete keys, existing or not. A read in progress returns garbage."""
         self._ask(self._store.batch_remove, list(keys), True)
 
-    def note(self, key: str, text: bytes) -> None:
-        """Keep a few bytes under ``key``, over what was there."""
+    def set_value(self, key: str, text: bytes) -> None:
+        """Set a few bytes under ``key``, old or new."""
         self._ask(self._store.upsert, key, text)
 
-    def noted(self, key: str) -> bytes:
-        """What was noted under ``key``; empty where nothing was."""
+    def value_of(self, key: str) -> bytes:
+        """The bytes under ``key``; empty if there are none."""
         return bytes(self._ask(self._store.get, key))
 
     def close(self) -> None:
-        """Leave; objects in this process's segment are gone."""
+        """Leave the store; objects in this process's segment are gone."""
         self._store.close()
 
     def _ask(self, call: Any, *arguments: Any) -> Any:
         now = time.monotonic()
         if self._failed_at is not None and now - self._failed_at < self._config.timeout_s:
-            # Each attempt at a master that has gone takes seconds, and many leases need it.
+            # An attempt at a dead master takes seconds, and many leases need it.
             raise LeaseError(f"Mooncake's master at {self._config.master} did not answer a moment ago")
         answer = call(*arguments)
         codes = answer if isinstance(answer, list) else [answer]
@@ -133,8 +133,8 @@ class ObjectStore:
         return answer
 
 
-def _greet(config: MooncakeStoreConfig) -> None:
-    """The library tries for minutes where no master is."""
+def _check_master(config: MooncakeStoreConfig) -> None:
+    """Refuse a master that does not answer; the library would retry for minutes."""
     host, _, port = config.master.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=config.timeout_s).close()
@@ -160,7 +160,7 @@ class _Buffer:
         self._bytes: Tensor | None = None
 
     def like(self, geometry: KVGeometry, tokens: int) -> Tensor:
-        """Room for a context: [layers, 2, tokens, kv_heads, head_dim], with whatever is in it."""
+        """An uninitialised context, [layers, 2, tokens, kv_heads, head_dim]."""
         dtype = getattr(torch, geometry.dtype)
         shape = store_shape(geometry, tokens)
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -171,7 +171,7 @@ class _Buffer:
         return self._bytes[:size].view(dtype).view(shape)
 
     def close(self) -> None:
-        """Take the memory back."""
+        """Unregister the memory."""
         if self._bytes is not None:
             self._store.unregister(self._bytes.data_ptr())
             self._bytes = None
@@ -188,7 +188,7 @@ class _Stored:
 
 
 class StoreLeases:
-    """The producer's side, as :class:`~bagel_triton.kv.lease.LeaseManager`: same calls, same ends."""
+    """The producer's side, with the calls of :class:`~bagel_triton.kv.lease.LeaseManager`."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class StoreLeases:
             generation=self._generation,
             slot=0,
             lease=lease,
-            blocks=blocks,  # as a handle must have; whose they are by now is of no account
+            blocks=blocks,  # a handle must have them; the consumer does not read them
             tokens=tokens,
             next_position=next_position,
             geometry=self._pool.geometry,
@@ -247,23 +247,26 @@ class StoreLeases:
         )
 
     def reclaim(self) -> int:
-        """Forget every lease that was released, delete those that have expired; how many there were."""
+        """End every lease that was released or has expired; how many there were."""
         if not self._leases:
             return 0
         now = self._clock()
         try:
             there = self._store.exist([lease.key for lease in self._leases])
             for lease in self._leases:
-                if lease.expires_at <= now and (renewals := self._store.noted(_renewals(lease.key))) != lease.renewals:
+                if (
+                    lease.expires_at <= now
+                    and (renewals := self._store.value_of(_renewals(lease.key))) != lease.renewals
+                ):
                     lease.renewals, lease.expires_at = renewals, now + lease.ttl_s
         except LeaseError as error:
-            log.warning("leases cannot be looked up, and end with their time: %s", error)
+            log.warning("leases cannot be looked up and will expire: %s", error)
             there = [True] * len(self._leases)
         found = zip(self._leases, there, strict=True)
         return self._end([lease for lease, exists in found if not exists or lease.expires_at <= now])
 
     def revoke(self, request_id: str) -> int:
-        """Delete every lease of a request at once (cancelled, failed); how many."""
+        """End every lease of a request that was aborted or failed; how many there were."""
         return self._end([lease for lease in self._leases if lease.request_id == request_id])
 
     def close(self) -> None:
@@ -303,7 +306,7 @@ class MooncakeStoreProducer(Producer):
 
 
 class _StoredLease:
-    """One handle's words, which are keys."""
+    """One handle's lease words, kept as keys."""
 
     def __init__(self, store: ObjectStore, handle: KVHandle) -> None:
         self._store, self._key = store, _key(handle)
@@ -321,11 +324,11 @@ class _StoredLease:
     def release(self, slot: int, lease: int) -> None:
         try:
             self._store.remove([self._key, _renewals(self._key)])
-        except LeaseError as error:  # what was copied is good, and the lease ends with its time
-            log.warning("a lease could not be given back: %s", error)
+        except LeaseError as error:  # the copy is good, and the lease expires
+            log.warning("a lease could not be released: %s", error)
 
     def renew(self, slot: int) -> None:
-        self._store.note(_renewals(self._key), str(time.monotonic_ns()).encode())  # only that it changes counts
+        self._store.set_value(_renewals(self._key), str(time.monotonic_ns()).encode())  # any new value renews
 
 
 class MooncakeStoreConsumer(Consumer):
@@ -344,7 +347,7 @@ class MooncakeStoreConsumer(Consumer):
         return _StoredLease(self._store, handle)
 
     def read(self, handle: KVHandle, destination: Tensor) -> None:
-        """Get the whole context, then copy it to its place."""
+        """Get the whole context into the buffer, then copy it."""
         copy = self._buffer.like(handle.geometry, handle.tokens)
         size = self._store.get(_key(handle), copy.data_ptr(), copy.nbytes)
         if size != copy.nbytes:

@@ -1,8 +1,8 @@
 """``shm``: the pool is a POSIX shared-memory file that both stages map.
 
-A producer makes two files, ``PREFIX_kv_GENERATION`` (the store) and the same with
-``_leases``. Their pages are reserved when they are made, so a full ``/dev/shm`` is an
-error at start and never a bus error later.
+A producer creates two files, ``PREFIX_kv_GENERATION`` (the store) and the same with
+``_leases``. Their pages are reserved at once, so a full ``/dev/shm`` is an error at start
+and never a bus error later.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def _path(handle: KVHandle) -> Path:
-    """The store's file; a handle names one in shared memory and nowhere else."""
+    """The store's file, which must be directly in the shared-memory folder."""
     if Path(handle.pool).name != handle.pool:
-        raise LeaseError(f"pool {handle.pool!r} of request {handle.request_id} is no file's name")
+        raise LeaseError(f"pool {handle.pool!r} of request {handle.request_id} is not a file name")
     return SHM_DIRECTORY / handle.pool
 
 
@@ -79,7 +79,7 @@ class SharedWords:
 
     @classmethod
     def open(cls, handle: KVHandle) -> Self:
-        """The words of the pool that ``handle`` names; raises :class:`LeaseError` where it is gone."""
+        """The words of the pool that ``handle`` names; raises :class:`LeaseError` if it is gone."""
         path = _path(handle)
         try:
             return cls(path.with_name(f"{path.name}_leases"))
