@@ -15,7 +15,7 @@ import pytest
 
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable
-from bagel_triton.protocol.events import Event, ProgressEvent, StageStats
+from bagel_triton.protocol.events import Event, PartialImageEvent, Preview, ProgressEvent, StageStats
 from bagel_triton.protocol.messages import encode
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.triton import tickets
@@ -41,7 +41,7 @@ PREFIX = "bagel_triton_test"
 
 @dataclass(eq=False)
 class FakeJob:
-    progress: Callable[[Event], None]
+    progress: Callable[[Any], None]
     done: Future[tuple[Any, StageStats]] = field(default_factory=Future)
 
     def step(self, number: int) -> None:
@@ -69,7 +69,7 @@ class FakeStage:
     def restart(self) -> None:
         self.store = TicketStore(self.aborted.append, lambda name: name in self.locks, self.rings)
 
-    def start(self, progress: Callable[[Event], None]) -> tuple[Work, FakeJob]:
+    def start(self, progress: Callable[[Any], None]) -> tuple[Work, FakeJob]:
         if self.refuse is not None:
             raise self.refuse
         self.jobs.append(FakeJob(progress))
@@ -116,7 +116,7 @@ class Following:
     """What one call of the stage is told."""
 
     def __init__(self, client: TicketClient, request_id: str = "r", alive: bool = True) -> None:
-        self.events: list[Event] = []
+        self.events: list[Event | Preview[Arrays]] = []
         self.result: Any = None
         call: StageCall[Any] = StageCall("dit", lambda: alive)
         client.submit(call, {"x": SMALL}, ["out"], lambda arrays: arrays["out"], request_id)
@@ -157,6 +157,20 @@ def test_events_come_in_order_and_the_result_last(stage: FakeStage, client: Tick
     assert array.dtype == result.dtype
     assert stats == STATS
     assert ("Fetch" in stage.calls) == (result is LARGE)
+
+
+def test_a_preview_comes_with_the_tensors_that_the_caller_wants(stage: FakeStage, client: TicketClient) -> None:
+    [following] = submitted(stage, client)
+    event = PartialImageEvent(0, 1, 3, 9, 32, 32)
+    stage.jobs[0].step(3)
+    stage.jobs[0].progress(Preview(event, {"out": LARGE, "seed": np.array([7])}))
+    stage.jobs[0].finish()
+    following.end()
+    _, preview = following.events
+    assert isinstance(preview, Preview)
+    assert preview.event == event
+    assert preview.latents.keys() == {"out"}
+    assert (preview.latents["out"] == LARGE).all()
 
 
 def test_each_request_gets_its_own_result(stage: FakeStage, client: TicketClient) -> None:

@@ -1,4 +1,4 @@
-"""What an error shows of a value: JSON to those who wrote JSON, and never more than fits."""
+"""Values in error messages: JSON, or quoted text, and never longer than fits."""
 
 from __future__ import annotations
 
