@@ -1,4 +1,4 @@
-"""Engines from a deploy configuration: one a process, or all in one."""
+"""Builds the engines of a deploy configuration."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class StageResources:
         return model
 
     def load_autoencoder(self) -> Autoencoder:
-        """The autoencoder, likewise; it always computes in float32."""
+        """The autoencoder, shared likewise; it always computes in float32."""
         autoencoder = self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self.weights)
         release_intraop_threads()
         return autoencoder
 
     @property
     def kv_geometry(self) -> KVGeometry:
-        """The layout of the thinker's KV cache."""
+        """The geometry of the thinker's KV cache."""
         block_tokens = self.config.thinker.block_tokens
         return kv_geometry(self.checkpoint.config.language, block_tokens, self.placement.dtype_name)
 
@@ -69,26 +69,28 @@ class StageResources:
         return Tokenizer(Path(self.config.checkpoint), self.checkpoint.config.language.vocab_size)
 
 
-def build_thinker(parts: StageResources, metrics: Metrics | None = None) -> ThinkerEngine:
-    """The thinker with a KV cache that the DiT can read."""
-    config, place = parts.config, parts.placement
-    producer = open_producer(config, parts.kv_geometry, place.torch_device)
-    model, autoencoder = parts.load_bagel(), parts.load_autoencoder()
-    return ThinkerEngine(model, autoencoder, parts.tokenizer(), producer, config.thinker, metrics)
+def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> ThinkerEngine:
+    """The thinker, with a KV cache that the DiT can read."""
+    config, place = resources.config, resources.placement
+    producer = open_producer(config, resources.kv_geometry, place.torch_device)
+    model, autoencoder = resources.load_bagel(), resources.load_autoencoder()
+    return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics)
 
 
-def build_dit(parts: StageResources, metrics: Metrics | None = None) -> DitEngine:
+def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitEngine:
     """The DiT, reading the thinker's KV cache."""
-    tokenizer = parts.tokenizer()
-    consumer = open_consumer(parts.config, parts.placement.torch_device)
+    tokenizer = resources.tokenizer()
+    consumer = open_consumer(resources.config, resources.placement.torch_device)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    kv_pool = parts.kv_geometry, parts.config.thinker.kv_tokens
-    return DitEngine(parts.load_bagel(), consumer, parts.config.dit, markers, *kv_pool, metrics)
+    kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
+    return DitEngine(resources.load_bagel(), consumer, resources.config.dit, markers, *kv_pool, metrics)
 
 
-def build_decoder(parts: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
+def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
     """The decoder."""
-    return DecoderEngine(parts.load_autoencoder(), parts.checkpoint.config.latent, parts.config.vae_decode, metrics)
+    return DecoderEngine(
+        resources.load_autoencoder(), resources.checkpoint.config.latent, resources.config.vae_decode, metrics
+    )
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class Models:
     autoencoder: Autoencoder
 
     @classmethod
-    def load(cls, parts: StageResources) -> Models:
-        """For this process alone."""
-        place, checkpoint = parts.placement, parts.checkpoint
+    def load(cls, resources: StageResources) -> Models:
+        """Load them for this process alone."""
+        place, checkpoint = resources.placement, resources.checkpoint
         bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype)
         models = cls(checkpoint.config, bagel, checkpoint.load_autoencoder(place.torch_device, torch.float32))
         release_intraop_threads()
