@@ -155,7 +155,7 @@ def test_the_stores_options_are_understood(tmp_path: Path) -> None:
         ("{name: mooncake_store, extra: {localbuf: 0}}", r"mooncake_store.localbuf=0 is not allowed"),
         (
             "{name: MooncakeTransferEngineConnector, extra: {zmq_port: 50051}}",
-            r"extra.zmq_port=50051 has no meaning here: a lease travels with its request",
+            r"extra.zmq_port=50051 has no meaning here: a lease is part of its request",
         ),
         ("{name: shm, extra: {host: here}}", r"connectors.net.extra=\{'host': 'here'\} is not allowed; shm takes no"),
         ("{name: mooncake, extra: {host: 0.0.0.0}}", r"mooncake.host='0.0.0.0' is not allowed; allowed: an address of"),
@@ -178,7 +178,7 @@ def test_two_connectors_in_use_are_refused(tmp_path: Path) -> None:
           - {stage_id: 1, input_connectors: {from_stage_0: b}}
         connectors: {a: {name: shm}, b: {name: mooncake}}
         """
-    with pytest.raises(ConfigError, match=r"connectors=\['a', 'b'\]: contexts travel once"):
+    with pytest.raises(ConfigError, match=r"connectors=\['a', 'b'\]: one connector carries keys and values"):
         _load(tmp_path, text)
 
 

@@ -1,4 +1,4 @@
-"""The one typed configuration that the supervisor writes and every stage reads.
+"""The typed configuration that the supervisor writes and every stage reads.
 
 A running server's stages find it through ``BAGEL_TRITON_DEPLOY`` (path of a YAML
 file). Where no supervisor wrote one, as in a plain tritonserver container,
@@ -39,11 +39,11 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The autoregressive stage.
 
     ``max_num_seqs`` bounds the requests in flight, ``max_num_batched_tokens`` the tokens
-    of one packed forward, ``max_waiting`` the requests in line, ``kv_tokens`` the arena. A
-    lease nobody claims is reclaimed after ``lease_ttl_s`` seconds; a request that finds the
-    arena full waits at most ``admission_timeout_s``. With ``enable_prefix_caching`` what is
-    left of the arena keeps the beginnings of contexts for requests that begin alike, and
-    ``encoder_cache_mb`` megabytes what the encoders made of images.
+    of one packed forward, ``max_waiting`` the queued requests, ``kv_tokens`` the KV pool. An
+    unclaimed lease expires after ``lease_ttl_s`` seconds; a request that finds the pool full
+    waits at most ``admission_timeout_s``. With ``enable_prefix_caching``, free blocks of the
+    pool keep prefixes for later requests; ``encoder_cache_mb`` megabytes keep the encoders'
+    outputs for images.
     """
 
     max_num_seqs: int = 64
@@ -71,7 +71,7 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``max_num_seqs`` bounds the images denoised together, ``max_num_batched_tokens`` the
     tokens of a step over all their branches (a request that is alone may exceed both),
-    ``max_waiting`` the requests in line.
+    ``max_waiting`` the queued requests.
     """
 
     max_num_seqs: int = 8
@@ -88,7 +88,7 @@ class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The decoder stage.
 
     ``max_batch_size`` bounds images of one size decoded together, ``max_waiting`` the
-    images in line. With ``use_tiling`` an image above 512x512 pixels is decoded strip by
+    queued images. With ``use_tiling`` an image above 512x512 pixels is decoded strip by
     strip, in a fraction of the memory.
     """
 
@@ -105,8 +105,8 @@ class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The orchestrator.
 
-    A stage silent for ``stage_timeout_s`` is treated as dead; a request that names no
-    ``timeout`` of its own has ``request_timeout_s``.
+    A stage silent for ``stage_timeout_s`` is treated as dead; ``request_timeout_s`` is for requests
+    without a ``timeout``.
     """
 
     max_inflight: int = 256
@@ -121,11 +121,11 @@ class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MooncakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the ``mooncake`` connector needs.
+    """Options of the ``mooncake`` connector.
 
-    ``host`` is the address of this server's host that the other stage's host reaches.
-    ``protocol`` "rdma" takes the cards that ``device_name`` lists, comma-separated, or any
-    where it is empty. A peer that is silent for ``timeout_s`` during a transfer is dead.
+    ``host`` is the address at which the other stage's host reaches this one. With ``protocol``
+    "rdma", ``device_name`` lists the cards, comma-separated; empty means any. A peer that is
+    silent for ``timeout_s`` during a transfer is treated as dead.
     """
 
     host: str = "127.0.0.1"
@@ -139,11 +139,11 @@ class MooncakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MooncakeStoreConfig(MooncakeConfig, frozen=True, forbid_unknown_fields=True):
-    """What the ``mooncake_store`` connector needs: a ``mooncake_master`` at ``master``, HOST:PORT.
+    """Options of the ``mooncake_store`` connector: a ``mooncake_master`` at ``master``, HOST:PORT.
 
-    The thinker lends the store ``segment`` bytes of its memory (0: a quarter more than its
-    arena has), and each process keeps ``localbuf`` bytes for small objects. ``metadata_server``
-    is that of Mooncake, or none where the processes shake hands with each other.
+    The thinker gives the store ``segment`` bytes of its memory (0: a quarter more than its KV pool),
+    and each process keeps ``localbuf`` bytes for small objects. ``metadata_server`` is Mooncake's;
+    P2PHANDSHAKE does without one.
     """
 
     master: str = ""
@@ -160,17 +160,17 @@ class MooncakeStoreConfig(MooncakeConfig, frozen=True, forbid_unknown_fields=Tru
         _require("mooncake_store.master", self.master, valid, "HOST:PORT of a mooncake_master")
 
     def segment_of(self, arena: int) -> int:
-        """Bytes that the thinker lends the store, beside an arena of ``arena`` bytes."""
+        """Bytes that the thinker gives the store, beside a KV pool of ``arena`` bytes."""
         return self.segment or arena * 5 // 4
 
 
 class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything the stages of one server agree on.
+    """The configuration of one server, equal for all of its stages.
 
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
-    leftovers can be told apart and swept. ``connector`` carries contexts from stage to stage.
-    A server with one stage has its ``stage_id``; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
-    stages, by stage id.
+    leftovers can be found and removed. ``connector`` carries keys and values from stage to stage.
+    ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of stages with a
+    server of their own, by stage id.
     """
 
     checkpoint: str
@@ -203,12 +203,12 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def control_model(self) -> str:
-        """The model of this server that heeds its supervisor: see :mod:`bagel_triton.ipc.control_file`."""
+        """The model of this server that watches its supervisor's file: see :mod:`bagel_triton.ipc.control_file`."""
         return ORCHESTRATOR if ORCHESTRATOR in self.models else self.models[0]
 
     @property
     def own_address(self) -> tuple[str, int] | None:
-        """Host and port at which other servers call this one; None where none does."""
+        """Host and port at which another server calls this one; None where none does."""
         own = None if self.stage_id is None else self.addresses.get(self.stage_id)
         return None if own is None else split_address(own)
 

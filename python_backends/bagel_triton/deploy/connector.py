@@ -1,4 +1,4 @@
-"""Which connector carries contexts from the thinker to the DiT, by which name, and why."""
+"""The connector that carries keys and values from the thinker to the DiT: its names, its choice and the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, MooncakeStoreConfig
 
 Connector = Literal["local", "shm", "cuda_ipc", "mooncake", "mooncake_store"]
-# The names that deploy files carry, and ours.
+# Ours, and those of vLLM-Omni's deploy files.
 NAMES: dict[str, str] = {
     "auto": "auto",
     "shm": "shm",
@@ -26,16 +26,16 @@ NAMES: dict[str, str] = {
 _RENAMED = {"proto": "protocol"}
 _POINTLESS = {
     "shm_threshold_bytes": "contexts always stay in shared memory, whatever their size",
-    "memory_pool_size": "the arena's size is stages[].kv_tokens",
-    "memory_pool_device": "the arena is the host's memory",
-    "zmq_port": "a lease travels with its request, not by a port of its own",
-    "role": "the thinker lends and the DiT reads",
+    "memory_pool_size": "the KV pool's size is stages[].kv_tokens",
+    "memory_pool_device": "the KV pool is in the host's memory",
+    "zmq_port": "a lease is part of its request and needs no port",
+    "role": "the thinker always lends and the DiT always reads",
 }
 _OF_THE_STORE = {
-    "metadata_server": "the stages shake hands with each other, and no metadata server is asked",
-    "master": "the DiT reads the thinker's memory itself, and no store's master is asked",
-    "segment": "the arena's size is stages[].kv_tokens",
-    "localbuf": "the reader's buffer grows as it has to",
+    "metadata_server": "the stages connect without a metadata server",
+    "master": "the DiT reads the thinker's memory, without a store",
+    "segment": "the KV pool's size is stages[].kv_tokens",
+    "localbuf": "the reader's buffer grows as needed",
 }
 _MOONCAKE: dict[str, tuple[type[MooncakeConfig], dict[str, str]]] = {
     "mooncake": (MooncakeConfig, _POINTLESS | _OF_THE_STORE),
@@ -52,7 +52,7 @@ class ConnectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class ConnectorChoice:
-    """A connector and, for a person, the reason for it."""
+    """A connector, and the reason for it as `serve` prints it."""
 
     name: Connector
     reason: str

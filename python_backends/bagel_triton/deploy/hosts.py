@@ -1,4 +1,4 @@
-"""A server for one stage of several: which one, where the others are, and how it is reached itself."""
+"""A server of one of two stages: which one, where the other is, and how this one is reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BETWEEN_HOSTS = ("mooncake", "mooncake_store")
 
 
 def check_address(name: str, address: str) -> None:
-    """Refuse what is not HOST:PORT.
+    """Refuse an address that is not HOST:PORT.
 
     Raises:
         ConfigError: says ``name`` and what is allowed.
@@ -25,14 +25,13 @@ def check_address(name: str, address: str) -> None:
 def on_this_host(
     config: DeployConfig, stage_id: int | None, host_address: str | None = None, headless: bool = False
 ) -> DeployConfig:
-    """``config`` as the server of ``stage_id`` has it, or that of all stages where that is None.
+    """``config`` for the server of ``stage_id``, or of all stages where that is None.
 
-    What differs from host to host is filled in: the address that Mooncake tells the others is
-    ``host_address``, else the connector's own ``host``, else that of the stage's address, else
-    the one from which this host reaches the others.
+    Fills in the host that Mooncake announces: ``host_address``, else the connector's own ``host``, else the
+    host of the stage's address, else the address from which this host reaches the other.
 
     Raises:
-        ConfigError: an address is missing, or cannot be meant, or contexts would not arrive.
+        ConfigError: an address is missing or has no meaning, or the connector does not reach another host.
     """
     stages = config.topology.stages
     if headless and stage_id is None:

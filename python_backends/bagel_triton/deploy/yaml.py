@@ -1,7 +1,7 @@
-"""The deploy YAML that a user writes: a topology, and what its stages may use.
+"""The deploy YAML that a user writes: a topology, and the limits of its stages.
 
-The fields are those users know from vLLM-Omni's deploy files. A field that has no meaning
-here is refused with the reason, never ignored.
+The fields have the names of vLLM-Omni's deploy files. A field without a meaning here is accepted at a
+value that changes nothing, and else refused with the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _THINKER_FIELDS = (
 
 
 class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one stage may use; None leaves the default."""
+    """The limits of one stage; None leaves the default."""
 
     stage_id: int
     address: str | None = None
@@ -178,7 +178,7 @@ def _connector(user: DeployYaml) -> dict[str, Any]:
             used.append(_allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors)))
     names = list(dict.fromkeys(used or user.connectors))
     if len(names) > 1:
-        raise ConfigError(f"connectors={names}: contexts travel once, from the thinker to the DiT; one may be used")
+        raise ConfigError(f"connectors={names}: one connector carries keys and values; name one")
     # Options of a connector that no stage names change nothing.
     return connector_fields(f"connectors.{names[0]}", user.connectors[names[0]]) if names else {}
 
@@ -197,14 +197,14 @@ def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
     if length is not None:
         fields["kv_tokens"] = max(length, fields.get("kv_tokens", 0))
     batch = _merged(user, 0, _BATCH_FIELDS)
-    if topology.one_process:  # one process has one stage, whose max_num_seqs are images
+    if topology.one_process:  # its one stage's max_num_seqs counts images
         batch.pop("max_num_seqs", None)
     return ThinkerConfig(**fields, **batch)
 
 
 def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
     batch = _merged(user, 0 if topology.one_process else DIT_STAGE, _BATCH_FIELDS)
-    if topology.one_process:  # and whose token budget is that of prefill
+    if topology.one_process:  # and its max_num_batched_tokens is that of prefill
         batch.pop("max_num_batched_tokens", None)
     return DitConfig(**batch)
 

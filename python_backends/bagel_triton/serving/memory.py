@@ -1,4 +1,4 @@
-"""``bagel-triton memory``: what each stage will take, and whether this machine has it."""
+"""``bagel-triton memory``: the memory that each stage takes, and whether this machine has it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def require(config: DeployConfig) -> None:
-    """Refuse to start stages that would not fit into this machine.
+    """Refuse stages that would not fit into this machine.
 
     Raises:
         CommandError: what is needed, what there is, and what to lower.
@@ -100,7 +100,7 @@ def require(config: DeployConfig) -> None:
 
 
 def table(need: MemoryPlan) -> str:
-    """``need`` for a person: a row a stage, and one for all together."""
+    """``need`` as a table: a row for each stage, and one for all together."""
     from bagel_triton.serving.memory_plan import readable
 
     rows: list[tuple[str, ...]] = [("stage", "weights", "KV a token", "KV", "activations", "total")]
@@ -116,7 +116,7 @@ def table(need: MemoryPlan) -> str:
 
 
 def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
-    """The deploy YAML's configuration, or the default one, with what the arguments change."""
+    """The deploy YAML's configuration, or the default one, changed by the arguments."""
     from bagel_triton.deploy import yaml as deploy_yaml
 
     path = arguments.deploy_file(args.deploy_config)
@@ -130,7 +130,7 @@ def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
 
 
 def _placement(config: DeployConfig) -> tuple[Placement, bool]:
-    """Where the stages would be, and whether that is on this machine."""
+    """Where the stages would run, and whether this machine has that device."""
     import torch
 
     from bagel_triton.model.device import DTYPES, Placement, resolve
@@ -155,7 +155,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available(placement: Placement) -> Available:
-    """What is free for stages at ``placement``."""
+    """The memory that is free for stages at ``placement``."""
     from bagel_triton.serving.memory_plan import Available
 
     shared = os.statvfs(SHM_DIRECTORY)
@@ -166,14 +166,14 @@ def available(placement: Placement) -> Available:
 
 
 def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes of memory that this process may still take: the machine's, within the limits of its cgroups."""
+    """Bytes of memory that this process may still allocate, within the limits of its cgroups."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     return min([available, *_headrooms(proc, cgroups)])
 
 
 def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
-    """For every limit on this process, how much is left under it; caches that can be dropped count as left."""
+    """Bytes left under each cgroup limit of this process; page cache that can be dropped counts as left."""
     for line in (proc / "self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -193,9 +193,9 @@ def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _on_device(device: torch.device) -> tuple[int, str | None]:
-    """Free bytes of a CUDA device and why its weights cannot be shared, if they cannot.
+    """Free bytes of a CUDA device, and why its weights cannot be shared, if they cannot.
 
-    Asked in a process of its own: asking takes memory there until its end.
+    A process of its own queries the device, as the query itself takes memory there until the process ends.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:

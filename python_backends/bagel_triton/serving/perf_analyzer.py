@@ -15,7 +15,7 @@ from pathlib import Path
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.tritonserver import LIBRARY_PATH, library_folder
 
-# What the program asks the loader for, and the names under which nvidia-pytriton brings it.
+# Libraries that the program is linked to, and their files in the nvidia-pytriton package.
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12.*"}
 
 
@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run perf_analyzer; its exit status, or that of a shell where a signal ended it.
+    """Run perf_analyzer; its exit status, or 128 + N where signal N ended it.
 
     Raises:
         CommandError: it is not installed.
     """
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
-    if not arguments:  # it would crash
+    if not arguments:  # without any, it crashes
         args.refuse("perf_analyzer needs arguments: -- -m MODEL ..., or -- --help for all of them")
     with prepare() as analyzer:
         status = subprocess.run([analyzer.program, *arguments], env=analyzer.environment, check=False).returncode
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def prepare() -> Iterator[PerfAnalyzer]:
-    """perf_analyzer of the installed tritonclient, runnable until the context ends.
+    """The perf_analyzer of the installed tritonclient, with its libraries laid out until the context ends.
 
     Raises:
         CommandError: that package carries none.

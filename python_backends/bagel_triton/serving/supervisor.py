@@ -27,16 +27,16 @@ from bagel_triton.serving.triton_process import POLL_S, STOP_TIMEOUT_S, StartupP
 from bagel_triton.serving.watchdog import ModelRepository, RestartBudget, RestartNeeded, Watchdog
 from bagel_triton.triton import connector_test
 
-GRACE_S = 3  # for requests in flight at a shutdown; then they are told to end
-LAST_S = 1  # for them to do so; then Triton's end cuts them off
+GRACE_S = 3  # for requests in flight at a shutdown, before they are aborted
+LAST_S = 1  # for their last responses, before Triton ends
 
 
 @dataclass(frozen=True)
 class Launch:
-    """All that it takes to start one server.
+    """Everything that one server is started with.
 
-    Without ``proxy`` and ``listeners`` it is one that another server calls. ``url`` is where it
-    is reached, ``addresses`` the gRPC address of every model that it uses.
+    ``proxy`` is None and ``listeners`` is empty for a headless server. ``url`` is where the server
+    is reached; ``addresses`` are the gRPC addresses of its models, by name.
     """
 
     command: list[str]
@@ -53,7 +53,7 @@ class Launch:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn that leaves the signals to the supervisor."""
+    """uvicorn without signal handlers: the supervisor has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,7 +61,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Proxy:
-    """The proxy of a server; nothing, for as long, where it has none."""
+    """The HTTP API of a server; in a headless one, a task that only waits for :meth:`end`."""
 
     def __init__(self, launch: Launch) -> None:
         self._listeners, self._ended = launch.listeners, asyncio.Event()
@@ -75,7 +75,7 @@ class _Proxy:
             await self._server.serve(sockets=self._listeners)
 
     def end(self) -> None:
-        """Let requests in flight end, for a moment, and stop."""
+        """Accept no more requests, and stop when those in flight have ended or their time is up."""
         self._ended.set()
         if self._server is not None:
             self._server.should_exit = True
@@ -87,15 +87,14 @@ def _uvicorn_config(app: Starlette) -> uvicorn.Config:
 
 
 async def supervise(launch: Launch, stop: asyncio.Event) -> None:
-    """Run both servers until ``stop`` is set; neither is left when this returns or raises.
+    """Run tritonserver and the HTTP API until ``stop`` is set; neither is left when this returns or raises.
 
-    Prints a line that starts with ``READY`` once every model is ready. A tritonserver that
-    crashes or hangs is started again: a stub that is killed while it holds a lock in the
-    memory that they share brings it down.
+    Prints a line that starts with ``READY`` once every model is ready. A tritonserver that crashes or hangs is
+    restarted: a stub that is killed while it holds a lock in their shared memory brings it down.
 
     Raises:
-        CommandError: one of them ended by itself, a stage cannot be kept alive, or contexts do
-            not get from stage to stage.
+        CommandError: one of them ended by itself, a stage cannot be kept alive, or the KV connector's
+            self-test failed.
     """
     proxy = _Proxy(launch)
     serving = asyncio.create_task(proxy.serve())
@@ -128,7 +127,7 @@ async def _serve_once(
     budget: RestartBudget,
     control: ControlFile,
 ) -> str | None:
-    """Run one tritonserver, and stop it: why another is needed, or None where all is to end."""
+    """Run one tritonserver to its end; why another is needed, or None where the server is to stop."""
     triton = await TritonProcess.start(
         launch.command, launch.environment, models=launch.models, http_port=launch.http_port, log=launch.log
     )
@@ -156,7 +155,7 @@ async def _serve_once(
             serving.result()
             raise CommandError("the proxy ended by itself")
     finally:
-        watching.cancel()  # stages that stop now are not dead
+        watching.cancel()  # stages that stop from here on did not die
         if crash is None:
             proxy.end()
             await asyncio.wait({serving}, timeout=GRACE_S)
@@ -196,9 +195,9 @@ async def _until_ready(triton: TritonProcess, launch: Launch) -> None:
 
 
 async def _until_healthy(launch: Launch) -> None:
-    """Wait for the models elsewhere, telling now and then which are not ready, and for the proxy to know.
+    """Wait until the HTTP API finds every model ready, those of other hosts included; report which are not.
 
-    It may still wait to connect again, after a question that came too early.
+    It lags behind Triton where an early request to Triton failed and its connection waits to be tried again.
     """
     progress = StartupProgress()
     assert launch.proxy is not None

@@ -1,4 +1,4 @@
-"""The tritonserver of this machine: where it is, and how it is called."""
+"""The tritonserver of this machine: where it is, and its command line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bagel_triton.serving import CommandError
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.telemetry import tracing
 
-EXIT_TIMEOUT_S = 2  # for requests in flight; a lost one must not hold up a shutdown
+EXIT_TIMEOUT_S = 2  # for requests in flight; one that was lost must not hold up a shutdown
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 HEADERS = f"(?i){'|'.join(tracing.HEADERS)}"
 
 
 @dataclass(frozen=True)
 class TritonServer:
-    """A tritonserver program; ``backends`` and ``libraries`` only where its own defaults do not do."""
+    """A tritonserver program; ``backends`` and ``libraries`` replace its defaults where they are given."""
 
     program: Path
     backends: Path | None = None
@@ -36,8 +36,8 @@ class TritonServer:
         """This process's environment, changed so that stubs run this Python and read ``deploy``."""
         environment = dict(os.environ)
         environment[DEPLOY_VARIABLE] = str(deploy)
-        # The stages' processes share the cores: a thread that spins at its barrier keeps another stage
-        # from its work, and slows every small step of two busy stages many times over.
+        # The stages' processes share the cores. A thread that spins at its barrier takes a core from another
+        # stage, which slows every small step of two busy stages many times over.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # A stub takes its standard library and packages from the first python3 on PATH.
         environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
@@ -84,12 +84,12 @@ def find(directory: Path) -> TritonServer:
     """The tritonserver of the nvidia-pytriton package, else the one on ``PATH``.
 
     Args:
-        directory: an empty folder of this server's own, for what has to be laid out.
+        directory: an empty folder of this server's own, for the files that are laid out for it.
 
     Raises:
-        CommandError: there is none, or something that it needs is missing.
+        CommandError: there is none, or a library that it needs is missing.
     """
-    # The package's own modules are never imported: only the binaries in it are used.
+    # Only the binaries of the package are used; its modules are never imported.
     package = importlib.util.find_spec("pytriton")
     if package is not None and package.origin is not None:
         return _embedded(Path(package.origin).parent, directory)
@@ -140,7 +140,7 @@ def find_libpython() -> Path:
     """The shared library of this interpreter's version; the interpreter's own where it has one.
 
     Raises:
-        CommandError: there is none; names the package that brings it.
+        CommandError: there is none; names the package that has it.
     """
     for directory in _directories():
         if (directory / NAME).is_file():

@@ -1,4 +1,4 @@
-"""Stages whose processes died are loaded anew."""
+"""Reloads Triton models whose processes died."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ UNLOAD_TIMEOUT_S, LOAD_TIMEOUT_S, RELOAD_POLL_S = 10.0, 900.0, 0.05
 
 
 class RestartBudget:
-    """The tries since it last lived for :data:`STABLE_S` seconds; all times are in seconds of one clock.
+    """Bounds restarts: at most :data:`MAX_TRIES` until one has lasted :data:`STABLE_S` seconds.
 
-    What does not get there in :data:`MAX_TRIES` tries will not recover: then the server had
-    better end than look alive.
+    More tries would not help, and a server that ends is noticed where one that looks alive is not. All times are
+    seconds of one monotonic clock.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._back_at: float | None = None  # None while it is dead
+        self._back_at: float | None = None  # None while it is down
 
     def again(self, now: float) -> bool:
-        """It died, or could not be brought back: whether to try again."""
+        """Count a death or a failed restart at ``now``; whether another try is allowed."""
         if self._back_at is not None and now - self._back_at >= STABLE_S:
             self.count = 0
         self._back_at = None
@@ -49,20 +49,20 @@ class RestartBudget:
         return True
 
     def back(self, now: float) -> None:
-        """It lives."""
+        """Note a restart that succeeded at ``now``."""
         self._back_at = now
 
 
 class ReloadError(Exception):
-    """A model could not be loaded anew."""
+    """A model could not be reloaded; the message says why."""
 
 
 class RestartNeeded(Exception):
-    """Nothing less than a new tritonserver helps; the message says why."""
+    """Only a new tritonserver helps; the message says why."""
 
 
 class Repository(Protocol):
-    """What can give a model new processes."""
+    """Reloads models: :class:`ModelRepository`, or a test's own."""
 
     async def reload(self, model: str) -> None:
         """Raises :class:`ReloadError` where it cannot, and TimeoutError where Triton hangs."""
@@ -76,7 +76,7 @@ class _History:
 
 
 class Watchdog:
-    """Watches the processes announced under ``prefix``; ``reloaded`` hears of every stage that is back.
+    """Watches the processes announced under ``prefix``; calls ``reloaded`` with each stage that is back.
 
     A stage that cannot be kept alive ends the server: see :class:`RestartBudget`.
     """
@@ -94,7 +94,7 @@ class Watchdog:
         self._histories: dict[str, _History] = {}
 
     async def run(self) -> None:
-        """Watch for ever.
+        """Watch until cancelled.
 
         Raises:
             CommandError: a stage cannot be kept alive.
@@ -105,7 +105,7 @@ class Watchdog:
             await asyncio.sleep(POLL_S)
 
     async def check(self) -> None:
-        """Load every stage anew, one after the other, that has lost a process and whose turn it is.
+        """Reload, one after the other, every stage that has lost a process and is due for a try.
 
         Raises:
             CommandError: a stage cannot be kept alive.
@@ -121,7 +121,6 @@ class Watchdog:
         if not history.tries.again(started):
             raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
         if stage == ORCHESTRATOR:
-            # Triton goes on delivering to it what the stages answer, and they hang as soon as it is full.
             raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
         log_event(f"stage {stage} died (process {pids}); reloading")
         before = liveness.processes(self._prefix, stage, self._directory)
@@ -130,14 +129,14 @@ class Watchdog:
         except TimeoutError as error:
             raise RestartNeeded(f"{stage} died (process {pids}), and Triton hangs") from error
         except ReloadError as error:
-            # What it lacks, such as memory, others may have to free first.
+            # Memory that it lacks may still be in use by a process that is ending.
             history.next_try_at = self._clock() + 2.0 ** (history.tries.count - 1)
             log_event(f"stage {stage} could not be reloaded: {error}")
             return
         for process in before:
             if process.alive:
-                # Triton leaves another process of the stage running where the dead one lost
-                # a request, as it waits for that for ever. Its lock says the id is still its own.
+                # Triton waits for ever for a request that the dead process lost, and keeps the stage's
+                # other process running. Its lock proves that the process id is still its own.
                 os.kill(process.pid, signal.SIGKILL)
             process.remove()
         history.reloads += 1
@@ -147,7 +146,7 @@ class Watchdog:
 
 
 class ModelRepository:
-    """The models of the Triton at ``http_port`` of this host."""
+    """The models of the Triton at ``http_port`` of this host, reloaded by its HTTP API."""
 
     def __init__(self, http_port: int) -> None:
         self._client = httpx.AsyncClient(
@@ -163,7 +162,7 @@ class ModelRepository:
         await self._client.aclose()
 
     async def reload(self, model: str) -> None:
-        """Give ``model`` new processes; returns once it is ready.
+        """Give ``model`` new processes, and wait until it is ready.
 
         Models that build on it stay loaded, or are loaded again with it as ensembles are.
 
@@ -173,8 +172,8 @@ class ModelRepository:
         """
         try:
             await self._post(f"/v2/repository/models/{model}/unload", UNLOAD_TIMEOUT_S)
-            # Not until it is gone: with a request that its dead process lost it never is,
-            # and a new one can be loaded beside it all the same.
+            # Unready is enough: a model whose dead process lost a request is never unloaded, and a new one can be
+            # loaded beside it all the same.
             deadline = time.monotonic() + UNLOAD_TIMEOUT_S
             while await self._ready(model):
                 if time.monotonic() > deadline:
