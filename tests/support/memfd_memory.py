@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bagel_triton.ipc.cuda_memory import NotShareable
 from bagel_triton.weights.device import DeviceWeights
-from bagel_triton.weights.shm import map_read_only
+from bagel_triton.weights.files import map_read_only
 from tests.support.weights import CPU
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import mmap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,6 +63,7 @@ class TensorFiles:
     def __init__(self, files: list[Path]) -> None:
         self._stored: dict[str, StoredTensor] = {}
         self._opened: dict[Path, Any] = {}
+        self._mapped: dict[Path, Tensor] = {}
         for path in files:
             if not path.is_file():
                 raise CheckpointError(f"{path} does not exist")
@@ -85,23 +89,30 @@ class TensorFiles:
     def adjoin(self, names: Sequence[str]) -> bool:
         """Whether the tensors ``names`` follow one another in one file, so that they can be mapped as one."""
         stored = [self._stored[name] for name in names]
-        return all(
+        itemsize = max((stored[0].stop - stored[0].start) // max(math.prod(stored[0].shape), 1), 1)
+        return stored[0].start % itemsize == 0 and all(
             (one.path, one.dtype, one.stop) == (other.path, other.dtype, other.start) for one, other in pairwise(stored)
         )
 
     def stacked(self, names: Sequence[str]) -> Tensor:
         """Tensors that :meth:`adjoin`, as one: the second's rows below the first's, and so on. Mapped, not copied."""
         first, last = self._stored[names[0]], self._stored[names[-1]]
-        mapped = torch_from_file(first.path)[first.start : last.stop]
+        if first.path not in self._mapped:
+            with first.path.open("rb") as file:
+                self._mapped[first.path] = map_read_only(file.fileno())
         rows = sum(self._stored[name].shape[0] for name in names)
-        return mapped.view(self.tensor(names[0]).dtype).view(rows, *first.shape[1:])
+        contents = self._mapped[first.path][first.start : last.stop]
+        return contents.view(self.tensor(names[0]).dtype).view(rows, *first.shape[1:])
 
 
-def torch_from_file(path: Path) -> Tensor:
-    """A file's bytes, mapped: uint8 [size]."""
+def map_read_only(descriptor: int) -> Tensor:
+    """The open file's bytes, read-only: uint8 [size]."""
     import torch
 
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

@@ -8,10 +8,8 @@ checkpoint's file are shared already. :mod:`~bagel_triton.weights.device` does t
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY, open_locked, reserve
-from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.files import FileIdentity, map_read_only
 from bagel_triton.weights.layout import Layout, Source
 
 ALIGNMENT = 64  # that of torch's own allocations; the rounding of a matrix product may depend on it
@@ -131,11 +129,3 @@ def _create(path: Path, layout: Layout, sources: Mapping[str, Source]) -> None:
     finally:
         os.close(directory)
     log.info("wrote %d bytes of weights in %.1f s: %s", layout.size, time.perf_counter() - started, path.name)
-
-
-def map_read_only(descriptor: int) -> Tensor:
-    """The open file's bytes, read-only: uint8 [size]."""
-    mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(mapping, dtype=torch.uint8)
