@@ -120,3 +120,39 @@ def test_no_body_is_answered_with_a_defect_of_the_server(api: TestClient) -> Non
         assert reply.status_code < 500, (body, reply.text)
         if reply.status_code == 400:
             assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="  # an image
+IMAGE_URL = f"data:image/png;base64,{PIXEL}"
+OTHER_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/images/generations": {
+        **{"prompt": "A cat", "size": "64x64", "n": 1, "output_format": "jpeg", "output_compression": 50},
+        **{"quality": "auto", "background": "opaque", "stream": True, "partial_images": 1, "seed": 1, "think": True},
+    },
+    "/v1/images/edits": {"prompt": "Snow", "image": [{"image_url": IMAGE_URL}], "size": "auto", "cfg_interval": [0, 1]},
+    "/v1/responses": {
+        "input": [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "input_image", "image_url": IMAGE_URL}]},
+            {"type": "reasoning", "id": "rs", "summary": []},
+            {"type": "image_generation_call", "id": "ig", "result": PIXEL, "status": "completed"},
+            {"role": "user", "content": [{"type": "input_text", "text": "Snow"}]},
+        ],
+        "tools": [{"type": "image_generation", "size": "64x64", "partial_images": 1, "action": "auto"}],
+        **{"tool_choice": "auto", "stream": True, "reasoning": {"effort": "low", "summary": "auto"}, "include": []},
+        **{"text": {"format": {"type": "text"}}, "max_output_tokens": 8, "instructions": "x", "temperature": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("path", list(OTHER_BODIES))
+def test_no_body_of_the_other_endpoints_is_either(api: TestClient, path: str) -> None:
+    body, chance = OTHER_BODIES[path], random.Random(21)
+    assert api.post(path, json=body).status_code == 200
+    names = [*body, "mask", "images", "n", "width", "previous_response_id", "response_format", "max_tokens", "stop"]
+    for _ in range(150):
+        mutated = json.dumps(_mutated(body, chance, names)).encode()
+        reply = api.post(path, content=mutated)
+        assert reply.status_code < 500, (mutated, reply.text)
+        if reply.status_code == 400:
+            assert reply.json()["error"]["type"] == "invalid_request_error"
