@@ -23,7 +23,7 @@ from bagel_triton.openai.image_source import ImageLoader
 from bagel_triton.openai.settings import HttpOptions, ProxySettings
 from bagel_triton.triton.async_client import Client, TritonClient
 
-# Open without a key: the page holds no secret and asks for the key itself, and the name of a
+# Open without a key: the page holds no secret and prompts for the key, and the name of a
 # generated file cannot be guessed.
 OPEN_PATHS, OPEN_PREFIXES = ("/", *health.OPEN_PATHS), ("/page/", images.FILES)
 

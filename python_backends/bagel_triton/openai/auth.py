@@ -1,4 +1,4 @@
-"""API keys: who may call the API."""
+"""API keys: requests without one are refused."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def _protocol(options: HttpOptions) -> type[asyncio.Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            # close() would wait for the client to read on: that is what it does not do.
+            # close() would wait until the client has read what is buffered.
             self._write_timer = self.loop.call_later(options.write_timeout_s, self.transport.abort)
 
         def resume_writing(self) -> None:

@@ -53,7 +53,7 @@ class ImageFile(NamedTuple):
 
 
 class ImageStore:
-    """Images that were asked for as URLs, in memory, under names that cannot be guessed.
+    """Images requested as URLs, in memory, under names that cannot be guessed.
 
     They are dropped after ``ttl_s`` seconds, the oldest earlier where all together would have
     more than ``max_bytes``.

@@ -111,7 +111,7 @@ class _Job:
 
 
 def routes(api: Api) -> list[Route]:
-    """The endpoints' routes, and that of images asked for as URLs."""
+    """The endpoints' routes, and that of images requested as URLs."""
     store = ImageStore(STORE_BYTES, STORE_S)
 
     @api.endpoint

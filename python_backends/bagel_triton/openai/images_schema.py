@@ -219,7 +219,7 @@ def _from_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def _kinds(name: str) -> set[type]:
-    """The types that the field ``name`` takes; a field that nobody knows is a text."""
+    """The types that the field ``name`` takes; an unknown field is a text."""
     if name == "stop":
         return {tuple, str}
     if name in ("stream", "output_compression"):

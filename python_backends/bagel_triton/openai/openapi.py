@@ -48,7 +48,7 @@ _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
 
 def routes(api: Api) -> list[Route]:
     """The routes of both."""
-    document = functools.cache(lambda: describe(api))  # it takes a while, and few ask for it
+    document = functools.cache(lambda: describe(api))  # built on first use: it takes a while
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(document())
@@ -204,7 +204,7 @@ def _paths() -> Json:
             (json_body, "JsonEditsBody"),
         ),
         FILES + "{name}": get(
-            "An image that was asked for as a URL", ("name",), {"200": {"description": "It", "content": image}}
+            "An image requested as a URL", ("name",), {"200": {"description": "It", "content": image}}
         ),
         "/v1/responses": post("Text, thinking and images as items", "Response", (json_body, "ResponsesBody")),
         "/v1/models": get("The model, once"),

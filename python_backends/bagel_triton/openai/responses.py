@@ -173,7 +173,7 @@ class _Reply:
         """The last events of a reply that succeeded.
 
         Raises:
-            Internal: the model ended without what was asked for.
+            Internal: the model ended without the requested output.
         """
         wanted = self._calls if self._body.image_tool else self._message
         unfinished = any(item["status"] == "in_progress" for item in self.response["output"])

@@ -170,7 +170,7 @@ class ResponsesBody(GenerationFields):
 
     @property
     def summarises(self) -> bool:
-        """Whether the thought is asked for as a summary."""
+        """Whether the thought is requested as a summary."""
         return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
 
     def generation_fields(self) -> tuple[dict[str, Any], dict[str, str]]:
