@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import httpx
 
@@ -26,6 +27,7 @@ REDIRECTS = {
     "/loopback": "http://127.0.0.1:{port}/cat.png",
     "/inside": "//inside.example/cat.png",
     "/file": "file:///etc/passwd",
+    "/away": "http://half-dead.example/cat.png",
     "/3": "/2",
     "/2": "/1",
     "/1": "/cat.png",
@@ -37,11 +39,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.seen.append((self.headers["Host"], self.path))  # type: ignore[attr-defined]
+        self.server.headers.append(dict(self.headers))  # type: ignore[attr-defined]
         if target := REDIRECTS.get(path):
             self.reply(302, Location=target.format(port=self.server.server_port))  # type: ignore[attr-defined]
         elif path == "/cat.png":
             self.reply(200)
             self.wfile.write(BODY)
+        elif path == "/identity":
+            self.reply(200, **{"Content-Encoding": "Identity"})
+            self.wfile.write(BODY)
+        elif path == "/forbidden":
+            self.reply(403, **{"Content-Type": "text/html; charset=utf-8"})
+            page = "<html><head><title>x</title></head><body>Please set a <b>User-Agent</b> &amp; wait</body>"
+            self.wfile.write(page.encode())
         elif path == "/gzip":
             self.reply(200, **{"Content-Encoding": "gzip"})
         elif path == "/endless":
@@ -70,11 +80,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Host(ThreadingHTTPServer):
-    """The server; ``seen`` are the host and path of each request, ``reached`` the addresses connected to."""
+    """The server; ``seen`` and ``headers`` are each request's, ``reached`` the addresses connected to."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen: list[tuple[str, str]] = []
+        self.headers: list[dict[str, str]] = []
         self.reached: list[str] = []
         self.resolved: list[str] = []
         self.names = dict(NAMES)
@@ -89,8 +100,8 @@ class Host(ThreadingHTTPServer):
     def connect(self) -> httpx.AsyncBaseTransport:
         return Wire(self)
 
-    def remote(self, **limits: float) -> RemoteImages:
-        return RemoteImages(self.resolve, self.connect, **limits)  # type: ignore[arg-type]
+    def remote(self, **limits: Any) -> RemoteImages:
+        return RemoteImages(self.resolve, self.connect, **limits)
 
 
 class Wire(httpx.AsyncHTTPTransport):

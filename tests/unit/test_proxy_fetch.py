@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from bagel_triton.openai.image_fetch import FetchError, RemoteImages
+from bagel_triton.openai.address_rules import AllowedSources
+from bagel_triton.openai.image_fetch import FetchError, RemoteImages, without_login
 from tests.support.image_host import BODY, DEAD, PUBLIC, Host, serving_images
 
 
@@ -18,11 +23,11 @@ def host() -> Iterator[Host]:
         yield serving
 
 
-def fetch(host: Host, url: str, **limits: float) -> bytes:
+def fetch(host: Host, url: str, **limits: Any) -> bytes:
     return asyncio.run(host.remote(**limits).fetch(url))
 
 
-def refusal(host: Host, url: str, **limits: float) -> str:
+def refusal(host: Host, url: str, **limits: Any) -> str:
     with pytest.raises(FetchError) as caught:
         fetch(host, url, **limits)
     return str(caught.value)
@@ -37,6 +42,58 @@ def test_an_image_is_fetched_by_its_hosts_name_from_the_address_that_was_checked
 @pytest.mark.parametrize("path", ["absolute", "relative", "3"])
 def test_redirects_are_followed(host: Host, path: str) -> None:
     assert fetch(host, f"http://images.example/{path}") == BODY
+
+
+def test_a_host_may_say_that_nothing_is_encoded(host: Host) -> None:
+    assert fetch(host, "http://images.example/identity") == BODY
+
+
+def test_a_login_in_the_url_is_sent_to_its_host_alone(host: Host) -> None:
+    assert fetch(host, "http://ann:p%40ss@images.example/away") == BODY
+    first, second = host.headers
+    assert first["Authorization"] == "Basic " + base64.b64encode(b"ann:p@ss").decode()
+    assert "Authorization" not in second
+    assert host.seen[0] == ("images.example", "/away")
+
+
+def test_the_host_is_told_what_asks_and_its_refusal_is_passed_on(host: Host) -> None:
+    message = refusal(host, "http://images.example/forbidden")
+    assert message == "the host answered 403 Forbidden: Please set a User-Agent & wait"
+    assert re.match(r"bagel-triton/\S+ \(.+\)", host.headers[0]["User-Agent"])
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "path"),
+    [
+        ("http://images.example/a b.png", "images.example", "/a%20b.png"),
+        ("http://images.example/ä.png", "images.example", "/%C3%A4.png"),
+        ("http://bücher.example/cat.png", "xn--bcher-kva.example", "/cat.png"),
+    ],
+)
+def test_urls_may_hold_blanks_and_any_letters(host: Host, url: str, name: str, path: str) -> None:
+    host.names["xn--bcher-kva.example"] = [PUBLIC]
+    with contextlib.suppress(FetchError):  # not every path leads to something
+        fetch(host, url)
+    assert host.seen == [(name, path)]
+
+
+@pytest.mark.parametrize("source", ["inside.example", "INSIDE.example", "10.0.0.8", "10.0.0.0/8"])
+def test_a_private_host_is_allowed_by_name_address_or_network(host: Host, source: str) -> None:
+    allowed = AllowedSources([source])
+    assert fetch(host, "http://inside.example/cat.png", allowed=allowed) == BODY
+    assert fetch(host, "http://images.example/inside", allowed=allowed) == BODY
+    assert "has the address 127.0.0.1" in refusal(host, "http://half-inside.example/cat.png", allowed=allowed)
+
+
+@pytest.mark.parametrize("source", ["", "http://host", "10.0.0.0/33", "host:80", "10.0.0.1/8"])
+def test_what_names_no_host_cannot_be_allowed(source: str) -> None:
+    with pytest.raises(ValueError, match="is not a host name, an address or a network"):
+        AllowedSources([source])
+
+
+def test_an_error_shows_no_login() -> None:
+    assert without_login("https://ann:secret@host/a@b?c") == "https://***@host/a@b?c"
+    assert without_login("https://host/a@b") == "https://host/a@b"
 
 
 def test_an_address_that_does_not_answer_is_passed_over(host: Host) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
+from bagel_triton.engine.preprocess.image_input import is_heavy
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.pipeline.stage_call import StageCall
@@ -41,7 +42,9 @@ class StageConnections:
     ) -> None:
         self._prefix, self._remote = shm_prefix, remote
         self.expand_call = bls(EXPANDER)
-        self.expanding = ThreadPoolExecutor(EXPANDER_CALLS, "cfg_expand-calls")
+        self._expanding = ThreadPoolExecutor(EXPANDER_CALLS, "cfg_expand-calls")
+        # One at a time, so an instance is always free for a request whose images are soon decoded.
+        self._expanding_heavy = ThreadPoolExecutor(1, "cfg_expand-heavy")
         self.stages = {stage: self._connect(stage, bls, announcement) for stage in (THINKER, DIT, DECODER)}
 
     def _connect(self, stage: str, bls: Callable[[str], ModelCall], announcement: Announcement) -> TicketClient:
@@ -61,9 +64,15 @@ class StageConnections:
             return self._remote.is_ready(stage)
         return self.watch(stage)()
 
+    def expander_pool(self, request: Arrays) -> ThreadPoolExecutor:
+        """The threads that call ``cfg_expand`` for ``request``."""
+        images = request["image"].reshape(-1).tolist() if "image" in request else ()
+        return self._expanding_heavy if is_heavy(images) else self._expanding
+
     def close(self, timeout_s: float) -> None:
         """Stop; aborts that are queued get up to ``timeout_s`` seconds a stage."""
-        self.expanding.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._expanding, self._expanding_heavy):
+            pool.shutdown(wait=False, cancel_futures=True)
         for client in self.stages.values():
             client.close(timeout_s)
         if self._remote is not None:
@@ -87,7 +96,7 @@ class TritonStages:
             except Exception as error:
                 call.fail(error)
 
-        self._connections.expanding.submit(run)
+        self._connections.expander_pool(request).submit(run)
         return call
 
     def think(self, plan: Plan) -> StageCall[ThinkerOutput]:

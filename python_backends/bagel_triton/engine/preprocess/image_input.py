@@ -95,6 +95,17 @@ def open_image(data: bytes, param: str) -> Image.Image:
         raise InvalidRequest(f"{param} is damaged: {truncate(str(error) or type(error).__name__)}", param) from error
 
 
+def is_heavy(encoded: Sequence[bytes]) -> bool:
+    """Whether decoding takes long enough to hold up other requests; only headers are read."""
+    pixels = 0
+    for data in encoded:
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # refused later, by name
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            pixels += image.width * image.height
+    return pixels > EXACT_PIXELS
+
+
 def _decoding_bytes(image: Image.Image) -> int:
     """Memory that decoding ``image`` takes at most, but for its encoded bytes."""
     pixels = image.width * image.height
