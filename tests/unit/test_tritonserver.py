@@ -69,6 +69,12 @@ def test_the_containers_server_keeps_its_own_backends(monkeypatch: pytest.Monkey
     assert server.environment(tmp_path)["LD_LIBRARY_PATH"] == "/opt/own"
 
 
+def test_what_torch_leaves_is_in_the_servers_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    environment = tritonserver.find(tmp_path).environment(tmp_path / "deploy.yaml")
+    assert Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path
+
+
 def test_every_address_is_the_loopback_one(tmp_path: Path):
     command = tritonserver.TritonServer(tmp_path).command(
         tmp_path, ["bagel", "dit"], http_port=1, grpc_port=2, metrics_port=3, shm_prefix="p", verbose=False

@@ -39,6 +39,8 @@ class TritonServer:
         # The stages' processes share the cores. A thread that spins at its barrier takes a core from another
         # stage, which slows every small step of two busy stages many times over.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # torch makes this folder when some of its modules are imported, and leaves it in the temporary one.
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(deploy.parent / "torchinductor"))
         # A stub takes its standard library and packages from the first python3 on PATH.
         environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
         if self.libraries:

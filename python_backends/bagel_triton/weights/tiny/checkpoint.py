@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         config = TinyConfig(**{option.name: getattr(args, option.name) for option in fields(TinyConfig)})
         write(args.directory, config, force=args.force)
     except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"bagel-triton: error: {error}", file=sys.stderr)
         return 1
     size = sum(path.stat().st_size for path in args.directory.iterdir())
     print(f"wrote {args.directory} ({size / 1e6:.1f} MB)")
