@@ -314,6 +314,15 @@ def test_what_a_generation_cannot_have_is_refused_by_name(fields: dict[str, Any]
     assert backend.requests == []
 
 
+def test_a_form_may_have_fields_without_effect_and_nulls() -> None:
+    backend = FakeClient(*PROGRESS, IMAGE, EDITED)
+    texts = {"user": "u", "user[]": "v", "skip_special_tokens": "true", "best_of": "1", "tools": "null", "seed": ""}
+    form = [("prompt", (None, "x")), ("image", PNG_FILE), *((name, (None, text)) for name, text in texts.items())]
+    reply = api(backend).post(EDITS, files=form)
+    assert reply.status_code == 200, reply.text
+    assert backend.requests == [with_images(request_of("x", 1), (b"an image",))]
+
+
 def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
     prompt = ("prompt", (None, "x"))
     for form, param, advice in (

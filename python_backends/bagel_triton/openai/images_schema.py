@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from bagel_triton.openai.image_encode import Format
 from bagel_triton.openai.image_source import ImageUpload, ImageUrl
-from bagel_triton.openai.noop_fields import IGNORED
+from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
 from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, parse_size, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
@@ -222,7 +222,7 @@ def _kinds(name: str) -> set[type]:
     """The types that the field ``name`` takes; an unknown field is a text."""
     if name == "stop":
         return {tuple, str}
-    if name in ("stream", "output_compression"):
+    if name in ("stream", "output_compression") or name in NOOP["images"]:
         return {int}
     if name not in FIELD_NAMES:
         return {str}
