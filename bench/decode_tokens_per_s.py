@@ -30,10 +30,10 @@ def measure(stages: LocalStages, counts: Sequence[int], tokens: int, trials: int
     for trial in range(1 + trials):
         for count in counts:
             started = time.perf_counter()
-            thoughts = _together(stages, prompts[:count], tokens)
+            outputs = _together(stages, prompts[:count], tokens)
             seconds = time.perf_counter() - started
             if trial:  # the first warms up
-                rates[count].append(sum(one.answers[0].tokens for one in thoughts) / seconds)
+                rates[count].append(sum(one.answers[0].tokens for one in outputs) / seconds)
     gains = [most / one for most, one in zip(rates[counts[-1]], rates[counts[0]], strict=True)]
     figures = [median(NAME, f"{count} sequences", found, "tokens/s") for count, found in rates.items()]
     return [*figures, median(NAME, f"{counts[-1]} over {counts[0]}", gains, "x", GOAL, "higher")]
@@ -56,5 +56,5 @@ def _together(stages: LocalStages, prompts: Sequence[str], tokens: int) -> list[
     plans = [
         plan_of(stages, GenerationRequest(prompt=prompt, modality="text", max_tokens=tokens)) for prompt in prompts
     ]
-    visits = [stages.think(plan) for plan in plans]
-    return [answer(visit)[0] for visit in visits]
+    calls = [stages.think(plan) for plan in plans]
+    return [answer(call)[0] for call in calls]

@@ -50,9 +50,9 @@ def ensure_checkpoint(directory: Path = CHECKPOINT) -> Path:
     return directory
 
 
-def answer(visit: StageCall[Result], hear: Callable[[Event], None] = lambda event: None) -> tuple[Result, StageStats]:
+def answer(call: StageCall[Result], hear: Callable[[Event], None] = lambda event: None) -> tuple[Result, StageStats]:
     """What a stage answers, and its timing; ``hear`` is told of progress. Its error is raised."""
-    following: Generator[Event, None, tuple[Result, StageStats]] = visit.follow(lambda: False, WAIT_S)
+    following: Generator[Event, None, tuple[Result, StageStats]] = call.follow(lambda: False, WAIT_S)
     while True:
         try:
             hear(next(following))

@@ -1,4 +1,4 @@
-"""One copy of the weights between processes on one GPU, whoever of them dies."""
+"""One copy of the weights between processes on one GPU, whichever of them dies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage(prefix: str, checkpoint: Path = TINY, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager[Peer]:
-    """A process that has yet to load the transformer."""
+    """A process that has not loaded the transformer yet."""
     return peer(WeightHolder, partial(shared_weights, prefix, GPU), checkpoint, dtype)
 
 
@@ -81,7 +81,7 @@ def test_two_processes_hold_one_copy(prefix: str, large: Path, dtype: torch.dtyp
     state = Checkpoint(large).load_bagel(torch.device("meta"), dtype).state_dict()
     size = sum(tensor.nbytes for tensor in state.values())
     with stage(prefix, large, dtype) as first, stage(prefix, large, dtype) as second:
-        _, before = first.ask("used"), second.ask("used")  # by then, both have a context
+        _, before = first.ask("used"), second.ask("used")  # by then, both have a CUDA context
         assert first.ask("load") == len(state)
         after_one = first.ask("used")
         assert second.ask("load") == 0

@@ -1,4 +1,4 @@
-"""A whole server on a GPU, in both topologies: contexts by CUDA IPC, or within one process."""
+"""A whole server on a GPU, in both topologies: KV by CUDA IPC, or within one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = 4.0  # of bfloat16
 
 @pytest.fixture(scope="module", params=["bagel", "bagel_single_stage"])
 def server(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iterator[Server]:
-    """A server that leaves nothing lent."""
+    """A server that leaves no leases behind."""
     config = ROOT / "build" / "deploy" / f"{request.param}.yaml"
     # Other tests hide the GPUs from the servers that they start.
     visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") or "0"}

@@ -32,12 +32,12 @@ def plain_stages() -> Iterator[LocalStages]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_case_is_the_one_recorded(plain_stages: LocalStages, case: Case) -> None:
     plan = result_of(plain_stages.expand(case.request))
-    thoughts = result_of(plain_stages.think(plan))
-    if thoughts.job is None:
-        assert [answer.content for answer in thoughts.answers] == [case.text]
+    output = result_of(plain_stages.think(plan))
+    if output.job is None:
+        assert [answer.content for answer in output.answers] == [case.text]
         return
     expected = case.tensors()
-    (latents,) = result_of(plain_stages.denoise(thoughts.job))
+    (latents,) = result_of(plain_stages.denoise(output.job))
     assert distance(latents.tokens, expected["latent"]) < TOLERANCE
     job = result_of(plain_stages.think(plan)).job
     assert job is not None

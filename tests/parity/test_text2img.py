@@ -35,7 +35,7 @@ def _distance(ours: Tensor, expected: Tensor) -> float:
 
 
 def _contexts(job: DenoiseJob) -> dict[str, tuple[Tensor, int]]:
-    """By branch, the keys and values that were lent, [layers, 2, tokens, ...], and the next position."""
+    """By branch, the leased KV, [layers, 2, tokens, ...], and the next position."""
     read = [claim(LocalConsumer(), handle) for handle in job.handles]
     return {c.branch.value: (read[c.handle], job.handles[c.handle].next_position) for c in job.branches}
 
@@ -73,7 +73,7 @@ def test_latents_and_images_are_those_recorded(local_stages: LocalStages, case: 
     assert float((difference == 0).float().mean()) >= 0.99
 
 
-# Odd token counts, so that packs have odd numbers of rows; one prompt twice; every renorm; guidance on, off, in part.
+# Odd token counts, so that batches have odd numbers of rows; one prompt twice; every renorm; guidance on, off, in part.
 MIXED = [
     GenerationRequest(prompt="A cute cat", height=240, width=240, seed=1, num_inference_steps=7),
     GenerationRequest(prompt="A cute cat", height=80, width=80, seed=2, num_inference_steps=3, cfg_interval=(0.0, 1.0)),
@@ -110,7 +110,7 @@ def test_an_image_does_not_depend_on_who_shared_its_batch(checkpoint: str, reque
     directory = request.getfixturevalue(checkpoint)
     stages = LocalStages(DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32"))
     alone = [generate(stages, one) for one in MIXED]
-    for _ in range(2):  # who meets whom differs
+    for _ in range(2):  # other requests share each batch
         together = generate_together(stages, MIXED)
         for number, (ours, expected) in enumerate(zip(together, alone, strict=True)):
             for latents, before in zip(ours.latents, expected.latents, strict=True):

@@ -39,11 +39,11 @@ def test_stage_by_stage(server: Server, case: Case) -> None:
     planned = infer(server.grpc, "cfg_expand", to_tensors(case.request), types).last("plan")
     plan = decode(planned[0], Plan)
     assert plan.branches[0].segments[0].token_ids == case.prompt_ids
-    thought = infer(server.grpc, "thinker", {"plan": planned}, {"plan": "BYTES"})
-    job = decode(thought.last("thinker_output")[0], ThinkerOutput).job
+    output = infer(server.grpc, "thinker", {"plan": planned}, {"plan": "BYTES"})
+    job = decode(output.last("thinker_output")[0], ThinkerOutput).job
     assert job is not None
-    assert len(thought.last("denoise_job")[0]) < 2048, "contexts are handles, never keys and values"
-    flow = infer(server.grpc, "dit", {"denoise_job": thought.last("denoise_job")}, {"denoise_job": "BYTES"})
+    assert len(output.last("denoise_job")[0]) < 2048, "a denoise job has KV handles, never KV"
+    flow = infer(server.grpc, "dit", {"denoise_job": output.last("denoise_job")}, {"denoise_job": "BYTES"})
     expected = case.tensors()["latent"]
     ours = torch.from_numpy(flow.last("latents").copy())
     assert float((ours - expected).abs().max() / expected.abs().max()) < TOLERANCE
@@ -65,8 +65,8 @@ def test_bagel_images(server: Server, case: Case) -> None:
     assert_recorded(answer.last("generated_image"), case)
     steps = [event["step"] for event in answer.events if event["type"] == "progress"]
     assert steps == list(range(1, case.request.num_inference_steps or 0))
-    thoughts = [event["reasoning"] for event in answer.events if event["type"] == "answer"]
-    assert thoughts == ([] if case.text is None else [case.text])
+    reasoning = [event["reasoning"] for event in answer.events if event["type"] == "answer"]
+    assert reasoning == ([] if case.text is None else [case.text])
     assert answer.events[-1]["type"] == "done"
 
 

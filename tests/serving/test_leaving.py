@@ -1,4 +1,4 @@
-"""Work that nobody waits for any more stops, and a server that is told to stop leaves nothing."""
+"""Requests of clients that left are aborted, and a server that stops leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def test_a_client_of_the_ensemble_that_leaves_is_noticed_when_the_next_stage_sta
     images = server.gauge("bagel_images_total")
     request = GenerationRequest(prompt="A cat", height=256, num_inference_steps=1000)
     with triton.InferenceServerClient(server.grpc) as client:
-        with connection(server, ENDLESS_TEXT), connection(server, ENDLESS_TEXT):  # one has nearly all the arena
+        with (
+            connection(server, ENDLESS_TEXT),
+            connection(server, ENDLESS_TEXT),
+        ):  # one has nearly the whole KV cache pool
             until(server, "bagel_thinker_waiting", 1)
             call = client.async_infer("bagel_text2img", triton_inputs(request), lambda result, error: None)
             until(server, "bagel_thinker_waiting", 2)

@@ -22,13 +22,13 @@ TEXT = {"messages": [{"role": "user", "content": "hi"}], "modalities": ["text"],
 
 @pytest.fixture(scope="module")
 def own_server(checkpoint_dir: Path) -> Iterator[Server]:
-    """One whose sizes nobody else's requests change."""
+    """One that no other test's requests grow."""
     with Server(checkpoint_dir) as running:
         yield running
 
 
 def body(number: int) -> dict[str, Any]:
-    """Texts, images, and images after a thought, each with a seed of its own."""
+    """Texts, images, and images after thinking, each with a seed of its own."""
     if number % 3 == 0:
         return {**TEXT, "temperature": 1.0, "seed": number}
     if number % 3 == 1:

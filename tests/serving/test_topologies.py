@@ -33,10 +33,10 @@ def test_the_same_answer_from_every_topology(server: Server, other: Server, name
 
 def test_only_bagel_think_thinks_unasked(server: Server, other: Server) -> None:
     body = {name: value for name, value in BODIES["t2i_think"].items() if name not in ("think", "max_think_tokens")}
-    thought = server.chat(BODIES["t2i_think"]).json()["choices"][0]["message"]["reasoning_content"]
+    reasoning = server.chat(BODIES["t2i_think"]).json()["choices"][0]["message"]["reasoning_content"]
     unasked = other.chat(body).json()["choices"][0]["message"].get("reasoning_content")
     thinks = "bagel_think.yaml" in str(other.process.args)
-    assert unasked == (thought if thinks else None)
+    assert unasked == (reasoning if thinks else None)
 
 
 def test_health_names_the_models_of_the_topology_also_from_a_proxy_that_was_not_told_of_it(other: Server) -> None:

@@ -83,17 +83,17 @@ def _check(case: Case, hosts: Hosts, connector: str) -> None:
     thinker, dit = (host.grpc for host in hosts)
     types = {name: spec.datatype for name, spec in REQUEST_FIELDS.items()}
     plan = infer(thinker, "cfg_expand", to_tensors(case.request), types).last("plan")
-    thoughts = decode(
+    output = decode(
         infer(thinker, "thinker", {"plan": plan}, {"plan": "BYTES"}).last("thinker_output")[0], ThinkerOutput
     )
-    texts = [answer.reasoning or answer.content for answer in thoughts.answers]
+    texts = [answer.reasoning or answer.content for answer in output.answers]
     assert texts == ([] if case.text is None else [case.text])
     if not case.height:
         return
-    assert thoughts.job is not None
-    assert {handle.connector for handle in thoughts.job.handles} == {connector}
-    contexts = np.array([encode(thoughts.job)], dtype=np.object_)
-    flow = infer(dit, "dit", {"denoise_job": contexts}, {"denoise_job": "BYTES"})
+    assert output.job is not None
+    assert {handle.connector for handle in output.job.handles} == {connector}
+    job = np.array([encode(output.job)], dtype=np.object_)
+    flow = infer(dit, "dit", {"denoise_job": job}, {"denoise_job": "BYTES"})
     latents = {"latents": flow.last("latents"), "latent_grid": flow.last("latent_grid")}
     pixels = infer(dit, "vae_decode", latents, {"latents": "FP32", "latent_grid": "INT32"}).last("generated_image")
     difference = np.abs(pixels.astype(int) - case.image().numpy())

@@ -1,4 +1,4 @@
-"""A headless Chromium of the system for the tests of the page; they are skipped where there is none."""
+"""The system's headless Chromium for the tests of the page, which are skipped without one."""
 
 from __future__ import annotations
 

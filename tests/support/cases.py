@@ -1,4 +1,4 @@
-"""The recorded requests of ``tests/data/cases-a`` and the numbers they lead to."""
+"""The recorded requests of ``tests/data/cases-a`` and their expected numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bagel_triton.protocol.request import GenerationRequest
 
-# What a case leaves out has the authors' library default, which is not always the server's.
+# A field that a case leaves out has the authors' default, which is not always the server's.
 LIBRARY_DEFAULTS: dict[str, object] = {
     "cfg_img_scale": 1.5,
     "cfg_interval": [0.4, 1.0],

@@ -1,4 +1,4 @@
-"""A collector of traces: what OTLP/HTTP brings, as plain spans."""
+"""A collector of traces: received OTLP/HTTP as plain spans."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Span:
 
 @dataclass
 class Collector:
-    """The spans that have come to ``url``; with ``delay_s`` it takes its time to take them."""
+    """The spans received at ``url``; each export is answered after ``delay_s``."""
 
     url: str = ""
     delay_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
 
     def add(self, body: bytes) -> None:
-        """Take in one export."""
+        """Receive one export."""
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
             service = _attributes(resource.resource.attributes)["service.name"]
             for scope in resource.scope_spans:

@@ -104,7 +104,7 @@ def _ask(pipe: Connection, name: str, user: int | None) -> None:
 
 
 def grab(name: str, user: int) -> tuple[bytes, int]:
-    """What a process of ``user`` gets that does not look whom it asks: data, and how many descriptors."""
+    """What a process of ``user`` that does not check its peer receives: data, and the number of descriptors."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=_grab, args=(theirs, name, user), daemon=True)
     process.start()

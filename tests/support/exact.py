@@ -1,4 +1,4 @@
-"""Equal to the last bit, on every machine where that can be had."""
+"""Equality to the last bit, on machines that support it."""
 
 from __future__ import annotations
 

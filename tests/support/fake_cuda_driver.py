@@ -1,7 +1,7 @@
-"""A CUDA driver of which the virtual memory management works, on files in memory.
+"""A fake CUDA driver whose virtual memory management works on files in memory.
 
 It has the names, the arguments and the results of NVIDIA's ``cuda.bindings.driver``, and takes
-the types from there where that is at hand.
+its types if it is installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CUresult(enum.IntEnum):
 
 
 class FakeCudaDriver:
-    """One device, and what is allocated, reserved and mapped there; ``refused`` calls fail.
+    """One device with its allocations, reservations and mappings; ``refused`` calls fail.
 
     ``bindings`` is NVIDIA's module, whose enumerations and structures are then used.
     """

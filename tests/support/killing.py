@@ -74,7 +74,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a request ended: its status, what came with it, and when (``time.monotonic()``)."""
+    """How a request ended: its status, its body, and when (``time.monotonic()``)."""
 
     status: int
     reply: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The model run the plainest way: one sequence at a time, keys and values in ever longer tensors."""
+"""The model run in the plainest way: one sequence at a time, with KV in growing tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NaiveContext:
 
 
 class NaiveKV(SequenceKV):
-    """One forward's view of contexts; ``rows`` are each sequence's rows of the batch, in its order."""
+    """One forward's view of the KV; ``rows`` are each sequence's rows of the batch, in its order."""
 
     def __init__(self, spans: Sequence[QuerySpan], rows: Sequence[Tensor], contexts: Sequence[NaiveContext]) -> None:
         self.spans, self._rows, self._contexts = spans, rows, contexts

@@ -1,4 +1,4 @@
-"""How far numbers of another device or dtype are from those recorded."""
+"""The distance of another device's or dtype's numbers from the recorded ones."""
 
 from __future__ import annotations
 

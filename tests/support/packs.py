@@ -1,4 +1,4 @@
-"""Random sequences, packed for one forward."""
+"""Random sequences, batched for one forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request bodies as popular clients write them, and what each must get: a text, an image, or a refusal by field.
+"""Request bodies of popular clients and the expected result: a text, an image, or a 400 that names the field.
 
 They are what OpenAI's SDK, LangChain, LiteLLM, LibreChat, Open WebUI, SillyTavern, OpenRouter's and
 Ollama's clients and load generators send by default or on request.

@@ -51,7 +51,7 @@ class AnnouncedProcess:
 
 
 def announced_in(directory: Path, patch: pytest.MonkeyPatch) -> Path:
-    """Let whoever asks which processes live look for them in ``directory``."""
+    """Make ``liveness`` look for processes in ``directory``."""
     for function in (liveness.watch, liveness.dead_stages):
         patch.setattr(liveness, function.__name__, functools.partial(function, directory=directory))
     return directory

@@ -1,4 +1,4 @@
-"""A Triton that does what a test says, behind a real gRPC port."""
+"""A fake Triton, controlled by a test, behind a real gRPC port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process is about to do."""
+"""Waiting for another thread or process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def soon(condition: Callable[[], bool], seconds: float = SOON_S) -> bool:
 
 
 def on_a_thread(work: Callable[[], T]) -> T:
-    """What ``work`` returns on a thread of its own."""
+    """The result of ``work``, run on a separate thread."""
     found: list[T] = []
     thread = threading.Thread(target=lambda: found.append(work()))
     thread.start()

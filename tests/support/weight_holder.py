@@ -82,7 +82,7 @@ class WeightHolder:
         return [float(torch.linalg.vector_norm(weight.double())) for _ in range(rounds)]
 
     def used(self) -> int:
-        """Bytes of the GPU that are in use, by whomever."""
+        """Bytes of the GPU's memory in use, by all processes."""
         free, total = torch.cuda.mem_get_info(self._weights.device)
         return total - free
 
@@ -100,7 +100,7 @@ def mapped_file(tensor: Tensor) -> str:
 
 
 def mapping(address: int) -> list[str]:
-    """What the kernel says of the mapping that ``address`` is in: range, access, offset, device, inode, path."""
+    """The kernel's entry for the mapping that contains ``address``: range, access, offset, device, inode, path."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in fields[0].split("-"))

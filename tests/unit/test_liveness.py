@@ -18,7 +18,7 @@ def test_a_killed_process_is_dead_before_anyone_waits_for_it(tmp_path: Path) -> 
         alive = watch(PREFIX, "dit", tmp_path)
         assert alive()
         assert dead_stages(PREFIX, tmp_path) == {}
-        process.kill()  # nobody has reaped it: its id is still taken
+        process.kill()  # not reaped yet: its id is still taken
         assert soon(lambda: not alive())
         assert os.path.exists(f"/proc/{process.pid}")  # noqa: PTH110
         [dead] = dead_stages(PREFIX, tmp_path)["dit"]

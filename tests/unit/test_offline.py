@@ -55,13 +55,13 @@ def test_waiting_for_a_stage_is_no_progress():
     denoise = stages.denoise
 
     def waiting(job: str) -> StageCall[list[str]]:
-        visit = denoise(job)
-        threading.Thread(target=tell, args=(visit,)).start()
-        return visit
+        call = denoise(job)
+        threading.Thread(target=tell, args=(call,)).start()
+        return call
 
-    def tell(visit: StageCall[list[str]]) -> None:
+    def tell(call: StageCall[list[str]]) -> None:
         while not over.wait(0.02):
-            visit.progress(ProgressEvent("dit", 0, 0))
+            call.progress(ProgressEvent("dit", 0, 0))
 
     stages.denoise = waiting
     items = list(run_batch(stages, ["a cat"], 0.2, 8))  # else it never ends

@@ -103,17 +103,17 @@ def test_a_silent_stage_is_unavailable(stage: str) -> None:
 
 
 def test_progress_keeps_a_slow_stage_alive() -> None:
-    visit: StageCall[str] = StageCall("dit")
+    call: StageCall[str] = StageCall("dit")
 
     def work() -> None:
         for step in range(8):
             time.sleep(0.05)
-            visit.progress(ProgressEvent("dit", step + 1, 8))
-        visit.finish("done", StageStats("dit", 0.0, 0.4))
+            call.progress(ProgressEvent("dit", step + 1, 8))
+        call.finish("done", StageStats("dit", 0.0, 0.4))
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert len(list(visit.follow(lambda: False, timeout_s=0.2))) == 8
+    assert len(list(call.follow(lambda: False, timeout_s=0.2))) == 8
     thread.join()
 
 
@@ -161,19 +161,19 @@ def test_a_stage_that_cannot_even_be_called_is_undone() -> None:
 
 
 def test_a_stage_that_died_is_not_waited_for() -> None:
-    visit: StageCall[str] = StageCall("dit", alive=lambda: False)
-    visit.progress(ProgressEvent("dit", 1, 8))
+    call: StageCall[str] = StageCall("dit", alive=lambda: False)
+    call.progress(ProgressEvent("dit", 1, 8))
     start = time.monotonic()
     with pytest.raises(StageUnavailable, match=r"^dit died$"):
-        list(visit.follow(lambda: False, timeout_s=60.0))
+        list(call.follow(lambda: False, timeout_s=60.0))
     assert time.monotonic() - start < 30.0
 
 
 def test_an_answer_that_was_on_its_way_when_its_stage_died_still_counts() -> None:
-    visit: StageCall[str] = StageCall("dit", alive=lambda: False)
-    late = threading.Timer(0.15, visit.finish, ("done", StageStats("dit", 0.0, 0.1)))
+    call: StageCall[str] = StageCall("dit", alive=lambda: False)
+    late = threading.Timer(0.15, call.finish, ("done", StageStats("dit", 0.0, 0.1)))
     late.start()
-    followed = visit.follow(lambda: False, timeout_s=60.0)
+    followed = call.follow(lambda: False, timeout_s=60.0)
     with pytest.raises(StopIteration) as ended:
         next(followed)
     assert ended.value.value[0] == "done"
@@ -183,12 +183,12 @@ def test_an_answer_that_was_on_its_way_when_its_stage_died_still_counts() -> Non
 def test_a_stage_that_was_slow_before_it_died_gets_no_less_time_for_last_words() -> None:
     alive = threading.Event()
     alive.set()
-    visit: StageCall[str] = StageCall("dit", alive=alive.is_set)
+    call: StageCall[str] = StageCall("dit", alive=alive.is_set)
     dies = threading.Timer(0.5, alive.clear)
-    answers = threading.Timer(0.65, visit.finish, ("done", StageStats("dit", 0.0, 0.1)))
+    answers = threading.Timer(0.65, call.finish, ("done", StageStats("dit", 0.0, 0.1)))
     for timer in (dies, answers):
         timer.start()
     with pytest.raises(StopIteration):
-        next(visit.follow(lambda: False, timeout_s=60.0))
+        next(call.follow(lambda: False, timeout_s=60.0))
     for timer in (dies, answers):
         timer.join()

@@ -44,17 +44,17 @@ def test_a_killed_servers_files_are_swept(tmp_path: Path):
 
 def test_a_living_servers_files_are_not_swept(tmp_path: Path):
     with SharedMemoryPrefix(tmp_path) as shared:
-        arena = tmp_path / f"{shared.prefix}_kv"
-        arena.touch()
+        pool = tmp_path / f"{shared.prefix}_kv"
+        pool.touch()
         assert sweep_leftovers(tmp_path) == []
-        assert arena.exists()
+        assert pool.exists()
 
 
 def test_files_of_no_supervisor_are_not_swept(tmp_path: Path):
-    arena = tmp_path / "bagel_triton_kv"
-    arena.touch()
+    pool = tmp_path / "bagel_triton_kv"
+    pool.touch()
     assert sweep_leftovers(tmp_path) == []
-    assert arena.exists()
+    assert pool.exists()
 
 
 def test_no_shared_memory_is_a_clear_error(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Models of another server: whoever waits for one that is away is told, and the next one finds it again."""
+"""Models of another server: calls that wait for an absent one fail, and later ones find it again."""
 
 from __future__ import annotations
 

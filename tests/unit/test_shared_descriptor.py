@@ -1,4 +1,4 @@
-"""A file that processes come to hold: made once, whoever dies, and never another user's."""
+"""A file shared by processes: made once, whichever of them dies, and never another user's."""
 
 from __future__ import annotations
 

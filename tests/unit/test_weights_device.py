@@ -1,4 +1,4 @@
-"""One copy of the weights on a device, whose memory files stand in for: one load, whoever dies."""
+"""One copy of the weights on a device, with files in place of its memory: one load, whichever process dies."""
 
 from __future__ import annotations
 
