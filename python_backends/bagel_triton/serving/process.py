@@ -128,7 +128,9 @@ def running(
     Raises:
         CommandError: it did not start, or did not stop as it should.
     """
-    command = [sys.executable, "-m", "bagel_triton", "serve", str(checkpoint), "--port", "0", *options]
+    # The caller prints the results of its own requests.
+    options = ("--port", "0", "--no-access-log", *options)
+    command = [sys.executable, "-m", "bagel_triton", "serve", str(checkpoint), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = ServerProcess(tuple(_until_ready(server, show)))
