@@ -14,17 +14,17 @@ class CheckpointError(ValueError):
 
 
 class Fields:
-    """A configuration file's fields, read with their types.
+    """The fields of a configuration file, with checks of their types.
 
     Raises:
-        CheckpointError: names the file, the field, and what is wrong with it.
+        CheckpointError: the message has the file, the field, its value and what is allowed.
     """
 
     def __init__(self, file: str, fields: Mapping[str, Any]) -> None:
         self.file, self._fields = file, fields
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Whether the file has the field, and not as null."""
         return self._fields.get(name) is not None
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -42,7 +42,7 @@ class Fields:
         return int(value)
 
     def only(self, name: str, served: object) -> None:
-        """Refuse any other value than ``served`` of a field that need not be there."""
+        """Refuse any value but ``served`` of an optional field."""
         if self.has(name) and self._fields[name] != served:
             raise self._error(name, self._fields[name], repr(served))
 
@@ -150,8 +150,11 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class VitConfig:
-    """The SigLIP encoder. ``num_layers`` are those the checkpoint holds, one fewer than
-    ``vit_config.json`` says; ``patches_per_side`` is the side of both position tables."""
+    """The SigLIP encoder.
+
+    ``num_layers`` counts the checkpoint's layers, one fewer than in ``vit_config.json``.
+    ``patches_per_side`` is the side of both position tables.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -193,7 +196,7 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that the stages need to know of a checkpoint's shape."""
+    """The geometry of a checkpoint without its autoencoder."""
 
     language: LanguageConfig
     latent: LatentConfig

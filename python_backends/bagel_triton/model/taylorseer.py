@@ -30,11 +30,11 @@ class TaylorSeer:
 
     @property
     def due(self) -> bool:
-        """Whether the next evaluation is to be computed."""
+        """Whether the next evaluation has to be computed."""
         return self.evaluations <= WARM_UP or (self.evaluations - WARM_UP) % INTERVAL == 0
 
     def update(self, hidden: Tensor) -> Tensor:
-        """Record a computed evaluation; ``hidden`` itself."""
+        """Record a computed evaluation, and return it."""
         factors = [hidden]
         if self.evaluations >= WARM_UP:
             distance = self.evaluations - self.last_computed
@@ -45,7 +45,7 @@ class TaylorSeer:
         return hidden
 
     def extrapolate(self) -> Tensor:
-        """The next evaluation's hidden state, not computed: sum of f_i * x**i / i!."""
+        """Extrapolate the next evaluation's hidden state: the sum of f_i * x**i / i!."""
         x = self.evaluations - self.last_computed
         self.evaluations += 1
         state = self.factors[0]

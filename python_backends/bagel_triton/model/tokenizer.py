@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and how a prompt becomes a text segment."""
+"""The checkpoint's tokenizer, and the conversion of prompts to text segments."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class Tokenizer:
         self._check_added_tokens(Path(directory) / "tokenizer_config.json", vocab_size)
 
     def _check_merges(self, path: Path) -> None:
-        """Refuse a file that was cut at a line's end: BPE reads it without a word, and makes other tokens of a text.
+        """Refuse a file that was cut off after a line: BPE would read it and split text into other tokens.
 
-        A token is a byte's symbol or what some merge makes, and no merge makes two.
+        Each token is a byte's symbol or the result of one merge.
         """
         merges = sum(not line.startswith(b"#version") for line in path.read_bytes().splitlines())
         tokens = self.backend.get_vocab_size(with_added_tokens=False)
@@ -90,7 +90,7 @@ class Tokenizer:
             )
 
     def _check_added_tokens(self, path: Path, vocab_size: int | None) -> None:
-        """Refuse ids that the model was not trained with: where the file leaves a gap they are given out anew."""
+        """Refuse ids that the model was not trained with: the library renumbers tokens where ids have a gap."""
         said = json.loads(path.read_text()).get("added_tokens_decoder", {}) if path.is_file() else {}
         for token_id, token in said.items():
             given = self.backend.token_to_id(token["content"])
@@ -140,7 +140,7 @@ class Tokenizer:
 
 
 class DetokenizerStream:
-    """Text of tokens that arrive one by one; half a character waits for its other half."""
+    """Converts tokens to text one by one; bytes of an incomplete character are kept for the next token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -149,12 +149,12 @@ class DetokenizerStream:
         self._length = 0
 
     def push(self, token_id: int) -> str:
-        """The text that ``token_id`` completes, often the empty one."""
+        """The text that ``token_id`` completes; it may be empty."""
         self._ids.append(token_id)
         text = self._stream.step(self._tokenizer.backend, token_id) or ""
         self._length += len(text)
         return text
 
     def flush(self) -> str:
-        """What still waited: the last characters, broken ones replaced."""
+        """The rest of the text, with replacement characters for incomplete ones."""
         return self._tokenizer.decode(self._ids)[self._length :]
