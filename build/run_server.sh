@@ -1,23 +1,36 @@
 #!/usr/bin/env bash
 # Serve a checkpoint from this source tree, making the environment first where it is missing.
-#
-#   build/run_server.sh CHECKPOINT [OPTIONS OF bagel-triton serve...]
-#   MODEL=/models/BAGEL-7B-MoT PORT=8091 DEPLOY_CONFIG=build/deploy/bagel_think.yaml build/run_server.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-model=${MODEL:-}
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    model=$1
-    shift
-fi
-if [ -z "$model" ]; then
-    echo "usage: $0 CHECKPOINT [options of bagel-triton serve] (or set MODEL)" >&2
-    exit 2
-fi
+usage() {
+    cat <<EOF
+usage: build/run_server.sh [CHECKPOINT] [options of bagel-triton serve]
+
+CHECKPOINT is a folder, or a repository in the local Hugging Face cache. These variables are defaults:
+  MODEL          CHECKPOINT (ByteDance-Seed/BAGEL-7B-MoT)
+  PORT           port of the OpenAI API (8091)
+  DEPLOY_CONFIG  a deploy YAML, or the name of a preset (bagel)
+
+  MODEL=/models/BAGEL-7B-MoT DEPLOY_CONFIG=bagel_think build/run_server.sh --host 0.0.0.0
+EOF
+}
+
+model=${MODEL:-ByteDance-Seed/BAGEL-7B-MoT}
+case ${1:-} in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    "" | -*) ;;
+    *)
+        model=$1
+        shift
+        ;;
+esac
 
 "$root/build/setup_env.sh"
 exec "$root/.venv/bin/bagel-triton" serve "$model" \
     --port "${PORT:-8091}" \
-    --deploy-config "${DEPLOY_CONFIG:-$root/build/deploy/bagel.yaml}" \
+    --deploy-config "${DEPLOY_CONFIG:-bagel}" \
     "$@"
