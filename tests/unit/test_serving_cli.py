@@ -83,10 +83,15 @@ def test_a_shell_completes_commands_and_their_options():
     script = subprocess.run(
         [sys.executable, "-m", "bagel_triton", "completion", "bash"], capture_output=True, text=True, check=True
     ).stdout
-    words = "_shtab_bagel_triton; printf '%s\\n' \"${COMPREPLY[@]}\""
-    typed = "COMP_WORDS=(bagel-triton serve --dep); COMP_CWORD=2"
-    bash = ["bash", "-c", f"{script}\n{typed}\n{words}"]
-    assert subprocess.run(bash, capture_output=True, text=True, check=True).stdout.split() == ["--deploy-config"]
+
+    def completed(*words: str) -> list[str]:
+        typed = f"COMP_WORDS=(bagel-triton {' '.join(words)}); COMP_CWORD={len(words)}"
+        bash = f"{script}\n{typed}\n_shtab_bagel_triton; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        return subprocess.run(["bash", "-c", bash], capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("tiny") == ["tiny-checkpoint"]
+    assert completed("serve", "--dep") == ["--deploy-config"]
+    assert str(CHECKPOINT) in completed("serve", str(CHECKPOINT)[:-2])
 
 
 @pytest.mark.parametrize(

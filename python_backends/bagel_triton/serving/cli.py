@@ -18,6 +18,8 @@ VERSION = f"{PROGRAM} {bagel_triton.__version__}"
 INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 PASSED_ON = "perf-analyzer"
 SHELLS = ("bash", "zsh", "tcsh")
+FOLDERS = ("checkpoint", "directory", "model_repository")  # arguments that name one, for completion
+FILES = ("api_key_file", "deploy_config", "output", "ssl_certfile", "ssl_keyfile")
 
 
 class Command(NamedTuple):
@@ -105,7 +107,11 @@ def run(args: argparse.Namespace) -> int:
     # The script is static: pressing Tab starts no Python.
     import shtab
 
-    print(shtab.complete(build_parser(())[0], args.shell))
+    parser, parsers = build_parser(())
+    for action in (action for command in parsers.values() for action in command._actions):
+        if action.dest in FOLDERS or action.dest in FILES:
+            action.complete = shtab.DIRECTORY if action.dest in FOLDERS else shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, args.shell))
     return 0
 
 
