@@ -1,21 +1,25 @@
-"""What the Triton clients request and how they show the result, whatever the protocol."""
+"""The request and the results of the Triton clients, whatever the protocol."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from common import ProgressBar
-from numpy.typing import ArrayLike, NDArray
+from common import without_login
+from numpy.typing import NDArray
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
-from bagel_triton.protocol.events import AnswerEvent, ImageEvent, ProgressEvent, decode_event
-from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.events import AnswerEvent, ImageEvent, decode_event
+from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
+from bagel_triton.protocol.tensors import to_tensors
 
+ENSEMBLE = "bagel_text2img"
 Result = AnswerEvent | tuple[NDArray[np.uint8], int]  # an answer or the thinking; an image [H, W, 3] and its seed
 
 
@@ -23,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
     parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="image (default: %(default)s)")
     parser.add_argument("--modality", "-m", choices=["image", "text"], help="what to make (default: image)")
+    parser.add_argument("--image", "-i", type=Path, action="append", default=[], help="input image; may be repeated")
     parser.add_argument("--height", type=int, help="height in pixels")
     parser.add_argument("--width", type=int, help="width in pixels")
     parser.add_argument("--steps", type=int, help="denoising steps")
@@ -34,11 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
 
 
-def generation_request(args: argparse.Namespace, images: Iterable[bytes] = ()) -> GenerationRequest:
-    """The request of ``args`` with encoded ``images``; fields that are not given have the server's defaults."""
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse the arguments that the ensemble, which only makes images from text, has no input for."""
+    for option in ("modality", "image", "think", "max_think_tokens", "max_tokens"):
+        if args.model == ENSEMBLE and getattr(args, option):
+            parser.error(f"--model {ENSEMBLE} takes no --{option.replace('_', '-')}")
+
+
+def generation_request(args: argparse.Namespace) -> GenerationRequest:
+    """The request of ``args``; fields that are not given have the server's defaults.
+
+    Raises:
+        OSError: an image cannot be read.
+    """
     return GenerationRequest(
         prompt=args.prompt,
-        image=tuple(images) or None,
+        image=tuple(path.read_bytes() for path in args.image) or None,
         modality=args.modality,
         negative_prompt=args.negative,
         height=args.height,
@@ -52,17 +68,27 @@ def generation_request(args: argparse.Namespace, images: Iterable[bytes] = ()) -
     )
 
 
-def results(responses: Iterable[tuple[str | bytes, ArrayLike | None]]) -> Iterator[Result]:
-    """The results in ``responses``, each an encoded event and the pixels beside it, if any; shows the progress."""
-    with contextlib.closing(ProgressBar()) as bar:
-        for encoded, pixels in responses:
-            event = decode_event(encoded)
-            if isinstance(event, ProgressEvent):
-                bar.show(event.stage, event.step, event.steps)
-            elif isinstance(event, AnswerEvent):
-                yield event
-            elif isinstance(event, ImageEvent):
-                yield np.asarray(pixels, dtype=np.uint8).reshape(event.height, event.width, 3), event.seed
+def inputs(protocol: Any, request: GenerationRequest) -> list[Any]:
+    """The given fields of ``request`` as inputs for ``protocol``, tritonclient.grpc or tritonclient.http.
+
+    Raises:
+        InvalidRequest: a value that its tensor cannot hold.
+    """
+    return [
+        protocol.InferInput(name, list(array.shape), REQUEST_FIELDS[name].datatype).set_data_from_numpy(array)
+        for name, array in to_tensors(request).items()
+    ]
+
+
+def results(events: Iterable[bytes], pixels: NDArray[np.uint8] | None) -> Iterator[Result]:
+    """The answers and images of ``events``; ``pixels`` are those of the images, below each other."""
+    top = 0
+    for event in map(decode_event, events):
+        if isinstance(event, AnswerEvent):
+            yield event
+        elif isinstance(event, ImageEvent) and pixels is not None:
+            yield pixels[top : top + event.height], event.seed
+            top += event.height
 
 
 def unwritable(output: Path) -> str | None:
@@ -74,8 +100,21 @@ def unwritable(output: Path) -> str | None:
     return None
 
 
-def show(found: Iterable[Result], args: argparse.Namespace) -> int:
-    """Print texts and save the image; the exit status."""
+def run(args: argparse.Namespace, call: Callable[[GenerationRequest], Iterable[Result]]) -> int:
+    """Send the request of ``args`` by ``call``, print texts and save the image; the exit status."""
+    if reason := unwritable(args.output):
+        return fail(reason)
+    try:
+        request = generation_request(args)
+    except OSError as error:
+        return fail(f"--image {error.filename}: {error.strerror}")
+    try:
+        found = list(call(request))
+    except InvalidRequest as error:
+        return fail(error.message)
+    except (InferenceServerException, OSError) as error:  # OSError: over HTTP, a server that is not there
+        message = error.message() if isinstance(error, InferenceServerException) else error
+        return fail(f"{args.model} at {without_login(args.server)}: {message}")
     status = 0
     for result in found:
         if isinstance(result, AnswerEvent):
@@ -83,8 +122,8 @@ def show(found: Iterable[Result], args: argparse.Namespace) -> int:
                 print(f"thinking:\n{result.reasoning}", file=sys.stderr)
             if args.modality == "text":
                 print(result.content)
-            continue
-        status = status or save(*result, args.output)
+        else:
+            status = status or save(*result, args.output)
     return status
 
 

@@ -129,7 +129,17 @@ def test_an_image_is_described(end2end: Runner, photo: Path):
 
 def test_prompts_come_from_a_file_one_a_line(end2end: Runner):
     (end2end.folder / "prompts.txt").write_text("What is the capital of France?\n\n  Where is Köln? \n")
-    arguments = ("--modality", "text2text", "--txt-prompts", "prompts.txt", "--max-tokens", "6", "--enable-stats")
+    arguments = (
+        "--modality",
+        "text2text",
+        "--txt-prompts",
+        "prompts.txt",
+        "--steps",
+        "50",
+        "--max-tokens",
+        "6",
+        "--enable-stats",
+    )
     out = end2end.good(*arguments, "--temperature", "1", "--top-p", "0.9", "--top-k", "50", "--seed", "1")
     printed = blocks(out)
     assert printed[0].startswith("What is the capital of France?\nanswer    ")

@@ -60,10 +60,6 @@ def test_wrong_arguments_are_one_line_and_status_2(refusal: Refusal, arguments: 
     [
         (["--prompts", "x", "--steps", "1"], "--steps: num_inference_steps=1 is not allowed"),
         (["--prompts", "x", "--height", "65"], "--height: height=65 is not allowed"),
-        (
-            ["--prompts", "x", "--modality", "text2text", "--steps", "50"],
-            "--steps: num_inference_steps=50 has no meaning",
-        ),
         (["--prompts", "x", "--cfg-interval", "0.5", "0.2"], "--cfg-interval: cfg_interval=[0.5, 0.2]"),
         (["--prompts", "x", "--dtype", "float8"], "dtype='float8' is not allowed"),
         (

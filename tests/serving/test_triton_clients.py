@@ -30,10 +30,23 @@ def test_the_grpc_client_gets_the_proxys_image(server: Server, model: str, tmp_p
     assert_same(output, server)
 
 
-def test_the_http_client_gets_the_proxys_image(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["bagel_infer", "bagel_text2img"])
+def test_the_http_client_gets_the_proxys_image(server: Server, model: str, tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
-    run(CLIENTS / "triton_http_client.py", "--server", server.http, "--output", output, *ARGUMENTS)
+    run(CLIENTS / "triton_http_client.py", "--server", server.http, "--model", model, "--output", output, *ARGUMENTS)
     assert_same(output, server)
+
+
+@pytest.mark.parametrize("client", ["triton_grpc_client.py", "triton_http_client.py"])
+def test_an_image_is_edited_after_thinking(server: Server, client: str, tmp_path: Path) -> None:
+    source, output = tmp_path / "cat.png", tmp_path / "night.png"
+    Image.new("RGB", (64, 48), "teal").save(source)
+    address = server.grpc if "grpc" in client else server.http
+    think = ("--think", "--max-think-tokens", "4")
+    done = run(CLIENTS / client, "--server", address, "--image", source, "--output", output, *think, *ARGUMENTS)
+    assert done.stderr.startswith("thinking:\n")
+    with Image.open(output) as image:
+        assert image.size == (64, 64)
 
 
 def test_both_clients_print_the_proxys_answer(server: Server) -> None:

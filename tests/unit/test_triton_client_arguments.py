@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from bagel_triton.protocol.request import GenerationRequest
+
 CLIENTS = Path(__file__).parents[2] / "client"
 GRPC, HTTP = "triton_grpc_client", "triton_http_client"
 
@@ -82,14 +84,22 @@ def test_what_one_protocol_has_and_the_other_has_not_is_refused(
     assert capsys.readouterr().err.endswith(f"argument --server/-s: {text!r} is not allowed; allowed: {allowed}\n")
 
 
-@pytest.mark.parametrize("client", [HTTP], indirect=True)
-def test_bounds_of_thinking_and_skipped_steps_are_asked_for(client: ModuleType) -> None:
-    body = client.request_body(client.arguments(["--think", "--max-think-tokens", "9", "--cache", "taylorseer"]))
-    assert body == {"prompt": "A cute cat", "think": True, "max_think_tokens": 9, "cache": "taylorseer"}
+@pytest.mark.parametrize("client", [GRPC, HTTP], indirect=True)
+def test_the_request_has_only_what_was_given(client: ModuleType) -> None:
+    args = client.arguments(["--think", "--max-think-tokens", "9", "--cache", "taylorseer"])
+    request = importlib.import_module("triton_task").generation_request(args)
+    assert request == GenerationRequest(prompt="A cute cat", think=True, max_think_tokens=9, cache="taylorseer")
 
 
-@pytest.mark.parametrize("client", [GRPC], indirect=True)
-def test_the_ensemble_thinks_nothing(client: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("client", [GRPC, HTTP], indirect=True)
+def test_a_server_that_is_not_there_is_one_line(client: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert client.main(["--server", "http://127.0.0.1:1"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "127.0.0.1:1: " in line
+
+
+@pytest.mark.parametrize("client", [GRPC, HTTP], indirect=True)
+def test_the_ensemble_takes_no_thinking(client: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         client.main(["--model", "bagel_text2img", "--max-think-tokens", "9"])
     assert ended.value.code == 2
