@@ -18,14 +18,15 @@ def _images(answer: Streamed) -> list[tuple[dict[str, object], np.ndarray]]:
 
 
 def test_previews_come_before_an_image_that_they_do_not_change(server: Server) -> None:
-    fields = {"height": 256, "width": 256, "num_inference_steps": 40, "seed": 9}
+    fields = {"height": 256, "width": 256, "num_inference_steps": 300, "seed": 9}
     (_, plain), *_ = _images(generate(server.grpc, "bagel", GenerationRequest("A cat", **fields)))  # type: ignore[arg-type]
     request = GenerationRequest("A cat", partial_images=2, **fields)  # type: ignore[arg-type]
     *previews, (event, image) = _images(generate(server.grpc, "bagel", request))
-    assert [(preview["type"], preview["partial_index"]) for preview, _ in previews] == [
-        ("partial_image", 0),
-        ("partial_image", 1),
-    ]
+    # A preview that is not decoded before the image is left out, which the last one may be.
+    assert [(preview["type"], preview["partial_index"]) for preview, _ in previews] in (
+        [("partial_image", 0)],
+        [("partial_image", 0), ("partial_image", 1)],
+    )
     assert all(pixels.shape == (256, 256, 3) for _, pixels in previews)
     assert event["type"] == "image"
     assert (image == plain).all()
