@@ -37,7 +37,7 @@ MIXED: list[dict[str, Any]] = [
         "temperature": 1.0,
     },
 ]
-# A load that is sure to be at the stage: many steps, many tokens, or (where visits are short) many requests.
+# A load that is sure to be at the stage: many steps, many tokens, or (where calls are short) many requests.
 AT: dict[str, list[dict[str, Any]]] = {
     "dit": [image_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
     "thinker": [ENDLESS_TEXT],

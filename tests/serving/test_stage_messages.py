@@ -1,4 +1,4 @@
-"""Messages that no stage of ours would send: refused by name, and nobody else notices."""
+"""Messages that no stage of ours would send: refused by name, without effect on other requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def send(server: Server, model: str, name: str, message: dict[str, Any]) -> None
 
 
 def withdraw(server: Server, message: dict[str, Any]) -> None:
-    """What was lent for a message that nobody took would be lent until its time is up."""
+    """The leases of a message that was not taken would last until they expire."""
     request_id = np.array([message["request_id"].encode()], dtype=np.object_)
     infer(server.grpc, "thinker", {"abort": request_id}, {"abort": "BYTES"})
 
@@ -147,7 +147,7 @@ def test_self_tests_take_no_block_that_is_promised(server: Server) -> None:
     assert asking.status == 200
     assert refusals
     assert all("Overloaded" in refusal for refusal in refusals)
-    until(server, "bagel_thinker_kv_leases", 0)  # nobody reads them: they run out
+    until(server, "bagel_thinker_kv_leases", 0)  # never claimed: they expire
 
 
 def test_nothing_grows_with_the_requests_served(server: Server) -> None:

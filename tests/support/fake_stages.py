@@ -48,7 +48,7 @@ class FakeStages:
     delays: dict[str, float] = field(default_factory=dict)
     silent: str | None = None
     refuses: str | None = None
-    visited: list[str] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -84,14 +84,14 @@ class FakeStages:
     ) -> StageCall[Any]:
         if stage == self.refuses:
             raise StageUnavailable(f"{stage} is not loaded")
-        self.visited.append(stage)
-        visit: StageCall[Any] = StageCall(stage)
+        self.called.append(stage)
+        call: StageCall[Any] = StageCall(stage)
         if stage == self.silent:
-            return visit
+            return call
         for event in progress or []:
-            visit.progress(event)
+            call.progress(event)
         if stage in self.errors:
-            visit.fail(self.errors[stage])
+            call.fail(self.errors[stage])
         else:
-            threading.Timer(delay, visit.finish, (result, StageStats(stage, 0.0, delay))).start()
-        return visit
+            threading.Timer(delay, call.finish, (result, StageStats(stage, 0.0, delay))).start()
+        return call

@@ -1,4 +1,4 @@
-"""Files in memory as a device's memory: like CUDA's, they last until nobody has them open or mapped."""
+"""Files in memory as a device's memory: like CUDA's, they last as long as a process has them open or mapped."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ class Run:
     pixels: list[Tensor]
 
 
-def result_of(visit: StageCall[Result]) -> Result:
+def result_of(call: StageCall[Result]) -> Result:
     """What the stage answers; its error is raised."""
-    following = visit.follow(lambda: False, WAIT_S)
+    following = call.follow(lambda: False, WAIT_S)
     while True:
         try:
             next(following)

@@ -124,7 +124,7 @@ def test_a_full_arena_is_waited_for(make: Make) -> None:
 
 def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
     stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16, admission_timeout_s=0.1))
-    plan, _ = think(stages, SMALL)  # nobody claims it
+    plan, _ = think(stages, SMALL)  # never claimed
     with pytest.raises(Overloaded, match=r"had no room for \d+ s: KV blocks wanted: 1, free: 0 of 1$"):
         generate(stages, SMALL)
     stages.abort(plan.request_id)
@@ -133,7 +133,7 @@ def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
 
 def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make) -> None:
     stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16))
-    think(stages, SMALL)  # nobody claims it, and the pool has no room for another
+    think(stages, SMALL)  # never claimed, and the pool has no room for another
     plan = result_of(stages.expand(SMALL))
     waits = threading.Event()
     job = stages.thinker.submit(plan, plan.request_id, lambda event: waits.set())

@@ -90,7 +90,7 @@ def test_weights_are_counted_as_often_as_they_are_in_memory():
         assert plan_of(pipeline="bagel_single_stage", shares_weights=shares).weights == transformer + autoencoder
 
 
-def test_the_arena_is_the_one_that_is_made():
+def test_the_pool_is_the_one_that_is_made():
     thinker = ThinkerConfig(kv_tokens=1000, block_tokens=16)  # 63 blocks
     need = plan_of(thinker=thinker, pipeline="bagel_single_stage")
     stages = LocalStages(config_of(CHECKPOINT, thinker=thinker))
@@ -100,7 +100,7 @@ def test_the_arena_is_the_one_that_is_made():
     assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2 + PACKED
 
 
-def test_shared_memory_holds_the_arena_of_shm_alone():
+def test_shared_memory_holds_the_pool_of_shm_alone():
     shared = plan_of(placement=BFLOAT16)
     assert shared.shared == shared.stages[0].kv + PACKED
     for options, rest in (({"connector": "mooncake"}, PACKED), ({"placement": Placement(CUDA, torch.bfloat16)}, 0)):
@@ -109,10 +109,10 @@ def test_shared_memory_holds_the_arena_of_shm_alone():
 
 
 def test_what_the_thinker_lends_a_store_is_counted():
-    arena = plan_of(connector="mooncake").stages[0].kv
-    assert plan_of(connector="mooncake_store").stages[0].kv == arena + arena * 5 // 4
+    pool = plan_of(connector="mooncake").stages[0].kv
+    assert plan_of(connector="mooncake_store").stages[0].kv == pool + pool * 5 // 4
     store = MooncakeStoreConfig(segment=12345)
-    assert plan_of(connector="mooncake_store", mooncake_store=store).stages[0].kv == arena + 12345
+    assert plan_of(connector="mooncake_store", mooncake_store=store).stages[0].kv == pool + 12345
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 512), (64, 128)])
@@ -151,7 +151,7 @@ def test_what_fits_exactly_is_not_refused():
 def test_too_little_shared_memory():
     need = plan_of()
     message = refusal(need, Available(host=GIB, shared=2**20))
-    assert "the KV arena (24.00 MiB) and converted weights need" in message
+    assert "the KV cache pool (24.00 MiB) and converted weights need" in message
     assert f"{memory.readable(need.shared)} of shared memory and 1.00 MiB are free" in message
     assert "lower thinker.kv_tokens=32768" in message
     assert "--shm-size" in message

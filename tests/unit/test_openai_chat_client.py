@@ -52,7 +52,7 @@ def on_a_terminal(*args: str, cwd: Path) -> str:
         finally:
             os.close(its)
         shown = b""
-        with contextlib.suppress(OSError):  # a terminal's end, when nobody can write to it any more
+        with contextlib.suppress(OSError):  # the end of a terminal that has no writer left
             while piece := screen.read(4096):
                 shown += piece
     return shown.decode()

@@ -48,7 +48,7 @@ def test_a_request_for_text_ends_after_the_thinker() -> None:
     assert told == AnswerEvent(0, "It is a cat", "whiskers", "length")
     assert isinstance(done, DoneEvent)
     assert (done.seed, done.usage.text_tokens, done.usage.reasoning_tokens) == (None, 9, 4)
-    assert stages.visited == ["cfg_expand", "thinker"]
+    assert stages.called == ["cfg_expand", "thinker"]
 
 
 def test_requests_that_end_out_of_order_keep_their_own_results() -> None:
@@ -77,7 +77,7 @@ def test_a_failed_stage_is_the_requests_error_and_the_rest_is_undone(stage: str)
     with pytest.raises(InvalidRequest, match="too long"):
         _run(stages)
     assert stages.aborted == ["a cat-1"]
-    assert stages.visited[-1] == stage
+    assert stages.called[-1] == stage
 
 
 def test_a_refused_request_leaves_nothing_to_undo() -> None:
@@ -85,7 +85,7 @@ def test_a_refused_request_leaves_nothing_to_undo() -> None:
     with pytest.raises(InvalidRequest):
         _run(stages)
     assert stages.aborted == []
-    assert stages.visited == ["cfg_expand"]
+    assert stages.called == ["cfg_expand"]
 
 
 def test_an_error_of_no_known_kind_is_internal_and_names_itself() -> None:
@@ -131,8 +131,8 @@ def test_a_client_that_left_is_noticed_while_a_stage_is_silent() -> None:
 def test_a_client_that_left_between_stages_starts_no_other() -> None:
     stages = FakeStages()
     with pytest.raises(Cancelled):
-        _run(stages, cancelled=lambda: "thinker" in stages.visited)
-    assert "dit" not in stages.visited
+        _run(stages, cancelled=lambda: "thinker" in stages.called)
+    assert "dit" not in stages.called
     assert stages.aborted == ["a cat-1"]
 
 

@@ -96,7 +96,7 @@ def test_the_command_prints_a_row_a_stage(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["memory", str(CHECKPOINT), *arguments]) == 0
     out = capsys.readouterr().out
     assert "pipeline bagel on cpu in float32" in out
-    assert "KV arena of 1024 tokens; images of 64x128 pixels denoised together: 2" in out
+    assert "KV cache pool of 1024 tokens; images of 64x128 pixels denoised together: 2" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert "768 B" in rows["thinker"]
     assert "768.00 KiB" in rows["thinker"]  # 1024 tokens

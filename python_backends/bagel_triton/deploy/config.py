@@ -159,9 +159,9 @@ class MooncakeStoreConfig(MooncakeConfig, frozen=True, forbid_unknown_fields=Tru
         valid = not self.master or bool(host and port.isdigit())
         _require("mooncake_store.master", self.master, valid, "HOST:PORT of a mooncake_master")
 
-    def segment_of(self, arena: int) -> int:
-        """Bytes that the thinker gives the store, beside a KV pool of ``arena`` bytes."""
-        return self.segment or arena * 5 // 4
+    def segment_of(self, pool: int) -> int:
+        """Bytes that the thinker gives the store, beside a KV pool of ``pool`` bytes."""
+        return self.segment or pool * 5 // 4
 
 
 class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ The supervisor counts reloads, but only a process of Triton can put a number on 
 And tritonserver informs its stubs that it stops only once every request has ended, so a long
 one would be cut off unanswered. The supervisor writes both to a file in shared memory. The
 model ``bagel`` watches it, or a stage where the server has no ``bagel``: see
-:attr:`DeployConfig.heeding`.
+:attr:`DeployConfig.control_model`.
 """
 
 from __future__ import annotations

@@ -52,26 +52,26 @@ class LocalStages:
 
     def expand(self, request: GenerationRequest) -> StageCall[Plan]:
         """Plan at once, on the caller's thread."""
-        visit: StageCall[Plan] = StageCall("cfg_expand")
+        call: StageCall[Plan] = StageCall("cfg_expand")
         started = time.perf_counter()
         plan = self.expander.expand(request)
-        visit.finish(plan, StageStats("cfg_expand", 0.0, time.perf_counter() - started))
-        return visit
+        call.finish(plan, StageStats("cfg_expand", 0.0, time.perf_counter() - started))
+        return call
 
     def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         """Queue at the thinker."""
-        visit: StageCall[ThinkerOutput] = StageCall("thinker")
-        return follow_job(visit, self.thinker.submit(plan, plan.request_id, visit.progress, plan.scheduling))
+        call: StageCall[ThinkerOutput] = StageCall("thinker")
+        return follow_job(call, self.thinker.submit(plan, plan.request_id, call.progress, plan.scheduling))
 
     def denoise(self, job: DenoiseJob) -> StageCall[Sequence[Latents]]:
         """Queue at the DiT."""
-        visit: StageCall[Sequence[Latents]] = StageCall("dit")
-        return follow_job(visit, self.dit.submit(job, job.request_id, visit.progress, job.scheduling))
+        call: StageCall[Sequence[Latents]] = StageCall("dit")
+        return follow_job(call, self.dit.submit(job, job.request_id, call.progress, job.scheduling))
 
     def decode(self, latents: Latents, request_id: str, scheduling: SchedulingParams) -> StageCall[Tensor]:
         """Queue at the decoder."""
-        visit: StageCall[Tensor] = StageCall("vae_decode")
-        return follow_job(visit, self.decoder.submit(latents, request_id, visit.progress, scheduling))
+        call: StageCall[Tensor] = StageCall("vae_decode")
+        return follow_job(call, self.decoder.submit(latents, request_id, call.progress, scheduling))
 
     def abort(self, request_id: str) -> None:
         """Abort in every engine."""
@@ -84,15 +84,15 @@ class LocalStages:
             engine.close()
 
 
-def follow_job(visit: StageCall[Result], job: Job[Task, Result]) -> StageCall[Result]:
-    """``visit``, filled with what becomes of ``job``."""
+def follow_job(call: StageCall[Result], job: Job[Task, Result]) -> StageCall[Result]:
+    """``call``, filled with the events and the result of ``job``."""
 
     def settle(done: Future[tuple[Result, StageStats]]) -> None:
         error = done.exception()
         if error is None:
-            visit.finish(*done.result())
+            call.finish(*done.result())
         else:
-            visit.fail(error)
+            call.fail(error)
 
     job.done.add_done_callback(settle)
-    return visit
+    return call

@@ -154,6 +154,6 @@ def stats_table(done: Mapping[int, DoneEvent]) -> str:
 
 
 def _times(stats: Sequence[StageStats], stages: Sequence[str]) -> list[float]:
-    """``queue_s``, ``run_s`` of each of ``stages``; 0 for one that was not visited."""
+    """``queue_s``, ``run_s`` of each of ``stages``; 0 for one that was not called."""
     by_stage: dict[str, tuple[float, float]] = {one.stage: (one.queue_s, one.run_s) for one in stats}
     return [value for stage in stages for value in by_stage.get(stage, (0.0, 0.0))]

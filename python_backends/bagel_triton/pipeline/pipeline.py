@@ -92,7 +92,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
     def run(
         self, request: RequestT, cancelled: Callable[[], bool] = lambda: False, span: Span | None = None
     ) -> Iterator[Item[PixelsT]]:
-        """Events of one request, :class:`DoneEvent` last; ``span``, the request's, is told of each visit.
+        """Events of one request, :class:`DoneEvent` last; ``span``, the request's, gets a child for each call.
 
         Raises:
             BagelError: the request failed; nothing of it is left in any stage.
@@ -102,13 +102,13 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         whole = span or Span()
 
         def follow(
-            visit: StageCall[T], attributes: Attributes = MappingProxyType({})
+            call: StageCall[T], attributes: Attributes = MappingProxyType({})
         ) -> Generator[Item[PixelsT], None, T]:
-            with whole.child(visit.stage, visit.started_at) as part:
+            with whole.child(call.stage, call.started_at) as part:
                 part.set_attributes(attributes)
-                for item in (following := _Following(visit.follow(cancelled, self._timeout_s, deadline))):
+                for item in (following := _Following(call.follow(cancelled, self._timeout_s, deadline))):
                     if isinstance(item, Preview):
-                        self._decode_preview(item, visit, plan)
+                        self._decode_preview(item, call, plan)
                     else:
                         yield item
                 result, stats = following.result
@@ -125,20 +125,20 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         images: list[PixelsT] = []
         finished = False
         try:
-            thoughts = yield from follow(self._stages.think(plan), {"prompt_tokens": plan.usage.prompt_tokens})
-            whole.set_attributes(text_attributes(thoughts.answers))
-            yield from _answers(thoughts.answers)
-            if thoughts.job is not None:
-                latents = yield from follow(self._stages.denoise(thoughts.job), image_attributes(plan.flow))
-                for visit in [self._stages.decode(one, plan.request_id, plan.scheduling) for one in latents]:
-                    images.append((yield from follow(visit, size_attributes(plan.flow))))
+            output = yield from follow(self._stages.think(plan), {"prompt_tokens": plan.usage.prompt_tokens})
+            whole.set_attributes(text_attributes(output.answers))
+            yield from _answers(output.answers)
+            if output.job is not None:
+                latents = yield from follow(self._stages.denoise(output.job), image_attributes(plan.flow))
+                for call in [self._stages.decode(one, plan.request_id, plan.scheduling) for one in latents]:
+                    images.append((yield from follow(call, size_attributes(plan.flow))))
             finished = True
         finally:
             if not finished:  # also when the consumer closes this generator
                 self._stages.abort(plan.request_id)
         if plan.flow is not None:
             yield from _images(plan.flow, images)
-        yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, thoughts.answers), _by_stage(times))
+        yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, output.answers), _by_stage(times))
 
     def _decode_preview(self, preview: Preview[LatentsT], denoising: StageCall[Any], plan: Plan) -> None:
         """Have a preview decoded; its image joins the events of ``denoising``, unless that ends first."""
@@ -189,7 +189,7 @@ def _usage(plan: Plan, answers: Sequence[Answer]) -> Usage:
 
 
 def _by_stage(times: Sequence[StageStats]) -> tuple[StageStats, ...]:
-    """One entry a stage: of several visits, decoding ``n`` images, the sums."""
+    """One entry a stage: of several calls, to decode ``n`` images, the sums."""
     merged: dict[str, StageStats] = {}
     for one in times:
         before = merged.get(one.stage, StageStats(one.stage, 0.0, 0.0))

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     arguments.add_checkpoint(parser)
     arguments.add_deploy_config(parser)
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of the KV arena (thinker.kv_tokens)")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="N", help="tokens of the KV cache pool (thinker.kv_tokens)"
+    )
     parser.add_argument("--max-requests", type=int, metavar="N", help="images denoised together (dit.max_num_seqs)")
     side = TEXT2IMG.side
     parser.add_argument("--height", type=int, help=f"of every image, in pixels (default: {side})")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     need = memory.plan(checkpoint, config, placement, height, width, private is None)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"images of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
-    print(f"KV arena of {config.thinker.kv_tokens} tokens; {together}")
+    print(f"KV cache pool of {config.thinker.kv_tokens} tokens; {together}")
     print(f"\n{table(need)}\n")
     print("The dit's KV are its copies of the contexts of editing such images. Activations are estimates.")
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")

@@ -40,7 +40,7 @@ class NotEnoughMemory(ValueError):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One stage's bytes; ``kv`` is the thinker's arena, or the DiT's copies of contexts."""
+    """One stage's bytes; ``kv`` is the thinker's pool, or the DiT's copies of contexts."""
 
     stage: Stage
     weights: int = 0
@@ -58,7 +58,7 @@ class MemoryPlan:
     """The stages of one server in bytes.
 
     ``weights`` are those of all stages, each counted as often as it is in memory.
-    ``shared`` is what lies in the host's shared memory: the connector ``shm``'s arena, and those of a CPU's weights
+    ``shared`` is what lies in the host's shared memory: the connector ``shm``'s pool, and those of a CPU's weights
     that cannot be mapped from the checkpoint's files.
     """
 
@@ -107,7 +107,7 @@ def plan(
         transformer = Bagel(model).to(dtype)
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
     token = kv_token_bytes(model.language, placement.dtype_name)
-    arena = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
+    pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
     latents = latent_tokens(model, height, width)
     past = sum(context_tokens(model, height, width))
@@ -118,7 +118,7 @@ def plan(
         StageMemory(
             "thinker",
             weights=module_bytes(transformer) + module_bytes(autoencoder),
-            kv=arena + (config.mooncake_store.segment_of(arena) if config.connector == "mooncake_store" else 0),
+            kv=pool + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads()),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width),
@@ -138,7 +138,7 @@ def plan(
     )
     once = one_process or shares_weights or config.stage_id is not None
     in_files = placement.torch_device.type == "cpu" and not one_process
-    shared = arena if _arena_is_shared(config, placement) else 0
+    shared = pool if _pool_is_shared(config, placement) else 0
     weights = (module_bytes(transformer) + module_bytes(autoencoder)) * (1 if once else 2)  # two stages have each
     if in_files:
         shared += checkpoint.stored_apart(dtype)
@@ -147,8 +147,8 @@ def plan(
     return MemoryPlan(stages, token, weights, shared)
 
 
-def _arena_is_shared(config: DeployConfig, placement: Placement) -> bool:
-    """Whether the arena is in the host's shared memory; else it is the thinker's own, or on the GPU."""
+def _pool_is_shared(config: DeployConfig, placement: Placement) -> bool:
+    """Whether the pool is in the host's shared memory; else it is the thinker's own, or on the GPU."""
     on_cpu = placement.torch_device.type == "cpu"
     return on_cpu and not config.topology.one_process and config.connector in ("auto", "shm")
 
@@ -198,7 +198,7 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
     """
     if need.shared > available.shared:
         raise NotEnoughMemory(
-            f"the KV arena ({readable(need.stages[0].kv)}) and converted weights need {readable(need.shared)} of "
+            f"the KV cache pool ({readable(need.stages[0].kv)}) and converted weights need {readable(need.shared)} of "
             f"shared memory and {readable(available.shared)} are free: enlarge /dev/shm (a container's --shm-size), "
             f"or lower thinker.kv_tokens={config.thinker.kv_tokens}, or use the checkpoint's own dtype"
         )

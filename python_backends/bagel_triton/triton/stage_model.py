@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import StageResources
 from bagel_triton.engine.loop import Job
-from bagel_triton.ipc import control_file as notices
-from bagel_triton.ipc import liveness
+from bagel_triton.ipc import control_file, liveness
 from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
 from bagel_triton.protocol.events import Event, Preview
 from bagel_triton.protocol.tensors import Arrays
@@ -61,7 +60,7 @@ class StageModel:
         self._tickets = TicketStore(self.engine.abort_job, liveness.holds_lock, config.shm_prefix)
         self._closing = threading.Event()
         if controlled:
-            notices.start_watching(config.shm_prefix, self.metrics, self._closing)
+            control_file.start_watching(config.shm_prefix, self.metrics, self._closing)
         end_with_parent()
         end_when(self.engine.lost)
         self._announcement = Announcement(config.shm_prefix, name)
