@@ -1,4 +1,4 @@
-"""Which addresses images may be fetched from."""
+"""The addresses that images may be fetched from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which task a chat request asks for, and what it asks the model."""
+"""A chat body as a request to the model, and the form of its reply."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Task:
 
 
 def to_task(body: ChatBody) -> Task:
-    """What ``body`` asks for.
+    """The task in ``body``.
 
     Raises:
         InvalidRequest: modalities, roles or parts that make no request.
@@ -79,7 +79,7 @@ def to_task(body: ChatBody) -> Task:
     return Task(modality, turns, tuple(images), fields, written)
 
 
-# What a client that rejects a list as a message's content calls itself.
+# How the User-Agent begins of clients that reject a list as a message's content.
 _TEXT_CONTENT_ONLY = ("litellm/", "aiperf")
 
 

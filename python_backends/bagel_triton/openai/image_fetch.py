@@ -77,7 +77,7 @@ class RemoteImages:
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
 
     async def fetch(self, url: str) -> bytes:
-        """What ``url`` leads to.
+        """The bytes at ``url``.
 
         Raises:
             FetchError: it leads to nothing, to an address that is not allowed, or to too much.
@@ -160,7 +160,7 @@ class RemoteImages:
 
 
 async def _reason(response: httpx.Response) -> str:
-    """What the host wrote about its refusal, as far as it is text."""
+    """The host's own text about its refusal; empty if it sent none."""
     if not response.headers.get("Content-Type", "").startswith(("text/", "application/json")):
         return ""
     page = b""

@@ -37,17 +37,17 @@ _RULES: dict[str, Callable[[_Context], str]] = {
 
 
 def not_allowed(allowed: str) -> PydanticCustomError:
-    """What a validator raises to say what it would have taken."""
+    """The error of a validator, with the values it accepts."""
     return PydanticCustomError("not_allowed", "not allowed", {"allowed": allowed})
 
 
 def unknown_field(name: str, known: list[str]) -> PydanticCustomError:
-    """What a model raises for a field ``name`` that is not among the ``known``."""
+    """The error of a model for a field ``name`` that is not among the ``known``."""
     return PydanticCustomError(_UNKNOWN_FIELD, "unknown field", {"name": name, "known": known})
 
 
 def noop_field(name: str, value: Any, noop: Sequence[Any], instead: str) -> PydanticCustomError:
-    """What a model raises for a field ``name`` that is accepted only with a value of ``noop``."""
+    """The error of a model for a field ``name`` that is accepted only with a value of ``noop``."""
     allowed = " or ".join(json.dumps(member) for member in noop)
     context = {"name": name, "value": value, "allowed": f"{allowed}; {instead}" if allowed else instead}
     return PydanticCustomError(_NOOP_FIELD, "not supported", context)

@@ -117,7 +117,7 @@ class ChatMessage(StrictModel):
 
 
 class StreamOptions(StrictModel):
-    """What a streamed reply carries besides its deltas."""
+    """Additions to a streamed reply."""
 
     place: ClassVar[str] = "stream_options"
     include_usage: bool = False
@@ -369,7 +369,7 @@ def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _extra_body(body: dict[str, Any]) -> Mapping[str, Any]:
-    """What ``extra_body`` gives; it is taken out of ``body``, and so are its twins that are null there."""
+    """The members of ``extra_body`` that are given; it is taken out of ``body``."""
     extra = body.pop("extra_body", None)
     if extra is None:
         return {}
