@@ -217,7 +217,7 @@ class Screen:
 
 
 def receive(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The images, and what the reply says of itself: seed, metrics."""
+    """The images, and the seed and metrics of the reply."""
     images: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     wants_image = OUTPUT_OF[args.modality] == "image"

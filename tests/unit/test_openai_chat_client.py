@@ -34,7 +34,7 @@ SCRIPT = Path(__file__).parents[2] / "client" / "openai_chat_client.py"
 
 
 def run_client(*args: str, cwd: Path, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    # The client is for people who have nothing of the server's.
+    # The client must run without the server's package.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(SCRIPT), *args]
     return subprocess.run(

@@ -1,7 +1,7 @@
 """The page at ``/``: a way to try the server in a browser.
 
 It is plain HTML, CSS and ES modules that call this server's own HTTP API. The files hold no secret, so they are
-served without an API key; the page asks for the key when the API answers 401.
+served without an API key; the page has a field for the key once the API answers 401.
 """
 
 from __future__ import annotations
