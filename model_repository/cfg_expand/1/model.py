@@ -1,4 +1,4 @@
-"""Triton's rim of the planning stage: a request's tensors in, its plan out."""
+"""The planning stage as a Triton model: a request's tensors in, its plan out."""
 
 import time
 from typing import Any

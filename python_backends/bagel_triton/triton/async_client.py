@@ -29,7 +29,7 @@ LARGE_REQUEST = 2**20  # bytes of images
 COPIED_AT_ONCE = 2**20
 # The tag of a length-delimited field of ModelInferRequest, one for each input in their order.
 RAW_INPUT_CONTENTS = bytes((service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2,))
-LIVENESS_S = 0.25  # how often it is asked whether a silent orchestrator lives
+LIVENESS_S = 0.25  # between two checks of a silent orchestrator's life
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -59,7 +59,7 @@ class ClientSettings(Protocol):
 
 
 class Client(Protocol):
-    """What the proxy asks of Triton."""
+    """The calls of Triton that the proxy makes."""
 
     def generate(
         self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
@@ -160,7 +160,7 @@ class TritonClient:
     async def readiness(self) -> dict[str, bool]:
         timeout_s, remote = self._settings.ready_timeout_s, self._settings.remote
         try:
-            models = await self._told_to_load() if self._settings.models is None else self._settings.models
+            models = await self._loaded_models() if self._settings.models is None else self._settings.models
             *states, elsewhere = await asyncio.gather(
                 *(self._triton.is_model_ready(model, client_timeout=timeout_s) for model in models),
                 asyncio.gather(*(self._is_ready_at(address, model) for model, address in remote.items())),
@@ -171,14 +171,14 @@ class TritonClient:
         here = {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
         return here | dict(zip(remote, elsewhere, strict=True))
 
-    async def _told_to_load(self) -> tuple[str, ...]:
-        """The models of ours that Triton was told to load, and :data:`ORCHESTRATOR` in any case.
+    async def _loaded_models(self) -> tuple[str, ...]:
+        """Our models that this Triton loads, and :data:`ORCHESTRATOR` in any case.
 
         They differ with the topology, and with the stage where each has a server of its own.
         """
         index = await self._triton.get_model_repository_index(client_timeout=self._settings.ready_timeout_s)
-        told = {ORCHESTRATOR} | {model.name for model in index.models if model.state}
-        return tuple(model for model in MODELS if model in told)
+        loaded = {ORCHESTRATOR} | {model.name for model in index.models if model.state}
+        return tuple(model for model in MODELS if model in loaded)
 
     async def _is_ready_at(self, address: str, model: str) -> bool:
         # By a connection of its own: an old one to a host that has gone and come back may stay silent.

@@ -106,8 +106,8 @@ class TritonServer:
 class RemoteModels:
     """Models on other hosts, by the gRPC address of the server of each.
 
-    No lock of a process can be seen from another host, so each server is asked a few times a
-    second whether its models are ready. That host's watchdog unloads a model whose process
+    A process lock cannot be seen from another host, so the readiness of each model is checked a
+    few times a second. That host's watchdog unloads a model whose process
     died, so a death shows as well.
     """
 

@@ -54,7 +54,7 @@ def arrays_of(request: Any) -> Arrays:
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
-    """The request's parameters; Triton adds the headers that it is told to forward."""
+    """The request's parameters; they include the headers that Triton forwards."""
     return dict(json.loads(request.parameters() or "{}"))
 
 
@@ -205,9 +205,9 @@ class Reply:
     def cancelled(self) -> bool:
         """Whether the client has cancelled the request, as of at most ``CANCEL_POLL_S`` ago.
 
-        Triton answers this from another process, over the queue that also carries responses. So
-        one thread at a time asks, seldom, and not after the last response, when Triton has
-        forgotten the request.
+        The check is a round trip to another process, over the queue that also carries responses.
+        So one thread at a time makes it, seldom, and none after the last response, when Triton
+        has forgotten the request.
         """
         now = time.monotonic()
         if not self._cancelled and now - self._checked_at >= CANCEL_POLL_S:

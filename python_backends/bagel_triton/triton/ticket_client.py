@@ -124,7 +124,7 @@ class TicketClient:
         request_id: str,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Have the stage work on ``arrays``; ``call`` is told how it goes. Returns at once."""
+        """Submit ``arrays`` as a job, and report its events and its end to ``call``. Returns at once."""
         opened = _Open(call, tuple(outputs), result, request_id)
         with self._lock:
             self._newest += 1
