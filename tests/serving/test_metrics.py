@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from bagel_triton.telemetry.metric_defs import CATALOGUE, Metric
 from bagel_triton.telemetry.metrics import SECONDS
 from tests.serving.test_together import image_body
-from tests.support.killing import arguments, health, kill, until
+from tests.support.killing import arguments, descendants, health, kill, until
 from tests.support.serving import Server
 
 METRICS = [metric for metrics in CATALOGUE.values() for metric in metrics]
@@ -145,7 +147,9 @@ def test_a_reloaded_stage_counts_on_and_its_reload_is_counted(fresh: Server) -> 
 def test_a_new_tritonserver_counts_from_zero_but_for_what_the_supervisor_counts(fresh: Server) -> None:
     before, reloads = scrape(fresh), 'bagel_stage_reloads_total{stage="dit"}'
     _replace(fresh, "dit")
-    _replace(fresh, "bagel")
+    [triton] = [pid for pid in descendants(fresh.process.pid) if "--model-control-mode" in arguments(pid)]
+    os.kill(triton, signal.SIGABRT)
+    _until_replaced(fresh, triton)
     found = told(fresh, {"bagel_server_restarts_total": 1, reloads: before[reloads] + 1})
     assert found.keys() == before.keys()
     assert found["bagel_images_total"] == found["bagel_request_seconds_count"] == 0
@@ -153,6 +157,9 @@ def test_a_new_tritonserver_counts_from_zero_but_for_what_the_supervisor_counts(
 
 def _replace(server: Server, stage: str) -> None:
     """Kill a process of ``stage`` and wait until there is another."""
-    killed = kill(server, stage)
-    until(lambda: health(server) == 503, "a dead stage looks healthy", TOLD_S)
-    until(lambda: not arguments(killed) and health(server) == 200, f"{stage} is not back", BACK_S)
+    _until_replaced(server, kill(server, stage))
+
+
+def _until_replaced(server: Server, killed: int) -> None:
+    until(lambda: health(server) == 503, "a dead process looks healthy", TOLD_S)
+    until(lambda: not arguments(killed) and health(server) == 200, "it is not back", BACK_S)

@@ -132,14 +132,6 @@ def test_a_stage_may_die_as_often_as_it_likes_if_it_serves_in_between(server: Se
     assert len(server.reloads) == 2 * MAX_TRIES
 
 
-def test_the_orchestrator_is_not_replaced_alone(server: Server) -> None:
-    process = server.start("bagel")
-    server.kill(process)
-    with pytest.raises(RestartNeeded, match=rf"^bagel died \(process {process.pid}\)"):
-        server.check()
-    assert server.reloads == []
-
-
 def test_a_triton_that_hangs_is_not_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(model: str) -> None:
         raise TimeoutError

@@ -15,7 +15,6 @@ from typing import Protocol, Self
 
 import httpx
 
-from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.serving import CommandError
@@ -120,8 +119,6 @@ class Watchdog:
         started = self._clock()
         if not history.tries.again(started):
             raise CommandError(f"stage {stage} (process {pids}) died and {MAX_TRIES} reloads did not keep it alive")
-        if stage == ORCHESTRATOR:
-            raise RestartNeeded(f"{stage} died (process {pids}), which the stages were answering")
         log_event(f"stage {stage} died (process {pids}); reloading")
         before = liveness.processes(self._prefix, stage, self._directory)
         try:
