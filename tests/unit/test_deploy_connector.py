@@ -138,7 +138,7 @@ def test_the_stores_options_are_understood(tmp_path: Path) -> None:
         ("{name: Carrier}", r"connectors.net.name='Carrier' is not allowed; allowed: auto, shm, SharedMemoryConnector"),
         (
             "{name: SharedMemoryConnector, extra: {shm_threshold_bytes: 65536}}",
-            r"connectors.net.extra.shm_threshold_bytes=65536 has no meaning here: contexts always stay in shared",
+            r"connectors.net.extra.shm_threshold_bytes=65536 has no meaning here: keys and values always stay in",
         ),
         (
             "{name: MooncakeTransferEngineConnector, extra: {host: 10.0.0.7, master: '10.0.0.1:50051'}}",

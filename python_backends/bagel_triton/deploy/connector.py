@@ -25,7 +25,7 @@ NAMES: dict[str, str] = {
 }
 _RENAMED = {"proto": "protocol"}
 _POINTLESS = {
-    "shm_threshold_bytes": "contexts always stay in shared memory, whatever their size",
+    "shm_threshold_bytes": "keys and values always stay in shared memory, whatever their size",
     "memory_pool_size": "the KV pool's size is stages[].kv_tokens",
     "memory_pool_device": "the KV pool is in the host's memory",
     "zmq_port": "a lease is part of its request and needs no port",
@@ -92,7 +92,7 @@ def choose(config: DeployConfig, device: str) -> ConnectorChoice:
     """The connector of a server whose stages run on ``device`` ("cpu", "cuda:0").
 
     Raises:
-        ConfigError: the configured one cannot carry contexts on that device.
+        ConfigError: the configured one does not work on that device.
     """
     on_gpu = device.partition(":")[0] == "cuda"
     if config.topology.one_process:

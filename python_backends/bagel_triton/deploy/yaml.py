@@ -239,7 +239,7 @@ _REASONS = {
     "parallel_config": "all stages run on one device",
     "platforms": "`device` says where the stages run",
     "runtime": "set devices, max_num_seqs and max_waiting directly under the stage",
-    "shm_threshold_bytes": "contexts always stay in shared memory, whatever their size",
+    "shm_threshold_bytes": "keys and values always stay in shared memory, whatever their size",
     "stage_args": "list the stages under `stages`",
     "stage_type": _TOPOLOGY,
     "window_size": "a stage gets its input whole",

@@ -160,7 +160,7 @@ def request_attributes(plan: Plan) -> Attributes:
     decoding = plan.decoding
     text = {} if decoding is None else {"max_new_tokens": decoding.max_new_tokens, "texts": len(decoding.seeds)}
     return {
-        "unique_request_id": plan.request_id,  # of equal ids that clients gave, each is told apart
+        "unique_request_id": plan.request_id,  # clients may repeat request_id; this one is unique
         "modality": "text" if plan.flow is None else "image",
         "prompt_tokens": plan.usage.prompt_tokens,
         "priority": plan.scheduling.priority,
