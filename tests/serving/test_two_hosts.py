@@ -24,7 +24,7 @@ from tests.support.triton_host import TritonHost, triton_host
 pytestmark = pytest.mark.long  # test_stage_hosts.py has the same from end to end, with fewer cases
 CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
 HOSTS = ("127.0.0.1", "127.0.0.2")
-# What the store carries is no other case by case; BAGEL_TRITON_ALL_CASES=1 tries them all the same.
+# The store carries the same KV, so a few cases do; BAGEL_TRITON_ALL_CASES=1 runs all.
 SOME = [case for case in CASES if case.name in ("t2i_think", "edit_alpha_two_pictures")]
 OF_THE_STORE = CASES if os.environ.get("BAGEL_TRITON_ALL_CASES") else SOME
 Hosts = tuple[TritonHost, TritonHost]

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from bagel_triton.model.mot import Layer
 from bagel_triton.weights.checkpoint import Checkpoint
-from tests.support.packs import pack, sequence
+from tests.support.batches import make_batch, sequence
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def run_rank(rank: int, ranks: int, checkpoint: Path, folder: Path) -> None:
         config, transformer = bagel.config.language, bagel.language_model.model
         sequences = [sequence(bagel, 37, 2, 0), sequence(bagel, 9, 5, 1)]
         with torch.no_grad():
-            plain = transformer(*pack(bagel, sequences))
+            plain = transformer(*make_batch(bagel, sequences))
         sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
         plan: dict[str, ParallelStyle] = {}
         for name in ("gen", "und"):
@@ -46,7 +46,7 @@ def run_rank(rank: int, ranks: int, checkpoint: Path, folder: Path) -> None:
                 gate_up.weight = by_rank(gate_up.weight, [config.intermediate_size] * 2, ranks)
             parallelize_module(layer, init_device_mesh("cpu", (ranks,)), plan)
         with torch.no_grad():
-            sharded = transformer(*pack(bagel, sequences))
+            sharded = transformer(*make_batch(bagel, sequences))
         if rank == 0:
             torch.save(plain, folder / "plain.pt")
             torch.save(sharded, folder / "sharded.pt")

@@ -1,4 +1,4 @@
-"""Packed attention against the formula: grouped heads, a past, causal and whole spans in one pack."""
+"""Packed attention against the formula: grouped heads, a past, causal and whole spans in one batch."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from bagel_triton.model.cpu import executor, thread_pool
 from bagel_triton.model.cpu.executor import CpuExecutor, tiles_of
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.weights.checkpoint import Checkpoint
+from tests.support.batches import NewTokens, make_batch, sequence
 from tests.support.exact import assert_same
-from tests.support.packs import NewTokens, pack, sequence
 
 
 @pytest.fixture(scope="module", params=["checkpoint_dir", "other_checkpoint"])
@@ -34,7 +34,7 @@ def _hidden(
     bagel: Bagel, images: Sequence[NewTokens], pool: ThreadPool = SINGLE_THREAD, all_rows: bool = True
 ) -> list[Tensor]:
     """Hidden states of each image's latents after one forward."""
-    embeddings, batch, kv = pack(bagel, images, wanted_gen_only=not all_rows)
+    embeddings, batch, kv = make_batch(bagel, images, wanted_gen_only=not all_rows)
     hidden = CpuExecutor(bagel.language_model.model, pool)(embeddings, batch, kv)
     return list(hidden[: batch.gen_rows].split([len(image.gen) for image in images]))
 

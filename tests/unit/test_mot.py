@@ -17,8 +17,8 @@ from bagel_triton.model.cpu.row_stable import rotate as rotate_into
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD
 from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
 from bagel_triton.weights.checkpoint import Checkpoint
+from tests.support.batches import make_batch, sequence
 from tests.support.naive import NaiveContext
-from tests.support.packs import pack, sequence
 from tests.support.tensor_parallel import run_rank
 
 
@@ -40,7 +40,7 @@ def test_the_executor_computes_what_the_plain_forward_does(
     for _ in range(2):  # the second forward has a past
         found: list[Tensor] = []
         for way, run in enumerate((transformer, executor)):
-            embeddings, batch, kv = pack(bagel, sequences, [pair[way] for pair in contexts])
+            embeddings, batch, kv = make_batch(bagel, sequences, [pair[way] for pair in contexts])
             found.append(run(embeddings, batch, kv))
             for number, pair in enumerate(contexts):
                 pair[way].layers = {layer: kv.read(layer, number) for layer in range(len(transformer.layers))}
@@ -50,7 +50,7 @@ def test_the_executor_computes_what_the_plain_forward_does(
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_embeddings_given_stay_as_they_are(bagel: Bagel, plain: bool) -> None:
-    embeddings, batch, kv = pack(bagel, [sequence(bagel, 5, 4, 0)])
+    embeddings, batch, kv = make_batch(bagel, [sequence(bagel, 5, 4, 0)])
     before, transformer = embeddings.clone(), bagel.language_model.model
     with torch.inference_mode():
         (transformer if plain else CpuExecutor(transformer, SINGLE_THREAD))(embeddings, batch, kv)
@@ -81,7 +81,7 @@ class _StaticKV:
 def test_a_forward_is_one_graph(checkpoint_dir: Path) -> None:
     """Nothing in it depends on a tensor's contents, so it can be compiled and captured whole."""
     bagel = Checkpoint(checkpoint_dir).load_bagel(torch.device("cpu"), torch.float32)
-    embeddings, batch, _ = pack(bagel, [sequence(bagel, 7, 4, 0)])
+    embeddings, batch, _ = make_batch(bagel, [sequence(bagel, 7, 4, 0)])
     transformer, config = bagel.language_model.model, bagel.config.language
     compiled = torch.compile(transformer, backend="eager", fullgraph=True)
     with torch.inference_mode():

@@ -31,7 +31,7 @@ def sequence(bagel: Bagel, gen: int, und: int, seed: int) -> NewTokens:
     return NewTokens(gen_rows, und_rows, 10 * seed)
 
 
-def pack(
+def make_batch(
     bagel: Bagel,
     sequences: Sequence[NewTokens],
     contexts: Sequence[NaiveContext] | None = None,
