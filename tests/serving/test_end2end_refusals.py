@@ -84,7 +84,7 @@ def test_a_model_that_is_no_folder_must_be_downloaded_first(refusal: Refusal, tm
     name = "ByteDance-Seed/BAGEL-7B-MoT"
     assert f"--model {name} is not a folder; download the checkpoint first" in refusal("--prompts", "x", model=name)
     (tmp_path / "empty").mkdir()
-    assert "does not exist" in refusal("--prompts", "x", model="empty")
+    assert "empty is empty; missing: config.json" in refusal("--prompts", "x", model="empty")
 
 
 def test_a_deploy_yaml_is_checked_under_both_names(refusal: Refusal, tmp_path: Path):
