@@ -19,11 +19,12 @@ class StageCall(Generic[Result]):
     """A queue that the stage fills from any thread and one orchestrator follows.
 
     ``alive`` tells whether the stage can still answer. It is checked while the stage is silent.
+    ``given_up`` becomes true when the orchestrator no longer waits for the answer.
     """
 
     def __init__(self, stage: Stage, alive: Callable[[], bool] = lambda: True) -> None:
         self.stage, self.started_at = stage, time.time()
-        self.alive = alive
+        self.alive, self.given_up = alive, False
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.done: Future[tuple[Result, StageStats]] = Future()
 
@@ -54,6 +55,14 @@ class StageCall(Generic[Result]):
             StageUnavailable: the stage died, or was silent for ``timeout_s`` seconds.
             BagelError: the stage failed.
         """
+        try:
+            return (yield from self._follow(cancelled, timeout_s, deadline))
+        finally:
+            self.given_up = True
+
+    def _follow(
+        self, cancelled: Callable[[], bool], timeout_s: float, deadline: float | None
+    ) -> Generator[Any, None, tuple[Result, StageStats]]:
         heard_at = alive_at = time.monotonic()
         while True:
             if cancelled():

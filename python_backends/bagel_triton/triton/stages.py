@@ -90,6 +90,8 @@ class TritonStages:
         call: StageCall[Plan] = StageCall(EXPANDER, self._connections.watch(EXPANDER))
 
         def run() -> None:
+            if call.given_up:  # while it was queued: to decode its images would only hold up others
+                return
             try:
                 arrays = self._connections.expand_call(request, ["plan", "stats"], self._request_id)
                 call.finish(decode(_bytes(arrays["plan"]), Plan), decode_stats(_bytes(arrays["stats"])))
