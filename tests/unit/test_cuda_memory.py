@@ -119,6 +119,7 @@ def test_a_call_that_fails_while_allocating_leaves_nothing(driver: FakeCudaDrive
     "call", ["cuMemImportFromShareableHandle", "cuMemAddressReserve", "cuMemMap", "cuMemSetAccess"]
 )
 def test_a_call_that_fails_while_opening_leaves_nothing(driver: FakeCudaDriver, call: str) -> None:
+    gc.collect()  # descriptors of earlier tests
     before = descriptors()
     descriptor, contents = CudaMemory(GPU).allocate(1000)
     driver.refused = {call}
