@@ -26,6 +26,7 @@ from bagel_triton.protocol.errors import BagelError, InvalidRequest
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.serving import CommandError
+from bagel_triton.serving.arguments import add_deploy_config, deploy_file
 
 # Heavy modules are imported after the arguments are checked: --help must not wait for torch.
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", "-o", type=Path, default="bagel_output", help="images' folder (%(default)s)")
     for option, (field, how) in REQUEST_OPTIONS.items():
         parser.add_argument(option, dest=field, **how)
-    parser.add_argument("--deploy-config", "--stage-configs-path", type=Path, metavar="YAML", help="deploy YAML")
+    add_deploy_config(parser)
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the deploy YAML's, or auto)")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the deploy YAML's, or auto)")
     parser.add_argument("--enable-stats", action="store_true", help="print each prompt's time in each stage")
@@ -151,7 +152,8 @@ def configuration(args: argparse.Namespace) -> DeployConfig:
     from bagel_triton.deploy import yaml as deploy_yaml
     from bagel_triton.deploy.config import DeployConfig
 
-    config = deploy_yaml.load(args.deploy_config, args.model) if args.deploy_config else DeployConfig(args.model)
+    path = deploy_file(args.deploy_config)
+    config = DeployConfig(args.model) if path is None else deploy_yaml.load(path, args.model)
     if config.addresses:
         raise CommandError(
             f"--deploy-config {args.deploy_config} puts stages on other hosts; this script runs in one process"

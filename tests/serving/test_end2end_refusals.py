@@ -92,3 +92,8 @@ def test_a_deploy_yaml_is_checked_under_both_names(refusal: Refusal, tmp_path: P
     config.write_text("pipeline: bagel_think\nstages:\n- stage_id: 0\n  no_such_field: 64\n")
     for option in ("--deploy-config", "--stage-configs-path"):
         assert "no_such_field" in refusal("--prompts", "A cute cat", option, str(config))
+
+
+def test_a_preset_is_known_by_its_name(refusal: Refusal):
+    said = refusal("--prompts", "A cute cat", "--deploy-config", "bagel_two_hosts")
+    assert "--deploy-config bagel_two_hosts puts stages on other hosts" in said
