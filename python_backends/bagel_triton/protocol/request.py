@@ -229,7 +229,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         int | None,
         RequestField(
             "INT32",
-            "previews of each image while it is denoised",
+            "at most so many previews of each image; those not decoded before the image are left out",
             affects="image",
             default="0",
             bounds=(0, MAX_PARTIAL_IMAGES),
