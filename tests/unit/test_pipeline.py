@@ -11,7 +11,14 @@ import pytest
 
 from bagel_triton.pipeline.pipeline import GeneratedImage, Pipeline
 from bagel_triton.pipeline.stage_call import StageCall
-from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, InvalidRequest, StageUnavailable
+from bagel_triton.protocol.errors import (
+    BagelError,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    StageUnavailable,
+)
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent, StageStats
 from bagel_triton.protocol.messages import Answer
 from tests.support.fake_stages import FLOW, FakeStages
@@ -100,6 +107,13 @@ def test_a_silent_stage_is_unavailable(stage: str) -> None:
     with pytest.raises(StageUnavailable, match=rf"^{stage} was silent for 0\.1 s"):
         _run(stages, timeout_s=0.1)
     assert stages.aborted == ([] if stage == "cfg_expand" else ["a cat-1"])
+
+
+def test_a_requests_timeout_counts_while_its_plan_is_waited_for() -> None:
+    stages = FakeStages(silent="cfg_expand")
+    with pytest.raises(DeadlineExceeded, match="timeout passed while it was at cfg_expand"):
+        list(Pipeline(stages, 30.0).run("a cat", timeout_s=0.1))
+    assert stages.called == ["cfg_expand"]
 
 
 def test_progress_keeps_a_slow_stage_alive() -> None:

@@ -90,15 +90,22 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         self._stages, self._timeout_s = stages, stage_timeout_s
 
     def run(
-        self, request: RequestT, cancelled: Callable[[], bool] = lambda: False, span: Span | None = None
+        self,
+        request: RequestT,
+        cancelled: Callable[[], bool] = lambda: False,
+        span: Span | None = None,
+        timeout_s: float | None = None,
     ) -> Iterator[Item[PixelsT]]:
         """Events of one request, :class:`DoneEvent` last; ``span``, the request's, gets a child for each call.
+
+        ``timeout_s`` is the time that the request allows, as far as it is known before the plan says it.
 
         Raises:
             BagelError: the request failed; nothing of it is left in any stage.
         """
         times: list[StageStats] = []
-        started, deadline = time.time(), None
+        started = time.time()
+        deadline = None if timeout_s is None else started + timeout_s
         whole = span or Span()
 
         def follow(

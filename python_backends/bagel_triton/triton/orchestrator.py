@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ class Orchestrator:
         triton_io.refuse_parameters(request, REQUEST_FIELDS)
         inputs: Any = triton_io.arrays_of(request)
         streams = bool(inputs.pop(STREAM, np.array([True])).reshape(-1)[0]) and self.streams
+        timeout_s = timeout_of(inputs)
         stages: Any = self._local
         if self._connections is not None:
             headers = tracing.headers_of(triton_io.parameters_of(request))
@@ -106,7 +108,7 @@ class Orchestrator:
         else:
             inputs = from_tensors(inputs)
         pipeline: Pipeline[Any, Any, Any] = Pipeline(stages, self._config.stage_timeout_s)
-        items = pipeline.run(inputs, lambda: self._gone(reply), span)
+        items = pipeline.run(inputs, lambda: self._gone(reply), span, timeout_s)
         if not streams:
             reply.finish(one_response(items))
             return
@@ -130,6 +132,12 @@ class Orchestrator:
         if self._metrics is not None:
             self._metrics.close()
         self._announcement.withdraw()
+
+
+def timeout_of(inputs: Arrays) -> float | None:
+    """The ``timeout`` among a request's tensors; None without one, and for a value that the planner refuses."""
+    given = float(inputs["timeout"].reshape(-1)[0]) if "timeout" in inputs else 0.0
+    return given if 0 < given < math.inf else None
 
 
 def _response(item: Item[Any]) -> Arrays:
