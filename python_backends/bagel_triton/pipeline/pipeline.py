@@ -107,15 +107,21 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         started = time.time()
         deadline = None if timeout_s is None else started + timeout_s
         whole = span or Span()
+        followed: StageCall[Any]
+
+        def show(preview: Item[PixelsT]) -> None:
+            followed.progress(preview)
 
         def follow(
             call: StageCall[T], attributes: Attributes = MappingProxyType({})
         ) -> Generator[Item[PixelsT], None, T]:
+            nonlocal followed
+            followed = call
             with whole.child(call.stage, call.started_at) as part:
                 part.set_attributes(attributes)
                 for item in (following := _Following(call.follow(cancelled, self._timeout_s, deadline))):
                     if isinstance(item, Preview):
-                        self._decode_preview(item, call, plan)
+                        self._decode_preview(item, show, plan)
                     else:
                         yield item
                 result, stats = following.result
@@ -147,13 +153,15 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
             yield from _images(plan.flow, images)
         yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, output.answers), _by_stage(times))
 
-    def _decode_preview(self, preview: Preview[LatentsT], denoising: StageCall[Any], plan: Plan) -> None:
-        """Have a preview decoded; its image joins the events of ``denoising``, unless that ends first."""
+    def _decode_preview(
+        self, preview: Preview[LatentsT], show: Callable[[PartialImage[PixelsT]], None], plan: Plan
+    ) -> None:
+        """Have a preview decoded and shown, unless the finished images are there first."""
         scheduling = msgspec.structs.replace(plan.scheduling, preview=True)
 
         def deliver(decoded: Future[tuple[PixelsT, StageStats]]) -> None:
             if decoded.exception() is None:  # a preview that failed is left out
-                denoising.progress(PartialImage(preview.event, decoded.result()[0]))
+                show(PartialImage(preview.event, decoded.result()[0]))
 
         self._stages.decode(preview.latents, plan.request_id, scheduling).done.add_done_callback(deliver)
 
