@@ -21,7 +21,7 @@ demo: $(TINY) ## one image through the whole server, on free ports
 serve: setup $(filter $(TINY),$(CHECKPOINT)) ## serve CHECKPOINT (a tiny one by default)
 	$(BIN)/bagel-triton serve $(CHECKPOINT) $(SERVE_ARGS)
 
-test: setup ## the tests, in less than ten minutes
+test: setup ## the tests, in less than fifteen minutes on two idle cores
 	$(BIN)/python -m pytest
 
 test-all: setup ## those that take minutes, too: every case between two hosts, every connector at its edges
