@@ -5,7 +5,7 @@ from typing import Any
 
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.preprocess.planner import RequestPlanner
-from bagel_triton.ipc.liveness import Announcement, end_with_parent
+from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.protocol.events import StageStats, encode_stats
 from bagel_triton.protocol.request import ENSEMBLE_FIELDS
 from bagel_triton.protocol.tensors import from_tensors
@@ -20,7 +20,6 @@ class TritonPythonModel:
         triton_io.use_triton_log()
         config = from_environment()
         self._expander = RequestPlanner.open(config)
-        end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:

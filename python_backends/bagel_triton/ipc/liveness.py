@@ -24,24 +24,7 @@ import msgspec
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY, is_locked, open_locked
 
-PARENT_POLL_S, LAST_WORDS_S = 1.0, 3.0
-
-
-def end_with_parent() -> None:
-    """From now on, end this process soon after its parent.
-
-    Triton's stub does so by itself unless tritonserver was killed during a request: then the
-    stub's threads wait for each other, and the process keeps its memory for ever.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_POLL_S)
-        time.sleep(LAST_WORDS_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+LAST_WORDS_S = 3.0
 
 
 def end_when(lost: threading.Event) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -20,16 +19,14 @@ from typing import Any, Self
 from bagel_triton.serving import CommandError
 
 PR_SET_CHILD_SUBREAPER = 36
-# The new process itself requests its death at the parent's, and then becomes the command: doing so between fork and
-# exec of the parent, which has threads, would not be safe. PR_SET_PDEATHSIG is 1.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-libc = ctypes.CDLL(None, use_errno=True)
-if libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
-    sys.exit(os.strerror(ctypes.get_errno()))
-if os.getppid() != int(sys.argv[1]):  # it ended before the call
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+# It becomes two: the command, and a shell that kills their process group when the pipe on their standard input closes.
+# A stub that waits for a killed tritonserver may hold the interpreter's lock for ever, so no thread of it can do this.
+_WITH_GUARD = """
+import os, sys
+if os.fork() == 0:
+    os.execv("/bin/sh", ["sh", "-c", "read -r never; kill -KILL 0"])
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -38,9 +35,12 @@ def log_event(message: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}", flush=True)
 
 
-def ends_with_this_process(argv: list[str]) -> list[str]:
-    """The command that runs ``argv`` as a child of this process and is killed when this process ends."""
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *argv]
+def guarded(argv: list[str]) -> list[str]:
+    """The command that runs ``argv`` and kills its process group as soon as its standard input, a pipe, is closed.
+
+    The kernel closes the pipe however the process that holds its other end may die. Start it in a session of its own.
+    """
+    return [sys.executable, "-I", "-S", "-c", _WITH_GUARD, *argv]
 
 
 def adopt_orphans() -> None:

@@ -15,7 +15,7 @@ from typing import Self, TextIO
 import httpx
 
 from bagel_triton.serving.machine import LOOPBACK
-from bagel_triton.serving.process import adopt_orphans, ends_with_this_process
+from bagel_triton.serving.process import adopt_orphans, guarded
 from bagel_triton.serving.tritonserver import EXIT_TIMEOUT_S
 
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the models
@@ -66,9 +66,9 @@ class TritonProcess:
         adopt_orphans()  # stubs outlive their server for a moment
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                *ends_with_this_process(list(command)),
+                *guarded(list(command)),
                 env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,  # closed when this process ends
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

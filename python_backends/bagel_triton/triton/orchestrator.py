@@ -12,7 +12,7 @@ import numpy as np
 
 from bagel_triton.deploy.config import DeployConfig, from_environment
 from bagel_triton.ipc import control_file
-from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
+from bagel_triton.ipc.liveness import Announcement, end_when
 from bagel_triton.pipeline.in_flight import InFlight
 from bagel_triton.pipeline.pipeline import GeneratedImage, Item, PartialImage, Pipeline
 from bagel_triton.protocol.errors import Cancelled, StageUnavailable, from_exception
@@ -62,7 +62,6 @@ class Orchestrator:
         self._closing = threading.Event()
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
         control_file.start_watching(config.shm_prefix, self._metrics or _NoCounters(), self._closing)
-        end_with_parent()
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
         self._connections = None if one_process else self._connect(config)
 

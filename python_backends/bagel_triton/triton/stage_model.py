@@ -10,7 +10,7 @@ from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import StageResources
 from bagel_triton.engine.loop import Job
 from bagel_triton.ipc import control_file, liveness
-from bagel_triton.ipc.liveness import Announcement, end_when, end_with_parent
+from bagel_triton.ipc.liveness import Announcement, end_when
 from bagel_triton.protocol.events import Event, Preview
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.telemetry.metric_defs import SUPERVISOR
@@ -61,7 +61,6 @@ class StageModel:
         self._closing = threading.Event()
         if controlled:
             control_file.start_watching(config.shm_prefix, self.metrics, self._closing)
-        end_with_parent()
         end_when(self.engine.lost)
         self._announcement = Announcement(config.shm_prefix, name)
 
