@@ -120,21 +120,27 @@ def test_images_of_earlier_messages_go_where_those_mark_them(expander: RequestPl
     ]
 
 
+HI, EMPTY = "<|im_start|>Hi<|im_end|>", "<|im_start|><|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("turns", "segments"),
     [
-        ((user("Hi"), said("assistant", "It is")), ["<|im_start|>Hi<|im_end|>", "<|im_start|>It is"]),
-        ((user("Hi"), said("assistant", "")), ["<|im_start|>Hi<|im_end|>"]),
-        ((user("Hi"), said("assistant")), ["<|im_start|>Hi<|im_end|>"]),
-        ((said("system", " "), user("Hi")), ["<|im_start|>Hi<|im_end|>"]),
-        ((user("Hi"), said("system", "Rhyme.")), ["<|im_start|>Hi<|im_end|>", "<|im_start|>Rhyme.<|im_end|>"]),
+        ((user("Hi"), said("assistant", "It is")), [HI, "<|im_start|>It is"]),
+        ((user("Hi"), said("assistant", "")), [HI]),
+        ((user("Hi"), said("assistant")), [HI]),
+        ((said("system", " "), user("Hi")), [HI]),
+        ((user("Hi"), said("system", "Rhyme.")), [HI, "<|im_start|>Rhyme.<|im_end|>"]),
         ((said("system", "Talk."),), ["<|im_start|>Talk.<|im_end|>"]),
-        ((user(""), said("assistant", "Hm"), user("Hi")), ["<|im_start|>Hm<|im_end|>", "<|im_start|>Hi<|im_end|>"]),
+        ((user(""), said("assistant", "Hm"), user("Hi")), ["<|im_start|>Hm<|im_end|>", HI]),
+        ((user(""),), [EMPTY]),
+        ((said("system", ""), said("assistant", "")), [EMPTY]),
+        ((user("Hi"), said("assistant", "It is"), user(" ")), [HI, "<|im_start|>It is<|im_end|>", EMPTY]),
         ((user(0),), ["SMALL"]),
         ((user(" ", 0),), ["SMALL"]),
         (
             (user("Hi"), said("assistant", "Oh"), user(0)),
-            ["<|im_start|>Hi<|im_end|>", "<|im_start|>Oh<|im_end|>", "SMALL"],
+            [HI, "<|im_start|>Oh<|im_end|>", "SMALL"],
         ),
     ],
 )
@@ -153,6 +159,13 @@ def test_guidance_compares_without_the_users_last_text_and_what_follows_it(
     plan = expander.expand(GenerationRequest(messages=(said("system", "Draw."), user("A cat"), last)))
     assert len(branch(plan, Branch.GEN)) == 3
     assert branch(plan, Branch.CFG_TEXT) == branch(plan, Branch.GEN)[:1]
+
+
+def test_an_image_needs_words_somewhere(expander: RequestPlanner) -> None:
+    last = expander.expand(GenerationRequest(messages=(user("A cat"), user(0)), image=(SMALL,)))
+    first = expander.expand(GenerationRequest(messages=(user("A cat"), user(""))))
+    assert branch(first, Branch.GEN) == branch(last, Branch.GEN)[:1]
+    assert branch(first, Branch.CFG_TEXT) == ()
 
 
 def refused(expander: RequestPlanner, **fields: object) -> InvalidRequest:
@@ -198,14 +211,9 @@ MARKS = "marks {} images with <|image_pad|>, and {} are given; allowed: a mark f
             for image, beside in ((None, ""), ((SMALL,), " beside the images"))
         ),
         (
-            {"messages": (user("x"), said("assistant", "y"), user(" ")), "modality": "text"},
+            {"messages": (said("system", ""), user(0), user(" ")), "image": (SMALL,)},
             "messages[2].content",
-            "messages[2].content=' ' is not allowed; allowed: a text that is not empty",
-        ),
-        (
-            {"messages": (said("system", ""), said("assistant", "")), "modality": "text"},
-            "messages[1].content",
-            "messages[1].content='' is not allowed; allowed: a text that is not empty",
+            "messages[2].content=' ' is not allowed; allowed: a text that is not empty beside the images",
         ),
         (
             {"messages": (user("x", 0, 0, 7),), "image": (SMALL,)},

@@ -86,6 +86,7 @@ def test_bad_options_are_refused_and_no_key_is_shown(tmp_path: Path) -> None:
         (("--api-key-file", str(empty)), "holds no key"),
         (("--cors-origin", "app.example"), "--cors-origin=app.example is not allowed"),
         (("--timeout-body", "0"), "--timeout-body=0 is not allowed"),
+        (("--max-receiving-mib", "63"), "--max-receiving-mib=63 is not allowed; allowed: at least --max-body-mib, 64"),
         (("--ssl-keyfile", "key.pem"), "--ssl-keyfile is given without --ssl-certfile"),
         (("--ssl-certfile", str(tmp_path / "absent")), "is not a file"),
     ):

@@ -11,13 +11,14 @@ import random
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 import uvicorn
-from proxy_fake import CHAT, PROGRESS, SETTINGS, FakeClient, chat_body, image_part
+from proxy_fake import CHAT, ONE_ANSWER, PROGRESS, SETTINGS, FakeClient, chat_body, image_part
 from starlette.testclient import TestClient
 
 from bagel_triton.openai import attachments, http_server
@@ -51,10 +52,10 @@ class EndlessClient(FakeClient):
 
 
 @contextlib.contextmanager
-def served(client: FakeClient, options: HttpOptions) -> Iterator[str]:
+def served(client: FakeClient, options: HttpOptions, **settings: Any) -> Iterator[str]:
     """The URL of an API with these options."""
     [listener] = http_server.listen("127.0.0.1", 0)
-    app = create_app(dataclasses.replace(SETTINGS, http=options), client)
+    app = create_app(dataclasses.replace(SETTINGS, http=options, **settings), client)
     server = uvicorn.Server(http_server.config(app, options, grace_s=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     with listener:
@@ -157,6 +158,27 @@ def test_an_idle_connection_is_kept_as_long_as_asked() -> None:
                     idle.recv(100)
             else:
                 assert idle.recv(100) == b""
+
+
+def test_bodies_that_are_being_received_share_a_budget() -> None:
+    """A body over it is refused until the others have been parsed; what one took is given back however it ends."""
+    options = HttpOptions(max_receiving_mib=1)
+    body = b'{"messages":[{"role":"user","content":"' + b"x" * 600_000 + b'"}]}'
+    with served(FakeClient(*ONE_ANSWER), options, max_body_bytes=1_000_000) as url, contextlib.ExitStack() as held:
+        slow = held.enter_context(connection(url))
+        slow.sendall(raw_request(url, body)[:-5])
+        small = {"url": f"{url}{CHAT}", "json": chat_body(modalities=["text"]), "trust_env": False}
+        assert soon(lambda: httpx.post(f"{url}{CHAT}", content=body, trust_env=False).status_code == 429)
+        refused = httpx.post(f"{url}{CHAT}", content=body, trust_env=False)
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert httpx.post(**small).status_code == 200
+        slow.sendall(body[-5:])
+        assert b"200 OK" in slow.recv(1000)
+        gone = held.enter_context(connection(url))
+        gone.sendall(raw_request(url, body)[:-5])
+        gone.close()
+        assert soon(lambda: httpx.post(f"{url}{CHAT}", content=body, trust_env=False).status_code == 200)
 
 
 IMAGES = [os.urandom(300_000), b"a small one", os.urandom(200_001)]

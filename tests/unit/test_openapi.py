@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from proxy_fake import NAMES, SETTINGS, FakeClient
+from proxy_fake import CHAT, NAMES, SETTINGS, FakeClient
 from proxy_fake import http as api
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -61,8 +61,14 @@ def test_keys_are_described_if_there_are_any(document: Any) -> None:
     assert "security" not in document
     settings = dataclasses.replace(SETTINGS, http=HttpOptions(api_keys=("k",)))
     client = TestClient(create_app(settings, FakeClient()))
-    assert client.get("/openapi.json").status_code == 401
-    assert client.get("/openapi.json", headers={"Authorization": "Bearer k"}).json()["security"] == [{"key": []}]
+    described = client.get("/openapi.json").json()  # it and /docs are open, as vLLM's are
+    assert described["security"] == [{"key": []}]
+    assert client.get("/docs").status_code == 200
+    needs_key = {path: client.get(path).status_code == 401 for path in described["paths"]}
+    for path, methods in described["paths"].items():
+        assert all((operation.get("security") != []) == needs_key[path] for operation in methods.values()), path
+    assert needs_key[CHAT]
+    assert needs_key["/metrics"]
 
 
 def test_the_page_of_the_docs_needs_nothing_from_elsewhere() -> None:

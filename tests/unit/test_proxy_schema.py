@@ -191,14 +191,11 @@ def test_a_field_that_is_there_twice_is_refused(data: str, param: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [None, False])
-def test_stream_options_are_for_streams(stream: bool | None) -> None:
-    options = {"stream_options": {"include_usage": True}}
-    with pytest.raises(
-        InvalidRequest, match=r'^stream_options=\{"include_usage": true\} has no meaning without stream'
-    ):
-        generation(chat_body(stream=stream, **options))
-    assert generation(chat_body(stream=stream, stream_options={})) == generation(chat_body())
-    assert generation(chat_body(stream=True, **options)) == generation(chat_body())
+def test_what_only_a_stream_can_carry_has_no_effect_without_one(stream: bool | None) -> None:
+    """No preview is decoded that would not be sent."""
+    options = {"stream_options": {"include_usage": True, "include_progress": True}, "partial_images": 2}
+    assert generation(chat_body(stream=stream, **options)) == generation(chat_body())
+    assert generation(chat_body(stream=True, **options)).partial_images == 2
 
 
 def test_a_byte_order_mark_is_no_part_of_the_body() -> None:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from proxy_fake import (
     A_CAT,
+    CHAT,
     DONE,
     IMAGE,
     ONE_ANSWER,
@@ -19,6 +20,7 @@ from proxy_fake import (
     PROGRESS,
     SILENCE,
     THOUGHT_IMAGES,
+    TWO_ANSWERS,
     FakeClient,
     answer,
     chat_body,
@@ -75,6 +77,29 @@ def test_streamed_images_are_numbered(where: str | None, members: list[str]) -> 
     for member in ("images", "content"):
         numbers = [image["index"] for delta in deltas for image in delta.get(member, [])]
         assert numbers == ([0, 1] if member in members else [])
+
+
+LEFT_OUT: list[dict[str, object]] = [{"reasoning": {"exclude": True}}, {"include_reasoning": False}]
+
+
+@pytest.mark.parametrize("fields", LEFT_OUT, ids=str)
+@pytest.mark.parametrize(("script", "modality"), [(THOUGHT_IMAGES, "image"), (TWO_ANSWERS, "text")])
+def test_the_thought_may_be_left_out(script: tuple[object, ...], modality: str, fields: dict[str, object]) -> None:
+    wanted: dict[str, Any] = {"modalities": [modality], "n": 2, "think": True}
+    with live_proxy(FakeClient(*script)) as url:
+        shown = events(url, **wanted)[:-1]
+        *hidden, _ = events(url, **wanted, **fields)
+        whole = httpx.post(f"{url}{CHAT}", json=chat_body(**wanted, **fields), trust_env=False).json()
+
+    def deltas(chunks: list[Any]) -> list[Any]:
+        return [(choice["index"], choice["delta"]) for chunk in chunks for choice in chunk["choices"]]
+
+    thinking = [delta for delta in deltas(shown) if "reasoning_content" in delta[1]]
+    assert thinking
+    rest = sorted((delta for delta in deltas(shown) if delta not in thinking), key=str)
+    assert sorted(deltas(hidden), key=str) == rest
+    assert not any("reasoning_content" in choice["message"] for choice in whole["choices"])
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4
 
 
 def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:

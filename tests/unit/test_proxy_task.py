@@ -142,7 +142,6 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     # what the model cannot do
     ({"presence_penalty": False}, "presence_penalty", "presence_penalty=false is not allowed; allowed: a number"),
     ({"logprobs": 5}, "logprobs", "logprobs=5 is not allowed; allowed: true or false"),
-    ({"partial_images": 2}, "partial_images", "partial_images=2 has no meaning without stream"),
     ({"think": True, "reasoning_effort": "none"}, "reasoning_effort", "think and reasoning_effort are both given"),
     (
         {"response_format": {"type": "json_object"}},

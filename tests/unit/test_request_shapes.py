@@ -65,6 +65,27 @@ def test_a_clients_body_gets_what_it_asks_for(api: TestClient, shape: Shape) -> 
         assert shape.names in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": PLAIN["messages"], "modalities": ["image"]}, "size"),
+        ("/v1/images/generations", {"prompt": "A cat"}, "size"),
+        ("/v1/responses", {"input": "A cat", "tools": [{"type": "image_generation"}]}, "tools[0].size"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("size", "problem"), [("33x33", "height is 33"), ("64x17", "height is 17"), ("17x64", "width")]
+)
+def test_a_size_that_cannot_be_drawn_is_quoted(
+    api: TestClient, path: str, body: dict[str, Any], param: str, size: str, problem: str
+) -> None:
+    sized = {"tools": [{**body["tools"][0], "size": size}]} if "tools" in body else {"size": size}
+    error = api.post(path, json=body | sized).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}='{size}' is not allowed: its {problem}")
+    assert "; allowed: a multiple of 16 from 16 to " in error["message"]
+
+
 @pytest.mark.parametrize("fields", [*THINKING, *NOT_THINKING], ids=str)
 def test_every_way_to_switch_thinking_does(api: TestClient, planning: PlanningClient, fields: dict[str, Any]) -> None:
     assert api.post(CHAT, json=PLAIN | fields).status_code == 200

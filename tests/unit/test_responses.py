@@ -305,7 +305,6 @@ def test_a_failure_before_the_first_event_has_its_status(stream: bool) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'image_generation', the only tool"),
         ({"tools": [{**TOOL, "input_image_mask": {"image_url": URL}}]}, "tools[0].input_image_mask", "in the prompt"),
         ({"tools": [{**TOOL, "size": "huge"}]}, "tools[0].size", "'WIDTHxHEIGHT'"),
-        ({"tools": [{**TOOL, "partial_images": 1}]}, "tools[0].partial_images", "only with stream=true"),
         ({"tools": [{**TOOL, "action": "edit"}]}, "tools[0].action", "without an image in input"),
         ({"tools": [{**TOOL, "background": "transparent"}]}, "tools[0].background", "opaque"),
         ({"tools": [{**TOOL, "seed": 1}], "seed": 2}, "tools[0].seed", "both given"),

@@ -15,31 +15,38 @@ from starlette.routing import BaseRoute, Route
 from bagel_triton.openai import completions, health, images, models, openapi, page, request_id, responses
 from bagel_triton.openai.address_rules import AllowedSources
 from bagel_triton.openai.auth import ApiKeys
-from bagel_triton.openai.endpoint import Api
+from bagel_triton.openai.endpoint import Api, ReceiveBuffer
 from bagel_triton.openai.errors import http_exception
 from bagel_triton.openai.http_metrics import HttpMetrics, RequestLog
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_source import ImageLoader
-from bagel_triton.openai.settings import HttpOptions, ProxySettings
+from bagel_triton.openai.settings import MIB, HttpOptions, ProxySettings
 from bagel_triton.triton.async_client import Client, TritonClient
 
-# Open without a key: the page holds no secret and prompts for the key, and the name of a
-# generated file cannot be guessed.
-OPEN_PATHS, OPEN_PREFIXES = ("/", *health.OPEN_PATHS), ("/page/", images.FILES)
+# Open without a key: the page and the API's description hold no secret (the page prompts for
+# the key), and the name of a generated file cannot be guessed.
+_OPEN_PATHS = ("/", "/docs", "/openapi.json", "/version", *health.OPEN_PATHS)
+_OPEN_PREFIXES = ("/page/", images.FILES)
+
+
+def is_open(path: str) -> bool:
+    """Whether ``path`` is served without a key."""
+    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 
 def create_app(settings: ProxySettings, client: Client | None = None, remote: RemoteImages | None = None) -> Starlette:
     """The API; it closes ``client`` when it ends."""
     remote = remote or RemoteImages(allowed=AllowedSources(settings.http.allowed_image_hosts))
     source = ImageLoader(remote if settings.fetch_remote else None)
-    api, metrics = Api(settings, client or TritonClient(settings), source), HttpMetrics()
+    receiving = ReceiveBuffer(settings.http.max_receiving_mib * MIB)
+    api, metrics = Api(settings, client or TritonClient(settings), source, receiving), HttpMetrics()
     routes: list[BaseRoute] = [
         *completions.routes(api),
         *images.routes(api),
         *responses.routes(api),
         *models.routes(api),
         *health.routes(api, metrics),
-        *openapi.routes(api),
+        *openapi.routes(api, is_open),
         *page.routes(),
     ]
     known = [route.path for route in routes if isinstance(route, Route)]
@@ -76,5 +83,5 @@ def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
             )
         )
     if options.api_keys:
-        around.append(Middleware(ApiKeys, options.api_keys, OPEN_PATHS, OPEN_PREFIXES))
+        around.append(Middleware(ApiKeys, options.api_keys, is_open))
     return around

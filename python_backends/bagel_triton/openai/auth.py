@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from starlette.datastructures import Headers
@@ -24,11 +24,10 @@ class ApiKeys:
     the time of an answer says nothing about a key, its length or its place in the list.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str], open_prefixes: Sequence[str]):
-        self._app = app
+    def __init__(self, app: ASGIApp, keys: Sequence[str], is_open: Callable[[str], bool]) -> None:
+        self._app, self._is_open = app, is_open
         self._secret = secrets.token_bytes(32)
         self._digests = [self._digest(key) for key in keys]
-        self._open_paths, self._open_prefixes = frozenset(open_paths), tuple(open_prefixes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_open(scope["path"]):
@@ -49,9 +48,6 @@ class ApiKeys:
         body = msgspec.json.encode(ErrorBody(detail))
         headers = {"WWW-Authenticate": "Bearer"}
         await Response(body, UNAUTHORIZED, headers, media_type="application/json")(scope, receive, send)
-
-    def _is_open(self, path: str) -> bool:
-        return path in self._open_paths or path.startswith(self._open_prefixes)
 
     def _digest(self, key: str) -> bytes:
         return hmac.digest(self._secret, key.encode(), hashlib.sha256)

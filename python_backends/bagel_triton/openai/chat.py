@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from bagel_triton.openai.image_source import ImageLoader, ImageUpload, ImageUrl
 from bagel_triton.openai.reply import ImageReply, ReplyOptions
-from bagel_triton.openai.schema import ChatBody, ChatMessage, ImagePart
+from bagel_triton.openai.schema import ChatBody, ChatMessage, GivenFields, ImagePart
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, GenerationRequest, ImageRef, Modality, TextPart, Turn
 from bagel_triton.triton.async_client import Client, StageResponse
@@ -22,15 +22,14 @@ _MODALITIES: dict[tuple[str, ...], Modality] = {("text",): "text", ("image",): "
 class Task:
     """A chat request in the model's terms, but for its images, which are still URLs.
 
-    ``fields`` are the given fields of ``GenerationRequest``; ``written`` is what the body
-    calls those that have another name there.
+    ``texts`` are the body's names of the turns' texts, where they are not those of a chat.
     """
 
     modality: Modality
     turns: tuple[Turn, ...]
     images: tuple[ImageUrl | ImageUpload, ...]
-    fields: dict[str, Any]
-    written: dict[str, str]
+    given: GivenFields
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     async def run(
         self, client: Client, source: ImageLoader, request_id: str, headers: Mapping[str, str]
@@ -45,7 +44,7 @@ class Task:
                 messages=self.turns,
                 image=await source.load(self.images) or None,
                 modality=self.modality,
-                **self.fields,
+                **self.given.fields,
             )
             async with aclosing(client.generate(request, request_id, headers)) as responses:
                 async for response in responses:
@@ -54,9 +53,9 @@ class Task:
             raise self._in_body_names(error) from error
 
     def _in_body_names(self, error: InvalidRequest) -> InvalidRequest:
-        names = self.written | {f"image[{index}]": image.param for index, image in enumerate(self.images)}
+        names = {**self.texts, **{f"image[{index}]": image.param for index, image in enumerate(self.images)}}
         if error.param not in names:
-            return error
+            return self.given.in_body_names(error)
         name = names[error.param]
         message = error.message
         if message.startswith(error.param):
@@ -70,13 +69,13 @@ def to_task(body: ChatBody) -> Task:
     Raises:
         InvalidRequest: modalities, roles or parts that make no request.
     """
-    fields, written = body.generation_fields()
+    given = body.generation_fields()
     modality = _modality(body.modalities, body.param("modalities"))
     images: list[ImageUrl] = []
     turns = tuple(_turn(message, f"messages[{index}]", images) for index, message in enumerate(body.messages))
     if len(images) > MAX_INPUT_IMAGES:
         raise InvalidRequest.value("messages", f"{len(images)} images", f"at most {MAX_INPUT_IMAGES} images")
-    return Task(modality, turns, tuple(images), fields, written)
+    return Task(modality, turns, tuple(images), given)
 
 
 # How the User-Agent begins of clients that reject a list as a message's content.
@@ -99,6 +98,7 @@ def reply_options(
         images=images,
         include_usage=bool((wanted and wanted.include_usage) or (body.usage and body.usage.include)),
         include_progress=bool(wanted and wanted.include_progress),
+        include_reasoning=not body.excludes_reasoning,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -17,13 +18,44 @@ from bagel_triton.openai.attachments import detach
 from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, error_response, to_bagel_error
 from bagel_triton.openai.image_source import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
-from bagel_triton.protocol.errors import Cancelled, ModelNotFound
+from bagel_triton.protocol.errors import Cancelled, ModelNotFound, Overloaded
 from bagel_triton.telemetry import tracing
 from bagel_triton.triton.async_client import Client, StageResponse
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 LARGE_BODY = 256 * 1024  # bytes; a smaller body is parsed faster than a thread is started
+
+
+class ReceiveBuffer:
+    """The memory that all bodies may take together while they arrive and are parsed, in bytes.
+
+    What has arrived counts, not what a header announces: a slow client holds no more than it has sent.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self.held = limit, 0
+
+    @contextmanager
+    def reserving(self) -> Iterator[Callable[[int], None]]:
+        """A function that reserves so many bytes more, until the end of the context.
+
+        Raises:
+            Overloaded: by that function, if they would be too many.
+        """
+        mine = 0
+
+        def reserve(size: int) -> None:
+            nonlocal mine
+            if self.held + size > self._limit:
+                raise Overloaded(f"the bodies being received have {self.held} bytes; allowed: {self._limit} in all")
+            self.held += size
+            mine += size
+
+        try:
+            yield reserve
+        finally:
+            self.held -= mine
 
 
 class Runnable(Protocol):
@@ -42,6 +74,7 @@ class Api:
     settings: ProxySettings
     client: Client
     source: ImageLoader
+    receiving: ReceiveBuffer
     created: int = field(default_factory=lambda: int(time.time()))
 
     def endpoint(self, handler: Handler) -> Handler:
@@ -61,22 +94,31 @@ class Api:
 
         Raises:
             InvalidRequest: the body is too large, or is not what ``parse`` takes.
+            Overloaded: all bodies together are too large.
             Cancelled: the client left while it sent the body.
         """
-        body = bytearray()
-        async for part in self.body(request):
-            body += part
-        if len(body) <= LARGE_BODY:
-            return parse(bytes(body))
-        data, request.state.attachments = await asyncio.to_thread(detach, body)
-        del body
-        return await asyncio.to_thread(parse, data)
+        async with self.body(request) as parts:
+            body = bytearray()
+            async for part in parts:
+                body += part
+            if len(body) <= LARGE_BODY:
+                return parse(bytes(body))
+            data, request.state.attachments = await asyncio.to_thread(detach, body)
+            del body
+            return await asyncio.to_thread(parse, data)
 
-    async def body(self, request: Request) -> AsyncGenerator[bytes, None]:
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncGenerator[AsyncGenerator[bytes, None], None]:
+        """The pieces of the body as they come; its memory counts as used until the end of the context."""
+        with self.receiving.reserving() as reserve:
+            yield self._parts(request, reserve)
+
+    async def _parts(self, request: Request, reserve: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
         """The pieces of the body as they come.
 
         Raises:
             BodyTooLarge: it has more bytes than the settings allow.
+            Overloaded: all bodies together have.
             RequestTimeout: it took longer than the settings allow.
             Cancelled: the client left.
         """
@@ -100,6 +142,7 @@ class Api:
             received += len(part)
             if received > limit:
                 raise too_large
+            reserve(len(part))
             yield part
 
     def served_model(self, model: str | None) -> str:

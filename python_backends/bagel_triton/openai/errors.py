@@ -25,6 +25,12 @@ class BodyTooLarge(InvalidRequest):
     http_status = 413
 
 
+class NotFound(InvalidRequest):
+    """A file that the request names is not there."""
+
+    http_status = 404
+
+
 class RequestTimeout(InvalidRequest):
     """The client took too long to send the request."""
 

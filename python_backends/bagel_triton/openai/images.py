@@ -16,11 +16,11 @@ from starlette.routing import Route
 from bagel_triton.openai import sse
 from bagel_triton.openai.chat import Task
 from bagel_triton.openai.endpoint import Api, unless_gone
-from bagel_triton.openai.errors import error_response
+from bagel_triton.openai.errors import NotFound, error_response
 from bagel_triton.openai.image_encode import ImageStore, encode, encode_base64
 from bagel_triton.openai.images_schema import Images, ImagesBody, parse_form, parse_generation, parse_json_edit
 from bagel_triton.openai.reply import Header, Metrics, incomplete, metrics, new_header
-from bagel_triton.protocol.errors import ModelNotFound
+from bagel_triton.protocol.errors import truncate
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, PartialImageEvent, ProgressEvent
 from bagel_triton.protocol.messages import Usage as StageUsage
 from bagel_triton.protocol.request import ImageRef, TextPart, Turn
@@ -104,10 +104,10 @@ class _Job:
     header: Header
 
     def task(self) -> Task:
-        fields, written = self.body.generation_fields()
         references = [ImageRef(index) for index in range(len(self.images))]
         turn = Turn("user", (*references, TextPart(self.body.prompt)))
-        return Task("image", (turn,), self.images, fields, written)
+        texts = {"messages[0].content": "prompt", "messages": "prompt"}
+        return Task("image", (turn,), self.images, self.body.generation_fields(), texts)
 
 
 def routes(api: Api) -> list[Route]:
@@ -122,7 +122,8 @@ def routes(api: Api) -> list[Route]:
     @api.endpoint
     async def edits(request: Request) -> Response:
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            body, images = await parse_form(request.headers, api.body(request))
+            async with api.body(request) as parts:
+                body, images = await parse_form(request.headers, parts)
         else:
             body, images = await api.parse(request, parse_json_edit)
         return await answer(request, body, images, "image_edit")
@@ -142,7 +143,7 @@ def routes(api: Api) -> list[Route]:
         name = request.path_params["name"]
         found = store.get(name)
         if found is None:
-            gone = ModelNotFound(f"{name} is not there, or no longer: a URL works for {STORE_S:g} s", "name")
+            gone = NotFound(f"{truncate(name)} is not there, or no longer: a URL works for {STORE_S:g} s", "name")
             return error_response(gone, api.settings.retry_after_s)
         headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
         return Response(found.data, headers=headers, media_type=f"image/{found.file_format}")

@@ -16,7 +16,7 @@ from bagel_triton.openai.image_encode import Format
 from bagel_triton.openai.image_source import ImageUpload, ImageUrl
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
-from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, parse_size, to_object
+from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
@@ -65,18 +65,17 @@ class ImagesBody(GenerationFields):
     def compression(self) -> int:
         return 100 if self.output_compression is None else self.output_compression
 
-    def generation_fields(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The given fields of ``GenerationRequest``, and the names they have in the body.
+    def generation_fields(self) -> GivenFields:
+        """The given fields of ``GenerationRequest``.
 
         Raises:
             InvalidRequest: a field is given by two names, or ``size`` is no size.
         """
-        given = GivenFields()
+        given = GivenFields(self.stream)
         for alias, name in FIELD_NAMES.items():
             given.add(name, getattr(self, alias), alias)
-        for name, side in parse_size(self.size, "size").items():
-            given.add(name, side, "size")
-        return given.fields, given.written | {"messages[0].content": "prompt", "messages": "prompt"}
+        given.add_size(self.size, "size")
+        return given
 
 
 class EditsBody(ImagesBody):
@@ -249,10 +248,6 @@ def _checked(model: type[B], fields: dict[str, Any]) -> B:
     if body.file_format == "png" and body.compression != 100:
         allowed = "100 for png, which is lossless; output_format jpeg or webp takes less"
         raise InvalidRequest.value("output_compression", body.output_compression, allowed)
-    partial_images = body.generation_fields()[0].get("partial_images")
-    if partial_images and not body.stream:
-        allowed = "only with stream=true, or 0"
-        raise InvalidRequest.meaningless("partial_images", partial_images, "without stream", allowed)
     if body.stream and body.response_format == "url":
         raise InvalidRequest.value("response_format", "url", "b64_json with stream=true")
     return body

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,12 +29,13 @@ from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.reply import ChatCompletion
 from bagel_triton.openai.responses_schema import ResponsesBody
 from bagel_triton.openai.schema import FIELD_NAMES, ChatBody, GenerationFields
-from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.request import MAX_INPUT_IMAGES, REQUEST_FIELDS
 
 Json = dict[str, Any]
 SCHEMAS = "#/components/schemas/"
 BODIES: tuple[type[BaseModel], ...] = (ChatBody, ImagesBody, EditsBody, JsonEditsBody, ResponsesBody)
 _TEXT: Json = {"type": "string"}
+_NULL: Json = {"type": "null"}
 _ANY_OBJECT: Json = {"type": "object"}
 # What a field takes besides its declared type, by the names of the model and of the field.
 _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
@@ -46,9 +48,9 @@ _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
 }
 
 
-def routes(api: Api) -> list[Route]:
-    """The routes of both."""
-    document = functools.cache(lambda: describe(api))  # built on first use: it takes a while
+def routes(api: Api, is_open: Callable[[str], bool]) -> list[Route]:
+    """The routes of both; ``is_open`` says which paths need no key."""
+    document = functools.cache(lambda: describe(api, is_open))  # built on first use: it takes a while
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(document())
@@ -61,7 +63,7 @@ def routes(api: Api) -> list[Route]:
     return [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", docs, methods=["GET"])]
 
 
-def describe(api: Api) -> Json:
+def describe(api: Api, is_open: Callable[[str], bool]) -> Json:
     """The OpenAPI 3.1 document of this API."""
     _, pydantic = models_json_schema([(body, "validation") for body in BODIES], ref_template=SCHEMAS + "{model}")
     _, structs = msgspec.json.schema_components(
@@ -84,6 +86,9 @@ def describe(api: Api) -> Json:
     if api.settings.http.api_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
+        for path in filter(is_open, document["paths"]):
+            for operation in document["paths"][path].values():
+                operation["security"] = []
     return document
 
 
@@ -101,7 +106,7 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
         shorter = _SHORT_FORMS.get((name, field), [])
         if field == "stop":
             shorter = [_TEXT]
-        properties[field] = _union(accepted, [*shorter, *([] if field in required else [{"type": "null"}])])
+        properties[field] = _union(accepted, [*shorter, *([] if field in required else [_NULL])])
     place = getattr(model, "place", "")
     for field in sorted(IGNORED.get(place, ())):
         properties.setdefault(field, {"description": "Accepted without effect."})
@@ -111,7 +116,7 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
         extra = {"type": ["object", "null"], "description": "Fields of the body, read as if they stood beside it."}
         properties["extra_body"] = extra
     # null means "not given", whatever the field is called
-    return {**schema, "properties": properties, "additionalProperties": {"type": "null"}}
+    return {**schema, "properties": properties, "additionalProperties": _NULL}
 
 
 def _models() -> list[type[BaseModel]]:
@@ -154,9 +159,29 @@ def _union(schema: Json, others: list[Json]) -> Json:
 
 
 def _form(body: Json) -> Json:
-    """The form of an edit: the fields of ``body`` and files."""
-    files = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "maxItems": 10}
-    return {**body, "properties": {**body["properties"], "image": files}, "required": ["prompt", "image"]}
+    """The form of an edit: the fields of ``body``, none of which can be null in a form, and files."""
+    fields = {name: shape for name, field in body["properties"].items() if (shape := _without_null(field)) is not None}
+    files = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "maxItems": MAX_INPUT_IMAGES,
+    }
+    return {
+        **body,
+        "properties": {**fields, "image": files},
+        "required": ["prompt", "image"],
+        "additionalProperties": False,
+    }
+
+
+def _without_null(field: Json) -> Json | None:
+    """``field`` where there is no null; None if it takes nothing else."""
+    if "anyOf" in field:
+        field = {**field, "anyOf": [member for member in field["anyOf"] if member != _NULL]}
+    if "enum" in field:
+        field = {**field, "enum": [value for value in field["enum"] if value is not None]}
+    return field if field.get("enum") != [] else None
 
 
 def _paths() -> Json:
@@ -254,7 +279,7 @@ def _table(schema: Json) -> str:
 def _kind(field: Json) -> str:
     """The types of ``field``, in a few words."""
     if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_kind(member) for member in field["anyOf"] if member != {"type": "null"}))
+        return " or ".join(dict.fromkeys(_kind(member) for member in field["anyOf"] if member != _NULL))
     if "$ref" in field:
         return str(field["$ref"].rpartition("/")[2])
     if "enum" in field:

@@ -127,6 +127,7 @@ class ReplyOptions:
     images: ImageReply = "both"
     include_usage: bool = False
     include_progress: bool = False
+    include_reasoning: bool = True
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -214,7 +215,7 @@ async def collect(responses: AsyncIterable[StageResponse], header: Header, optio
         if isinstance(event, ImageEvent) and response.image is not None:
             images.append(await image_part(response.image, event.index, event.seed))
         elif isinstance(event, AnswerEvent):
-            answers.append(event)
+            answers.append(event if options.include_reasoning else msgspec.structs.replace(event, reasoning=""))
         elif isinstance(event, DoneEvent):
             done = event
     if done is None or not (images if options.modality == "image" else answers):

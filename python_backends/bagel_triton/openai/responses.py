@@ -62,9 +62,8 @@ def to_task(body: ResponsesBody) -> Task:
         InvalidRequest: names the field that is not allowed.
     """
     turns, images, texts = body.conversation()
-    fields, written = body.generation_fields()
     modality: Literal["image", "text"] = "text" if body.image_tool is None else "image"
-    return Task(modality, turns, images, fields, written | texts | {"messages": "input"})
+    return Task(modality, turns, images, body.generation_fields(), texts | {"messages": "input"})
 
 
 async def _collect(stages: AsyncGenerator[StageResponse, None], reply: _Reply) -> None:

@@ -17,7 +17,6 @@ from bagel_triton.openai.schema import (
     GenerationFields,
     GivenFields,
     StrictModel,
-    parse_size,
     to_object,
 )
 from bagel_triton.protocol.errors import InvalidRequest
@@ -173,13 +172,13 @@ class ResponsesBody(GenerationFields):
         """Whether the thought is requested as a summary."""
         return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
 
-    def generation_fields(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The given fields of ``GenerationRequest``, and the names they have in the body.
+    def generation_fields(self) -> GivenFields:
+        """The given fields of ``GenerationRequest``.
 
         Raises:
             InvalidRequest: a field is given twice, or ``size`` is no size.
         """
-        given, tool = GivenFields(), self.image_tool
+        given, tool = GivenFields(self.stream), self.image_tool
         for prefix, source in (("", self), ("tools[0].", tool)):
             for alias, name in FIELD_NAMES.items():
                 given.add(name, getattr(source, alias, None), f"{prefix}{alias}")
@@ -187,9 +186,8 @@ class ResponsesBody(GenerationFields):
         if self.reasoning is not None and self.reasoning.effort is not None:
             given.add("think", self.reasoning.effort not in ("none", "minimal"), "reasoning.effort")
         if tool is not None:
-            for name, side in parse_size(tool.size, "tools[0].size").items():
-                given.add(name, side, "tools[0].size")
-        return given.fields, given.written
+            given.add_size(tool.size, "tools[0].size")
+        return given
 
     def conversation(self) -> tuple[tuple[Turn, ...], tuple[ImageUrl, ...], dict[str, str]]:
         """Turns, the images they refer to, and the body's name of each turn's text.
@@ -308,16 +306,11 @@ def _parts_of(item: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_fields(body: ResponsesBody) -> None:
-    fields, written = body.generation_fields()
-    tool = body.image_tool
+    fields, tool = body.generation_fields().fields, body.image_tool
     if fields.get("top_logprobs"):
         raise InvalidRequest(f"top_logprobs is not supported here; {_NO_LOGPROBS}", "top_logprobs")
     if tool is None and fields.get("n", 1) != 1:
         raise InvalidRequest.value("n", fields["n"], "1 for text; POST /v1/chat/completions takes more")
-    if fields.get("partial_images") and not body.stream:
-        name = written["partial_images"]
-        allowed = "only with stream=true, or 0"
-        raise InvalidRequest.meaningless(name, fields["partial_images"], "without stream", allowed)
     if tool is None:
         if body.tool_choice == "required" or isinstance(body.tool_choice, dict):
             raise InvalidRequest.value("tool_choice", body.tool_choice, "'auto' or 'none' without tools")

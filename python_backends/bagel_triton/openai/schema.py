@@ -26,7 +26,7 @@ from pydantic import (
 
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.pydantic_errors import noop_field, not_allowed, to_invalid_request, unknown_field
-from bagel_triton.protocol.errors import InvalidRequest, truncate
+from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
 from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS
 from bagel_triton.protocol.validation import MAX_MESSAGES
 
@@ -147,7 +147,7 @@ class Reasoning(StrictModel):
     effort: Effort | None = None
     enabled: bool | None = None
     max_tokens: int | None = None
-    exclude: Literal[False] | None = None
+    exclude: bool | None = None
 
 
 class UsageOptions(StrictModel):
@@ -220,38 +220,63 @@ else:
 
 
 class GivenFields:
-    """The fields of ``GenerationRequest`` that a body gives, and the names they have there."""
+    """The fields of ``GenerationRequest`` that a body gives.
 
-    def __init__(self) -> None:
+    Attributes:
+        fields: the values by name.
+        written: the name that each has in the body.
+        parts_of: the body's own value, for fields that are a part of one, as the height is of a size.
+    """
+
+    def __init__(self, stream: bool | None) -> None:
         self.fields: dict[str, Any] = {}
         self.written: dict[str, str] = {}
+        self.parts_of: dict[str, str] = {}
+        self._stream = bool(stream)
 
     def add(self, name: str, value: Any, alias: str) -> None:
         """Take ``value`` for ``name``, written as ``alias``; None and empty values give nothing.
 
+        Nor do previews without a stream, which alone can carry them.
+
         Raises:
             InvalidRequest: the field is given already.
         """
-        if value is None or value == () or value == {}:
+        if value is None or value == () or value == {} or (name == "partial_images" and not self._stream):
             return
         if name in self.fields and not (name == "think" and self.fields[name] == value):
             raise InvalidRequest(f"{self.written[name]} and {alias} are both given; allowed: one of them", alias)
         self.fields[name], self.written[name] = value, self.written.get(name, alias)
 
+    def add_size(self, size: str | None, alias: str) -> None:
+        """Take width and height from ``size``, which has them in that order; ``auto`` gives neither.
 
-def parse_size(size: str | None, param: str) -> dict[str, int]:
-    """``width`` and ``height`` of a ``size``, written in that order; empty for ``auto``.
+        Raises:
+            InvalidRequest: it is no size, or a side is given already.
+        """
+        if size is None or size.strip() in ("auto", ""):
+            return
+        found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", size.strip())
+        if found is None:
+            allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
+            raise InvalidRequest.value(alias, size, allowed)
+        for name, side in (("width", found[1]), ("height", found[2])):
+            self.add(name, int(side), alias)
+            self.parts_of[name] = size
 
-    Raises:
-        InvalidRequest: it is no size.
-    """
-    if size is None or size.strip() in ("auto", ""):
-        return {}
-    found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", size.strip())
-    if found is None:
-        allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
-        raise InvalidRequest.value(param, size, allowed)
-    return {"width": int(found[1]), "height": int(found[2])}
+    def in_body_names(self, error: InvalidRequest) -> InvalidRequest:
+        """``error`` about one of the fields, with the name and the value that the body has for it."""
+        param, message = error.param or "", error.message
+        if (name := self.written.get(param)) is None:
+            return error
+        shown = f"{param}={format_value(self.fields.get(param))}"
+        if param in self.parts_of and message.startswith(shown):
+            whole = format_value(self.parts_of[param])
+            problem, _, allowed = message.removeprefix(shown).partition("; ")
+            message = f"{name}={whole}{problem}: its {param} is {self.fields[param]}; {allowed}"
+        elif message.startswith(param):
+            message = name + message.removeprefix(param)
+        return type(error)(message, name)
 
 
 class ChatBody(GenerationFields):
@@ -265,7 +290,7 @@ class ChatBody(GenerationFields):
     logprobs: bool | None = None
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = None
-    include_reasoning: Literal[True] | None = None
+    include_reasoning: bool | None = None
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateOptions | None = None
@@ -275,47 +300,52 @@ class ChatBody(GenerationFields):
     image_reply: Literal["list", "images", "both"] | None = None
     _in_extra_body: frozenset[str] = PrivateAttr(frozenset())
 
-    def generation_fields(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The given fields of ``GenerationRequest``, and the names they have in the body.
+    @property
+    def excludes_reasoning(self) -> bool:
+        """Whether the reply leaves the thought out."""
+        return self.include_reasoning is False or (self.reasoning is not None and bool(self.reasoning.exclude))
+
+    def generation_fields(self) -> GivenFields:
+        """The given fields of ``GenerationRequest``.
 
         Raises:
             InvalidRequest: a field is given twice, by two names or by two ways to say it.
         """
-        given = GivenFields()
+        given = GivenFields(self.stream)
         for alias, name in FIELD_NAMES.items():
             given.add(name, getattr(self, alias), self.param(alias))
-        for name, value in parse_size(self.size, self.param("size")).items():
-            given.add(name, value, self.param("size"))
-        for alias, think, budget in self._thinking():
-            given.add("think", think, self.param(alias))
-            given.add("max_think_tokens", budget, self.param(alias))
+        given.add_size(self.size, self.param("size"))
+        for name, alias, value in self._thinking():
+            given.add(name, value, self.param(alias))
         if not self.logprobs:
             given.fields.pop("top_logprobs", None)
         elif "top_logprobs" not in given.fields:
             given.add("top_logprobs", 0, self.param("logprobs"))
-        return given.fields, {name: text for name, text in given.written.items() if text != name}
+        return given
 
     def param(self, name: str) -> str:
         """``name`` as an error has it: with ``extra_body.`` before it, if the field was given there."""
         return f"extra_body.{name}" if name.partition(".")[0] in self._in_extra_body else name
 
-    def _thinking(self) -> list[tuple[str, bool | None, int | None]]:
-        """Every other way to switch thinking on or off: its name, what it says, and its token budget."""
-        ways: list[tuple[str, bool | None, int | None]] = [("enable_thinking", self.enable_thinking, None)]
+    def _thinking(self) -> list[tuple[str, str, bool | int | None]]:
+        """Every other way to switch thinking on or off or to bound it: the field, its name here, and its value."""
+        ways: list[tuple[str, str, bool | int | None]] = [("think", "enable_thinking", self.enable_thinking)]
         if self.reasoning_effort is not None:
-            ways.append(("reasoning_effort", _thinks(self.reasoning_effort), None))
+            ways.append(("think", "reasoning_effort", _thinks(self.reasoning_effort)))
         if self.reasoning is not None:
             enabled = self.reasoning.enabled
             if enabled is None and self.reasoning.effort is not None:
                 enabled = _thinks(self.reasoning.effort)
             budget = self.reasoning.max_tokens
-            ways.append(("reasoning", True if enabled is None and budget else enabled, budget))
+            ways.append(("think", "reasoning", True if enabled is None and budget else enabled))
+            ways.append(("max_think_tokens", "reasoning.max_tokens", budget))
         if self.thinking is not None:
             on = None if self.thinking.type is None else self.thinking.type != "disabled"
-            ways.append(("thinking", on, self.thinking.budget_tokens))
+            ways.append(("think", "thinking", on))
+            ways.append(("max_think_tokens", "thinking.budget_tokens", self.thinking.budget_tokens))
         if self.chat_template_kwargs is not None:
             for name in ("enable_thinking", "thinking"):
-                ways.append((f"chat_template_kwargs.{name}", getattr(self.chat_template_kwargs, name), None))
+                ways.append(("think", f"chat_template_kwargs.{name}", getattr(self.chat_template_kwargs, name)))
         return ways
 
 
@@ -336,7 +366,6 @@ def parse(data: bytes) -> ChatBody:
     except ValidationError as error:
         raise _in_extra_body(to_invalid_request(error), extra) from error
     chat._in_extra_body = frozenset(extra)
-    _check_stream_fields(chat)
     return chat
 
 
@@ -396,17 +425,3 @@ def _in_extra_body(error: InvalidRequest, extra: Mapping[str, Any]) -> InvalidRe
     renamed = f"extra_body.{param}"
     message = error.message
     return type(error)(renamed + message[len(param) :] if message.startswith(param) else message, renamed)
-
-
-def _check_stream_fields(body: ChatBody) -> None:
-    """Refuse what only a stream can carry."""
-    if body.stream:
-        return
-    if body.stream_options is not None and body.stream_options.model_fields_set:
-        given = body.stream_options.model_dump(exclude_unset=True)
-        param = body.param("stream_options")
-        raise InvalidRequest.meaningless(param, given, "without stream", "only with stream=true")
-    partial = getattr(body, "partial_images", None)
-    if partial:
-        param = body.param("partial_images")
-        raise InvalidRequest.meaningless(param, partial, "without stream", "only with stream=true, or 0")

@@ -33,6 +33,7 @@ class HttpOptions:
     ``write_timeout_s`` to read on once the send buffer is full, and stays open for
     ``keep_alive_s`` between two requests. ``image_reply`` says where a reply has its images, unless
     the request does: ``list``, ``images``, ``both``, or ``auto`` for what the client can read.
+    One body has at most ``max_body_mib``, and all that are being received ``max_receiving_mib``.
     ``allowed_image_hosts`` are hosts and networks that images may be fetched from although their
     addresses are not public.
     """
@@ -47,6 +48,7 @@ class HttpOptions:
     write_timeout_s: int = 300
     access_log: bool = True
     max_body_mib: int = 64
+    max_receiving_mib: int = 1024
     image_reply: Literal["auto", "list", "images", "both"] = "auto"
     allowed_image_hosts: tuple[str, ...] = ()
 
@@ -143,6 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest request body (default: %(default)s)",
     )
     group.add_argument(
+        "--max-receiving-mib",
+        type=int,
+        default=defaults.max_receiving_mib,
+        metavar="MIB",
+        help="memory of all bodies being received; a request beyond it gets 429 (default: %(default)s)",
+    )
+    group.add_argument(
         "--image-reply",
         choices=("auto", "list", "images", "both"),
         default=defaults.image_reply,
@@ -172,6 +181,11 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
             raise OptionError(f"{name}={getattr(args, flag)} is not allowed; allowed: whole seconds, 1 or more")
     if args.max_body_mib < 1:
         raise OptionError(f"--max-body-mib={args.max_body_mib} is not allowed; allowed: an integer >= 1")
+    if args.max_receiving_mib < args.max_body_mib:
+        raise OptionError(
+            f"--max-receiving-mib={args.max_receiving_mib} is not allowed; "
+            f"allowed: at least --max-body-mib, {args.max_body_mib}"
+        )
     if args.ssl_keyfile and not args.ssl_certfile:
         raise OptionError("--ssl-keyfile is given without --ssl-certfile; allowed: both, or the certificate alone")
     for flag, path in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
@@ -192,6 +206,7 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
         write_timeout_s=args.timeout_write,
         access_log=args.access_log,
         max_body_mib=args.max_body_mib,
+        max_receiving_mib=args.max_receiving_mib,
         image_reply=args.image_reply,
         allowed_image_hosts=tuple(args.allow_image_host),
     )

@@ -124,6 +124,8 @@ async def chunks(
                     url = await asyncio.to_thread(data_url, response.image)
                     partial = PartialImage(event.index, event.partial_index, url)
                     yield encode(msgspec.structs.replace(base, partial_image=partial))
+            elif isinstance(event, TextEvent) and event.channel == "reasoning" and not options.include_reasoning:
+                yield KEEP_ALIVE
             else:
                 choice = 0 if isinstance(event, ImageEvent) else event.index
                 if choice not in opened:

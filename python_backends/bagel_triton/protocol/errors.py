@@ -63,11 +63,6 @@ class InvalidRequest(BagelError):
         return cls(f"{truncate(param)}={format_value(value)} is not allowed; allowed: {allowed}", param)
 
     @classmethod
-    def meaningless(cls, param: str, value: object, where: str, allowed: str) -> InvalidRequest:
-        """An error for a field that makes no sense ``where`` it stands."""
-        return cls(f"{param}={format_value(value)} has no meaning {where}; allowed: {allowed}", param)
-
-    @classmethod
     def unknown(cls, param: str, name: str, known: Iterable[str]) -> InvalidRequest:
         """An error for the unknown field ``name`` at ``param``, with the nearest of ``known`` as a suggestion."""
         allowed = list(known)

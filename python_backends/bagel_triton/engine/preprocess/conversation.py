@@ -68,40 +68,33 @@ def converse(
 ) -> Conversation:
     """The segments of ``turns``. A turn with neither words nor images adds nothing.
 
+    For text output, the last question of the user may be empty, and so may be a whole conversation.
+
     Args:
         images: the segments of each of the request's images.
         params: the name of each turn in an error.
 
     Raises:
-        InvalidRequest: a template that marks other images than its turn has, nothing to answer,
-            or no words to draw.
+        InvalidRequest: a template that marks other images than its turn has, or no words to draw.
     """
     segments: list[Segment] = []
     prompt = -1
     for number, (turn, param) in enumerate(zip(turns, params, strict=True), 1):
         is_last = number == len(turns)
         laid_out = _laid_out(turn, images, tokenizer, wanted, param, is_last)
-        if is_last and turn.role == "user":
-            _check_prompt(turn, laid_out, wanted, param)
         texts = [index for index, segment in enumerate(laid_out, len(segments)) if isinstance(segment, TextSegment)]
         segments += laid_out
         if texts and (turn.role == "user" or prompt < 0):
             prompt = texts[-1]
-    if not segments or (prompt < 0 and wanted == "image"):
-        raise InvalidRequest.value(params[-1], _text(turns[-1]), "a text that is not empty")
+    if prompt < 0 and wanted == "image":
+        beside = " beside the images" if segments else ""
+        raise InvalidRequest.value(params[-1], _text(turns[-1]), f"a text that is not empty{beside}")
+    if wanted == "text" and (not segments or (turns[-1].role == "user" and not laid_out)):
+        return Conversation((*segments, TextSegment((tokenizer.start, tokenizer.end))), len(segments), continues=False)
     last = _last_spoken(turns)
     open_ended = wanted == "text" and (last.role == "assistant" or is_template(_text(last)))
     continues = open_ended and isinstance(segments[-1], TextSegment)
     return Conversation(tuple(segments), prompt if prompt >= 0 else len(segments), continues)
-
-
-def _check_prompt(turn: Turn, laid_out: Sequence[Segment], wanted: Modality, param: str) -> None:
-    """Refuse a last message without words, but for an image that a text is to be about."""
-    has_text = any(isinstance(segment, TextSegment) for segment in laid_out)
-    if has_text or (laid_out and wanted == "text"):
-        return
-    beside = " beside the images" if laid_out else ""
-    raise InvalidRequest.value(param, _text(turn), f"a text that is not empty{beside}")
 
 
 def _laid_out(

@@ -1,4 +1,4 @@
-// One request and its reply on the page: progress, previews, thought, text, images, timings and code.
+// One request and its reply on the page: progress, previews, reasoning, text, images, timings and code.
 
 import { curl, pythonScript, task } from "./request.js";
 
@@ -28,38 +28,38 @@ async function copy(text) {
   area.remove();
 }
 
-/** The thought and the text of one choice. */
+/** The reasoning and the text of one choice. */
 class Answer {
   constructor() {
     this.text = document.createTextNode("");
-    this.thought = document.createTextNode("");
+    this.reasoning = document.createTextNode("");
     this.element = el("div", { class: "answer", hidden: true }, this.text);
     this.summary = el("summary", { textContent: "Thinking" });
-    this.details = el("details", { class: "thought", open: true, hidden: true }, this.summary, el("div", {}, this.thought));
+    this.details = el("details", { class: "reasoning", open: true, hidden: true }, this.summary, el("div", {}, this.reasoning));
   }
 
   think(piece) {
     this.began ??= performance.now();
     this.details.hidden = false;
-    this.thought.appendData(piece);
+    this.reasoning.appendData(piece);
   }
 
   say(piece) {
-    this.endThought();
+    this.endReasoning();
     this.element.hidden = false;
     this.text.appendData(piece);
   }
 
-  endThought() {
-    if (this.began === undefined || this.thoughtFor !== undefined) return;
-    this.thoughtFor = (performance.now() - this.began) / 1000;
-    this.summary.textContent = `Thought for ${seconds(this.thoughtFor)}`;
+  endReasoning() {
+    if (this.began === undefined || this.reasonedFor !== undefined) return;
+    this.reasonedFor = (performance.now() - this.began) / 1000;
+    this.summary.textContent = `Thought for ${seconds(this.reasonedFor)}`;
     this.details.open = false;
   }
 }
 
 /** The place of one image: empty, then previews, then the image. */
-class Picture {
+class ResultImage {
   constructor(ratio) {
     this.image = el("img", { alt: "", hidden: true });
     this.frame = el("div", { class: "frame pending" }, this.image);
@@ -91,7 +91,7 @@ export class Turn {
     this.model = model;
     this.on = on;
     this.answers = [];
-    this.pictures = [];
+    this.images = [];
     this.began = performance.now();
     this.announced = 0;
 
@@ -110,7 +110,7 @@ export class Turn {
       ...(request.output === "image" ? [this.progress, this.results] : [this.results, this.progress]), this.foot);
     if (request.output === "image") {
       const ratio = this.#ratio();
-      for (let index = 0; index < (request.settings.n ?? 1); index += 1) this.#picture(index, ratio);
+      for (let index = 0; index < (request.settings.n ?? 1); index += 1) this.#imageAt(index, ratio);
     }
     this.timer = setInterval(() => { this.clock.textContent = seconds(this.elapsed); }, 200);
   }
@@ -127,14 +127,14 @@ export class Turn {
 
   take(chunk) {
     if (chunk.progress) this.#advance(chunk.progress);
-    if (chunk.partial_image) this.#picture(chunk.partial_image.index).preview(chunk.partial_image.url);
+    if (chunk.partial_image) this.#imageAt(chunk.partial_image.index).preview(chunk.partial_image.url);
     for (const { delta, index, finish_reason: reason } of chunk.choices ?? []) {
       if (delta?.reasoning_content) {
         this.#answer(index).think(delta.reasoning_content);
         this.#status("Thinking");
       }
       const images = delta?.images ?? (Array.isArray(delta?.content) ? delta.content : []);
-      for (const image of images) this.#draw(image);
+      for (const part of images) this.#draw(part);
       if (typeof delta?.content === "string" && delta.content) {
         this.#answer(index).say(delta.content);
         this.#status("Writing");
@@ -149,16 +149,16 @@ export class Turn {
 
   finish() {
     this.#end();
-    this.pictures.forEach((picture, index) => this.#captionOf(picture, index));
+    this.images.forEach((image, index) => this.#captionOf(image, index));
     for (const answer of this.answers) {
       if (answer.cut && answer.text.data) {
         answer.element.after(el("p", { class: "note", textContent: "The answer was cut at its longest length." }));
       }
     }
     this.#footer();
-    const images = this.pictures.filter((picture) => picture.url).length;
+    const drawn = this.images.filter((image) => image.url).length;
     const answer = this.answers.map(({ text }) => text.data).join("\n");
-    this.on.announce(images ? `${images === 1 ? "The image is" : `${images} images are`} ready.` : answer);
+    this.on.announce(drawn ? `${drawn === 1 ? "The image is" : `${drawn} images are`} ready.` : answer);
   }
 
   stop() {
@@ -182,8 +182,8 @@ export class Turn {
   #end() {
     clearInterval(this.timer);
     this.progress.remove();
-    for (const answer of this.answers) answer.endThought();
-    for (const picture of this.pictures) if (!picture.url) picture.element.remove();
+    for (const answer of this.answers) answer.endReasoning();
+    for (const image of this.images) if (!image.url) image.element.remove();
   }
 
   #ratio() {
@@ -193,12 +193,12 @@ export class Turn {
     return input?.width ? `${input.width} / ${input.height}` : "1 / 1";
   }
 
-  #picture(index, ratio = this.#ratio()) {
-    if (!this.pictures[index]) {
-      this.pictures[index] = new Picture(ratio);
-      this.results.append(this.pictures[index].element);
+  #imageAt(index, ratio = this.#ratio()) {
+    if (!this.images[index]) {
+      this.images[index] = new ResultImage(ratio);
+      this.results.append(this.images[index].element);
     }
-    return this.pictures[index];
+    return this.images[index];
   }
 
   #answer(index) {
@@ -211,14 +211,14 @@ export class Turn {
     return this.answers[index];
   }
 
-  #draw(image) {
-    const { url } = image.image_url;
-    if (this.pictures.some((picture) => picture.url === url)) return;
-    const empty = this.pictures.findIndex((picture) => !picture.url);
-    const index = image.index ?? (empty < 0 ? this.pictures.length : empty);
-    const picture = this.#picture(index);
-    picture.seed = image.seed;
-    picture.show(url, `Result: ${this.request.prompt}`);
+  #draw(part) {
+    const { url } = part.image_url;
+    if (this.images.some((image) => image.url === url)) return;
+    const empty = this.images.findIndex((image) => !image.url);
+    const index = part.index ?? (empty < 0 ? this.images.length : empty);
+    const image = this.#imageAt(index);
+    image.seed = part.seed;
+    image.show(url, `Result: ${this.request.prompt}`);
   }
 
   #status(text) {
@@ -231,7 +231,7 @@ export class Turn {
       this.bar.removeAttribute("value");
       return;
     }
-    for (const answer of this.answers) answer.endThought();
+    for (const answer of this.answers) answer.endReasoning();
     this.bar.max = steps;
     this.bar.value = step;
     this.#status(`${STAGES[stage] ?? stage}, step ${step} of ${steps}`);
@@ -242,18 +242,18 @@ export class Turn {
     }
   }
 
-  #captionOf(picture, index) {
-    if (!picture.url) return;
-    const seed = picture.seed ?? (this.seed === undefined || this.seed === null ? null : this.seed + index);
+  #captionOf(shown, index) {
+    if (!shown.url) return;
+    const seed = shown.seed ?? (this.seed === undefined || this.seed === null ? null : this.seed + index);
     const name = `bagel-${seed ?? index + 1}.png`;
-    const { image, url } = picture;
+    const { image, url } = shown;
     const size = el("span");
     image.decode().then(() => {
       size.textContent = `${image.naturalWidth} × ${image.naturalHeight}`;
-      picture.element.style.maxWidth = `${Math.max(image.naturalWidth, 512)}px`;
+      shown.element.style.maxWidth = `${Math.max(image.naturalWidth, 512)}px`;
     }, () => {});
     const edit = () => this.on.edit({ name, url, width: image.naturalWidth, height: image.naturalHeight });
-    picture.caption.replaceChildren(
+    shown.caption.replaceChildren(
       el("span", { class: "facts" }, size,
         seed === null ? null : el("button", {
           type: "button", class: "link", textContent: `seed ${seed}`, title: "Use this seed again",
