@@ -7,7 +7,7 @@ usage() {
     cat <<EOF
 usage: build/run_server.sh [CHECKPOINT] [options of bagel-triton serve]
 
-CHECKPOINT is a folder, or a repository in the local Hugging Face cache. These variables are defaults:
+CHECKPOINT is a folder, or a repository of the Hugging Face hub. These variables are defaults:
   MODEL          CHECKPOINT (ByteDance-Seed/BAGEL-7B-MoT)
   PORT           port of the OpenAI API (8091)
   DEPLOY_CONFIG  a deploy YAML, or the name of a preset (bagel)

@@ -26,7 +26,7 @@ from bagel_triton.protocol.errors import BagelError, InvalidRequest
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.serving import CommandError
-from bagel_triton.serving.arguments import add_deploy_config, deploy_file
+from bagel_triton.serving.arguments import add_deploy_config, add_revision, checkpoint, deploy_file
 
 # Heavy modules are imported after the arguments are checked: --help must not wait for torch.
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def print_error(message: str) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="end2end.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", default=HUB_NAME, help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("--model", default=HUB_NAME, help="folder, or name at the Hugging Face hub (%(default)s)")
+    add_revision(parser)
     parser.add_argument("--modality", default="text2img", choices=OUTPUT_OF, help="default: %(default)s")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="PROMPT")
@@ -144,11 +145,6 @@ def common_request(args: argparse.Namespace) -> GenerationRequest:
 
 
 def configuration(args: argparse.Namespace) -> DeployConfig:
-    if not Path(args.model).is_dir():
-        raise CommandError(
-            f"--model {args.model} is not a folder; download the checkpoint first, "
-            f"for example: hf download {HUB_NAME} --local-dir {HUB_NAME}"
-        )
     from bagel_triton.deploy import yaml as deploy_yaml
     from bagel_triton.deploy.config import DeployConfig
 
@@ -159,7 +155,8 @@ def configuration(args: argparse.Namespace) -> DeployConfig:
             f"--deploy-config {args.deploy_config} puts stages on other hosts; this script runs in one process"
         )
     given = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name) is not None}
-    return msgspec.structs.replace(config, **given)
+    # Last, as it may be a download.
+    return msgspec.structs.replace(config, checkpoint=str(checkpoint(args.model, args.revision)), **given)
 
 
 def option_of(param: str) -> str:

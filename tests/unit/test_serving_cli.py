@@ -232,3 +232,4 @@ def test_model_names_begin_with_the_folders_and_have_no_duplicates():
     cached = "/cache/models--ByteDance-Seed--BAGEL-7B-MoT/snapshots/c1a2b3"
     assert names(cached, None) == names("/models/BAGEL-7B-MoT", None)
     assert names("/models/BAGEL-7B-MoT", None) == ("BAGEL-7B-MoT", "bagel", "ByteDance-Seed/BAGEL-7B-MoT")
+    assert names("/cache/models--me--mine/snapshots/c1a2b3", None) == ("mine", *ALIASES, "me/mine")

@@ -27,28 +27,38 @@ REPLACED_FLAGS = {
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Declare the positional argument CHECKPOINT, for :func:`checkpoint`."""
+    """Declare the positional argument CHECKPOINT and ``--revision``, for :func:`checkpoint`."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder of the checkpoint, or its name in the local Hugging Face cache (ByteDance-Seed/BAGEL-7B-MoT)",
+        help="folder of the checkpoint, or its name at the Hugging Face hub (ByteDance-Seed/BAGEL-7B-MoT): taken from "
+        "the cache, or downloaded to it",
     )
+    add_revision(parser)
 
 
-def checkpoint(given: str) -> Path:
-    """The folder that ``given`` names, with every file of a checkpoint.
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--revision``, for :func:`checkpoint`."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub's checkpoint (default: main)")
+
+
+def checkpoint(given: str, revision: str | None = None) -> Path:
+    """The folder that ``given`` names, with every file of a checkpoint, downloaded where it has to be.
 
     Raises:
         CommandError: says what is wrong and how to get the checkpoint.
     """
     from bagel_triton.model.config import CheckpointError
-    from bagel_triton.weights.folder import check_folder, find_checkpoint
+    from bagel_triton.weights.folder import check_folder
+    from bagel_triton.weights.hub import find_checkpoint
 
     try:
-        folder = find_checkpoint(given)
+        folder = find_checkpoint(given, revision)
         check_folder(folder)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
+    except OSError as error:  # such as a folder that this user may not read
+        raise CommandError(f"checkpoint {given}: {error.filename}: {error.strerror}") from error
     return folder
 
 

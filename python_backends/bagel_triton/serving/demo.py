@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
         CommandError: an argument is not allowed, or the server did not stop as it should.
     """
     signal.signal(signal.SIGTERM, _exit)  # so that the server is stopped then too
-    checkpoint = arguments.checkpoint(args.checkpoint)
-    _check_image(args, checkpoint)
     _check_output(args.output)
+    checkpoint = arguments.checkpoint(args.checkpoint, args.revision)
+    _check_image(args, checkpoint)
     command = [sys.executable, str(source_file("client/openai_chat_client.py"))]
     for option in ("prompt", "output", "height", "width", "steps", "seed"):
         command += [f"--{option}", str(getattr(args, option))]

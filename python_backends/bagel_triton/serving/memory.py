@@ -50,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the checkpoint or an argument is wrong, or the device does not answer.
     """
+    folder = arguments.checkpoint(args.checkpoint, args.revision)
+
     from bagel_triton.serving import memory_plan as memory
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
-        folder = arguments.checkpoint(args.checkpoint)
         config = _configuration(args, folder)
         placement, here = _placement(config)
         checkpoint = Checkpoint(folder)

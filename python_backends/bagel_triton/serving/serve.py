@@ -41,6 +41,7 @@ class ServeOptions:
     """The command's arguments; port 0 means any free one."""
 
     checkpoint: str
+    revision: str | None
     host: str
     port: int
     triton_http_port: int
@@ -60,9 +61,10 @@ class ServeOptions:
 
     def model_names(self, checkpoint: Path) -> tuple[str, ...]:
         """The names that requests may use, the one that replies carry first."""
-        from bagel_triton.weights.folder import checkpoint_name
+        from bagel_triton.weights.hub import checkpoint_name, repository_name
 
-        return tuple(dict.fromkeys((self.served_model_name or checkpoint_name(checkpoint), *ALIASES)))
+        own, repository = self.served_model_name or checkpoint_name(checkpoint), repository_name(checkpoint)
+        return tuple(dict.fromkeys((own, *ALIASES, *([] if repository is None else [repository]))))
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,10 @@ def options(args: argparse.Namespace) -> ServeOptions:
 async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     for name in PORTS:
         machine.check_port(f"--{name.replace('_', '-')}", getattr(options, name))
-    checkpoint = arguments.checkpoint(options.checkpoint)
     repository = _model_repository(options)
-    config = _configuration(options, checkpoint)
+    config = _configuration(options)  # before a download, which takes long
+    checkpoint = arguments.checkpoint(options.checkpoint, options.revision)
+    config = msgspec.structs.replace(config, checkpoint=str(checkpoint.resolve()))
     with _addresses(options, config) as addresses, machine.run_directory() as directory:
         placement = _placement(config)
         connector = _connector(config, placement)
@@ -224,17 +227,17 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             )
 
 
-def _configuration(options: ServeOptions, checkpoint: Path) -> DeployConfig:
+def _configuration(options: ServeOptions) -> DeployConfig:
     """The deploy YAML's configuration, or the default one; the command line's options come before the file's."""
     try:
         path = arguments.deploy_file(options.deploy_config)
-        folder = str(checkpoint.resolve())
-        config = DeployConfig(folder) if path is None else deploy_yaml.load(path, folder)
+        given = options.checkpoint
+        config = DeployConfig(given) if path is None else deploy_yaml.load(path, given)
         config = hosts.on_this_host(config, options.stage_id, options.host_address, options.headless)
     except ConfigError as error:
         raise CommandError(str(error)) from error
-    given = {"device": options.device, "dtype": options.dtype}
-    return msgspec.structs.replace(config, **{name: value for name, value in given.items() if value is not None})
+    placed = {"device": options.device, "dtype": options.dtype}
+    return msgspec.structs.replace(config, **{name: value for name, value in placed.items() if value is not None})
 
 
 @contextlib.contextmanager

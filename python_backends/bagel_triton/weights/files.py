@@ -17,7 +17,7 @@ import safetensors
 from safetensors import SafetensorError
 
 from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
-from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, WEIGHTS_FILE, check_folder
+from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, WEIGHTS_FILE, check_folder, index_files
 
 # The request planner imports this module, and starts sooner and smaller without torch.
 if TYPE_CHECKING:
@@ -167,12 +167,8 @@ def _layers(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX_FILE
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+    if (directory / INDEX_FILE).is_file():
+        files = [directory / name for name in index_files(directory / INDEX_FILE)]
         # An index that names shards of another download does not hide the single file.
         if all(path.is_file() for path in files) or not (directory / WEIGHTS_FILE).is_file():
             return files
@@ -186,7 +182,7 @@ def _fields(path: Path) -> Fields:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is not a JSON object")
