@@ -82,7 +82,7 @@ def _state(server: Server) -> dict[str, Any]:
     return {"files": shared_files(server), "processes": {stage: len(stage_pids(server, stage)) for stage in STAGES}}
 
 
-@pytest.mark.parametrize("stage", ["dit", "thinker", "bagel"])
+@pytest.mark.parametrize("stage", ["dit", pytest.param("thinker", marks=pytest.mark.long), "bagel"])
 def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, image: np.ndarray, stage: str) -> None:
     before = _state(own_server)
     load = Load(own_server, AT[stage], CLIENT_S)
@@ -102,6 +102,7 @@ def test_requests_at_a_killed_stage_fail_at_once(own_server: Server, image: np.n
     _check_recovery(own_server, killed, before, image)
 
 
+@pytest.mark.long
 def test_killed_stages_leave_no_threads_in_bagel(own_server: Server, image: np.ndarray) -> None:
     def threads() -> int:
         [bagel] = stage_pids(own_server, "bagel")
@@ -119,9 +120,8 @@ def test_killed_stages_leave_no_threads_in_bagel(own_server: Server, image: np.n
     assert same_image(own_server.images(REFERENCE)[0], image)
 
 
-@pytest.mark.parametrize(
-    "stage", [stage if stage == "dit" else pytest.param(stage, marks=pytest.mark.long) for stage in STAGES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_killed_while_idle_comes_back(own_server: Server, image: np.ndarray, stage: str) -> None:
     before = _state(own_server)
     killed = kill(own_server, stage)

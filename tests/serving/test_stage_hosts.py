@@ -104,13 +104,17 @@ def test_a_client_that_leaves_stops_the_work_there(hosts: Hosts) -> None:
 
 
 def test_a_stage_process_that_is_killed_there_fails_its_requests_and_comes_back(hosts: Hosts) -> None:
+    reloads = 'bagel_stage_reloads_total{stage="dit"}'
+    before = scrape(hosts.remote)[reloads]
     load = Load(hosts.local, [LONG], CLIENT_S)
     until_gauge(hosts.remote, "bagel_dit_active", 1)
     kill(hosts.remote, "dit")
     _check_refused(load)
     _check_back(hosts)
+    told(hosts.remote, {reloads: before + 1})
 
 
+@pytest.mark.long
 def test_reloads_there_are_counted_there_and_each_once(hosts: Hosts) -> None:
     counts = {f'bagel_stage_reloads_total{{stage="{stage}"}}': stage for stage in ("dit", "vae_decode")}
     before = scrape(hosts.remote)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,9 @@ TEXT: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with collecting() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def traced(checkpoint_dir: Path, collector: Collector) -> Iterator[Server]:
+def traced(observed: Server) -> Server:
     """A server that sends its spans to ``collector`` at once."""
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    with Server(checkpoint_dir, environment=environment) as running:
-        yield running
+    return observed
 
 
 def _ids() -> tuple[str, str]:

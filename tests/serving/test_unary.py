@@ -127,6 +127,7 @@ def test_perf_analyzer_measures_whole_images(
     assert server.gauge("bagel_images_total") >= images + 10
 
 
+@pytest.mark.long
 def test_a_server_without_grpc_serves_over_http(checkpoint_dir: Path, tmp_path: Path, server: Server) -> None:
     wanted = server.images(image_body(EIGHT[1], seed=5))[0]
     models = BAGEL.models

@@ -35,9 +35,10 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv
 
 
-def test_it_serves_an_image(bare: Path, tmp_path: Path) -> None:
+def test_it_serves_an_image_and_shows_how_long_each_stage_took(bare: Path, tmp_path: Path) -> None:
     command = [str(bare / "bin" / "bagel-triton"), "demo", str(CHECKPOINT), "--output", "cat.png", "--steps", "3"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["TMPDIR"] = str(tmp_path)
     run = subprocess.run(
         [*command, "--height", "64", "--width", "48"],
         cwd=tmp_path,
@@ -50,6 +51,10 @@ def test_it_serves_an_image(bare: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     with Image.open(tmp_path / "cat.png") as image:
         assert image.size == (48, 64)
+    assert f"image: {tmp_path / 'cat.png'}" in run.stdout
+    for stage in ("cfg_expand", "thinker", "dit", "vae_decode"):
+        assert any(line.startswith(stage) and " s" in line for line in run.stdout.splitlines()), stage
+    assert list(tmp_path.glob("bagel_triton_*")) == []
 
 
 def test_it_has_its_own_presets_and_models(bare: Path) -> None:
