@@ -1,4 +1,4 @@
-"""A wheel serves by itself: in an environment that has it and its dependencies, far from the source tree."""
+"""A wheel serves by itself, with its demo: in an environment that has it and its dependencies, far from the source."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv
 
 
-def test_it_serves_an_image_and_shows_how_long_each_stage_took(bare: Path, tmp_path: Path) -> None:
-    command = [str(bare / "bin" / "bagel-triton"), "demo", str(CHECKPOINT), "--output", "cat.png", "--steps", "3"]
+def test_its_demo_shows_every_task_with_timings_and_leaves_a_contact_sheet(bare: Path, tmp_path: Path) -> None:
+    command = [str(bare / "bin" / "bagel-triton"), "demo", str(CHECKPOINT), "--output", "sheet.png", "--steps", "3"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["TMPDIR"] = str(tmp_path)
     run = subprocess.run(
@@ -49,9 +49,11 @@ def test_it_serves_an_image_and_shows_how_long_each_stage_took(bare: Path, tmp_p
         timeout=180,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    with Image.open(tmp_path / "cat.png") as image:
-        assert image.size == (48, 64)
-    assert f"image: {tmp_path / 'cat.png'}" in run.stdout
+    assert f"contact sheet: {tmp_path / 'sheet.png'}" in run.stdout
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width > 3 * 256
+    assert run.stdout.count("48x64 pixels") == 3
+    assert run.stdout.count("total ") == 5
     for stage in ("cfg_expand", "thinker", "dit", "vae_decode"):
         assert any(line.startswith(stage) and " s" in line for line in run.stdout.splitlines()), stage
     assert list(tmp_path.glob("bagel_triton_*")) == []
