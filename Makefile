@@ -4,8 +4,9 @@ CHECKPOINT ?= $(TINY)
 SERVE_ARGS ?=
 
 BENCH_ARGS ?=
+TRAIN_ARGS ?=
 
-.PHONY: setup demo serve test test-all bench lint wheel
+.PHONY: setup demo serve test test-all bench lint wheel train-tiny
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -29,6 +30,9 @@ test-all: setup ## those that take minutes, too: every case between two hosts, e
 
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
 	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bench $(BENCH_ARGS)
+
+train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cores in an hour and a half
+	OMP_NUM_THREADS=1 $(BIN)/python -m build.tiny_bagel.train .cache/tiny_bagel $(TRAIN_ARGS)
 
 lint: setup ## style, types, and which room may import which
 	$(BIN)/ruff check

@@ -56,6 +56,24 @@ def test_a_stale_latent_size_is_not_believed(other_checkpoint: Path) -> None:
     assert inspect(other_checkpoint).latent.max_side == 20 * 16
 
 
+def test_a_checkpoint_says_which_sizes_of_images_it_was_trained_on(broken: Path) -> None:
+    published = inspect(broken)
+    assert published.vae_resize.size(64, 64) == (512, 512)
+    assert published.vit_resize.size(512, 512) == (518, 518)
+    bounds = {"min_image_size": 64, "max_image_size": 96}
+    _edit_json(broken / "config.json", lambda fields: fields.update(vae_image_transform=bounds))
+    config = inspect(broken)
+    assert config.vae_resize.size(640, 320) == (96, 48)
+    assert config.vit_resize == published.vit_resize
+
+
+@pytest.mark.parametrize("bounds", [{"min_image_size": 96, "max_image_size": 64}, {"min_image_size": 64}, "64"])
+def test_wrong_sizes_of_images_are_refused_by_name(broken: Path, bounds: object) -> None:
+    _edit_json(broken / "config.json", lambda fields: fields.update(vit_image_transform=bounds))
+    with pytest.raises(CheckpointError, match=r"vit_image_transform|max_image_size"):
+        inspect(broken)
+
+
 def test_weights_come_out_as_they_are_stored(checkpoint_dir: Path) -> None:
     stored = load_file(checkpoint_dir / "ema.safetensors")
     loaded = Checkpoint(checkpoint_dir).load_bagel(CPU, torch.float32)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bagel_triton.model.image import VAE_RULE, VIT_RULE, ResizeRule
 from bagel_triton.protocol.messages import LATENT_STRIDE
 
 
@@ -194,10 +195,32 @@ class VitConfig:
         )
 
 
+def read_resize_rule(fields: Fields, name: str, published: ResizeRule) -> ResizeRule:
+    """The bounds of an image's sides, from an optional section ``name`` of ``config.json``.
+
+    The published file has none: its model was trained with the ``published`` bounds.
+    """
+    if not fields.has(name):
+        return published
+    section = fields.section(name)
+    rule = ResizeRule(published.stride, section.integer("max_image_size"), section.integer("min_image_size"))
+    if not published.stride <= rule.shortest <= rule.longest:
+        raise CheckpointError(
+            f"{section.file}: min_image_size={rule.shortest} is not allowed; allowed: an integer from "
+            f"{published.stride} to max_image_size={rule.longest}"
+        )
+    return rule
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The geometry of a checkpoint without its autoencoder."""
+    """The geometry of a checkpoint without its autoencoder.
+
+    ``vae_resize`` and ``vit_resize`` bound the sides of images that come in.
+    """
 
     language: LanguageConfig
     latent: LatentConfig
     vit: VitConfig
+    vae_resize: ResizeRule = VAE_RULE
+    vit_resize: ResizeRule = VIT_RULE

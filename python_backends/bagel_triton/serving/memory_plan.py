@@ -23,7 +23,6 @@ from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
 from bagel_triton.model.cpu.row_stable import CACHED
 from bagel_triton.model.device import Placement
-from bagel_triton.model.image import VAE_RULE, VIT_RULE
 from bagel_triton.protocol.events import Stage
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -113,7 +112,7 @@ def plan(
     past = sum(context_tokens(model, height, width))
     decoded = 1 if placement.torch_device.type == "cpu" else config.vae_decode.max_batch_size
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
-    condition_width, condition_height = VAE_RULE.size(width, height)
+    condition_width, condition_height = model.vae_resize.size(width, height)
     stages: tuple[StageMemory, ...] = (
         StageMemory(
             "thinker",
@@ -170,8 +169,8 @@ def latent_tokens(config: ModelConfig, height: int, width: int) -> int:
 
 def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:
     """Tokens of the contexts ``gen``, ``cfg_text`` and ``cfg_img`` of editing an image with a long prompt."""
-    resized_width, resized_height = VAE_RULE.size(width, height)
-    seen_width, seen_height = VIT_RULE.size(resized_width, resized_height)
+    resized_width, resized_height = config.vae_resize.size(width, height)
+    seen_width, seen_height = config.vit_resize.size(resized_width, resized_height)
     image = latent_tokens(config, resized_height, resized_width)
     image += segment_tokens(VitSegment(seen_height, seen_width, bytes(seen_height * seen_width * 3)), config)
     return image + PROMPT_TOKENS, image, PROMPT_TOKENS

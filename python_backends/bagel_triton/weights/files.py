@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Self
 import safetensors
 from safetensors import SafetensorError
 
-from bagel_triton.model.config import CheckpointError, Fields, LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.model.config import (
+    CheckpointError,
+    Fields,
+    LanguageConfig,
+    LatentConfig,
+    ModelConfig,
+    VitConfig,
+    read_resize_rule,
+)
+from bagel_triton.model.image import VAE_RULE, VIT_RULE
 from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, WEIGHTS_FILE, check_folder, index_files
 
 # The request planner imports this module, and starts sooner and smaller without torch.
@@ -155,6 +164,8 @@ class CheckpointFiles:
             language=LanguageConfig.read(_fields(self.directory / "llm_config.json")),
             latent=LatentConfig.read(model, shapes["latent_pos_embed.pos_embed"][0]),
             vit=VitConfig.read(vit, model, _layers(VIT_LAYER, shapes)),
+            vae_resize=read_resize_rule(model, "vae_image_transform", VAE_RULE),
+            vit_resize=read_resize_rule(model, "vit_image_transform", VIT_RULE),
         )
         held, said = _layers(LANGUAGE_LAYER, shapes), self.config.language.num_layers
         if held > said:

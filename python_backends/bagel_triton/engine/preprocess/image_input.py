@@ -212,7 +212,11 @@ def _with_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Imag
 
 
 def image_segments(
-    encoded: Sequence[bytes], wanted: Modality, max_side: int
+    encoded: Sequence[bytes],
+    wanted: Modality,
+    max_side: int,
+    vae_resize: ResizeRule = VAE_RULE,
+    vit_resize: ResizeRule = VIT_RULE,
 ) -> tuple[list[tuple[Segment, ...]], tuple[int, int] | None]:
     """Each image's segments, and the last one's (height, width) as an output size.
 
@@ -227,8 +231,8 @@ def image_segments(
     segments: list[tuple[Segment, ...]] = []
     size = None
     for index, data in enumerate(encoded):
-        vae = open_image(data, f"image[{index}]", VAE_RULE)
-        vit = VIT_RULE.apply(vae)
+        vae = open_image(data, f"image[{index}]", vae_resize)
+        vit = vit_resize.apply(vae)
         understood = VitSegment(vit.height, vit.width, to_bytes(vit))
         if wanted == "text":
             segments.append((understood,))

@@ -75,7 +75,10 @@ class RequestPlanner:
         request = msgspec.structs.replace(request, think=think, seed=resolve_seed(request))
         wanted = resolve_modality(request)
         check_text_size(request)
-        images, size = image_segments(request.image or (), wanted, self._config.latent.max_side)
+        config = self._config
+        images, size = image_segments(
+            request.image or (), wanted, config.latent.max_side, config.vae_resize, config.vit_resize
+        )
         turns = turns_of(request, len(images))
         plain = request.prompt is not None
         names = ["prompt"] if plain else [f"messages[{index}].content" for index in range(len(turns))]

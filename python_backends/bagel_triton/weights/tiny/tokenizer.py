@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -37,11 +38,14 @@ The train crosses a stone bridge over the valley, and white steam drifts behind 
 """
 
 
-def write(directory: Path, vocab_size: int) -> dict[str, int]:
+def write(
+    directory: Path, vocab_size: int, texts: Iterable[str] = tuple(TEXT.splitlines(keepends=True))
+) -> dict[str, int]:
     """Train the tokenizer and write its files into ``directory``.
 
     Args:
         vocab_size: rows of the model's embedding; some of them stay without a token.
+        texts: what it is trained on.
 
     Returns:
         Ids of the special tokens.
@@ -55,7 +59,7 @@ def write(directory: Path, vocab_size: int) -> dict[str, int]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.model.save(str(directory))
     # The short text may run out of pairs to merge, so the first free id is the trained size, not the requested one.
     first = tokenizer.get_vocab_size()

@@ -1,0 +1,238 @@
+"""``python -m build.tiny_bagel.train FOLDER``: trains the autoencoder, then the transformer, on CPU cores.
+
+The learning rates follow the share of the wall-clock time that is over, so a slower machine makes
+fewer steps in the same time. ``FOLDER`` then holds ``checkpoint/`` in the published layout, the
+losses as CSV files and a PNG. A run that was interrupted goes on from its last saved state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import pickle
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bagel_triton.model.autoencoder import Autoencoder
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.tokenizer import Tokenizer
+from build.tiny_bagel import autoencoder as ae
+from build.tiny_bagel import checkpoint, data, forward, parallel, sheet
+from build.tiny_bagel.world import CENTERS, PLACES, SIDE, Pixels, Scene, random_scene, render
+
+PICTURES, EDITS = 5_000, 1_500
+"""Encoded images and pairs of them, of each process."""
+LEARNING_RATE = 2e-3
+WARM_UP = 0.015
+"""Share of the time."""
+TEXT_WEIGHT = 0.3
+TIME_SHIFT = 3.0
+"""As inference's default: the noisy times, at which a drawing's composition is decided, are more frequent."""
+AVERAGING = 0.998
+SAVE_EVERY_S = 120.0
+BUFFER = 6_000_000
+
+Report = Callable[[float, int, dict[str, float]], None]
+
+
+class Progress:
+    """The progress bar and the CSV file of a run; does nothing but in the first process."""
+
+    def __init__(self, path: Path, title: str, shown: bool) -> None:
+        self._bar = tqdm(
+            total=100, desc=title, unit="%", disable=not shown, bar_format="{l_bar}{bar}| {elapsed}{postfix}"
+        )
+        self._file = path.open("a", newline="") if shown else None
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def __call__(self, share: float, step: int, values: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        if self._count == 25:
+            means = {name: value / self._count for name, value in self._sums.items()}
+            csv.writer(self._file).writerow([step, f"{share:.4f}", *(f"{value:.6g}" for value in means.values())])
+            self._file.flush()
+            self._bar.n = round(100 * share, 1)
+            self._bar.set_postfix(step=step, **{name: f"{value:.4g}" for name, value in means.items()})
+            self._sums, self._count = {}, 0
+
+
+def train_autoencoder(
+    ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, decoder_only: bool = False
+) -> None:
+    """Train the autoencoder and write ``autoencoder.pt``; or train on the decoder of the one that is there.
+
+    The latents are fixed by the encoder, which is good early. The decoder takes most of the work.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(1000 * seed + 10 * decoder_only + ranks.rank)
+
+    def image(side: int) -> Pixels:
+        scene = random_scene(rng)
+        row, column = divmod(PLACES.index(rng.choice(scene.things).place), 3)
+        top, left = (min(max(CENTERS[at] - side // 2 + rng.randint(-8, 8), 0), SIDE - side) for at in (row, column))
+        return render(scene)[top : top + side, left : left + side]
+
+    def images(count: int, side: int) -> Pixels:
+        return np.stack([image(side) for _ in range(count)])
+
+    model = load_autoencoder(folder).requires_grad_(True) if decoder_only else ae.new()
+    torch.manual_seed(1000 * seed + 10 * decoder_only + ranks.rank)
+    name = "decoder" if decoder_only else "autoencoder"
+    report = Progress(folder / f"{name}.csv", name, ranks.rank == 0)
+    steps = ae.train(model, images, minutes, report, ranks, decoder_only)
+    if ranks.rank == 0:
+        if not decoder_only:
+            ae.normalise(model, ae.as_input(images(256, SIDE)))
+        _save(folder / "autoencoder.pt", {"model": model.state_dict(), "steps": steps, "finished": decoder_only})
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """The autoencoder of ``autoencoder.pt``."""
+    model = ae.new()
+    model.load_state_dict(torch.load(folder / "autoencoder.pt")["model"])
+    return model.eval().requires_grad_(False)
+
+
+def encode(model: Autoencoder, scenes: list[Scene], shown: bool = False) -> NDArray[np.float32]:
+    """Normalised latents of scenes, [scenes, channels, h, w]."""
+    parts = []
+    for first in tqdm(range(0, len(scenes), 64), desc="latents", disable=not shown):
+        pixels = np.stack([render(scene) for scene in scenes[first : first + 64]])
+        images = ae.as_input(pixels).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            parts.append(ae.means(model, images).contiguous().numpy())
+    return np.concatenate(parts)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _pools(path: Path, autoencoder: Autoencoder, seed: int, shown: bool) -> data.Pools:
+    """The encoded images of one process, from ``path`` where an interrupted run left them."""
+    if not path.exists():
+        made = data.make_pools(random.Random(seed), PICTURES, EDITS, lambda scenes: encode(autoencoder, scenes, shown))
+        path.write_bytes(pickle.dumps(made))
+    pools = pickle.loads(path.read_bytes())
+    assert isinstance(pools, data.Pools)
+    return pools
+
+
+def _rate(share: float) -> float:
+    if share < WARM_UP:
+        return LEARNING_RATE * share / WARM_UP
+    return LEARNING_RATE * max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _optimizer(model: Bagel) -> torch.optim.AdamW:
+    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
+    chosen = {id(value) for value in matrices}
+    rest = [value for value in model.parameters() if id(value) not in chosen]
+    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+
+
+def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int) -> None:
+    """Train the transformer; write ``model.pt`` while at it."""
+    first = ranks.rank == 0
+    autoencoder = load_autoencoder(folder)
+    tokenizer = Tokenizer(folder / "tokenizer", checkpoint.VOCABULARY)
+    pools = _pools(folder / f"pools-{ranks.rank}.pickle", autoencoder, 1000 * seed + ranks.rank, first)
+    torch.manual_seed(seed)
+    model = checkpoint.new()
+    averaged = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = _optimizer(model)
+    step, before = 0, 0.0
+    if (folder / "model.pt").exists():
+        saved = torch.load(folder / "model.pt")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        averaged, step, before = saved["averaged"], saved["step"], saved["seconds"]
+    draws = 1_000_000 * seed + 100 * step + ranks.rank
+    sampler = data.Sampler(pools, tokenizer, draws)
+    collate = forward.Collator(tokenizer, ae.deviation(autoencoder).numpy(), TIME_SHIFT, draws)
+    report = Progress(folder / "model.csv", "model", first)
+    began = saved_at = time.monotonic()
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    share = before / (60 * minutes)
+    while share < 1:
+        rate = _rate(share)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = collate(sampler.batch())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            flow, text = forward.losses(model, batch)
+        optimizer.zero_grad(set_to_none=True)
+        (flow + TEXT_WEIGHT * text).backward()
+        now = time.monotonic()
+        clock = (before + now - began) / (60 * minutes)
+        share, *shown = ranks.average(model.parameters(), [clock, flow.item(), text.item()])
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        _average(averaged, model, min(AVERAGING, step / (step + 20)))
+        report(share, step, {"flow": shown[0], "text": shown[1], "rate": rate})
+        if first and (now - saved_at > SAVE_EVERY_S or share >= 1):
+            saved_at = now
+            state = {"model": model.state_dict(), "averaged": averaged, "optimizer": optimizer.state_dict()}
+            _save(folder / "model.pt", {**state, "step": step, "seconds": before + now - began})
+
+
+@torch.no_grad()
+def _average(averaged: dict[str, Tensor], model: Bagel, decay: float) -> None:
+    values = dict(model.named_parameters())
+    torch._foreach_lerp_(list(averaged.values()), [values[name] for name in averaged], 1 - decay)
+
+
+def export(folder: Path) -> None:
+    """Write ``checkpoint/`` from the averaged weights of ``model.pt``."""
+    model = checkpoint.new()
+    model.load_state_dict(torch.load(folder / "model.pt")["averaged"])
+    checkpoint.write(folder / "checkpoint", model, load_autoencoder(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--autoencoder-minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=64, help="of the transformer (default: %(default)s)")
+    parser.add_argument("--decoder-minutes", type=float, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    args = parser.parse_args()
+    (args.folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    checkpoint.write_tokenizer(args.folder / "tokenizer")
+    trained = args.folder / "autoencoder.pt"
+    if not trained.exists():
+        parallel.run(args.processes, BUFFER, train_autoencoder, args.folder, args.autoencoder_minutes, args.seed)
+    parallel.run(args.processes, BUFFER, train_model, args.folder, args.minutes, args.seed)
+    if not torch.load(trained)["finished"]:
+        parallel.run(args.processes, BUFFER, train_autoencoder, args.folder, args.decoder_minutes, args.seed, True)
+    export(args.folder)
+    for losses in args.folder.glob("*.csv"):
+        if losses.stat().st_size:
+            sheet.curves(losses).save(losses.with_suffix(".png"))
+    sheet.draw(args.folder / "checkpoint").save(args.folder / "sheet.png")
+    print(f"wrote {args.folder / 'checkpoint'}")
+
+
+if __name__ == "__main__":
+    main()
