@@ -6,7 +6,7 @@ SERVE_ARGS ?=
 BENCH_ARGS ?=
 TRAIN_ARGS ?=
 
-.PHONY: setup demo serve test test-all bench lint wheel train-tiny
+.PHONY: setup demo serve test test-all bench rehearsal lint wheel train-tiny
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh

@@ -89,15 +89,19 @@ def measure(
 
 def random_models(config: ModelConfig, widths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Models:
     """Networks of ``config`` with random weights, made on ``device``; an autoencoder of ``widths`` in float32."""
+    with torch.device("meta"):
+        bagel, autoencoder = Bagel(config).to(dtype), Autoencoder(autoencoder_shapes(config, widths))
+    return Models(config, _drawn(bagel, device), _drawn(autoencoder, device))
+
+
+def autoencoder_shapes(config: ModelConfig, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that an autoencoder's widths are read from."""
     shapes: dict[str, tuple[int, ...]] = {
         f"decoder.up.{level}.block.0.conv1.weight": (width,) for level, width in enumerate(widths)
     }
     shapes |= {f"decoder.up.0.block.{block}.conv1.weight": (widths[0],) for block in range(3)}
     shapes |= {f"encoder.down.0.block.{block}.conv1.weight": (widths[0],) for block in range(2)}
-    shapes |= {"decoder.conv_out.weight": (3,), "decoder.conv_in.weight": (widths[-1], config.latent.channels)}
-    with torch.device("meta"):
-        bagel, autoencoder = Bagel(config).to(dtype), Autoencoder(shapes)
-    return Models(config, _drawn(bagel, device), _drawn(autoencoder, device))
+    return shapes | {"decoder.conv_out.weight": (3,), "decoder.conv_in.weight": (widths[-1], config.latent.channels)}
 
 
 def _drawn(module: Module, device: torch.device) -> Module:

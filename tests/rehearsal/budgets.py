@@ -1,0 +1,72 @@
+"""The rehearsed steps, and how many kernels and waits each may take; prints what they would take on two GPUs.
+
+``python -m tests.rehearsal.budgets`` prints the table of docs/benchmarks.md. Its times are calculated, not measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.rehearsal.fake_gpu import Tally
+from tests.rehearsal.scenes import Stage, at_full_depth, decode_of, edit, image, step_of
+
+# Rates a kernel reaches, not the data sheet's: products and flash-2 attention in bfloat16, and memory.
+PRODUCTS, ATTENTION = 650e12, 330e12
+BANDWIDTH = {"H100": 2.8e12, "H200": 4.0e12}
+BETWEEN_KERNELS_S = 1e-6
+LAUNCH_S = 12e-6  # of Python, torch and the driver
+WAIT_S = 20e-6  # from the end of a kernel to the next launch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A step, and the most kernels and waits that it may take."""
+
+    name: str
+    scene: Callable[[Stage], Tally]
+    kernels: int
+    waits: int
+    cheap: bool = False  # it is rehearsed by every run of the tests
+
+
+BUDGETS = (
+    Budget("guided step, 512", lambda stage: step_of(stage, image(512)), 1850, 1, cheap=True),
+    Budget("guided step, 1024", lambda stage: step_of(stage, image(1024)), 1850, 1),
+    Budget("guided step, edit, 512", lambda stage: step_of(stage, edit(512)), 2100, 1),
+    Budget("guided step, 4 images, 512", lambda stage: step_of(stage, image(512, n=4)), 3300, 4),
+    Budget("decode, 1 text", lambda stage: decode_of(stage, 1), 760, 6, cheap=True),
+    Budget("decode, 8 texts", lambda stage: decode_of(stage, 8), 1600, 27, cheap=True),
+    Budget("decode, 32 texts", lambda stage: decode_of(stage, 32), 4300, 99),
+)
+
+
+def seconds(tally: Tally, bandwidth: float) -> tuple[float, float]:
+    """Calculated seconds of a step on a GPU and on its host; the longer one is the step's."""
+    products = max((tally.flops / PRODUCTS + tally.attention_flops / ATTENTION), tally.weight_bytes / bandwidth)
+    gpu = products + tally.bytes / bandwidth + sum(tally.kernels.values()) * BETWEEN_KERNELS_S
+    return gpu, tally.launches * LAUNCH_S + tally.stops * WAIT_S
+
+
+def row(name: str, tally: Tally) -> str:
+    """A line of the table."""
+    times = [f"{1e3 * seconds(tally, bandwidth)[0]:.1f}" for bandwidth in BANDWIDTH.values()]
+    host = f"{1e3 * seconds(tally, 1.0)[1]:.1f}"
+    tflop = f"{tally.flops / 1e12:.2f} + {tally.attention_flops / 1e12:.2f}"
+    gigabytes = f"{tally.weight_bytes / 1e9:.1f} + {tally.bytes / 1e9:.2f}"
+    counts = f"{sum(tally.kernels.values()):,} | {tally.stops} | {tally.uploads} / {tally.downloads}"
+    return f"| {name} | {counts} | {tflop} | {gigabytes} | {times[0]} | {times[1]} | {host} |"
+
+
+def main() -> None:
+    """Print the table; names of steps as arguments choose among them."""
+    print("| step | kernels | waits | copies up / down | TFLOP, products + attention | GB, products + others ", end="")
+    print("| H100, ms | H200, ms | host, ms |\n|---|---|---|---|---|---|---|---|---|")
+    for budget in BUDGETS:
+        if not sys.argv[1:] or budget.name in sys.argv[1:]:
+            print(row(budget.name, at_full_depth(budget.scene)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
