@@ -175,6 +175,10 @@ class Autoencoder(nn.Module):
                 raise KeyError("decoder.up.0.block.0.conv1.weight")
         except KeyError as error:
             raise CheckpointError(f"the autoencoder has no tensor {error}") from error
+        except IndexError as error:
+            raise CheckpointError("the autoencoder's convolutions have not four dimensions") from error
+        if wrong := [width for width in widths if width <= 0 or width % GROUPS]:
+            raise CheckpointError(f"the autoencoder has {wrong[0]} channels; allowed: a multiple of {GROUPS}")
         self.latent_channels, self.downsample = latents, 2 ** (levels - 1)
         self.encoder = Encoder(widths, encoder_blocks, pixels, latents)
         self.decoder = Decoder(widths, decoder_blocks, pixels, latents)

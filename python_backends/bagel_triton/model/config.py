@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bagel_triton.model.image import VAE_RULE, VIT_RULE, ResizeRule
 from bagel_triton.protocol.messages import LATENT_STRIDE
+
+MAX_SIZE = 1 << 20  # of a layer or a vocabulary, several times what any published model has
 
 
 class CheckpointError(ValueError):
@@ -31,15 +34,15 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self._fields.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self._error(name, value, "a number above 0")
         return value
 
     def integer(self, name: str) -> int:
-        """An integer above 0."""
+        """An integer from 1 to :data:`MAX_SIZE`."""
         value = self.number(name)
-        if value != int(value):
-            raise self._error(name, value, "an integer above 0")
+        if value != int(value) or value > MAX_SIZE:
+            raise self._error(name, value, f"an integer from 1 to {MAX_SIZE}")
         return int(value)
 
     def only(self, name: str, served: object) -> None:

@@ -7,7 +7,7 @@ parameter belongs to one expert and may hold several tensors, one above the othe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.row_stable import make_row_stable
+from bagel_triton.weights import validation
 from bagel_triton.weights.device import on_device
 from bagel_triton.weights.files import CheckpointFiles, TensorFiles
 from bagel_triton.weights.layout import Source
@@ -59,12 +60,16 @@ class Checkpoint:
         files = CheckpointFiles(directory)
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
-        with torch.device("meta"):
-            bagel, autoencoder = Bagel(self.config), Autoencoder(self._autoencoder.shapes())
+        try:
+            with torch.device("meta"):
+                bagel, autoencoder = Bagel(self.config), Autoencoder(self._autoencoder.shapes())
+        except RuntimeError as error:  # an overflow of a tensor's size
+            raise CheckpointError(f"{self.directory}: the sizes in its configuration files are too large") from error
         for module, tensors in ((bagel, self._weights), (autoencoder, self._autoencoder)):
-            shapes = tensors.shapes()
+            expected: dict[str, tuple[int, ...]] = {}
             for name, tensor in module.state_dict().items():
-                _check_shapes(stored_tensors(name, tuple(tensor.shape), self.config.language), shapes)
+                expected |= stored_tensors(name, tuple(tensor.shape), self.config.language)
+            validation.check_tensors(tensors, expected)
         latent = self.config.latent
         if (autoencoder.latent_channels, autoencoder.downsample) != (latent.channels, latent.downsample):
             raise CheckpointError(
@@ -76,6 +81,7 @@ class Checkpoint:
         """The transformer with its flow head, on ``device`` in ``dtype``; its weights are in ``shared``, if given.
 
         Raises:
+            CheckpointError: a tensor has values that are NaN or infinite.
             MemoryError: there is no room for them.
             ValueError: ``shared`` is on another device.
         """
@@ -129,9 +135,16 @@ class Checkpoint:
             name: source([*stored_tensors(name, tuple(tensor.shape), self.config.language)])
             for name, tensor in module.state_dict().items()
         }
-        state = (
-            on_device(sources, device, dtype) if shared is None else shared.converted(sources, dtype, files.identity)
-        )
+        try:
+            state = (
+                on_device(sources, device, dtype)
+                if shared is None
+                else shared.converted(sources, dtype, files.identity)
+            )
+        except validation.NotFinite as error:
+            shape = tuple(module.state_dict()[error.parameter].shape)
+            names = stored_tensors(error.parameter, shape, self.config.language)
+            raise _not_finite(files, names) from error
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False).eval()
 
@@ -158,11 +171,11 @@ def stored_tensors(parameter: str, shape: tuple[int, ...], config: LanguageConfi
     return {name: (count, *shape[1:]) for name, count in zip(names, rows, strict=True)}
 
 
-def _check_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise CheckpointError(f"the checkpoint has no tensor {name}")
-        if shapes[name] != shape:
-            raise CheckpointError(
-                f"tensor {name} has shape {list(shapes[name])}; the configuration files say {list(shape)}"
-            )
+def _not_finite(files: TensorFiles, names: Iterable[str]) -> CheckpointError:
+    name = next(name for name in names if not validation.is_finite(files.tensor(name)))
+    tensor = files.tensor(name)
+    found = validation.not_finite_at(tensor)
+    return CheckpointError(
+        f"{files.file(name)}: tensor {name} has NaN or infinite values ({len(found)} of {tensor.numel()}, "
+        f"the first at {list(found[0])}); download the file again, or use another checkpoint"
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 from bagel_triton.ipc.cuda_memory import NotShareable
 from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from bagel_triton.weights.files import FileIdentity
-from bagel_triton.weights.layout import Layout, Source, read_into, shape_of
+from bagel_triton.weights.layout import Layout, Source, check_finite, read_into, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +131,19 @@ class DeviceWeights:
 
 
 def on_device(sources: Mapping[str, Source], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """``sources`` on ``device`` in ``dtype``, by name; a source that is there already is not copied."""
+    """``sources`` on ``device`` in ``dtype``, by name; a source that is there already is not copied.
 
-    def placed(source: Source) -> Tensor:
+    Raises:
+        NotFinite: one has values that are NaN or infinite.
+    """
+
+    def placed(name: str, source: Source) -> Tensor:
+        if device.type != "meta":  # which reads nothing
+            check_finite(name, source)
         if isinstance(source, Tensor):
             return source.to(device=device, dtype=dtype)
         target = torch.empty(shape_of(source), device=device, dtype=dtype)
         read_into(target, source)
         return target
 
-    return {name: placed(source) for name, source in sources.items()}
+    return {name: placed(name, source) for name, source in sources.items()}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import mmap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,14 +25,24 @@ from bagel_triton.model.config import (
     read_resize_rule,
 )
 from bagel_triton.model.image import VAE_RULE, VIT_RULE
-from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, WEIGHTS_FILE, check_folder, index_files
+from bagel_triton.weights import validation
+from bagel_triton.weights.folder import (
+    AUTOENCODER_FILE,
+    CONFIG_FILES,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    check_folder,
+    index_files,
+)
 
 # The request planner imports this module, and starts sooner and smaller without torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
-LANGUAGE_LAYER = "language_model.model.layers.{}.input_layernorm.weight"
-VIT_LAYER = "vit_model.vision_model.encoder.layers.{}.layer_norm1.weight"
+LANGUAGE_LAYERS = "language_model.model.layers."
+VIT_LAYERS = "vit_model.vision_model.encoder.layers."
+POSITIONS = "latent_pos_embed.pos_embed"
+_MAX_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,26 @@ class TensorFiles:
             if not path.is_file():
                 raise CheckpointError(f"{path} does not exist")
             _open(path, "numpy")  # checks the header; unlike torch's, this mapping asks for no memory
-            self._stored.update(_header(path))
+            for name, stored in _header(path).items():
+                if name in self._stored:
+                    raise CheckpointError(f"{path} has the tensor {name}, and so has {self.file(name)}")
+                self._stored[name] = stored
+        self._files = files
         self.identity = tuple(FileIdentity.of(path) for path in files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by tensor name, from the headers alone."""
         return {name: stored.shape for name, stored in self._stored.items()}
+
+    def dtype(self, name: str) -> str:
+        """The stored dtype of the tensor called ``name``, as safetensors calls it, from the header alone."""
+        return self._stored[name].dtype
+
+    def file(self, name: str | None = None) -> str:
+        """The path of the file that holds the tensor ``name``, or of the only file, or of the folder of several."""
+        if name is not None:
+            return str(self._stored[name].path)
+        return str(self._files[0] if len(self._files) == 1 else self._files[0].parent)
 
     def dtypes(self, names: Sequence[str]) -> set[str]:
         """The stored dtypes of the tensors ``names``, as safetensors calls them, from the headers alone."""
@@ -141,7 +164,20 @@ def _open(path: Path, framework: str) -> Any:
     try:
         return safetensors.safe_open(str(path), framework=framework)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be opened as safetensors: {error}") from error
+        raise CheckpointError(f"{path} {_cut_off(path) or f'cannot be opened as safetensors: {error}'}") from error
+
+
+def _cut_off(path: Path) -> str | None:
+    """What is missing of a file that is shorter than its header says; None if that is not what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length)) if length < _MAX_HEADER else {}
+        size = 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    held = path.stat().st_size
+    return f"is cut off: it has {held} of {size} bytes; download it again" if held < size else None
 
 
 class CheckpointFiles:
@@ -154,27 +190,27 @@ class CheckpointFiles:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         check_folder(self.directory)
+        model, language, vit = (_fields(self.directory / name) for name in CONFIG_FILES)
+        for fields in (model, language):
+            if fields.has("quantization_config"):
+                raise CheckpointError(f"{fields.file} has a quantization_config; {validation.UNQUANTISED}")
         self.weights = TensorFiles(_weight_files(self.directory))
         self.autoencoder = TensorFiles([self.directory / AUTOENCODER_FILE])
+        validation.check_kind(self.weights, validation.BAGEL_PARTS, validation.BAGEL_TENSOR)
+        validation.check_kind(self.autoencoder, validation.AUTOENCODER_PARTS, validation.AUTOENCODER_TENSOR)
         shapes = self.weights.shapes()
-        if "latent_pos_embed.pos_embed" not in shapes:
-            raise CheckpointError(f"{self.directory} has no tensor latent_pos_embed.pos_embed")
-        model, vit = _fields(self.directory / "config.json"), _fields(self.directory / "vit_config.json")
+        if not shapes.get(POSITIONS):
+            raise CheckpointError(f"{self.weights.file()} has no tensor {POSITIONS} of two dimensions")
         self.config = ModelConfig(
-            language=LanguageConfig.read(_fields(self.directory / "llm_config.json")),
-            latent=LatentConfig.read(model, shapes["latent_pos_embed.pos_embed"][0]),
-            vit=VitConfig.read(vit, model, _layers(VIT_LAYER, shapes)),
+            language=LanguageConfig.read(language),
+            latent=LatentConfig.read(model, shapes[POSITIONS][0]),
+            vit=VitConfig.read(vit, model, validation.layer_count(shapes, VIT_LAYERS)),
             vae_resize=read_resize_rule(model, "vae_image_transform", VAE_RULE),
             vit_resize=read_resize_rule(model, "vit_image_transform", VIT_RULE),
         )
-        held, said = _layers(LANGUAGE_LAYER, shapes), self.config.language.num_layers
-        if held > said:
+        held, said = validation.layer_count(shapes, LANGUAGE_LAYERS), self.config.language.num_layers
+        if held != said:
             raise CheckpointError(f"llm_config.json: num_hidden_layers={said}, and the checkpoint holds {held}")
-
-
-def _layers(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The number of layers, each of which has a tensor ``name``."""
-    return next(index for index in itertools.count() if name.format(index) not in shapes)
 
 
 def _weight_files(directory: Path) -> list[Path]:

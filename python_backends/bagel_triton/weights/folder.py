@@ -34,7 +34,10 @@ def check_folder(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} holds another model: config.json says architectures={other}; allowed: {ARCHITECTURE}"
         )
-    if missing := missing_files(directory):
+    missing = missing_files(directory)
+    if missing and (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory} holds an adapter (adapter_config.json); merge it into the model's weights")
+    if missing:
         what = "is not a whole checkpoint" if any(directory.iterdir()) else "is empty"
         raise CheckpointError(f"{directory} {what}; missing: {', '.join(missing)}; {how_to_get(HUB_NAME)}")
     if pointers := [path.name for path in sorted(directory.iterdir()) if _is_lfs_pointer(path)]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.validation import NotFinite, is_finite
 
 #: What a parameter is read from: a stored tensor, or several, the second's rows below the first's and so on.
 Source = Tensor | tuple[Tensor, ...]
@@ -31,6 +32,16 @@ def shape_of(source: Source) -> tuple[int, ...]:
     if isinstance(source, Tensor):
         return tuple(source.shape)
     return (sum(len(part) for part in source), *source[0].shape[1:])
+
+
+def check_finite(parameter: str, source: Source) -> None:
+    """Read every value of ``source``, which the parameter is loaded from.
+
+    Raises:
+        NotFinite: one is NaN or infinite.
+    """
+    if not all(is_finite(part) for part in parts_of(source)):
+        raise NotFinite(parameter)
 
 
 def read_into(target: Tensor, source: Source) -> None:
@@ -83,6 +94,12 @@ class Layout:
         }
 
     def fill(self, contents: Tensor, sources: Mapping[str, Source]) -> None:
-        """Copy every source, in order, to its slot in ``contents``, converting it on the way."""
+        """Copy every source, in order, to its slot in ``contents``, converting it on the way.
+
+        Raises:
+            NotFinite: one has values that are NaN or infinite.
+        """
         for name, target in self.views(contents).items():
-            read_into(target, sources[name])
+            source = sources[name]
+            check_finite(name, source)
+            read_into(target, source)

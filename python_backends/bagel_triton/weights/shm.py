@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY, open_locked, reserve
 from bagel_triton.weights.files import FileIdentity, map_read_only
-from bagel_triton.weights.layout import Layout, Source
+from bagel_triton.weights.layout import Layout, Source, check_finite
 
 ALIGNMENT = 64  # that of torch's own allocations; the rounding of a matrix product may depend on it
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class WeightStore:
             name: source for name, source in sources.items() if isinstance(source, Tensor) and source.dtype == dtype
         }
         written = {name: source for name, source in sources.items() if name not in mapped}
+        for name, source in mapped.items():
+            check_finite(name, source)
         if not written:
             return mapped
         layout = Layout.of(written, dtype, ALIGNMENT)
