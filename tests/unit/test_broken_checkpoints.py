@@ -261,7 +261,8 @@ VALUES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         value(f"{LAYER}.self_attn.k_proj_moe_gen.weight", math.nan),
         (
             EMA,
-            f"tensor {LAYER}.self_attn.k_proj_moe_gen.weight has NaN or infinite values (1 of 3072, the first at [0, 7])",
+            f"tensor {LAYER}.self_attn.k_proj_moe_gen.weight has NaN or infinite values (1 of 3072, ",
+            "the first at [0, 7])",
         ),
     ),
     "infinity": (
