@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_error(message: str) -> None:
-    print(f"end2end: error: {message}", file=sys.stderr)
+    for line in message.splitlines():  # a deploy file's errors come all at once
+        print(f"end2end: error: {line}", file=sys.stderr)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -138,7 +138,7 @@ def test_a_call_that_fails_while_opening_leaves_nothing(driver: FakeCudaDriver, 
 def test_a_device_that_can_is_found_so_and_keeps_nothing(driver: FakeCudaDriver) -> None:
     before = descriptors()
     assert why_not(GPU) is None
-    assert memory._ask_device(GPU) == (CAPACITY, None)
+    assert memory._ask_device(GPU) == (CAPACITY, None, CAPACITY)
     assert (driver.left, descriptors()) == (NOTHING, before)
 
 

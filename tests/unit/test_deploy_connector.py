@@ -137,31 +137,29 @@ def test_the_stores_options_are_understood(tmp_path: Path) -> None:
     [
         ("{name: Carrier}", r"connectors.net.name='Carrier' is not allowed; allowed: auto, shm, SharedMemoryConnector"),
         (
-            "{name: SharedMemoryConnector, extra: {shm_threshold_bytes: 65536}}",
-            r"connectors.net.extra.shm_threshold_bytes=65536 has no meaning here: keys and values always stay in",
+            "{name: shm, extra: {shm_threshold_bytes: -1}}",
+            r"connectors.net.extra.shm_threshold_bytes=-1 is not allowed",
         ),
         (
             "{name: MooncakeTransferEngineConnector, extra: {host: 10.0.0.7, master: '10.0.0.1:50051'}}",
-            r"connectors.net.extra.master='10.0.0.1:50051' has no meaning here: the DiT reads the thinker's memory",
+            r"extra.master='10.0.0.1:50051' is not supported: of MooncakeStoreConnector; this one reads the thinker's",
         ),
         (
-            "{name: MooncakeStoreConnector, extra: {role: sender}}",
-            r"extra.role='sender' has no meaning here: the think",
+            "{name: MooncakeStoreConnector, extra: {role: both}}",
+            r"extra.role='both' is not supported: the thinker always lends .*; allowed: sender, receiver",
         ),
+        ("{name: mooncake_store, extra: {master: here}}", r"extra.master='here' is not allowed; allowed: HOST:PORT"),
+        ("{name: mooncake_store, extra: {localbuf: 0}}", r"extra.localbuf=0 is not allowed; allowed: bytes > 0"),
+        ("{name: mooncake, extra: {memory_pool_device: cuda}}", r"memory_pool_device='cuda' is not supported: the KV"),
+        ("{name: shm, extra: {host: here}}", r"connectors.net.extra.host is not a known field; allowed: memory_pool_"),
         (
-            "{name: mooncake_store, extra: {master: here}}",
-            r"mooncake_store.master='here' is not allowed; allowed: HOST",
+            "{name: mooncake, extra: {host: 0.0.0.0}}",
+            r"extra.host='0.0.0.0' is not allowed; allowed: an address of this",
         ),
-        ("{name: mooncake_store, extra: {localbuf: 0}}", r"mooncake_store.localbuf=0 is not allowed"),
-        (
-            "{name: MooncakeTransferEngineConnector, extra: {zmq_port: 50051}}",
-            r"extra.zmq_port=50051 has no meaning here: a lease is part of its request",
-        ),
-        ("{name: shm, extra: {host: here}}", r"connectors.net.extra=\{'host': 'here'\} is not allowed; shm takes no"),
-        ("{name: mooncake, extra: {host: 0.0.0.0}}", r"mooncake.host='0.0.0.0' is not allowed; allowed: an address of"),
-        ("{name: mooncake, extra: {protocol: udp}}", r"connectors.net.extra: Invalid enum value 'udp'"),
-        ("{name: mooncake, extra: {hots: here}}", r"connectors.net.extra: .*unknown field `hots`"),
-        ("{name: mooncake, extra: {timeout_s: 0}}", r"mooncake.timeout_s=0 is not allowed"),
+        ("{name: mooncake, extra: {protocol: udp}}", r"extra.protocol='udp' is not allowed; allowed: tcp, rdma"),
+        ("{name: mooncake, extra: {proto: udp}}", r"extra.proto='udp' is not allowed; allowed: tcp, rdma"),
+        ("{name: mooncake, extra: {hots: here}}", r"extra.hots is not a known field; did you mean host\?"),
+        ("{name: mooncake, extra: {timeout_s: 0}}", r"extra.timeout_s=0 is not allowed; allowed: whole seconds >= 1"),
     ],
 )
 def test_what_a_connector_does_not_take_is_refused_with_the_reason(
@@ -171,6 +169,21 @@ def test_what_a_connector_does_not_take_is_refused_with_the_reason(
         _load(tmp_path, f"connectors: {{net: {connector}}}")
 
 
+def test_options_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    options = "host: auto, zmq_port: 50051, memory_pool_size: 4294967296, memory_pool_device: cpu, role: sender"
+    config = _load(tmp_path, f"connectors: {{net: {{name: MooncakeTransferEngineConnector, extra: {{{options}}}}}}}")
+    assert (config.connector, config.mooncake) == ("mooncake", MooncakeConfig())
+
+
+def test_a_connector_that_no_stage_names_may_be_any(tmp_path: Path) -> None:
+    text = """
+        stages:
+          - {stage_id: 0, output_connectors: {to_stage_1: a}}
+        connectors: {a: {name: shm}, b: {name: YuanrongConnector, extra: {host: here}}}
+        """
+    assert _load(tmp_path, text).connector == "shm"
+
+
 def test_two_connectors_in_use_are_refused(tmp_path: Path) -> None:
     text = """
         stages:
@@ -178,7 +191,7 @@ def test_two_connectors_in_use_are_refused(tmp_path: Path) -> None:
           - {stage_id: 1, input_connectors: {from_stage_0: b}}
         connectors: {a: {name: shm}, b: {name: mooncake}}
         """
-    with pytest.raises(ConfigError, match=r"connectors=\['a', 'b'\]: one connector carries keys and values"):
+    with pytest.raises(ConfigError, match=r"from_stage_0 is a second connector \(a and b\): one carries KV"):
         _load(tmp_path, text)
 
 

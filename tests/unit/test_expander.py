@@ -285,3 +285,23 @@ print(plan.flow.height, "torch" in sys.modules)
         [sys.executable, "-c", program, str(checkpoint_dir)], capture_output=True, text=True, check=False
     )
     assert (run.stdout, run.stderr) == ("512 False\n", "")
+
+
+def test_the_deploy_files_defaults_are_for_what_a_request_leaves_out(checkpoint_dir: Path, tmp_path: Path) -> None:
+    from bagel_triton.deploy.config import DeployConfig, read
+
+    config = DeployConfig(
+        str(checkpoint_dir),
+        text_defaults={"temperature": 0.4, "top_k": 1, "max_tokens": 7, "stop": ["."], "seed": 5},
+        image_defaults={"seed": 52, "num_inference_steps": 9, "cfg_interval": [0.1, 0.9], "height": 64, "think": True},
+    )
+    config.write(tmp_path / "deploy.yaml")  # as the stages read it
+    planner = RequestPlanner.open(read(tmp_path / "deploy.yaml"))
+    text = planner.expand(GenerationRequest(prompt="Hi", modality="text", temperature=0.9)).decoding
+    assert text is not None
+    assert (text.temperature, text.top_k, text.max_new_tokens, text.stop, text.seeds) == (0.9, 1, 7, (".",), (5,))
+    plan = planner.expand(GenerationRequest(prompt="Hi", num_inference_steps=4, think=False))
+    assert plan.flow is not None
+    assert (plan.flow.seed, plan.flow.num_inference_steps, plan.flow.cfg_interval) == (52, 4, (0.1, 0.9))
+    assert (plan.flow.height, plan.flow.width, plan.decoding) == (64, 64, None)
+    assert planner.expand(GenerationRequest(prompt="Hi")).decoding is not None

@@ -205,3 +205,48 @@ def test_a_server_of_one_stage_needs_that_stages_memory_alone() -> None:
     assert thinker.stages + rest.stages == whole.stages
     assert [stage.stage for stage in rest.stages] == ["dit", "vae_decode"]
     assert thinker.kv + rest.kv == whole.kv
+
+
+GPU = Placement(CUDA, torch.bfloat16)
+
+
+def pool(fraction: float, dit: float | None = None, pipeline: str = "bagel", total: int = GIB) -> int:
+    """Tokens of the pool on a GPU of ``total`` bytes."""
+    thinker = ThinkerConfig(kv_tokens=64, max_num_batched_tokens=64, gpu_memory_utilization=fraction)
+    changes = {"thinker": thinker, "dit": DitConfig(gpu_memory_utilization=dit), "pipeline": pipeline}
+    need = plan_of(placement=GPU, **changes)
+    config = memory.sized(need, config_of(CHECKPOINT, **changes), Available(1, 1, total, None, total))
+    return config.thinker.kv_tokens
+
+
+def test_the_pool_fills_the_thinkers_part_of_the_gpu():
+    need = plan_of(placement=GPU, thinker=ThinkerConfig(kv_tokens=64, max_num_batched_tokens=64))
+    thinker = need.stages[0]
+    tokens = pool(0.5)
+    assert tokens % 16 == 0
+    left = GIB // 2 - thinker.weights - thinker.activations - tokens * need.kv_token
+    assert 0 <= left < 16 * need.kv_token
+
+
+def test_both_parts_together_hold_all_stages_and_their_weights_once():
+    need = plan_of(placement=GPU, thinker=ThinkerConfig(kv_tokens=64, max_num_batched_tokens=64))
+    others = need.total - need.stages[0].kv
+    for tokens in (pool(0.5, 0.25), pool(0.75, pipeline="bagel_single_stage")):
+        assert 0 <= GIB * 3 // 4 - others - tokens * need.kv_token < 16 * need.kv_token
+
+
+def test_a_part_that_is_too_small_is_refused_with_what_to_change():
+    with pytest.raises(NotEnoughMemory) as error:
+        pool(0.01)
+    assert str(error.value).startswith("gpu_memory_utilization=0.01 of 1.00 GiB leaves 0 tokens for the KV cache pool")
+    assert "kv_tokens=64: raise gpu_memory_utilization, or lower kv_tokens, max_model_len or max_num" in str(
+        error.value
+    )
+
+
+def test_the_pool_is_as_configured_without_a_part_and_on_a_cpu():
+    config = config_of(CHECKPOINT)
+    assert memory.sized(plan_of(), config, Available(1, 1, 2**30, None, 2**30)) is config
+    thinker = ThinkerConfig(gpu_memory_utilization=0.5)
+    config = config_of(CHECKPOINT, thinker=thinker)
+    assert memory.sized(plan_of(thinker=thinker), config, Available(1, 1)) is config

@@ -36,8 +36,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["serve", "x", "--nonsense"], "--nonsense"),
         (["serve", "x", "--nonsense"], "see bagel-triton serve --help"),
         (["serve", "x", "--mod", "y"], "--mod"),
-        (["serve", "x", "--tensor-parallel-size", "2"], "only 1 is supported"),
-        (["serve", "x", "--gpu-memory-utilization", "0.9"], "memory is what kv_tokens and max_num_seqs"),
+        (["serve", "x", "--tensor-parallel-size", "2"], "a stage runs on one device today"),
+        (["serve", "x", "--quantization", "fp8"], "weights are computed in `dtype`"),
         (["serve", "x", "-oma", "10.0.0.1"], "stages[].address"),
         (["fly"], "'fly'"),
         ([], "COMMAND"),
@@ -221,15 +221,16 @@ def test_a_missing_model_repository(capsys: pytest.CaptureFixture[str], tmp_path
 def test_model_names_begin_with_the_folders_and_have_no_duplicates():
     from bagel_triton.serving.serve import ALIASES, add_arguments, options
 
-    def names(checkpoint: str, name: str | None) -> tuple[str, ...]:
+    def names(checkpoint: str, *given: str) -> tuple[str, ...]:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        named = [] if name is None else ["--served-model-name", name]
+        named = ["--served-model-name", *given] if given else []
         return options(parser.parse_args([checkpoint, *named])).model_names(Path(checkpoint))
 
-    assert names("/models/mine", None) == ("mine", *ALIASES)
+    assert names("/models/mine") == ("mine", *ALIASES)
     assert names("/models/mine", "other") == ("other", *ALIASES)
+    assert names("/models/mine", "first", "second", "first") == ("first", "second", *ALIASES)
     cached = "/cache/models--ByteDance-Seed--BAGEL-7B-MoT/snapshots/c1a2b3"
-    assert names(cached, None) == names("/models/BAGEL-7B-MoT", None)
-    assert names("/models/BAGEL-7B-MoT", None) == ("BAGEL-7B-MoT", "bagel", "ByteDance-Seed/BAGEL-7B-MoT")
-    assert names("/cache/models--me--mine/snapshots/c1a2b3", None) == ("mine", *ALIASES, "me/mine")
+    assert names(cached) == names("/models/BAGEL-7B-MoT")
+    assert names("/models/BAGEL-7B-MoT") == ("BAGEL-7B-MoT", "bagel", "ByteDance-Seed/BAGEL-7B-MoT")
+    assert names("/cache/models--me--mine/snapshots/c1a2b3") == ("mine", *ALIASES, "me/mine")

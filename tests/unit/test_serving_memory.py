@@ -144,7 +144,7 @@ def test_a_gpu_on_which_weights_cannot_be_shared_is_said_to_be_one(
     assert twice == pytest.approx(2 * once, abs=0.01)
 
 
-def _fail(device: torch.device) -> tuple[int, str | None]:
+def _fail(device: torch.device) -> tuple[int, str | None, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", _out_of_memory)
         return _ask_device(device)

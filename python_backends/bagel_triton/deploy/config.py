@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from bagel_triton.deploy.topology import ORCHESTRATOR, TOPOLOGIES, Topology
+from bagel_triton.protocol.request import Modality
 
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
@@ -43,7 +44,8 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unclaimed lease expires after ``lease_ttl_s`` seconds; a request that finds the pool full
     waits at most ``admission_timeout_s``. With ``enable_prefix_caching``, free blocks of the
     pool keep prefixes for later requests; ``encoder_cache_mb`` megabytes keep the encoders'
-    outputs for images.
+    outputs for images. With a ``gpu_memory_utilization`` the server sizes the pool on a GPU, to
+    ``kv_tokens`` at least.
     """
 
     max_num_seqs: int = 64
@@ -55,6 +57,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: int = 256
     enable_prefix_caching: bool = True
     encoder_cache_mb: int = 256
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens", "max_waiting"):
@@ -71,12 +74,14 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``max_num_seqs`` bounds the images denoised together, ``max_num_batched_tokens`` the
     tokens of a step over all their branches (a request that is alone may exceed both),
-    ``max_waiting`` the queued requests.
+    ``max_waiting`` the queued requests. ``gpu_memory_utilization`` is the part of a GPU that this
+    stage and the decoder may take.
     """
 
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 65536
     max_waiting: int = 256
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
@@ -170,7 +175,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
     leftovers can be found and removed. ``connector`` carries keys and values from stage to stage.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of stages with a
-    server of their own, by stage id.
+    server of their own, by stage id. ``text_defaults`` and ``image_defaults`` are values of request fields for
+    requests of that kind that leave them out.
     """
 
     checkpoint: str
@@ -187,6 +193,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bagel: BagelConfig = BagelConfig()
     stage_id: int | None = None
     addresses: dict[int, str] = {}
+    text_defaults: dict[str, Any] = {}
+    image_defaults: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         _require("pipeline", self.pipeline, self.pipeline in TOPOLOGIES, ", ".join(TOPOLOGIES))
@@ -217,6 +225,11 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The models that this server's orchestrator calls elsewhere, and the address of each."""
         others = enumerate(self.topology.stages[1:], 1) if self.stage_id == 0 else ()
         return {model: self.addresses[stage] for stage, models in others for model in models}
+
+    @property
+    def request_defaults(self) -> dict[Modality, dict[str, Any]]:
+        """Values for fields that a request leaves out, by the kind of output."""
+        return {"text": self.text_defaults, "image": self.image_defaults}
 
     def write(self, path: Path) -> None:
         """Write as YAML."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, MooncakeStoreConfig
+from bagel_triton.deploy.located import Node, Problems
+from bagel_triton.deploy.vocabulary import CONNECTOR, Count, Fields, Neutral, Setting, Size, check
+from bagel_triton.protocol.errors import format_value
 
 Connector = Literal["local", "shm", "cuda_ipc", "mooncake", "mooncake_store"]
 # Ours, and those of vLLM-Omni's deploy files.
@@ -23,31 +27,47 @@ NAMES: dict[str, str] = {
     "MooncakeConnector": "mooncake_store",
     "MooncakeStoreConnector": "mooncake_store",
 }
+_HOST = Annotated[str, Meta(pattern=r"^(?!0\.0\.0\.0$|::$)\S+$")]
+_STORE = "of MooncakeStoreConnector; this one reads the thinker's memory without a store: remove it"
+# Options that change nothing: a lease is part of its request, and the KV pool is the only memory.
+_WITHOUT_EFFECT: Fields = {
+    "memory_pool_device": Neutral("the KV pool of a connector between hosts is in the host's memory", ("cpu",)),
+    "memory_pool_size": Neutral("bytes >= 0; the KV pool's size is stages[].kv_tokens", type=Size),
+    "role": Neutral("the thinker always lends and the DiT always reads", ("sender", "receiver")),
+    "shm_threshold_bytes": Neutral("bytes >= 0; KV always stay in shared memory, whatever their size", type=Size),
+    "zmq_port": Neutral(
+        "a port; a lease is part of its request and needs none", type=Annotated[int, Meta(ge=0, le=65535)]
+    ),
+}
+_BETWEEN_HOSTS: Fields = {
+    **_WITHOUT_EFFECT,
+    "host": Setting(_HOST, "an address of this host, or auto", "as the other host reaches it"),
+    "protocol": Setting(Literal["tcp", "rdma"], "tcp, rdma", "of the transfer"),
+    "device_name": Setting(str, "RDMA devices, comma-separated, or an empty text for any", "RDMA devices"),
+    "timeout_s": Setting(Count, "whole seconds >= 1", "silence after which the other host counts as dead"),
+}
+_MASTER = Annotated[str, Meta(pattern=r"^\S+:[0-9]+$")]
+# The options of each connector, by its name here.
+OPTIONS: dict[str, Fields] = {
+    "auto": _WITHOUT_EFFECT,
+    "shm": _WITHOUT_EFFECT,
+    "cuda_ipc": _WITHOUT_EFFECT,
+    "mooncake": {
+        **_BETWEEN_HOSTS,
+        "master": _STORE,
+        "metadata_server": _STORE,
+        "segment": _STORE,
+        "localbuf": _STORE,
+    },
+    "mooncake_store": {
+        **_BETWEEN_HOSTS,
+        "master": Setting(_MASTER, "HOST:PORT of a mooncake_master", "the store's master"),
+        "metadata_server": Setting(str, "a URL, or P2PHANDSHAKE", "Mooncake's metadata server"),
+        "segment": Setting(Size, "bytes >= 0", "memory that the thinker gives to the store"),
+        "localbuf": Setting(Annotated[int, Meta(gt=0, le=2**62)], "bytes > 0", "for small objects, of each process"),
+    },
+}
 _RENAMED = {"proto": "protocol"}
-_POINTLESS = {
-    "shm_threshold_bytes": "keys and values always stay in shared memory, whatever their size",
-    "memory_pool_size": "the KV pool's size is stages[].kv_tokens",
-    "memory_pool_device": "the KV pool is in the host's memory",
-    "zmq_port": "a lease is part of its request and needs no port",
-    "role": "the thinker always lends and the DiT always reads",
-}
-_OF_THE_STORE = {
-    "metadata_server": "the stages connect without a metadata server",
-    "master": "the DiT reads the thinker's memory, without a store",
-    "segment": "the KV pool's size is stages[].kv_tokens",
-    "localbuf": "the reader's buffer grows as needed",
-}
-_MOONCAKE: dict[str, tuple[type[MooncakeConfig], dict[str, str]]] = {
-    "mooncake": (MooncakeConfig, _POINTLESS | _OF_THE_STORE),
-    "mooncake_store": (MooncakeStoreConfig, _POINTLESS),
-}
-
-
-class ConnectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named connector of a deploy file, and its options."""
-
-    name: str
-    extra: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -61,31 +81,36 @@ class ConnectorChoice:
         return f"{self.name} ({self.reason})"
 
 
-def connector_fields(where: str, spec: ConnectorSpec) -> dict[str, Any]:
-    """The fields of :class:`DeployConfig` that ``spec``, found at ``where``, sets.
+def connector_fields(connector: Node, problems: Problems, notes: list[str]) -> tuple[dict[str, Any], dict[str, Node]]:
+    """The fields of :class:`DeployConfig` that ``connector`` of a file sets, and the node of each.
 
-    Raises:
-        ConfigError: an unknown name, or an option that is unknown, of the wrong type or
-            without a meaning here; the message says why.
+    Every error is noted: an unknown name, or an option that it does not have, or of the wrong value.
     """
-    if spec.name not in NAMES:
-        raise ConfigError(f"{where}.name={spec.name!r} is not allowed; allowed: {', '.join(NAMES)}")
-    kind = NAMES[spec.name]
-    config, pointless = _MOONCAKE.get(kind, (None, _POINTLESS))
-    for option, value in spec.extra.items():
-        if option in pointless:
-            raise ConfigError(f"{where}.extra.{option}={value!r} has no meaning here: {pointless[option]}; remove it")
-    if config is not None:
-        options = {_RENAMED.get(option, option): value for option, value in spec.extra.items()}
-        if options.get("host") == "auto":  # it is found out: see hosts.py
-            del options["host"]
-        try:
-            return {"connector": kind, kind: msgspec.convert(options, config)}
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{where}.extra: {error}") from error
-    if spec.extra:
-        raise ConfigError(f"{where}.extra={spec.extra!r} is not allowed; {spec.name} takes no options")
-    return {"connector": kind}
+    found = check(connector, CONNECTOR, problems, notes)
+    if "name" not in found:
+        if isinstance(connector.value, dict) and set(connector.value) <= set(CONNECTOR) - {"name"}:
+            problems.add(connector, f".name is missing; allowed: {', '.join(NAMES)}")
+        return {}, {}
+    name = found["name"]
+    if name.value not in NAMES:
+        problems.add(name, f"={format_value(name.value)} is not allowed; allowed: {', '.join(NAMES)}")
+        return {}, {}
+    kind = NAMES[name.value]
+    options: dict[str, Node] = {}
+    if (extra := found.get("extra")) is not None:
+        entries = dict(extra.mapping)
+        for written, renamed in _RENAMED.items():
+            if written in entries:
+                entries[renamed] = entries.pop(written)
+        options = check(replace(extra, value=entries), OPTIONS[kind], problems, notes)
+    if "host" in options and options["host"].value == "auto":  # it is found out: see hosts.py
+        del options["host"]
+    nodes = {"connector": name, **{f"{kind}.{option}": node for option, node in options.items()}}
+    config = {"mooncake": MooncakeConfig, "mooncake_store": MooncakeStoreConfig}.get(kind)
+    if config is None or problems:
+        return {"connector": kind}, nodes
+    values = {option: node.plain() for option, node in options.items()}
+    return {"connector": kind, kind: msgspec.convert(values, config)}, nodes
 
 
 def choose(config: DeployConfig, device: str) -> ConnectorChoice:

@@ -1,283 +1,410 @@
-"""The deploy YAML that a user writes: a topology, and the limits of its stages.
+"""The deploy file that a user writes, read into the configuration of a server.
 
-The fields have the names of vLLM-Omni's deploy files. A field without a meaning here is accepted at a
-value that changes nothing, and else refused with the reason.
+A file may be based on another (``base_config``), have sections for a platform, and be overridden by flags; all of
+these are laid over each other first, so a field means the same wherever it was written. docs/deploy.md describes
+the fields, and ``vocabulary.py`` declares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import msgspec
-import yaml
-
+from bagel_triton.deploy import located, vocabulary
 from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
-from bagel_triton.deploy.connector import ConnectorSpec, connector_fields
+from bagel_triton.deploy.connector import connector_fields
+from bagel_triton.deploy.files import refuse_repeated_stages, with_bases
 from bagel_triton.deploy.hosts import check_address
-from bagel_triton.deploy.topology import TOPOLOGIES, Topology
-from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.deploy.located import Node, Origin, Problems
+from bagel_triton.deploy.stage_configs import converted
+from bagel_triton.deploy.topology import BAGEL, TOPOLOGIES, Topology
+from bagel_triton.protocol.errors import format_value
+from bagel_triton.protocol.request import REQUEST_FIELDS
 
+Platform = Literal["cpu", "cuda"]
 THINKER_STAGE, DIT_STAGE = 0, 1  # ids of the two-stage topologies; the only stage of the other is 0
-_BATCH_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "max_waiting")  # of each stage
+_NOTHING = Node({}, Origin("the default"))
 _THINKER_FIELDS = (
-    "max_model_len",
+    "max_num_batched_tokens",
+    "max_waiting",
     "kv_tokens",
     "block_tokens",
     "lease_ttl_s",
     "enable_prefix_caching",
     "encoder_cache_mb",
+    "gpu_memory_utilization",
 )
+_DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization")
 
 
-class StageSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The limits of one stage; None leaves the default."""
+@dataclass(frozen=True)
+class Flags:
+    """What flags override: ``top`` is a mapping as a file is, ``every_stage`` has fields of each stage that takes them.
 
-    stage_id: int
-    address: str | None = None
-    devices: str | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    max_waiting: int | None = None
-    max_model_len: int | None = None
-    kv_tokens: int | None = None
-    block_tokens: int | None = None
-    lease_ttl_s: float | None = None
-    enable_prefix_caching: bool | None = None
-    encoder_cache_mb: int | None = None
-    vae_use_tiling: bool | None = None
-    enforce_eager: bool = True
-    tensor_parallel_size: int = 1
-    input_connectors: dict[str, str] = {}
-    output_connectors: dict[str, str] = {}
+    With a ``stage_id`` only that stage's fields are overridden.
+    """
+
+    top: Node = field(default_factory=lambda: Node({}, Origin("the command line")))
+    every_stage: Mapping[str, Node] = field(default_factory=dict)
+    stage_id: int | None = None
 
 
-class DeployYaml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file."""
+NO_FLAGS = Flags()
 
-    pipeline: str = "bagel"
-    dtype: str = "auto"
-    device: str = "auto"
-    request_timeout_s: float | None = None
-    stages: list[StageSection] = []
-    connectors: dict[str, ConnectorSpec] = {}
+
+@dataclass(frozen=True)
+class Deployment:
+    """A configuration, the origin of each value that is not the default, and notes on values without an effect.
+
+    ``origins`` are by the value's path in :class:`DeployConfig`, such as ``thinker.kv_tokens``.
+    """
+
+    config: DeployConfig
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def cuda_platform() -> Platform:
+    """The platform of this machine."""
+    import torch  # seconds, which a file that names no platform need not wait for
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(path: Path, checkpoint: str) -> DeployConfig:
-    """The configuration that the deploy YAML ``path`` gives ``checkpoint``.
+    """The configuration that the deploy file ``path`` gives ``checkpoint``.
 
     Raises:
-        ConfigError: not readable, an unknown field, or a value that is not allowed.
+        ConfigError: as :func:`resolve`.
     """
-    try:
-        user = _read(path)
-    except (OSError, UnicodeDecodeError, msgspec.ValidationError, ConfigError) as error:
-        raise ConfigError(f"deploy YAML {path}: {' '.join(str(error).split())}") from error
-    if user.pipeline not in TOPOLOGIES:
-        raise ConfigError(f"pipeline={user.pipeline!r} is not allowed; allowed: {', '.join(TOPOLOGIES)}")
-    topology = TOPOLOGIES[user.pipeline]
-    for index, section in enumerate(user.stages):
-        _check_stage(f"stages[{index}]", section, topology)
-    return DeployConfig(
-        checkpoint=checkpoint,
-        pipeline=user.pipeline,
-        device=_device(user),
-        dtype=_allowed("dtype", user.dtype, ("auto", "float32", "bfloat16")),  # type: ignore[arg-type]
-        **_connector(user),
-        thinker=_thinker(user, topology),
-        dit=_dit(user, topology),
-        vae_decode=_vae_decode(user, topology),
-        bagel=BagelConfig()
-        if user.request_timeout_s is None
-        else BagelConfig(request_timeout_s=user.request_timeout_s),
-        addresses={section.stage_id: section.address for section in user.stages if section.address is not None},
-    )
+    return resolve(path, checkpoint).config
 
 
-def _read(path: Path) -> DeployYaml:
-    written = drop_neutral(_parse(path.read_text()))
-    assert isinstance(written, dict), "it was parsed as one"
-    if isinstance(written.get("stages"), list):
-        written["stages"] = [drop_neutral(section) for section in written["stages"]]
-    errors = list(unknown_fields("", written, DeployYaml))
-    stages, connectors = written.get("stages"), written.get("connectors")
-    for index, section in enumerate(stages if isinstance(stages, list) else ()):
-        errors += unknown_fields(f"stages[{index}]", section, StageSection)
-    for name, spec in connectors.items() if isinstance(connectors, dict) else ():
-        errors += unknown_fields(f"connectors.{name}", spec, ConnectorSpec)
-    if errors:
-        raise ConfigError("; ".join(errors))
-    return msgspec.convert(written, DeployYaml)
+def resolve(
+    path: Path | None, checkpoint: str, flags: Flags = NO_FLAGS, platform: Callable[[], Platform] = cuda_platform
+) -> Deployment:
+    """The configuration of ``checkpoint`` that the file ``path`` gives, or the default one, overridden by ``flags``.
+
+    Args:
+        path: of the file; None for the defaults.
+        flags: what the command line overrides.
+        platform: says which section of ``platforms`` applies where the device is left to the server.
+
+    Raises:
+        ConfigError: the file cannot be read, or has errors: a line for each, with its file, line and field.
+    """
+    problems = Problems()
+    notes: list[str] = []
+    written = _NOTHING if path is None else with_bases(path, problems, notes, ())
+    return _Builder(checkpoint, written, flags, platform, problems, notes).deployment()
 
 
-def _parse(text: str) -> dict[Any, Any]:
-    """The mapping that ``text`` is."""
-    try:
-        written = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(_located(error, text.splitlines())) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(str(error)) from error
-    if written is None:
-        raise ConfigError("it is empty; the shortest is `pipeline: bagel`, and without a file that is the default")
-    if not isinstance(written, dict):
-        raise ConfigError(f"it is a {type(written).__name__}, not a mapping of fields such as `pipeline: bagel`")
-    return written
+class _Builder:
+    """Checks what was written, and makes the configuration of it."""
 
+    def __init__(
+        self,
+        checkpoint: str,
+        written: Node,
+        flags: Flags,
+        platform: Callable[[], Platform],
+        problems: Problems,
+        notes: list[str],
+    ) -> None:
+        self._checkpoint, self._ask_platform = checkpoint, platform
+        self._problems, self._notes = problems, notes
+        self._origins: dict[str, Origin] = {}
+        self._asked: Platform | None = None
+        sections = self._sections(written)
+        self._device_node = located.merged(written, flags.top).mapping.get("device")
+        if sections:
+            chosen = sections.get(self._platform())
+            if chosen is not None:
+                written = located.merged(written, located.in_section(chosen, f"platforms.{self._platform()}"))
+        self._root, self._flags = located.merged(written, flags.top), flags
 
-def _located(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> str:
-    if error.problem_mark is None:
-        return str(error)
-    number = error.problem_mark.line
-    line = lines[number] if number < len(lines) else ""
-    where = f"line {number + 1}, column {error.problem_mark.column + 1}, {line.strip()!r}"
-    if line[: len(line) - len(line.lstrip())].count("\t"):
-        return f"{where}: YAML indents by spaces, and this line begins with a tab"
-    return f"{where}: {error.problem}"
-
-
-def _check_stage(name: str, section: StageSection, topology: Topology) -> None:
-    if section.stage_id >= len(topology.stages) or section.stage_id < 0:
-        allowed = f"0 to {len(topology.stages) - 1} in pipeline {topology.name}"
-        raise ConfigError(f"{name}.stage_id={section.stage_id} is not allowed; allowed: {allowed}")
-    if section.tensor_parallel_size != 1:
-        raise ConfigError(f"{name}.tensor_parallel_size={section.tensor_parallel_size}: only 1 is supported")
-    if not section.enforce_eager:
-        raise ConfigError(f"{name}.enforce_eager=false: graphs are not captured here; only true is supported")
-    if section.address is not None:
-        if topology.one_process:
-            raise ConfigError(f"{name}.address={section.address!r}: pipeline {topology.name} is one process")
-        check_address(f"{name}.address", section.address)
-    if topology.one_process:
-        return
-    if section.stage_id == THINKER_STAGE:
-        if section.vae_use_tiling is not None:
-            raise ConfigError(f"{name}.vae_use_tiling belongs to the DiT; that is stage {DIT_STAGE}")
-        return
-    for field in _THINKER_FIELDS:
-        if getattr(section, field) not in (None, False):  # what is off is off there
-            raise ConfigError(f"{name}.{field} belongs to the thinker; that is stage {THINKER_STAGE}")
-
-
-def _device(user: DeployYaml) -> str:
-    devices = {section.devices for section in user.stages if section.devices is not None}
-    if not devices:
-        return user.device
-    if len(devices) > 1 or any("," in device for device in devices):
-        raise ConfigError(f"stages[].devices={sorted(devices)}: all stages run on one device here")
-    device = devices.pop()
-    return f"cuda:{device}" if device.isdigit() else device
-
-
-def _connector(user: DeployYaml) -> dict[str, Any]:
-    """The connector that the stages name; the only one there is where they name none."""
-    used: list[str] = []
-    for section in user.stages:
-        for reference in (*section.input_connectors.values(), *section.output_connectors.values()):
-            used.append(_allowed(f"connector of stage {section.stage_id}", reference, tuple(user.connectors)))
-    names = list(dict.fromkeys(used or user.connectors))
-    if len(names) > 1:
-        raise ConfigError(f"connectors={names}: one connector carries keys and values; name one")
-    # Options of a connector that no stage names change nothing.
-    return connector_fields(f"connectors.{names[0]}", user.connectors[names[0]]) if names else {}
-
-
-def _merged(user: DeployYaml, stage: int, fields: tuple[str, ...]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for section in user.stages:
-        if section.stage_id == stage:
-            found.update({name: getattr(section, name) for name in fields if getattr(section, name) is not None})
-    return found
-
-
-def _thinker(user: DeployYaml, topology: Topology) -> ThinkerConfig:
-    fields = _merged(user, 0, _THINKER_FIELDS)
-    length = fields.pop("max_model_len", None)
-    if length is not None:
-        fields["kv_tokens"] = max(length, fields.get("kv_tokens", 0))
-    batch = _merged(user, 0, _BATCH_FIELDS)
-    if topology.one_process:  # its one stage's max_num_seqs counts images
-        batch.pop("max_num_seqs", None)
-    return ThinkerConfig(**fields, **batch)
-
-
-def _dit(user: DeployYaml, topology: Topology) -> DitConfig:
-    batch = _merged(user, 0 if topology.one_process else DIT_STAGE, _BATCH_FIELDS)
-    if topology.one_process:  # and its max_num_batched_tokens is that of prefill
-        batch.pop("max_num_batched_tokens", None)
-    return DitConfig(**batch)
-
-
-def _vae_decode(user: DeployYaml, topology: Topology) -> VaeDecodeConfig:
-    fields = _merged(user, 0 if topology.one_process else DIT_STAGE, ("vae_use_tiling",))
-    return VaeDecodeConfig(**{name.removeprefix("vae_"): value for name, value in fields.items()})
-
-
-def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not allowed; allowed: {', '.join(allowed)}")
-    return value
-
-
-_TOPOLOGY = "the topology that `pipeline` names decides it"
-_FLAT = "write its fields directly under the stage"
-_PER_REQUEST = "requests carry these values, and docs/api.md has their defaults"
-# Fields of vLLM-Omni's files, and why each is refused.
-_REASONS = {
-    "async_chunk": "a stage gets its input whole",
-    "default_sampling_params": _PER_REQUEST,
-    "engine_args": _FLAT,
-    "engine_input_source": _TOPOLOGY,
-    "gpu_memory_utilization": "memory is what kv_tokens and max_num_seqs make it; `bagel-triton memory` shows it",
-    "limit_mm_per_prompt": "a request may hold as many images as fit kv_tokens",
-    "max_batch_size": "a stage batches all it has, within max_num_seqs and max_num_batched_tokens",
-    "max_inflight": "set max_num_seqs and max_waiting of a stage",
-    "model_arch": _TOPOLOGY,
-    "model_stage": _TOPOLOGY,
-    "omni_kv_config": _TOPOLOGY,
-    "parallel_config": "all stages run on one device",
-    "platforms": "`device` says where the stages run",
-    "runtime": "set devices, max_num_seqs and max_waiting directly under the stage",
-    "shm_threshold_bytes": "keys and values always stay in shared memory, whatever their size",
-    "stage_args": "list the stages under `stages`",
-    "stage_type": _TOPOLOGY,
-    "window_size": "a stage gets its input whole",
-}
-# Fields of those files that change nothing here, and the values at which they do.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "async_chunk": (False,),
-    "enable_chunked_prefill": (True, False),
-    "trust_remote_code": (True, False),
-}
-_NEUTRAL_PARALLEL = (1, False, None)  # every size of a parallel_config
-
-
-def drop_neutral(section: object) -> object:
-    """``section`` without fields of vLLM-Omni's files that have a value at which they change nothing here."""
-    if not isinstance(section, dict):
-        return section
-    return {name: value for name, value in section.items() if not _is_neutral(name, value)}
-
-
-def _is_neutral(name: object, value: object) -> bool:
-    if name == "parallel_config":
-        return isinstance(value, dict) and all(
-            size is not True and size in _NEUTRAL_PARALLEL for size in value.values()
+    def deployment(self) -> Deployment:
+        top = vocabulary.check(self._root, vocabulary.TOP, self._problems, self._notes)
+        self._pipeline_known = "pipeline" in top or "pipeline" not in self._root.mapping
+        topology = TOPOLOGIES[top["pipeline"].value] if "pipeline" in top else BAGEL
+        stages = self._stages(top, topology)
+        fields = self._top_fields(top)
+        fields |= self._device(top, stages)
+        fields |= self._connector(top, stages, topology)
+        first = stages.get(THINKER_STAGE, {})
+        second = first if topology.one_process else stages.get(DIT_STAGE, {})
+        parts = {
+            "thinker": self._thinker(first, topology),
+            "dit": self._values(
+                "dit", second, _DIT_FIELDS + (() if topology.one_process else ("max_num_batched_tokens",))
+            ),
+            "vae_decode": self._values("vae_decode", second, ("vae_use_tiling",), "vae_"),
+        }
+        if "enable_prefix_caching" in top and "enable_prefix_caching" not in parts["thinker"]:
+            parts["thinker"]["enable_prefix_caching"] = self._value(
+                "thinker.enable_prefix_caching", top["enable_prefix_caching"]
+            )
+        fields |= self._defaults(first, second)
+        fields["addresses"] = self._addresses(stages, topology)
+        self._problems.raise_if_any()
+        config = DeployConfig(
+            checkpoint=self._checkpoint,
+            thinker=ThinkerConfig(**parts["thinker"]),
+            dit=DitConfig(**parts["dit"]),
+            vae_decode=VaeDecodeConfig(**parts["vae_decode"]),
+            **fields,
         )
-    return value in _NEUTRAL.get(str(name), ())
+        return Deployment(config, self._origins, tuple(dict.fromkeys(self._notes)))
+
+    # --- platforms ---
+
+    def _platform(self) -> Platform:
+        """``cpu`` or ``cuda``: that of the device where one is named, else what the machine has."""
+        if self._asked is None:
+            device = str(self._device_node.value) if self._device_node is not None else "auto"
+            named: dict[str, Platform] = {"cpu": "cpu", "cuda": "cuda"}
+            self._asked = named.get(device.partition(":")[0]) or self._ask_platform()
+        return self._asked
+
+    def _sections(self, written: Node) -> dict[str, Node]:
+        """The sections of ``platforms``; those of cpu and cuda are checked, whichever applies."""
+        platforms = written.mapping.get("platforms")
+        found: dict[str, Node] = {}
+        for name, section in platforms.mapping.items() if platforms is not None else ():
+            if name in vocabulary.OTHER_PLATFORMS or section.value is None:
+                continue
+            if name not in ("cpu", "cuda"):
+                self._problems.add(
+                    section,
+                    f" is not a known platform; allowed: cpu, cuda, and skipped: {_or(vocabulary.OTHER_PLATFORMS)}",
+                )
+                continue
+            section = converted(section, self._problems, self._notes)
+            for inner in ("platforms", "base_config"):
+                if inner in section.mapping:
+                    self._problems.add(section.mapping[inner], " belongs to the top of the file")
+            refuse_repeated_stages(section, self._problems)
+            checked = vocabulary.check(section, vocabulary.TOP, self._problems, [])
+            for stage in checked["stages"].items if "stages" in checked else ():
+                vocabulary.check(stage, vocabulary.STAGE, self._problems, [])
+            if isinstance(section.value, dict):
+                found[name] = section
+        return found
+
+    # --- stages ---
+
+    def _stages(self, top: dict[str, Node], topology: Topology) -> dict[int, dict[str, Node]]:
+        """The settings of each stage by its id, checked."""
+        stages: dict[int, dict[str, Node]] = {}
+        for stage in self._flagged(top["stages"].items if "stages" in top else [], topology):
+            found = vocabulary.check(stage, vocabulary.STAGE, self._problems, self._notes)
+            if "parallel_config" in found:
+                vocabulary.check(found["parallel_config"], vocabulary.PARALLEL, self._problems, self._notes)
+            if "omni_kv_config" in found:
+                vocabulary.check(found["omni_kv_config"], vocabulary.OMNI_KV, self._problems, self._notes)
+            if "stage_id" not in found:
+                if isinstance(stage.value, dict) and stage.mapping.get("stage_id", _NOTHING).value in (None, {}):
+                    self._problems.add(stage, " has no stage_id; 0 is the thinker, 1 the DiT")
+                continue
+            stage_id = found.pop("stage_id")
+            if not self._pipeline_known:
+                continue
+            if stage_id.value >= len(topology.stages):
+                last = len(topology.stages) - 1
+                allowed = f"0 to {last}" if last else "0"
+                self._problems.add(
+                    stage_id, f"={stage_id.value} is not allowed in pipeline {topology.name}; allowed: {allowed}"
+                )
+                continue
+            self._check_engine(stage_id.value, found, topology)
+            stages[stage_id.value] = found
+        return stages
+
+    def _flagged(self, stages: list[Node], topology: Topology) -> list[Node]:
+        """``stages`` with the flags that are for every stage; those that --stage-overrides sets come before them."""
+        if not self._flags.every_stage:
+            return stages
+        numbered = [stage for stage in stages if isinstance(stage.mapping.get("stage_id", _NOTHING).value, int)]
+        by_id = {stage.mapping["stage_id"].value: stage for stage in numbered}
+        if len(by_id) != len(stages):
+            return stages  # an error, which is found anyway
+        chosen = range(len(topology.stages)) if self._flags.stage_id is None else (self._flags.stage_id,)
+        for stage_id in chosen:
+            engine = "thinker" if stage_id == THINKER_STAGE else "dit"
+            stage = by_id.get(stage_id, Node({"stage_id": Node(stage_id, _NOTHING.origin)}, _NOTHING.origin))
+            fields = dict(stage.mapping)
+            for name, node in self._flags.every_stage.items():
+                setting = vocabulary.STAGE[name]
+                applies = topology.one_process or not isinstance(setting, vocabulary.Setting)
+                overridden = name in fields and fields[name].origin.source == "--stage-overrides"
+                if not overridden and (applies or engine in setting.engines):  # type: ignore[union-attr]
+                    fields[name] = node
+            by_id[stage_id] = replace(stage, value=fields)
+        return list(by_id.values())
+
+    def _check_engine(self, stage_id: int, found: dict[str, Node], topology: Topology) -> None:
+        """Refuse settings of the other stage's engine."""
+        if topology.one_process:
+            return
+        engine = "thinker" if stage_id == THINKER_STAGE else "dit"
+        for name, node in list(found.items()):
+            setting = vocabulary.STAGE[name]
+            assert isinstance(setting, vocabulary.Setting), "no other field is found"
+            if engine in setting.engines:
+                continue
+            if node.value is not False:  # what is off is off there
+                there = "thinker; that is stage 0" if engine == "dit" else "DiT; that is stage 1"
+                self._problems.add(node, f" belongs to the {there}")
+            del found[name]
+
+    def _addresses(self, stages: dict[int, dict[str, Node]], topology: Topology) -> dict[int, str]:
+        addresses: dict[int, str] = {}
+        for stage_id, found in stages.items():
+            if (node := found.get("address")) is None:
+                continue
+            if topology.one_process:
+                self._problems.add(node, f"={node.value!r} has no meaning: pipeline {topology.name} is one process")
+                continue
+            try:
+                check_address(node.path, node.value)
+            except ConfigError as error:
+                self._problems.add(node.origin, str(error))
+            addresses[stage_id] = self._value(f"addresses.{stage_id}", node)
+        return addresses
+
+    # --- values ---
+
+    def _value(self, target: str, node: Node) -> Any:
+        self._origins[target] = node.origin
+        return node.plain()
+
+    def _values(self, part: str, found: dict[str, Node], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+        """The values of ``names`` for the section ``part`` of the configuration."""
+        values: dict[str, Any] = {}
+        for name in names:
+            if name not in found:
+                continue
+            if name == "gpu_memory_utilization" and self._platform() == "cpu":
+                node = found[name]
+                self._notes.append(
+                    f"{node.origin.prefix}{node.path} changes nothing on a CPU, where kv_tokens sizes the KV pool"
+                )
+                continue
+            values[name.removeprefix(prefix)] = self._value(f"{part}.{name.removeprefix(prefix)}", found[name])
+        return values
+
+    def _thinker(self, found: dict[str, Node], topology: Topology) -> dict[str, Any]:
+        # With one process, its max_num_seqs counts images.
+        names = _THINKER_FIELDS if topology.one_process else ("max_num_seqs", *_THINKER_FIELDS)
+        values = self._values("thinker", found, names)
+        length = found.get("max_model_len")
+        if length is not None and length.value > values.get("kv_tokens", 0):
+            values["kv_tokens"] = self._value("thinker.kv_tokens", length)
+        return values
+
+    def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
+        fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline", "dtype") if name in top}
+        if "request_timeout_s" in top:
+            timeout = self._value("bagel.request_timeout_s", top["request_timeout_s"])
+            fields["bagel"] = BagelConfig(request_timeout_s=timeout)
+        return fields
+
+    def _device(self, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
+        """The device and dtype that stages name, which must be the same for all."""
+        fields: dict[str, Any] = {}
+        dtypes = [found["dtype"] for found in stages.values() if "dtype" in found]
+        for node in dtypes:
+            if node.value != top.get("dtype", dtypes[0]).value:
+                self._problems.add(
+                    node, f"={node.value!r} is not that of all stages, {top.get('dtype', dtypes[0]).value!r}"
+                )
+        if dtypes and "dtype" not in top:
+            fields["dtype"] = self._value("dtype", dtypes[0])
+        device = top.get("device")
+        named = [found["devices"] for found in stages.values() if "devices" in found]
+        if not named or (device is not None and device.origin.source.startswith("--")):
+            return fields if device is None else {**fields, "device": self._value("device", device)}
+        numbers = all(str(node.value).isdigit() for node in named)
+        if numbers and self._platform() == "cpu":
+            if device is None or device.value != "cpu":
+                where = " and ".join(f"{node.path}={format_value(node.value)}" for node in named)
+                self._notes.append(
+                    f"{named[0].origin.prefix}{where}: there is no CUDA device here, so the stages run on the CPU"
+                )
+            return fields if device is None else {**fields, "device": self._value("device", device)}
+        names = [f"cuda:{node.value}" if str(node.value).isdigit() else str(node.value) for node in named]
+        first = f"{named[0].path}={format_value(named[0].value)}"
+        for name, node in zip(names, named, strict=True):
+            if name != names[0]:
+                other = f"={format_value(node.value)} is another device than {first}"
+                self._problems.add(node, f"{other}; all stages run on one device today")
+        self._origins["device"] = named[0].origin
+        return {**fields, "device": names[0]}
+
+    def _connector(
+        self, top: dict[str, Node], stages: dict[int, dict[str, Node]], topology: Topology
+    ) -> dict[str, Any]:
+        """The connector that the stages name; the only one there is where they name none."""
+        defined = top["connectors"].mapping if "connectors" in top else {}
+        used: dict[str, Node] = {}
+        for found in stages.values():
+            for side in ("input_connectors", "output_connectors"):
+                for reference in found[side].mapping.values() if side in found else ():
+                    if reference.value in defined:
+                        used.setdefault(reference.value, reference)
+                    else:
+                        known = (
+                            f"names in connectors: {_or(tuple(defined))}"
+                            if defined
+                            else "none, as the file has no connectors"
+                        )
+                        self._problems.add(
+                            reference, f"={format_value(reference.value)} is not allowed; allowed: {known}"
+                        )
+        for name, node in defined.items():
+            if name not in used:  # its options change nothing
+                vocabulary.check(node, vocabulary.CONNECTOR, self._problems, [])
+        if len(used) > 1:
+            both = " and ".join(used)
+            self._problems.add(
+                list(used.values())[-1],
+                f" is a second connector ({both}): one carries KV from stage 0 to stage 1; name one",
+            )
+            return {}
+        names = list(used) or (list(defined) if len(defined) == 1 and not topology.one_process else [])
+        if not names:
+            return {}
+        fields, nodes = connector_fields(defined[names[0]], self._problems, self._notes)
+        self._origins |= {target: node.origin for target, node in nodes.items()}
+        # vLLM-Omni's name is for any two stages on one host; shm is for those on a CPU.
+        if nodes and nodes["connector"].value == "SharedMemoryConnector" and self._platform() == "cuda":
+            fields["connector"] = "auto"
+        return fields
+
+    def _defaults(self, first: dict[str, Node], second: dict[str, Node]) -> dict[str, Any]:
+        """Values of request fields: the thinker's are for text, the DiT's for images."""
+        key = "default_sampling_params"
+        thinker, dit = ({} if key not in found else self._checked_defaults(found[key]) for found in (first, second))
+        text: dict[str, tuple[Any, Origin]] = {}
+        image: dict[str, tuple[Any, Origin]] = {}
+        for name, given in thinker.items():
+            affects = REQUEST_FIELDS[name].affects
+            if affects != "image":
+                text[name] = given
+            if affects in ("decoding", "thinking"):  # of the thinking before an image
+                image[name] = given
+        image |= {name: given for name, given in dit.items() if REQUEST_FIELDS[name].affects in ("image", "all")}
+        fields: dict[str, Any] = {}
+        for kind, values in (("text_defaults", text), ("image_defaults", image)):
+            fields[kind] = {name: value for name, (value, _) in values.items()}
+            self._origins |= {f"{kind}.{name}": origin for name, (_, origin) in values.items()}
+        return fields
+
+    def _checked_defaults(self, node: Node) -> dict[str, tuple[Any, Origin]]:
+        return vocabulary.check_defaults(node, self._problems)
 
 
-def unknown_fields(where: str, section: object, known: type[msgspec.Struct]) -> Iterator[str]:
-    """An error for each field of ``section``, at ``where``, that ``known`` does not have, with the reason or a hint."""
-    if not isinstance(section, dict):
-        return
-    allowed = [field.name for field in msgspec.structs.fields(known)]
-    for name in section:
-        if name in allowed:
-            continue
-        path = f"{where}.{name}" if where else str(name)
-        if name in _REASONS:
-            yield f"{path} has no meaning here: {_REASONS[name]}; remove it"
-        else:
-            yield InvalidRequest.unknown(path, str(name), allowed).message
+def _or(names: tuple[str, ...]) -> str:
+    return ", ".join(names)

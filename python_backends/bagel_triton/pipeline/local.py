@@ -42,7 +42,7 @@ class LocalStages:
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
-        defaults = config.topology.think_by_default, config.bagel.request_timeout_s
+        defaults = config.topology.think_by_default, config.bagel.request_timeout_s, config.request_defaults
         self.expander = RequestPlanner(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)

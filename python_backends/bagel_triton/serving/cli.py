@@ -19,7 +19,7 @@ INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 PASSED_ON = "perf-analyzer"
 SHELLS = ("bash", "zsh", "tcsh")
 FOLDERS = ("checkpoint", "directory", "model_repository")  # arguments that name one, for completion
-FILES = ("api_key_file", "deploy_config", "output", "ssl_certfile", "ssl_keyfile")
+FILES = ("api_key_file", "deploy_config", "file", "output", "ssl_certfile", "ssl_keyfile")
 
 
 class Command(NamedTuple):
@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": Command("bagel_triton.serving.serve", "start Triton and the OpenAI API on a checkpoint"),
     "proxy": Command("bagel_triton.serving.proxy", "start the OpenAI API alone, for a Triton that runs elsewhere"),
     "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, make one image, stop"),
+    "config": Command("bagel_triton.serving.config", "show what a deploy file means, and where each value comes from"),
     "memory": Command("bagel_triton.serving.memory", "show the memory that each stage of a configuration takes"),
     "tiny-checkpoint": Command("bagel_triton.weights.tiny.checkpoint", "write a small checkpoint of random weights"),
     "perf-analyzer": Command(
@@ -120,7 +121,8 @@ def _module_of(name: str) -> Any:
 
 
 def _print_error(message: str) -> None:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    for line in message.splitlines():  # a deploy file's errors come all at once
+        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.protocol.validation import resolve_flow
-from bagel_triton.serving import CommandError, arguments
+from bagel_triton.serving import CommandError, arguments, flags
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help=f"of every image, in pixels (default: {side})")
     parser.add_argument("--device", help="auto, cpu, cuda, also where there is none, or cuda:N (default: the YAML's)")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the YAML's)")
+    flags.add_arguments(parser, exclude=("max_model_len",))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,9 +62,13 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = Checkpoint(folder)
         height, width = _size(checkpoint, args.height, args.width)
         free = available(placement) if here else None
+        private = None if free is None else free.private_weights
+        if free is not None:
+            most = memory.plan(checkpoint, memory.roomy(config), placement, height, width, private is None)
+            config = memory.sized(most, config, free)
+        need = memory.plan(checkpoint, config, placement, height, width, private is None)
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
-    private = None if free is None else free.private_weights
     need = memory.plan(checkpoint, config, placement, height, width, private is None)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"images of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
@@ -82,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def require(config: DeployConfig) -> None:
-    """Refuse stages that would not fit into this machine.
+def require(config: DeployConfig) -> DeployConfig:
+    """``config`` with a KV pool that fills its part of the GPU, where it says so; refuses what would not fit.
 
     Raises:
         CommandError: what is needed, what there is, and what to lower.
@@ -95,11 +100,13 @@ def require(config: DeployConfig) -> None:
     try:
         checkpoint, placement = Checkpoint(config.checkpoint), resolve(config.device, config.dtype)
         free = available(placement)
-        shares_weights = free.private_weights is None
-        need = memory.plan(checkpoint, config, placement, *_size(checkpoint, None, None), shares_weights)
-        memory.check(need, config, placement, free)
+        size, shares_weights = _size(checkpoint, None, None), free.private_weights is None
+        need = memory.plan(checkpoint, memory.roomy(config), placement, *size, shares_weights)
+        sized = memory.sized(need, config, free)
+        memory.check(memory.plan(checkpoint, sized, placement, *size, shares_weights), sized, placement, free)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    return sized
 
 
 def table(need: MemoryPlan) -> str:
@@ -123,8 +130,8 @@ def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
     from bagel_triton.deploy import yaml as deploy_yaml
 
     path = arguments.deploy_file(args.deploy_config)
-    config = DeployConfig(str(folder)) if path is None else deploy_yaml.load(path, str(folder))
-    changes: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name)}
+    config = deploy_yaml.resolve(path, str(folder), flags.flags_of(args)).config
+    changes: dict[str, Any] = {}
     if args.max_model_len is not None:
         changes["thinker"] = msgspec.structs.replace(config.thinker, kv_tokens=args.max_model_len)
     if args.max_requests is not None:
@@ -162,10 +169,11 @@ def available(placement: Placement) -> Available:
     from bagel_triton.serving.memory_plan import Available
 
     shared = os.statvfs(SHM_DIRECTORY)
-    free = host_memory(), shared.f_bavail * shared.f_frsize
+    host, free = host_memory(), shared.f_bavail * shared.f_frsize
     if placement.torch_device.type == "cpu":
-        return Available(*free)
-    return Available(*free, *_on_device(placement.torch_device))
+        return Available(host, free)
+    device, private_weights, total = _on_device(placement.torch_device)
+    return Available(host, free, device, private_weights, total)
 
 
 def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
@@ -195,8 +203,8 @@ def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
             yield max(0, int(limit) - int((folder / usage_file).read_text()) + cached)
 
 
-def _on_device(device: torch.device) -> tuple[int, str | None]:
-    """Free bytes of a CUDA device, and why its weights cannot be shared, if they cannot.
+def _on_device(device: torch.device) -> tuple[int, str | None, int]:
+    """Free bytes of a CUDA device, why its weights cannot be shared, if they cannot, and all of its bytes.
 
     A process of its own queries the device, as the query itself takes memory there until the process ends.
     """
@@ -207,12 +215,13 @@ def _on_device(device: torch.device) -> tuple[int, str | None]:
             raise ValueError(f"device={str(device)!r} does not answer: the process that asked it died") from error
 
 
-def _ask_device(device: torch.device) -> tuple[int, str | None]:
+def _ask_device(device: torch.device) -> tuple[int, str | None, int]:
     import torch
 
     from bagel_triton.ipc.cuda_memory import why_not
 
     try:
-        return torch.cuda.mem_get_info(device)[0], why_not(device)
+        free, total = torch.cuda.mem_get_info(device)
+        return free, why_not(device), total
     except RuntimeError as error:  # a GPU that is full, or gone
         raise ValueError(f"device={str(device)!r} does not answer: {str(error).splitlines()[0]}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import nn
 
@@ -181,12 +182,14 @@ class Available:
     """Bytes that are free: of the machine's memory, of shared memory, and of a CUDA device where one is used.
 
     ``private_weights`` is why each process needs a copy of the weights there; None where they can share one.
+    ``device_total`` is all of that device's memory.
     """
 
     host: int
     shared: int
     device: int | None = None
     private_weights: str | None = None
+    device_total: int | None = None
 
 
 def check(need: MemoryPlan, config: DeployConfig, placement: Placement, available: Available) -> None:
@@ -219,6 +222,44 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
         f"{readable(need.weights)}, keys and values {readable(need.kv)}, activations {readable(need.activations)}): "
         f"{', or '.join(remedies)}"
     )
+
+
+def sized(need: MemoryPlan, config: DeployConfig, available: Available) -> DeployConfig:
+    """``config`` with a KV pool that fills what the stages' ``gpu_memory_utilization`` leaves of the GPU.
+
+    Where both stages have one, their parts together hold what both need; else the thinker's part holds what the
+    thinker needs. ``config`` itself on a CPU, and where the thinker has none. ``kv_tokens`` is the least.
+
+    Raises:
+        NotEnoughMemory: less than ``kv_tokens`` would fit.
+    """
+    fraction, dit = config.thinker.gpu_memory_utilization, config.dit.gpu_memory_utilization
+    if available.device_total is None or fraction is None:
+        return config
+    counted = need.stages
+    if config.topology.one_process:
+        weights, part = need.weights, fraction
+    elif dit is not None and config.stage_id is None:
+        weights, part = need.weights, min(fraction + dit, 1.0)
+    else:
+        counted = tuple(stage for stage in need.stages if stage.stage == "thinker")
+        weights, part = sum(stage.weights for stage in counted), fraction
+    taken = weights + sum(stage.activations + (stage.kv if stage.stage != "thinker" else 0) for stage in counted)
+    budget, block = int(part * available.device_total), config.thinker.block_tokens
+    tokens = max(budget - taken, 0) // need.kv_token // block * block
+    if tokens < config.thinker.kv_tokens:
+        raise NotEnoughMemory(
+            f"gpu_memory_utilization={part:g} of {readable(available.device_total)} leaves {tokens} tokens for the KV "
+            f"cache pool beside {readable(taken)} of weights and activations; kv_tokens={config.thinker.kv_tokens}: "
+            "raise gpu_memory_utilization, or lower kv_tokens, max_model_len or max_num_batched_tokens"
+        )
+    return msgspec.structs.replace(config, thinker=msgspec.structs.replace(config.thinker, kv_tokens=tokens))
+
+
+def roomy(config: DeployConfig) -> DeployConfig:
+    """``config`` with a pool that bounds no forward, for the plan that :func:`sized` takes."""
+    tokens = max(config.thinker.kv_tokens, config.thinker.max_num_batched_tokens)
+    return msgspec.structs.replace(config, thinker=msgspec.structs.replace(config.thinker, kv_tokens=tokens))
 
 
 def readable(size: int) -> str:

@@ -9,7 +9,7 @@ import gc
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.ipc import prefix as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
-from bagel_triton.serving import CommandError, arguments, machine, memory, tritonserver
+from bagel_triton.protocol.errors import format_value
+from bagel_triton.serving import CommandError, arguments, flags, machine, memory, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import Stopped, StopSignals, log_event
 from bagel_triton.telemetry import tracing
@@ -47,10 +48,8 @@ class ServeOptions:
     triton_http_port: int
     triton_grpc_port: int
     triton_metrics_port: int
-    device: str | None
-    dtype: str | None
     deploy_config: str | None
-    served_model_name: str | None
+    served_model_name: list[str] | None
     model_repository: Path | None
     verbose: bool
     fetch_remote: bool = True
@@ -58,13 +57,14 @@ class ServeOptions:
     headless: bool = False
     host_address: str | None = None
     http: HttpOptions = field(default_factory=HttpOptions)
+    overrides: deploy_yaml.Flags = deploy_yaml.NO_FLAGS
 
     def model_names(self, checkpoint: Path) -> tuple[str, ...]:
         """The names that requests may use, the one that replies carry first."""
         from bagel_triton.weights.hub import checkpoint_name, repository_name
 
-        own, repository = self.served_model_name or checkpoint_name(checkpoint), repository_name(checkpoint)
-        return tuple(dict.fromkeys((own, *ALIASES, *([] if repository is None else [repository]))))
+        own, repository = self.served_model_name or [checkpoint_name(checkpoint)], repository_name(checkpoint)
+        return tuple(dict.fromkeys((*own, *ALIASES, *([] if repository is None else [repository]))))
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage-id", metavar="N", type=int, help="serve this stage only; others are at their address")
     parser.add_argument("--headless", action="store_true", help="no OpenAI API, for a stage that stage 0 calls")
     parser.add_argument("--host-address", metavar="HOST", help="this host, as the other stage's reaches it")
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the checkpoint's name")
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that requests may give as model; replies carry the first (default: the checkpoint's name)",
+    )
     parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the installed one")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
     add_http_arguments(parser)
-    arguments.add_foreign_flags(parser)
+    flags.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,9 +140,10 @@ def options(args: argparse.Namespace) -> ServeOptions:
     Raises:
         CommandError: one is not allowed.
     """
-    names = (option.name for option in fields(ServeOptions) if option.name != "http")
+    names = (option.name for option in fields(ServeOptions) if option.name not in ("http", "overrides"))
+    given = {name: getattr(args, name) for name in names}
     try:
-        return ServeOptions(**{name: getattr(args, name) for name in names}, http=http_options(args))
+        return ServeOptions(**given, http=http_options(args), overrides=flags.flags_of(args))
     except OptionError as error:
         raise CommandError(str(error)) from error
 
@@ -146,9 +152,9 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     for name in PORTS:
         machine.check_port(f"--{name.replace('_', '-')}", getattr(options, name))
     repository = _model_repository(options)
-    config = _configuration(options)  # before a download, which takes long
+    deployment = _configuration(options)  # before a download, which takes long
     checkpoint = arguments.checkpoint(options.checkpoint, options.revision)
-    config = msgspec.structs.replace(config, checkpoint=str(checkpoint.resolve()))
+    config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
     with _addresses(options, config) as addresses, machine.run_directory() as directory:
         placement = _placement(config)
         connector = _connector(config, placement)
@@ -164,7 +170,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             deploy = msgspec.structs.replace(
                 config, shm_prefix=shared.prefix, device=placement.device, dtype=placement.dtype_name
             )
-            memory.require(deploy)
+            deploy = memory.require(deploy)
             deploy.write(directory / "deploy.yaml")
             names = options.model_names(checkpoint)
             summary = {
@@ -176,6 +182,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
                 "attention": placement.attention,
                 "KV connector": connector,
+                **_request_defaults(deploy),
                 "OpenAI API": " and ".join(addresses.urls) or "none (headless)",
                 "Triton HTTP": f"{LOOPBACK}:{addresses.http_port}",
                 "Triton gRPC": addresses.grpc,
@@ -185,7 +192,8 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "log": directory / machine.LOG_FILE,
             }
             print(f"bagel-triton {bagel_triton.__version__}")
-            print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()), flush=True)
+            print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()))
+            print("".join(f"  note: {note}\n" for note in deployment.notes), end="", flush=True)
             proxy = ProxySettings(
                 addresses.grpc,
                 names,
@@ -227,17 +235,15 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             )
 
 
-def _configuration(options: ServeOptions) -> DeployConfig:
-    """The deploy YAML's configuration, or the default one; the command line's options come before the file's."""
+def _configuration(options: ServeOptions) -> deploy_yaml.Deployment:
+    """The deploy file's configuration, or the default one; the command line's options come before the file's."""
     try:
         path = arguments.deploy_file(options.deploy_config)
-        given = options.checkpoint
-        config = DeployConfig(given) if path is None else deploy_yaml.load(path, given)
-        config = hosts.on_this_host(config, options.stage_id, options.host_address, options.headless)
+        found = deploy_yaml.resolve(path, options.checkpoint, options.overrides)
+        config = hosts.on_this_host(found.config, options.stage_id, options.host_address, options.headless)
     except ConfigError as error:
         raise CommandError(str(error)) from error
-    placed = {"device": options.device, "dtype": options.dtype}
-    return msgspec.structs.replace(config, **{name: value for name, value in placed.items() if value is not None})
+    return replace(found, config=config)
 
 
 @contextlib.contextmanager
@@ -301,6 +307,16 @@ def _model_repository(options: ServeOptions) -> Path:
     if not options.model_repository.is_dir():
         raise CommandError(f"--model-repository={options.model_repository} is not a folder")
     return options.model_repository.resolve()
+
+
+def _request_defaults(config: DeployConfig) -> dict[str, str]:
+    """The lines of the summary for values that a request which leaves them out gets from the deploy file."""
+    kinds = {"text defaults": config.text_defaults, "image defaults": config.image_defaults}
+    return {
+        kind: ", ".join(f"{name}={format_value(value)}" for name, value in values.items())
+        for kind, values in kinds.items()
+        if values
+    }
 
 
 def _source(options: ServeOptions) -> str:

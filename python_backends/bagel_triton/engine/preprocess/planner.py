@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -15,7 +16,7 @@ from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer, is_template
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import Branch, BranchPlan, Decoding, Plan, Segment, TextSegment, Usage
-from bagel_triton.protocol.request import IMG2IMG, TEXT2IMG, GenerationRequest, Modality
+from bagel_triton.protocol.request import FIELD_TYPES, IMG2IMG, TEXT2IMG, GenerationRequest, Modality
 from bagel_triton.protocol.validation import (
     check_text_size,
     resolve_decoding,
@@ -43,14 +44,24 @@ class RequestPlanner:
     """Validates requests against one checkpoint and plans their branches. Thread-safe.
 
     ``think_by_default`` is what a request means that does not say whether to think;
-    ``timeout_s`` is the time of one that names none.
+    ``timeout_s`` is the time of one that names none. ``defaults`` are values of other fields,
+    by the kind of output, for requests that leave them out.
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: Tokenizer, think_by_default: bool = False, timeout_s: float = 3600.0
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        think_by_default: bool = False,
+        timeout_s: float = 3600.0,
+        defaults: Mapping[Modality, Mapping[str, Any]] | None = None,
     ) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._think, self._timeout_s = think_by_default, timeout_s
+        self._defaults = {
+            kind: {name: msgspec.convert(value, FIELD_TYPES[name], str_keys=True) for name, value in values.items()}
+            for kind, values in (defaults or {}).items()
+        }
 
     @classmethod
     def open(cls, config: DeployConfig) -> RequestPlanner:
@@ -61,7 +72,8 @@ class RequestPlanner:
         """
         model = CheckpointFiles(config.checkpoint).config
         tokenizer = Tokenizer(config.checkpoint, model.language.vocab_size)
-        return cls(model, tokenizer, config.topology.think_by_default, config.bagel.request_timeout_s)
+        think, timeout_s = config.topology.think_by_default, config.bagel.request_timeout_s
+        return cls(model, tokenizer, think, timeout_s, config.request_defaults)
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.
@@ -71,9 +83,13 @@ class RequestPlanner:
         Raises:
             InvalidRequest: names the field, its value and what is allowed.
         """
+        wanted = resolve_modality(request)
+        defaults = self._defaults.get(wanted, {})
+        request = msgspec.structs.replace(
+            request, **{name: value for name, value in defaults.items() if getattr(request, name) is None}
+        )
         think = self._think if request.think is None else request.think
         request = msgspec.structs.replace(request, think=think, seed=resolve_seed(request))
-        wanted = resolve_modality(request)
         check_text_size(request)
         config = self._config
         images, size = image_segments(

@@ -1,0 +1,208 @@
+"""Flags of ``vllm serve`` on ``serve`` and ``config``: those that override the deploy file, and all others by name.
+
+A flag is the field of the same name, for every stage that has it, and is checked by the same declaration.
+Flags without a field are taken where they change nothing, and refused with what to do instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import yaml
+from msgspec import Meta
+
+from bagel_triton.deploy import vocabulary
+from bagel_triton.deploy.located import Node, Origin, Problems, merged, of_value
+from bagel_triton.deploy.vocabulary import Field, Fields, Neutral, Setting
+from bagel_triton.deploy.yaml import NO_FLAGS, Flags
+
+# The settings that --help lists, with what a value is called.
+LISTED = {
+    "max_num_seqs": "N",
+    "max_num_batched_tokens": "N",
+    "max_model_len": "N",
+    "kv_tokens": "N",
+    "max_waiting": "N",
+    "gpu_memory_utilization": "F",
+    "enable_prefix_caching": "",
+    "vae_use_tiling": "",
+}
+_UNLISTED = ("block_tokens", "encoder_cache_mb", "lease_ttl_s", "block_size", "num_gpu_blocks_override", "num_replicas")
+_SHORT = {"tensor_parallel_size": ["-tp"], "pipeline_parallel_size": ["-pp"], "data_parallel_size": ["-dp"]}
+_LONG = {"ulysses_degree": ["--usp"], "ring_degree": ["--ring"]}
+_Natural = Annotated[float, Meta(ge=0)]
+_NO_RAY = "there is no Ray cluster; each stage is a process of this server"
+_REPLICAS = "one of each stage today; serve several copies behind a balancer"
+# Flags that are no fields of a file.
+OTHERS: Fields = {
+    "omni": Neutral("", (True, False)),
+    "async_chunk": vocabulary.TOP["async_chunk"],
+    "batch_timeout": Neutral("seconds >= 0", type=_Natural),
+    "config": "vLLM's own file of flags is not read; write a deploy file, --deploy-config",
+    "diffusion_load_format": vocabulary.ENGINE["load_format"],
+    "diffusion_streaming_output": Neutral("requests ask for previews: partial_images", (False,)),
+    "enable_ar_profiler": Neutral("traces and /metrics have each stage's times", (False,)),
+    "enable_cache_dit_summary": Neutral("there is no such cache; requests ask for `cache: taylorseer`", (False,)),
+    "enable_log_requests": Neutral("", (True, False)),
+    "enable_orch_monitor": Neutral("/health and /metrics report every stage", (False,)),
+    "disable_log_requests": Neutral("", (True, False)),
+    "init_sleep_seconds": Neutral("seconds >= 0; nothing waits for them", type=_Natural),
+    "init_timeout": Neutral("seconds >= 0; serve waits for the stages, and reports", type=_Natural),
+    "log_stats": Neutral("", (True, False)),
+    "num_weight_load_threads": Neutral("an integer >= 1", type=vocabulary.Count),
+    "omni_dp_size_local": Neutral(_REPLICAS, (1,)),
+    "omni_heartbeat_timeout": Neutral("seconds >= 0; a dead stage is noticed within ten", type=_Natural),
+    "omni_lb_policy": Neutral(_REPLICAS, ("random", "round-robin", "least-queue-length")),
+    "omni_master_address": "stages[].address in --deploy-config says where a stage listens (bagel_two_hosts)",
+    "omni_master_port": "stages[].address in --deploy-config says where a stage listens (bagel_two_hosts)",
+    "omni_replica_address": _REPLICAS,
+    "ray_address": _NO_RAY,
+    "request_batch_max_wait_ms": Neutral("a request never waits for others to join its batch", (0,)),
+    "shm_threshold_bytes": vocabulary.TOP["shm_threshold_bytes"],
+    "stage_init_timeout": Neutral("seconds >= 0; serve waits for the stages, and reports", type=_Natural),
+    "strategy_config": "write a deploy file, --deploy-config",
+    "task": Neutral("modalities are a request's", ("generate", "auto")),
+    "tokenizer": "the checkpoint's own tokenizer is used",
+    "tokenizer_mode": Neutral("the checkpoint's own tokenizer is used", ("auto",)),
+    "worker_backend": Neutral(_NO_RAY, ("process", "multi_process", "mp")),
+}
+_OTHER_NAMES = {
+    "omni_master_address": ["-oma"],
+    "omni_master_port": ["-omp"],
+    "omni_replica_address": ["-ora"],
+}
+_JSON = {
+    "stage_overrides": 'fields by stage, such as \'{"1": {"max_num_seqs": 4}}\'',
+    "default_sampling_params": "request fields that a request leaves out, as JSON; by stage, or for all",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) -> None:
+    """Declare the flags, for :func:`flags_of`; ``exclude`` are fields that the command has flags of its own for."""
+    group = parser.add_argument_group("stages, as in the deploy file, which they override")
+    fields: dict[str, Field] = {name: vocabulary.STAGE[name] for name in (*LISTED, *_UNLISTED)}
+    fields |= vocabulary.ENGINE
+    for name, field in {**fields, **OTHERS}.items():
+        if name in exclude:
+            continue
+        names = [*_SHORT.get(name, ()), *_OTHER_NAMES.get(name, ()), *_LONG.get(name, ()), f"--{_dashed(name)}"]
+        listed = name in LISTED and isinstance(field, Setting)
+        help_ = field.doc if listed and isinstance(field, Setting) else argparse.SUPPRESS
+        metavar = LISTED.get(name) or "VALUE"
+        to = group if listed else parser
+        if isinstance(field, str) or not _is_switch(field):
+            nargs = None if isinstance(field, Setting) else "?"
+            to.add_argument(*names, dest=_KEPT, nargs=nargs, metavar=metavar, action=_Flag, field_name=name, help=help_)
+            continue
+        to.add_argument(*names, dest=_KEPT, nargs=0, action=_Flag, field_name=name, help=help_)
+        off = f"--no-{_dashed(name)}"
+        to.add_argument(off, dest=_KEPT, nargs=0, action=_Flag, field_name=name, help=argparse.SUPPRESS)
+    for name, meaning in _JSON.items():
+        group.add_argument(
+            f"--{_dashed(name)}", dest=_KEPT, metavar="JSON", action=_Flag, field_name=name, help=meaning
+        )
+
+
+def flags_of(args: argparse.Namespace) -> Flags:
+    """What the flags in ``args`` override, with the command's own ``--device``, ``--dtype`` and ``--stage-id``."""
+    top = NO_FLAGS.top
+    for name in ("device", "dtype"):
+        if (value := getattr(args, name, None)) is not None:
+            top = merged(top, _top(f"--{name}", name, value))
+    every: dict[str, Node] = {}
+    for flag, name, value in getattr(args, _KEPT, None) or ():
+        if name in _JSON:
+            by_stage = _by_stage(flag, value if name == "stage_overrides" else _wrapped(name, value))
+            if by_stage is None:
+                every[name] = of_value(value, Origin(flag), flag)
+            else:
+                top = merged(top, by_stage)
+        elif name not in OTHERS:
+            every[name] = of_value(value, Origin(flag), flag)
+    return Flags(top, every, getattr(args, "stage_id", None))
+
+
+_KEPT = "stage_flags"
+
+
+class _Flag(argparse.Action):
+    """Reads a flag's value as a file would, and refuses it in the words for the field."""
+
+    def __init__(self, *args: Any, field_name: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.field_name = field_name
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        assert option is not None, "it is no positional argument"
+        flag, name = self.option_strings[-1], self.field_name
+        value: Any
+        if name in _JSON:
+            value = _json(parser, flag, values)
+        elif self.nargs == 0:
+            value = not option.startswith("--no-")
+        else:
+            value = True if values is None else _scalar(values)
+        field = OTHERS.get(name, vocabulary.STAGE.get(name, ""))
+        problems = Problems()
+        if name not in _JSON:
+            node = Node({name: of_value(value, Origin(flag), flag)}, Origin(flag), flag)
+            vocabulary.check(node, {name: field}, problems, [])
+        if problems:
+            parser.error(problems.text())
+        setattr(namespace, _KEPT, [*(getattr(namespace, _KEPT, None) or ()), (flag, name, value)])
+
+
+def _scalar(text: str) -> Any:
+    """The value that ``text`` is in a YAML file; a text where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _json(parser: argparse.ArgumentParser, flag: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        parser.error(f"{flag}={text} is not JSON: {error}")
+    if not isinstance(value, dict):
+        parser.error(f"{flag}={text} is not allowed; allowed: a JSON object")
+    return value
+
+
+def _wrapped(name: str, by_stage: dict[str, Any]) -> dict[str, Any]:
+    return {stage: {name: values} if stage.isdigit() else values for stage, values in by_stage.items()}
+
+
+def _by_stage(flag: str, values: dict[str, Any]) -> Node | None:
+    """``values`` by stage id as a file has them; None if they are not by stage."""
+    if flag != "--stage-overrides" and not all(stage.isdigit() for stage in values):
+        return None
+    stages = []
+    for stage, fields in values.items():
+        origin, path = Origin(flag), f"{flag}.{stage}"
+        entries = of_value(fields, origin, path)
+        stage_id = Node(int(stage) if stage.isdigit() else stage, origin, path)
+        value = {"stage_id": stage_id, **entries.value} if isinstance(entries.value, dict) else entries.value
+        stages.append(Node(value, origin, path))
+    return Node({"stages": Node(stages, Origin(flag), flag)}, Origin(flag))
+
+
+def _top(flag: str, name: str, value: Any) -> Node:
+    return Node({name: of_value(value, Origin(flag), flag)}, Origin(flag))
+
+
+def _is_switch(field: Setting | Neutral) -> bool:
+    """Whether it is true or false."""
+    if isinstance(field, Setting):
+        return field.type is bool
+    return field.type is None and {type(value) for value in field.values} - {type(None)} == {bool}
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,182 @@
+"""Flags of ``serve`` that override the deploy file, and those of vLLM that are taken or refused by name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from bagel_triton.deploy import yaml as deploy_yaml
+from bagel_triton.deploy.yaml import Deployment
+from bagel_triton.serving import flags, serve
+
+FILE = """
+pipeline: {pipeline}
+stages: [{{stage_id: 0, max_num_seqs: 5, kv_tokens: 100}}]
+"""
+
+
+class Refused(Exception):
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused(message)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(allow_abbrev=False)
+    serve.add_arguments(parser)
+    return parser.parse_args(["checkpoint", *arguments])
+
+
+def resolve(folder: Path, *arguments: str, pipeline: str = "bagel") -> Deployment:
+    path = folder / "deploy.yaml"
+    path.write_text(FILE.format(pipeline=pipeline))
+    return deploy_yaml.resolve(path, "checkpoint", flags.flags_of(parse(arguments)), lambda: "cuda")
+
+
+def test_a_flag_is_for_every_stage_that_has_the_field(tmp_path: Path) -> None:
+    found = resolve(
+        tmp_path, "--max-num-seqs", "2", "--max-model-len", "500", "--no-vae-use-tiling", "--gpu-memory-utilization=0.3"
+    )
+    config = found.config
+    assert (config.thinker.max_num_seqs, config.dit.max_num_seqs) == (2, 2)
+    assert (config.thinker.kv_tokens, config.vae_decode.use_tiling) == (500, False)
+    assert (config.thinker.gpu_memory_utilization, config.dit.gpu_memory_utilization) == (0.3, 0.3)
+    assert str(found.origins["dit.max_num_seqs"]) == "--max-num-seqs"
+
+
+def test_with_a_stage_id_a_flag_is_for_that_stage(tmp_path: Path) -> None:
+    config = resolve(tmp_path, "--stage-id", "1", "--headless", "--max-num-seqs", "2").config
+    assert (config.thinker.max_num_seqs, config.dit.max_num_seqs) == (5, 2)
+
+
+def test_a_single_stage_takes_the_fields_of_both(tmp_path: Path) -> None:
+    arguments = ("--max-num-seqs", "2", "--kv-tokens", "300", "--vae-use-tiling", "--no-enable-prefix-caching")
+    config = resolve(tmp_path, *arguments, pipeline="bagel_single_stage").config
+    assert (config.dit.max_num_seqs, config.thinker.kv_tokens) == (2, 300)
+    assert (config.vae_decode.use_tiling, config.thinker.enable_prefix_caching) == (True, False)
+
+
+def test_overrides_by_stage_come_before_the_other_flags(tmp_path: Path) -> None:
+    overrides = '{"1": {"max_num_seqs": 4}, "0": {"default_sampling_params": {"seed": 1}}}'
+    found = resolve(tmp_path, "--max-num-seqs", "2", "--stage-overrides", overrides)
+    assert (found.config.thinker.max_num_seqs, found.config.dit.max_num_seqs) == (2, 4)
+    assert found.config.text_defaults == {"seed": 1}
+    assert str(found.origins["dit.max_num_seqs"]) == "--stage-overrides"
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "image"),
+    [
+        ('{"seed": 3, "num_inference_steps": 9}', {"seed": 3}, {"seed": 3, "num_inference_steps": 9}),
+        ('{"0": {"seed": 3}, "1": {"seed": 4}}', {"seed": 3}, {"seed": 4}),
+    ],
+)
+def test_defaults_of_requests_by_a_flag(tmp_path: Path, given: str, text: object, image: object) -> None:
+    config = resolve(tmp_path, "--default-sampling-params", given).config
+    assert (config.text_defaults, config.image_defaults) == (text, image)
+
+
+def test_device_and_dtype_come_before_the_stages(tmp_path: Path) -> None:
+    config = resolve(
+        tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--stage-overrides", '{"0": {"devices": "1"}}'
+    ).config
+    assert (config.device, config.dtype) == ("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--omni",
+        "--trust-remote-code",
+        "--enforce-eager",
+        "--no-enforce-eager",
+        "--tensor-parallel-size 1",
+        "-tp 1",
+        "--vae-patch-parallel-size 1",
+        "--cfg-parallel-size 1",
+        "--usp 1",
+        "--ring 1",
+        "--hsdp-shard-size -1",
+        "--ulysses-mode strict",
+        "--worker-backend process",
+        "--worker-backend multi_process",
+        "--init-sleep-seconds 20",
+        "--init-timeout 600",
+        "--stage-init-timeout 300",
+        "--batch-timeout 5",
+        "--shm-threshold-bytes 65536",
+        "--cache-backend none",
+        "--step-execution",
+        "--omni-lb-policy random",
+        "--enable-chunked-prefill",
+        "--async-scheduling",
+        "--load-format auto",
+        "--no-enable-sleep-mode",
+        "--num-weight-load-threads 4",
+        "--distributed-executor-backend mp",
+    ],
+)
+def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
+    assert resolve(tmp_path, *flag.split()).config == resolve(tmp_path).config
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--tensor-parallel-size 2",
+            "--tensor-parallel-size=2 is not supported: a stage runs on one device today; for",
+        ),
+        ("-tp 2", "--tensor-parallel-size=2 is not supported: a stage runs on one device today"),
+        ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: a stage runs on one device"),
+        ("--use-hsdp", "--use-hsdp=true is not supported: a stage runs on one device"),
+        ("--quantization fp8", "--quantization='fp8' is not supported: weights are computed in `dtype`, float32 or bf"),
+        ("--lora-path x", "--lora-path='x' is not supported: merge the adapter into the checkpoint, and serve that"),
+        ("--enable-lora", "--enable-lora=true is not supported: merge the adapter into the checkpoint"),
+        ("--worker-backend ray", "--worker-backend='ray' is not supported: there is no Ray cluster; each stage is a"),
+        ("--ray-address auto", "--ray-address='auto' is not supported: there is no Ray cluster"),
+        ("--enable-cpu-offload", "--enable-cpu-offload=true is not supported: weights are not moved between devices"),
+        ("--enable-sleep-mode", "--enable-sleep-mode=true is not supported: a server cannot give its memory back"),
+        ("--cache-backend tea_cache", "--cache-backend='tea_cache' is not supported: ask for it in a request: `cache"),
+        ("--omni-replica-address x", "--omni-replica-address='x' is not supported: one of each stage today; serve sev"),
+        ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization=1.5 is not allowed; allowed: a number above 0, at"),
+        ("--max-num-seqs 0", "--max-num-seqs=0 is not allowed; allowed: an integer from 1 to"),
+        ("--max-num-seqs", "expected one argument"),
+        ("--init-sleep-seconds -1", "--init-sleep-seconds=-1 is not allowed; allowed: seconds >= 0"),
+        ("--stage-overrides {", "--stage-overrides={ is not JSON: "),
+        ("--stage-overrides []", "--stage-overrides=[] is not allowed; allowed: a JSON object"),
+    ],
+)
+def test_a_flag_that_cannot_be_followed_says_what_to_do(flag: str, message: str) -> None:
+    with pytest.raises(Refused) as caught:
+        parse(flag.split())
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ('{"1": {"kv_tokens": 5}}', "--stage-overrides.1.kv_tokens belongs to the thinker; that is stage 0"),
+        ('{"7": {}}', "--stage-overrides.7=7 is not allowed in pipeline bagel; allowed: 0 to 1"),
+        ('{"x": {}}', "--stage-overrides.x='x' is not allowed; allowed: 0 or 1"),
+        ('{"0": 5}', "--stage-overrides.0=5 is not allowed; allowed: a mapping of fields"),
+        ('{"0": {"max_num_seq": 5}}', "--stage-overrides.0.max_num_seq is not a known field; did you mean max_num_s"),
+    ],
+)
+def test_an_error_in_overrides_names_the_flag_and_the_field(tmp_path: Path, flag: str, message: str) -> None:
+    with pytest.raises(ValueError, match="--stage-overrides") as caught:
+        resolve(tmp_path, "--stage-overrides", flag)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_switch_does_not_take_the_checkpoint_for_its_value() -> None:
+    parser = Parser()
+    serve.add_arguments(parser)
+    assert parser.parse_args(["--omni", "--vae-use-tiling", "checkpoint"]).checkpoint == "checkpoint"
