@@ -25,7 +25,7 @@ from bagel_triton.pipeline.pipeline import GeneratedImage, Item
 from bagel_triton.protocol.errors import BagelError, InvalidRequest
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
-from bagel_triton.serving import CommandError
+from bagel_triton.serving import CommandError, flags, memory
 from bagel_triton.serving.arguments import add_deploy_config, add_revision, checkpoint, deploy_file
 
 # Heavy modules are imported after the arguments are checked: --help must not wait for torch.
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
 
 HUB_NAME = "ByteDance-Seed/BAGEL-7B-MoT"
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
-NO_RAY = "there is no Ray cluster, all stages run in this process"
-UNSUPPORTED = {
-    "--ray-address": NO_RAY,
-    "--init-sleep-seconds": "the batch begins as soon as the stages are loaded (see --init-timeout)",
-}
 FLOW = TEXT2IMG
 # Fields of the request by option. An option that is not given leaves the server's default for the modality.
 REQUEST_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,15 +93,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--init-timeout", type=float, default=300, metavar="S", help="for loading (%(default)s)")
     silence = "stop when no prompt makes progress for so long (default: the stages' own timeout, 600)"
     parser.add_argument("--batch-timeout", type=float, metavar="S", help=silence)
-    parser.add_argument("--worker-backend", default="process", help="process: this one, the only backend there is")
-    for option in UNSUPPORTED:
-        parser.add_argument(option, metavar="X", help="refused: it has no meaning here")
+    flags.add_arguments(parser, exclude=("init_timeout", "batch_timeout"))
     args = parser.parse_args(argv)
-    for option, reason in UNSUPPORTED.items():
-        if getattr(args, option[2:].replace("-", "_")) is not None:
-            parser.error(f"{option} has no meaning here: {reason}")
-    if args.worker_backend != "process":
-        parser.error(f"--worker-backend={args.worker_backend} is not supported: {NO_RAY}; allowed: process")
     takes_image = args.modality.startswith("img2")
     if takes_image != (args.image_path is not None):
         parser.error(f"--modality {args.modality} {'needs' if takes_image else 'takes no'} --image-path")
@@ -147,17 +135,15 @@ def common_request(args: argparse.Namespace) -> GenerationRequest:
 
 def configuration(args: argparse.Namespace) -> DeployConfig:
     from bagel_triton.deploy import yaml as deploy_yaml
-    from bagel_triton.deploy.config import DeployConfig
 
-    path = deploy_file(args.deploy_config)
-    config = DeployConfig(args.model) if path is None else deploy_yaml.load(path, args.model)
+    config = deploy_yaml.resolve(deploy_file(args.deploy_config), args.model, flags.flags_of(args)).config
     if config.addresses:
         raise CommandError(
             f"--deploy-config {args.deploy_config} puts stages on other hosts; this script runs in one process"
         )
-    given = {name: getattr(args, name) for name in ("device", "dtype") if getattr(args, name) is not None}
     # Last, as it may be a download.
-    return msgspec.structs.replace(config, checkpoint=str(checkpoint(args.model, args.revision)), **given)
+    config = msgspec.structs.replace(config, checkpoint=str(checkpoint(args.model, args.revision)))
+    return config if config.thinker.gpu_memory_utilization is None else memory.require(config)
 
 
 def option_of(param: str) -> str:

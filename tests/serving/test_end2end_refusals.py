@@ -40,8 +40,9 @@ def test_loading_has_a_time_limit(refusal: Refusal, monkeypatch: pytest.MonkeyPa
     ("arguments", "named"),
     [
         (["--prompts", "x", "--worker-backend", "ray"], "no Ray cluster"),
-        (["--prompts", "x", "--ray-address", "auto"], "--ray-address has no meaning here: there is no Ray cluster"),
-        (["--prompts", "x", "--init-sleep-seconds", "20"], "--init-sleep-seconds has no meaning here"),
+        (["--prompts", "x", "--ray-address", "auto"], "--ray-address='auto' is not supported: there is no Ray cluster"),
+        (["--prompts", "x", "--init-sleep-seconds", "-1"], "--init-sleep-seconds=-1 is not allowed"),
+        (["--prompts", "x", "--quantization", "fp8"], "--quantization='fp8' is not supported: weights are computed in"),
         (["--prompts", "x", "--init-timeout", "0"], "--init-timeout=0"),
         (["--prompts", "x", "--batch-timeout", "nan"], "--batch-timeout=nan"),
         (["--prompts", "x", "--modality", "img2video"], "img2video"),

@@ -36,6 +36,10 @@ def test_another_stages_server_is_called_at_its_address(tmp_path: Path) -> None:
     assert config.own_address == ("127.0.0.2", 8001)
 
 
+def test_a_connector_that_is_left_to_the_server_reaches_the_other_host(tmp_path: Path) -> None:
+    assert on_this_host(_load(tmp_path, TWO.partition("\n")[0]), 0).connector == "mooncake"
+
+
 def test_the_deploy_file_to_start_from_serves_either_stage() -> None:
     config = load(FILE, "checkpoint")
     assert on_this_host(config, 0, "10.0.0.1").remote == {"dit": "10.0.0.2:8001", "vae_decode": "10.0.0.2:8001"}
@@ -78,8 +82,7 @@ def test_the_command_lines_host_address_is_where_the_stage_listens(tmp_path: Pat
         (TWO, 2, True, "--stage-id=2 is not allowed in pipeline bagel; allowed: 0 to 1"),
         (CONNECTORS, 0, False, "--stage-id=0 needs the address of stage 1: .*bagel_two_hosts.yaml"),
         ("pipeline: bagel_single_stage", 0, False, "--stage-id=0 is not allowed .*; allowed: none, it is one process"),
-        (TWO.replace("mooncake", "shm"), 0, False, "connector='shm' does not reach another host; .* mooncake or moonc"),
-        (TWO.partition("\n")[0], 0, False, "connector='auto' does not reach another host"),
+        (TWO.replace("mooncake", "shm"), 0, False, "connector='shm' does not reach another server; .* mooncake or m"),
         (TWO.replace("127.0.0.2", "no.such.host.invalid"), 0, False, "no.such.host.invalid has no route from here"),
     ],
 )

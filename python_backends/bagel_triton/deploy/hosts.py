@@ -56,19 +56,24 @@ def on_this_host(
     # Stage 0 calls the others and is called by none, so it alone needs no address.
     if missing := [stage for stage in range(1, len(stages)) if stage not in config.addresses]:
         raise ConfigError(
-            f"--stage-id={stage_id} needs the address of stage {missing[0]}: a deploy YAML with stages[].address, "
-            "HOST:PORT; build/deploy/bagel_two_hosts.yaml is one to start from (--deploy-config bagel_two_hosts)"
+            f"--stage-id={stage_id} needs the address of stage {missing[0]}: --omni-master-address HOST, where stage 1 "
+            "registers, or a deploy YAML with stages[].address, HOST:PORT, such as build/deploy/bagel_two_hosts.yaml"
         )
+    if config.connector == "auto":
+        config = msgspec.structs.replace(config, connector="mooncake")
     if config.connector not in BETWEEN_HOSTS:
         raise ConfigError(
-            f"connector={config.connector!r} does not reach another host; --stage-id needs {' or '.join(BETWEEN_HOSTS)}"
+            f"connector={config.connector!r} does not reach another server; --stage-id needs auto, "
+            f"{' or '.join(BETWEEN_HOSTS)}"
         )
     addresses, own = dict(config.addresses), config.addresses.get(stage_id)
     if own is not None and host_address is not None:
         own = addresses[stage_id] = f"{host_address}:{split_address(own)[1]}"
     options: MooncakeConfig = getattr(config, config.connector)
     given = options.host if options.host != MooncakeConfig().host else None
-    host = host_address or given or (split_address(own)[0] if own is not None else _facing(addresses))
+    host = (
+        host_address or given or (split_address(own)[0] if own is not None else facing(next(iter(addresses.values()))))
+    )
     return msgspec.structs.replace(
         config,
         stage_id=stage_id,
@@ -85,9 +90,25 @@ def stage_summary(config: DeployConfig) -> dict[str, str]:
     return {"stage": f"{config.stage_id}: {', '.join([*config.models, *remote])}"}
 
 
-def _facing(addresses: dict[int, str]) -> str:
-    """This host's address on the way to the first of the others; nothing is sent there."""
-    host, port = split_address(next(iter(addresses.values())))
+def refuse_addresses(config: DeployConfig) -> None:
+    """Refuse a file that says where stage 1 is, where stage 1 says so itself.
+
+    Raises:
+        ConfigError: the file has an address.
+    """
+    for stage, address in config.addresses.items():
+        raise ConfigError(
+            f"stage {stage} has address={address!r} and registers at --omni-master-address: remove one of the two"
+        )
+
+
+def facing(address: str) -> str:
+    """This host's address on the way to ``address``, HOST:PORT; nothing is sent there.
+
+    Raises:
+        ConfigError: there is no way.
+    """
+    host, port = split_address(address)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))

@@ -56,8 +56,6 @@ OTHERS: Fields = {
     "omni_dp_size_local": Neutral(_REPLICAS, (1,)),
     "omni_heartbeat_timeout": Neutral("seconds >= 0; a dead stage is noticed within ten", type=_Natural),
     "omni_lb_policy": Neutral(_REPLICAS, ("random", "round-robin", "least-queue-length")),
-    "omni_master_address": "stages[].address in --deploy-config says where a stage listens (bagel_two_hosts)",
-    "omni_master_port": "stages[].address in --deploy-config says where a stage listens (bagel_two_hosts)",
     "omni_replica_address": _REPLICAS,
     "ray_address": _NO_RAY,
     "request_batch_max_wait_ms": Neutral("a request never waits for others to join its batch", (0,)),
@@ -69,11 +67,7 @@ OTHERS: Fields = {
     "tokenizer_mode": Neutral("the checkpoint's own tokenizer is used", ("auto",)),
     "worker_backend": Neutral(_NO_RAY, ("process", "multi_process", "mp")),
 }
-_OTHER_NAMES = {
-    "omni_master_address": ["-oma"],
-    "omni_master_port": ["-omp"],
-    "omni_replica_address": ["-ora"],
-}
+_OTHER_NAMES = {"omni_replica_address": ["-ora"]}
 _JSON = {
     "stage_overrides": 'fields by stage, such as \'{"1": {"max_num_seqs": 4}}\'',
     "default_sampling_params": "request fields that a request leaves out, as JSON; by stage, or for all",

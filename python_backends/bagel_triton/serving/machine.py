@@ -48,6 +48,22 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
+def free_port(host: str, wanted: int) -> int:
+    """``wanted`` if it is a free port of ``host``, else any that is.
+
+    Raises:
+        CommandError: the address cannot be used.
+    """
+    for port in (wanted, 0):
+        try:
+            with listen(host, port, "--triton-grpc-port") as listener:
+                return int(listener.getsockname()[1])
+        except CommandError:
+            if port == 0:
+                raise
+    raise AssertionError("the last one returns or raises")
+
+
 def choose_ports(wanted: Mapping[str, int], hosts: Mapping[str, str] | None = None) -> dict[str, int]:
     """A free port for each flag in ``wanted``, whose value is a port or 0 for any.
 

@@ -24,7 +24,7 @@ from bagel_triton.ipc import prefix as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.protocol.errors import format_value
-from bagel_triton.serving import CommandError, arguments, flags, machine, memory, tritonserver
+from bagel_triton.serving import CommandError, arguments, flags, machine, memory, rendezvous, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import Stopped, StopSignals, log_event
 from bagel_triton.telemetry import tracing
@@ -56,6 +56,8 @@ class ServeOptions:
     stage_id: int | None = None
     headless: bool = False
     host_address: str | None = None
+    omni_master_address: str | None = None
+    omni_master_port: int | None = None
     http: HttpOptions = field(default_factory=HttpOptions)
     overrides: deploy_yaml.Flags = deploy_yaml.NO_FLAGS
 
@@ -106,6 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_deploy_config(parser)
     parser.add_argument("--stage-id", metavar="N", type=int, help="serve this stage only; others are at their address")
     parser.add_argument("--headless", action="store_true", help="no OpenAI API, for a stage that stage 0 calls")
+    parser.add_argument("-oma", "--omni-master-address", metavar="HOST", help="stage 0's host, where stage 1 registers")
+    parser.add_argument(
+        "-omp",
+        "--omni-master-port",
+        metavar="PORT",
+        type=int,
+        help=f"port for that (default: {rendezvous.DEFAULT_PORT})",
+    )
     parser.add_argument("--host-address", metavar="HOST", help="this host, as the other stage's reaches it")
     parser.add_argument(
         "--served-model-name",
@@ -155,7 +165,11 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     deployment = _configuration(options)  # before a download, which takes long
     checkpoint = arguments.checkpoint(options.checkpoint, options.revision)
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
-    with _addresses(options, config) as addresses, machine.run_directory() as directory:
+    with (
+        _registered(options, config) as config,
+        _addresses(options, config) as addresses,
+        machine.run_directory() as directory,
+    ):
         placement = _placement(config)
         connector = _connector(config, placement)
 
@@ -237,13 +251,49 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
 
 def _configuration(options: ServeOptions) -> deploy_yaml.Deployment:
     """The deploy file's configuration, or the default one; the command line's options come before the file's."""
+    master = _master(options)
     try:
         path = arguments.deploy_file(options.deploy_config)
         found = deploy_yaml.resolve(path, options.checkpoint, options.overrides)
-        config = hosts.on_this_host(found.config, options.stage_id, options.host_address, options.headless)
+        if master is None:
+            config = hosts.on_this_host(found.config, options.stage_id, options.host_address, options.headless)
+            return replace(found, config=config)
+        # Checked with another address in place of the one that is not known yet.
+        hosts.refuse_addresses(found.config)
+        _with_stage_1(options, found.config, "{}:{}".format(*master))
     except ConfigError as error:
         raise CommandError(str(error)) from error
-    return replace(found, config=config)
+    return found
+
+
+def _master(options: ServeOptions) -> tuple[str, int] | None:
+    return rendezvous.master_of(options.omni_master_address, options.omni_master_port, options.stage_id)
+
+
+@contextlib.contextmanager
+def _registered(options: ServeOptions, config: DeployConfig) -> Iterator[DeployConfig]:
+    """``config`` with the address of stage 1: told by it, or to be told to stage 0."""
+    master = _master(options)
+    if master is None:
+        yield config
+    elif options.stage_id == 0:
+        _placement(config)  # what is wrong with the checkpoint is told before anything is waited for
+        with rendezvous.listening(*master) as registrations:
+            yield _with_stage_1(options, config, registrations.wait())
+    else:
+        host = options.host_address or hosts.facing("{}:{}".format(*master))
+        # The same port each time, where it is free: stage 0 keeps the address it was told.
+        port = options.triton_grpc_port or machine.free_port(host, min(master[1] + 1, 65535))
+        with rendezvous.registering(master, f"{host}:{port}"):
+            yield _with_stage_1(options, config, f"{host}:{port}")
+
+
+def _with_stage_1(options: ServeOptions, config: DeployConfig, address: str) -> DeployConfig:
+    try:
+        config = msgspec.structs.replace(config, addresses={1: address})
+        return hosts.on_this_host(config, options.stage_id, options.host_address, options.headless)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""Stage 1 registers at stage 0: in either order, again after a restart, and not twice in two places."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+import bagel_triton
+from bagel_triton.serving import CommandError, rendezvous
+from bagel_triton.serving.machine import free_port
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "RETRY_S", 0.05)
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port(HOST, 0)
+
+
+def say(port: int, line: bytes) -> dict[str, object]:
+    with socket.create_connection((HOST, port), timeout=10) as connection:
+        connection.sendall(line)
+        reply: dict[str, object] = json.loads(connection.makefile().readline())
+    return reply
+
+
+def registration(**changes: object) -> bytes:
+    said = {"version": bagel_triton.__version__, "stage": 1, "address": "10.0.0.2:8093", **changes}
+    return json.dumps(said).encode() + b"\n"
+
+
+def test_stage_0_learns_where_stage_1_is_when_it_comes_second(port: int) -> None:
+    with rendezvous.registering((HOST, port), "10.0.0.2:8093"), rendezvous.listening(HOST, port) as registrations:
+        assert registrations.wait() == "10.0.0.2:8093"
+
+
+def test_stage_0_waits_for_a_stage_1_that_comes_later(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with rendezvous.listening(HOST, port) as registrations:
+        assert say(port, registration()) == {"ok": True}
+        assert registrations.wait() == "10.0.0.2:8093"
+        assert f"waiting for stage 1 to register at {HOST}:{port} (0 s)" in capsys.readouterr().out
+        assert say(port, registration()) == {"ok": True}  # it started again
+
+
+def test_stage_1_registers_again_at_a_stage_0_that_started_again(port: int) -> None:
+    with rendezvous.registering((HOST, port), "10.0.0.2:8093"):
+        for _ in range(2):
+            with rendezvous.listening(HOST, port) as registrations:
+                assert registrations.wait() == "10.0.0.2:8093"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "it is no registration of a stage"),
+        (b"[1]\n", "it is no registration of a stage"),
+        (b"x" * 5000, "it is no registration of a stage"),
+        (registration(version="0.0.1"), "it has version 0.0.1, and stage 0 has"),
+        (registration(stage=0), "stage=0 at '10.0.0.2:8093' is not allowed; allowed: stage 1 at HOST:PORT"),
+        (registration(address="here"), "allowed: stage 1 at HOST:PORT"),
+        (registration(address=5), "allowed: stage 1 at HOST:PORT"),
+    ],
+)
+def test_what_is_no_registration_is_refused(port: int, line: bytes, reason: str) -> None:
+    with rendezvous.listening(HOST, port) as registrations:
+        assert reason in str(say(port, line)["error"])
+        assert say(port, registration()) == {"ok": True}
+        assert registrations.wait() == "10.0.0.2:8093"
+
+
+def test_a_second_address_is_refused(port: int) -> None:
+    with rendezvous.listening(HOST, port):
+        assert say(port, registration()) == {"ok": True}
+        said = str(say(port, registration(address="10.0.0.3:8093"))["error"])
+        assert said == "stage 0 calls stage 1 at 10.0.0.2:8093; start stage 0 again for 10.0.0.3:8093"
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "stage", "message"),
+    [
+        (None, 8092, 0, "--omni-master-port=8092 needs --omni-master-address"),
+        ("10.0.0.1", 8092, None, "--omni-master-address=10.0.0.1 needs --stage-id"),
+        ("10.0.0.1:8092", None, 0, "--omni-master-address='10.0.0.1:8092' is not allowed; allowed: a host"),
+        ("10.0.0.1", 70000, 0, "--omni-master-port=70000 is not allowed; allowed: 1 to 65535"),
+    ],
+)
+def test_flags_that_cannot_be_followed(address: str | None, port: int | None, stage: int | None, message: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        rendezvous.master_of(address, port, stage)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_port_has_a_default_and_a_busy_one_is_said_so() -> None:
+    assert rendezvous.master_of("10.0.0.1", None, 1) == ("10.0.0.1", 8092)
+    assert rendezvous.master_of(None, None, None) is None
+    with (
+        socket.create_server((HOST, 0)) as taken,
+        pytest.raises(CommandError, match="--omni-master-port chooses another"),
+        rendezvous.listening(HOST, taken.getsockname()[1]),
+    ):
+        pass
