@@ -9,7 +9,7 @@ import pytest
 
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
-from bagel_triton.deploy.yaml import Deployment, Platform
+from bagel_triton.deploy.yaml import Deployment, Flags, Platform
 
 SEEDS = Path(__file__).parents[1] / "data" / "seeds" / "deploy"
 
@@ -259,6 +259,12 @@ def test_vllm_omnis_files_load_as_they_are(name: str, expected: dict[str, Any]) 
 def test_on_a_gpu_they_size_the_pool_and_share_it_by_cuda_ipc() -> None:
     found = deploy_yaml.resolve(SEEDS / "bagel.yaml", "checkpoint", platform=lambda: "cuda").config
     assert (found.device, found.connector, found.thinker.gpu_memory_utilization) == ("cuda:0", "auto", 0.45)
+
+
+def test_between_two_servers_its_shared_memory_is_no_choice() -> None:
+    found = deploy_yaml.resolve(SEEDS / "bagel.yaml", "checkpoint", Flags(stage_id=0), lambda: "cpu")
+    assert found.config.connector == "auto"
+    assert any("is for stages of one server; with --stage-id the connector is chosen" in note for note in found.notes)
 
 
 def test_its_other_connector_is_used_as_it_is(tmp_path: Path) -> None:

@@ -89,13 +89,15 @@ def test_a_deploy_file(row: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A source tree of the scripts, whose ``bagel-triton`` notes its arguments."""
+    """A source tree of the scripts, whose ``bagel-triton`` notes its arguments, and ends when all have."""
     for folder in ("build", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     for script in (ROOT / "build").glob("run_server*.sh"):
         shutil.copy(script, tmp_path / "build")
     (tmp_path / "build" / "setup_env.sh").write_text("#!/bin/sh\n")
-    (tmp_path / ".venv/bin/bagel-triton").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/ran\n')
+    ran = tmp_path / "ran"
+    wait = f"while [ $(wc -l < {ran}) -lt $SERVERS ]; do sleep 0.05; done"
+    (tmp_path / ".venv/bin/bagel-triton").write_text(f'#!/bin/sh\necho "$*" >> {ran}\n{wait}\n')
     for file in ("build/setup_env.sh", ".venv/bin/bagel-triton"):
         (tmp_path / file).chmod(0o755)
     return tmp_path
@@ -105,7 +107,7 @@ def tree(tmp_path: Path) -> Path:
 def test_a_script(row: dict[str, Any], tree: Path) -> None:
     names = ("MODEL", "PORT", "DEPLOY_CONFIG", "MASTER_ADDRESS", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= row.get("variables", {})
+    environment |= {"SERVERS": str(len(row["runs"])), **row.get("variables", {})}
     words = shlex.split(row["script"])
     subprocess.run(["bash", tree / "build" / words[0], *words[1:]], env=environment, check=True, timeout=60)
     ran = (tree / "ran").read_text().splitlines()

@@ -38,7 +38,6 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["serve", "x", "--mod", "y"], "--mod"),
         (["serve", "x", "--tensor-parallel-size", "2"], "a stage runs on one device today"),
         (["serve", "x", "--quantization", "fp8"], "weights are computed in `dtype`"),
-        (["serve", "x", "-oma", "10.0.0.1"], "stages[].address"),
         (["fly"], "'fly'"),
         ([], "COMMAND"),
     ],
@@ -114,6 +113,54 @@ def test_a_preset_is_named_without_its_path(capsys: pytest.CaptureFixture[str]):
     arguments = ["memory", str(CHECKPOINT), "--device", "cpu", "--deploy-config", "bagel_single_stage"]
     assert cli.main(arguments) == 0
     assert "pipeline bagel_single_stage on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--stage-id 0 -oma 127.0.0.1 --headless", "stage 0 serves the OpenAI API; remove --headless"),
+        ("--stage-id 5 -oma 127.0.0.1 --max-num-seqs 3", "--stage-id=5 "),
+        ("-oma 127.0.0.1", "--omni-master-address=127.0.0.1 needs --stage-id"),
+        (
+            "--stage-id 0 -oma 127.0.0.1 --deploy-config bagel_two_hosts",
+            "registers at --omni-master-address: remove one",
+        ),
+        ("--stage-id 0 -oma 127.0.0.1 --deploy-config bagel_single_stage", "none, it is one process"),
+        ("--deploy-config absent.yaml", "absent.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_stages_that_cannot_be_served_are_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], options: str, named: str
+):
+    assert named in error_of(capsys, "serve", str(CHECKPOINT), "--port", "0", *options.split())
+
+
+def test_each_error_of_a_deploy_file_is_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "deploy.yaml").write_text("stages:\n- stage_id: 0\n  kv_tokens: 0\nfoo: 1\n")
+    for command in (
+        ["serve", str(CHECKPOINT), "--deploy-config"],
+        ["memory", str(CHECKPOINT), "--deploy-config"],
+        ["config"],
+    ):
+        assert cli.main([*command, str(tmp_path / "deploy.yaml")]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition("deploy.yaml:")[2][:1] for line in lines] == ["3", "4"]
+        assert all(line.startswith("bagel-triton: error: ") for line in lines)
+
+
+def test_the_configuration_is_shown_with_the_origin_of_each_value(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    deploy = tmp_path / "deploy.yaml"
+    deploy.write_text("base_config: bagel_think\nstages: [{stage_id: 1, max_num_seqs: 3}]")
+    assert cli.main(["config", str(deploy), "--kv-tokens", "100", "--device", "cpu"]) == 0
+    found = dict(
+        line.split(" # ") for line in capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines() if "#" in line
+    )
+    origins = {name.strip(): origin for name, origin in found.items()}
+    assert origins["max_num_seqs: 3"] == "deploy.yaml:2"
+    assert origins["kv_tokens: 100"] == "--kv-tokens"
+    assert origins['device: "cpu"'] == "--device"
+    assert origins['pipeline: "bagel_think"'].endswith("build/deploy/bagel_think.yaml:3")
+    assert origins["encoder_cache_mb: 256"] == "default"
 
 
 def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -224,13 +224,14 @@ class _Builder:
 
     def _flagged(self, stages: list[Node], topology: Topology) -> list[Node]:
         """``stages`` with the flags that are for every stage; those that --stage-overrides sets come before them."""
-        if not self._flags.every_stage:
-            return stages
+        only = self._flags.stage_id
+        if not self._flags.every_stage or (only is not None and only not in range(len(topology.stages))):
+            return stages  # a stage that is not there is refused by on_this_host
         numbered = [stage for stage in stages if isinstance(stage.mapping.get("stage_id", _NOTHING).value, int)]
         by_id = {stage.mapping["stage_id"].value: stage for stage in numbered}
         if len(by_id) != len(stages):
             return stages  # an error, which is found anyway
-        chosen = range(len(topology.stages)) if self._flags.stage_id is None else (self._flags.stage_id,)
+        chosen = range(len(topology.stages)) if only is None else (only,)
         for stage_id in chosen:
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
             stage = by_id.get(stage_id, Node({"stage_id": Node(stage_id, _NOTHING.origin)}, _NOTHING.origin))
@@ -378,9 +379,14 @@ class _Builder:
             return {}
         fields, nodes = connector_fields(defined[names[0]], self._problems, self._notes)
         self._origins |= {target: node.origin for target, node in nodes.items()}
-        # vLLM-Omni's name is for any two stages on one host; shm is for those on a CPU.
-        if nodes and nodes["connector"].value == "SharedMemoryConnector" and self._platform() == "cuda":
-            fields["connector"] = "auto"
+        # vLLM-Omni's name is for any two stages on one host; shm is for those of one server, on a CPU.
+        named = nodes.get("connector")
+        if named is not None and named.value == "SharedMemoryConnector":
+            if self._flags.stage_id is not None:
+                note = "is for stages of one server; with --stage-id the connector is chosen"
+                self._notes.append(f"{named.origin.prefix}{named.path}={named.value} {note}")
+            if self._flags.stage_id is not None or self._platform() == "cuda":
+                fields["connector"] = "auto"
         return fields
 
     def _defaults(self, first: dict[str, Node], second: dict[str, Node]) -> dict[str, Any]:
