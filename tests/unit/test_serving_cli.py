@@ -98,7 +98,7 @@ def test_a_shell_completes_commands_and_their_options():
     [
         (["--height", "60"], "--height=60 is not allowed; allowed: a multiple of 16"),
         (["--steps", "0"], "--steps=0 is not allowed"),
-        (["--output", "cat.jpg"], "--output=cat.jpg is not allowed; the image is a PNG file"),
+        (["--output", "cat.jpg"], "--output=cat.jpg is not allowed; the sheet is a PNG file"),
         (["--output", "/nowhere/cat.png"], "/nowhere is not a folder"),
     ],
 )
