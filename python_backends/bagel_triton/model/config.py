@@ -10,11 +10,19 @@ from typing import Any
 from bagel_triton.model.image import VAE_RULE, VIT_RULE, ResizeRule
 from bagel_triton.protocol.messages import LATENT_STRIDE
 
+MAX_MESSAGE = 1000  # characters
 MAX_SIZE = 1 << 20  # of a layer or a vocabulary, several times what any published model has
 
 
 class CheckpointError(ValueError):
-    """The checkpoint is missing a file or tensor, or one does not fit the others."""
+    """The checkpoint is missing a file or tensor, or one does not fit the others.
+
+    The message is one line of bounded length, whatever the names and values in the files are.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}...")
 
 
 class Fields:

@@ -47,13 +47,13 @@ def check_folder(directory: Path) -> None:
 
 
 def missing_files(directory: Path) -> list[str]:
-    """The names of a checkpoint's files that ``directory`` does not have; a link to nothing counts as missing."""
-    missing = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES, AUTOENCODER_FILE) if not (directory / name).exists()]
-    if (directory / WEIGHTS_FILE).exists():
+    """The names of a checkpoint's files that ``directory`` does not have as files; links are followed."""
+    missing = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES, AUTOENCODER_FILE) if not (directory / name).is_file()]
+    if (directory / WEIGHTS_FILE).is_file():
         return missing
-    if not (directory / INDEX_FILE).exists():
+    if not (directory / INDEX_FILE).is_file():
         return [*missing, f"{WEIGHTS_FILE} (or {INDEX_FILE} and its shards)"]
-    shards = [name for name in index_files(directory / INDEX_FILE) if not (directory / name).exists()]
+    shards = [name for name in index_files(directory / INDEX_FILE) if not (directory / name).is_file()]
     return [*missing, *(f"{name} (named by {INDEX_FILE})" for name in shards)]
 
 
