@@ -32,20 +32,23 @@ class Budget:
 
 
 BUDGETS = (
-    Budget("guided step, 512", lambda stage: step_of(stage, image(512)), 1850, 1, cheap=True),
-    Budget("guided step, 1024", lambda stage: step_of(stage, image(1024)), 1850, 1),
-    Budget("guided step, edit, 512", lambda stage: step_of(stage, edit(512)), 2100, 1),
-    Budget("guided step, 4 images, 512", lambda stage: step_of(stage, image(512, n=4)), 3300, 4),
-    Budget("decode, 1 text", lambda stage: decode_of(stage, 1), 760, 6, cheap=True),
-    Budget("decode, 8 texts", lambda stage: decode_of(stage, 8), 1600, 27, cheap=True),
-    Budget("decode, 32 texts", lambda stage: decode_of(stage, 32), 4300, 99),
+    Budget("guided step, 512", lambda stage: step_of(stage, image(512)), 699, 1, cheap=True),
+    Budget("guided step, 1024", lambda stage: step_of(stage, image(1024)), 699, 1),
+    Budget("guided step, edit, 512", lambda stage: step_of(stage, edit(512)), 710, 1),
+    Budget("guided step, 4 images, 512", lambda stage: step_of(stage, image(512, n=4)), 1400, 1),
+    Budget("decode, 1 text", lambda stage: decode_of(stage, 1), 10, 1),
+    Budget("decode, 8 texts", lambda stage: decode_of(stage, 8), 10, 1),
+    Budget("decode, 32 texts", lambda stage: decode_of(stage, 32), 10, 1, cheap=True),
+    Budget("decode, 8 sampled texts", lambda stage: decode_of(stage, 8, temperature=1.0), 10, 2),
+    Budget("decode, 32 texts, no graph", lambda stage: decode_of(stage, 32, graphs=False), 500, 1, cheap=True),
 )
 
 
 def seconds(tally: Tally, bandwidth: float) -> tuple[float, float]:
     """Calculated seconds of a step on a GPU and on its host; the longer one is the step's."""
     products = max((tally.flops / PRODUCTS + tally.attention_flops / ATTENTION), tally.weight_bytes / bandwidth)
-    gpu = products + tally.bytes / bandwidth + sum(tally.kernels.values()) * BETWEEN_KERNELS_S
+    kernels = sum(tally.kernels.values()) + tally.graph_kernels
+    gpu = products + tally.bytes / bandwidth + kernels * BETWEEN_KERNELS_S
     return gpu, tally.launches * LAUNCH_S + tally.stops * WAIT_S
 
 
@@ -55,14 +58,15 @@ def row(name: str, tally: Tally) -> str:
     host = f"{1e3 * seconds(tally, 1.0)[1]:.1f}"
     tflop = f"{tally.flops / 1e12:.2f} + {tally.attention_flops / 1e12:.2f}"
     gigabytes = f"{tally.weight_bytes / 1e9:.1f} + {tally.bytes / 1e9:.2f}"
-    counts = f"{sum(tally.kernels.values()):,} | {tally.stops} | {tally.uploads} / {tally.downloads}"
+    counts = f"{tally.launches:,} | {tally.graph_kernels:,} | {tally.stops} | {tally.uploads} / {tally.downloads}"
     return f"| {name} | {counts} | {tflop} | {gigabytes} | {times[0]} | {times[1]} | {host} |"
 
 
 def main() -> None:
     """Print the table; names of steps as arguments choose among them."""
-    print("| step | kernels | waits | copies up / down | TFLOP, products + attention | GB, products + others ", end="")
-    print("| H100, ms | H200, ms | host, ms |\n|---|---|---|---|---|---|---|---|---|")
+    columns = ("step", "launches", "kernels in graphs", "waits", "copies up / down", "TFLOP, products + attention")
+    columns += ("GB, products + others", *(f"{name}, ms" for name in BANDWIDTH), "host, ms")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for budget in BUDGETS:
         if not sys.argv[1:] or budget.name in sys.argv[1:]:
             print(row(budget.name, at_full_depth(budget.scene)), flush=True)

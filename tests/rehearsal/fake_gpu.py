@@ -67,7 +67,8 @@ class Tally:
     downloads: int = 0
     views: int = 0
     masks: int = 0  # attentions that torch was given a mask for, which its flash kernel refuses
-    graphs: int = 0  # replays; their kernels are not in ``kernels``
+    graphs: int = 0  # replays
+    graph_kernels: int = 0  # which launch these, apart from ``kernels``
     flops: float = 0.0  # of products and convolutions
     attention_flops: float = 0.0
     weight_bytes: float = 0.0  # read and written by products and attention
@@ -83,6 +84,13 @@ class Tally:
             return mine + times * (its - mine)
 
         return Tally(*(one(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)))
+
+    def replay(self, captured: Tally) -> None:
+        """Add what a graph's replay does on the GPU."""
+        self.graphs += 1
+        self.graph_kernels += sum(captured.kernels.values())
+        for name in ("flops", "attention_flops", "weight_bytes", "bytes", "wide_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(captured, name))
 
     @property
     def launches(self) -> int:
@@ -138,8 +146,12 @@ class Counting(TorchDispatchMode):
             args = (args[0], [self._uploaded(one) for one in args[1]], *args[2:])
             tensors = on_gpu = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         self._check(packet, tensors, on_gpu)
+        into = kwargs.pop("out", None)
         with self._fake:
-            out = func(*args, **kwargs)
+            out = func(*args, **kwargs) if into is None else packet(*args, **kwargs)
+        if into is not None:
+            assert (into.shape, into.dtype) == (out.shape, out.dtype), f"{func}: out= is {into.shape}, not {out.shape}"
+            out = into
         self._count(func, packet, args, kwargs, on_gpu, out)
         return out
 
@@ -245,7 +257,7 @@ class Counting(TorchDispatchMode):
             tally.attention_flops += _attention_flops(packet, args)
             tally.weight_bytes += sum(tensor.nbytes for tensor in made[:1]) + args[0].nbytes
             return
-        count = flop_registry.get(packet)
+        count = flop_registry.get(packet) or flop_registry.get(getattr(aten, name.removesuffix("_"), None))
         if count is not None:
             tally.flops += count(*args, **kwargs, out_val=out)
             tally.weight_bytes += read + written
@@ -332,6 +344,24 @@ class FakeEvent:
         self.gpu.tally.waits["event"] += 1
 
 
+class FakeGraph:
+    """``torch.cuda.CUDAGraph``: what was counted while it was captured is given again by each replay."""
+
+    gpu: Counting
+    captured: Tally
+
+    def replay(self) -> None:
+        self.gpu.tally.replay(self.captured)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        before, self.gpu.tally = self.gpu.tally, Tally()
+        yield
+        self.captured, self.gpu.tally = self.gpu.tally, before
+        if self.captured.waits or self.captured.uploads or self.captured.downloads:
+            raise AssertionError(f"a graph cannot wait for the host, nor it for a graph: {self.captured}")
+
+
 class FakeStream(contextlib.AbstractContextManager["FakeStream"]):
     """``torch.cuda.Stream``, and what ``torch.cuda.stream`` returns of it."""
 
@@ -354,7 +384,7 @@ class FakeStream(contextlib.AbstractContextManager["FakeStream"]):
 def fake_gpu() -> Iterator[Counting]:
     """Every tensor made on ``cuda`` in this thread is fake from here on, and so is ``torch.cuda``."""
     gpu = Counting(NoDevice(allow_non_fake_inputs=True))
-    event, stream = (type(kind.__name__, (kind,), {"gpu": gpu}) for kind in (FakeEvent, FakeStream))
+    event, stream, graph = (type(kind.__name__, (kind,), {"gpu": gpu}) for kind in (FakeEvent, FakeStream, FakeGraph))
     current = stream()
 
     def synchronize(device: Any = None) -> None:
@@ -364,6 +394,8 @@ def fake_gpu() -> Iterator[Counting]:
         "Event": event,
         "Stream": stream,
         "stream": lambda one: one,
+        "CUDAGraph": graph,
+        "graph": lambda captured, **options: captured.capture(),
         "current_stream": lambda device=None: current,
         "synchronize": synchronize,
         "get_device_capability": lambda device=None: (9, 0),
@@ -373,6 +405,7 @@ def fake_gpu() -> Iterator[Counting]:
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", return_value=True))
         stack.enter_context(gpu._fake)
         stack.enter_context(gpu)
         stack.enter_context(Indexing())

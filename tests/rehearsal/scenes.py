@@ -125,8 +125,10 @@ def step_of(scene: Stage, request: GenerationRequest) -> Tally:
     return [scene.turn(dit) for _ in range(2)][-1]
 
 
-def decode_of(scene: Stage, texts: int, **sampling: Any) -> Tally:
+def decode_of(scene: Stage, texts: int, graphs: bool = True, **sampling: Any) -> Tally:
     """A step of that many texts at once, whose prompts differ."""
+    if not graphs:
+        scene.stages.thinker._prefiller._graphs = None
     requests = [
         GenerationRequest(prompt=f"{number} " + PROMPT * 3, modality="text", max_tokens=64, **sampling)
         for number in range(texts)

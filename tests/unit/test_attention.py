@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model import attention
-from bagel_triton.model.attention import QuerySpan, SequenceKV, attend, backend_name
+from bagel_triton.model.attention import AttentionKernel, QuerySpan, SequenceKV, attend, attention_kernel
 
 HEAD_DIM = 16
 
@@ -98,47 +95,36 @@ def test_the_last_of_a_prompts_rows_sees_all_and_the_first_only_the_past() -> No
     assert not torch.equal(before[2], after[2])
 
 
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.dtype, tuple[int, int]], AttentionKernel]]:
+    """The kernel of a GPU of that compute capability."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+
+    def choose(dtype: torch.dtype, capability: tuple[int, int]) -> AttentionKernel:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        attention_kernel.cache_clear()
+        return attention_kernel(torch.device("cuda:0"), dtype)
+
+    yield choose
+    attention_kernel.cache_clear()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_gpu_takes_flash_and_never_cudnn(
+    kernel: Callable[[torch.dtype, tuple[int, int]], AttentionKernel],
+) -> None:
+    """cuDNN plans anew for every number of keys, so with every token of a text."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert kernel(torch.bfloat16, (9, 0)).name == "torch-flash"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_what_flash_does_not_take_is_said(kernel: Callable[[torch.dtype, tuple[int, int]], AttentionKernel]) -> None:
+    assert kernel(torch.float32, (9, 0)) == ("torch-sdpa", "flash takes no float32")
+    assert kernel(torch.bfloat16, (7, 5)) == ("torch-sdpa", "flash needs compute capability 8.0, not 7.5")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cpu_uses_torchs_own_attention(dtype: torch.dtype) -> None:
-    assert backend_name(torch.device("cpu"), dtype) == "torch-sdpa"
-
-
-@pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """An installed flash-attn, with nothing in it."""
-    module = ModuleType("flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    attention._flash_attn.cache_clear()
-    yield module
-    attention._flash_attn.cache_clear()
-
-
-@pytest.mark.parametrize(("rows", "length", "causal"), [(5, 12, True), (1, 12, True), (12, 12, True), (5, 12, False)])
-def test_flash_attn_is_called_as_it_is_documented(
-    flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: int, length: int, causal: bool
-) -> None:
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, *, causal: bool = False) -> Tensor:
-        """[batch, tokens, heads, head_dim] each; the last row sees all keys, one before it all but one."""
-        assert dropout_p == 0.0
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        return torch.stack([_naive(*one, causal).view(one[0].shape) for one in zip(q, k, v, strict=True)]).to(q)
-
-    flash_attn.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    assert backend_name(torch.device("cuda:0"), torch.bfloat16) == "flash-attn"
-    assert backend_name(torch.device("cuda:0"), torch.float32) == "torch-sdpa"
-    monkeypatch.setattr(attention, "backend_name", lambda device, dtype: "flash-attn")
-    query, ((key, value),) = _random(0, rows, 6, HEAD_DIM), _keys_and_values([length], 2)
-    out = attend(query, key, value, causal)
-    torch.testing.assert_close(out.double(), _naive(query, key, value, causal), rtol=1e-5, atol=1e-5)
-
-
-def test_a_flash_attn_that_cannot_be_loaded_is_not_used(
-    flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    assert backend_name(torch.device("cuda:0"), torch.bfloat16) == "torch-sdpa"
-    assert "has no attribute 'flash_attn_func'" in caplog.text
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    attention._flash_attn.cache_clear()
-    assert backend_name(torch.device("cuda:0"), torch.bfloat16) == "torch-sdpa"
-    assert "flash-attn cannot be loaded: import of flash_attn halted" in caplog.text
+    assert attention_kernel(torch.device("cpu"), dtype).name == "torch-sdpa"

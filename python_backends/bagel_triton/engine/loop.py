@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool, release_intraop_threads
+from bagel_triton.model.cuda.upload import own_stream
 from bagel_triton.model.device import CPU, is_lost
 from bagel_triton.protocol.errors import (
     BagelError,
@@ -140,6 +141,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
 
     stage: Stage
     poll_s = ENGINE_POLL_S
+    first_on_device = False  # on a GPU, whether its work goes before that of the process's other engines
 
     def __init__(
         self,
@@ -252,15 +254,16 @@ class EngineLoop(ABC, Generic[Task, Result]):
 
     def _run(self) -> None:
         self._pool.use_caller_thread()
-        while not self._closing.is_set() and not self.lost.is_set():
-            try:
-                self._turn()
-            except Exception as error:
-                log.exception("%s: a step failed", self.stage)
-                if not self._device_lost(error):
-                    for job in self._active():
-                        self._fail(job, error)
-        self._shut_down()
+        with own_stream(self._device, self.first_on_device):
+            while not self._closing.is_set() and not self.lost.is_set():
+                try:
+                    self._turn()
+                except Exception as error:
+                    log.exception("%s: a step failed", self.stage)
+                    if not self._device_lost(error):
+                        for job in self._active():
+                            self._fail(job, error)
+            self._shut_down()
 
     def _device_lost(self, error: Exception) -> bool:
         """Whether ``error`` came from a device that no later step can use, which ends this engine."""

@@ -90,7 +90,7 @@ class KVSequence:
         return KVSequence(self._pool, blocks, tokens, next_position)
 
     def extend(self, tokens: int) -> Tensor:
-        """Append ``tokens``; their slots, [tokens] int64.
+        """Append ``tokens``; their slots, [tokens] int64, on the CPU.
 
         A partly filled last block that another sequence shares is copied first.
 
@@ -141,11 +141,10 @@ class KVCachePool:
         return -(-tokens // self.geometry.block_tokens)
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
-        """Slots of the tokens ``start:stop`` of ``blocks``, [stop - start] int64 on the store's device."""
+        """Slots of the tokens ``start:stop`` of ``blocks``, [stop - start] int64, on the CPU."""
         size = self.geometry.block_tokens
         index = torch.arange(start, stop)
-        slots = torch.tensor(blocks, dtype=torch.int64)[index // size] * size + index % size
-        return slots.to(self.store.device)
+        return torch.tensor(blocks, dtype=torch.int64)[index // size] * size + index % size
 
     def read_slots(self, context: KVSequence) -> slice | Tensor:
         """Slots of a whole sequence, for :class:`~bagel_triton.kv.store.PagedStep`."""

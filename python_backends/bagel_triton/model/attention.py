@@ -1,24 +1,21 @@
 """Attention of a batch's queries to keys and values that a store holds.
 
 :class:`StepKV` is all that the network knows of it. :class:`SequenceKV` implements it with
-torch's own attention, or flash-attn's, over one sequence at a time.
+torch's own attention over one sequence at a time; ``kv/varlen.py`` all at once, on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-log = logging.getLogger(__name__)
+from torch.nn.attention.bias import causal_lower_right
 
 
 class StepKV(Protocol):
@@ -104,33 +101,40 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 
     query [rows, heads, head_dim], key and value [length, kv_heads, head_dim] -> [rows, heads, head_dim].
     """
-    if backend_name(query.device, query.dtype) == "flash-attn":
-        # Its mask is aligned at the lower right, as ours is.
-        out: Tensor = _flash_attn()(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), causal=causal)
-        return out.squeeze(0)
     rows, length = query.shape[0], key.shape[0]
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, tokens, head_dim]
-    mask = None
+    mask: Tensor | None = None
     if causal and 1 < rows < length:
         # torch's is_causal is aligned at the upper left.
-        mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
+        if query.device.type == "cuda":
+            mask = cast(Tensor, causal_lower_right(rows, length))  # flash refuses any other mask
+        else:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and rows == length, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.squeeze(0).transpose(0, 1)
 
 
-def backend_name(device: torch.device, dtype: torch.dtype) -> str:
-    """``flash-attn`` where it can run (CUDA, half precision, importable), else ``torch-sdpa``."""
-    on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return "flash-attn" if on_gpu and _flash_attn() is not None else "torch-sdpa"
+class AttentionKernel(NamedTuple):
+    """The kernel of the attention, and why it is that one."""
+
+    name: str
+    why: str
 
 
 @cache
-def _flash_attn() -> Any:
-    """flash-attn's function for one batch; None where it is not installed or was built for another torch."""
-    try:
-        return importlib.import_module("flash_attn").flash_attn_func
-    except (ImportError, AttributeError) as error:
-        log.info("torch computes the attention, as flash-attn cannot be loaded: %s", error)
-    return None
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
+    """The kernel for a device and dtype; on a GPU, cuDNN's is switched off for the whole process."""
+    if device.type != "cuda":
+        return AttentionKernel("torch-sdpa", "a CPU's")
+    # It builds a plan for every new number of keys, so for every token of a text.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return AttentionKernel("torch-sdpa", f"flash takes no {dtype}".replace("torch.", ""))
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return AttentionKernel("torch-sdpa", f"flash needs compute capability 8.0, not {major}.{minor}")
+    if not torch.backends.cuda.is_flash_attention_available():
+        return AttentionKernel("torch-sdpa", "this torch was built without flash")
+    return AttentionKernel("torch-flash", "all sequences in one call, no plans, no masks")

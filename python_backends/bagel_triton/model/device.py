@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from bagel_triton.model.attention import backend_name
+from bagel_triton.model.attention import attention_kernel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,8 +31,9 @@ class Placement:
 
     @property
     def attention(self) -> str:
-        """The attention backend's name."""
-        return backend_name(self.torch_device, self.torch_dtype)
+        """The kernel of the attention, and why it is that one."""
+        name, why = attention_kernel(self.torch_device, self.torch_dtype)
+        return name if self.torch_device.type == "cpu" else f"{name} ({why})"
 
 
 def resolve(device: str, dtype: str) -> Placement:
@@ -58,6 +59,11 @@ def resolve(device: str, dtype: str) -> Placement:
 
 
 CPU = torch.device("cpu")
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether forwards on ``device`` take all sequences in one call: see :mod:`bagel_triton.kv.varlen`."""
+    return device.type == "cuda"
 
 
 def is_lost(device: torch.device) -> bool:

@@ -17,12 +17,16 @@ from bagel_triton.engine.token_count import VISION_TOKENS
 from bagel_triton.kv import selftest
 from bagel_triton.kv.connectors.base import Consumer
 from bagel_triton.kv.store import WorkspaceStep, store_shape
+from bagel_triton.kv.varlen import WorkspacePart, WorkspaceVarlenStep
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
-from bagel_triton.model.cpu.executor import forward_on
 from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
+from bagel_triton.model.cuda.upload import Paced, Upload, wait_for_stream
+from bagel_triton.model.device import on_gpu
 from bagel_triton.model.flow import get_timesteps, initial_noise
+from bagel_triton.model.forward import forward_on
 from bagel_triton.model.mot import rotary_tables
 from bagel_triton.protocol.errors import InvalidRequest, LeaseError
 from bagel_triton.protocol.events import PartialImageEvent, Preview, ProgressEvent
@@ -64,7 +68,8 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         self._forward = forward_on(model.device, model.language_model.model, self._pool)
         self._geometry, self._kv_tokens = geometry, kv_tokens
         self._runs: list[FlowRun] = []
-        self._packed: tuple[list[BranchItem], PackedBatch, WorkspaceStep] | None = None
+        self._packed: tuple[list[BranchItem], PackedBatch, WorkspaceStep | WorkspaceVarlenStep] | None = None
+        self._upload, self._paced = Upload(model.device), Paced(model.device)
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
         self.start()
@@ -117,6 +122,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     @torch.inference_mode()
     def _begin(self, job: DitJob, rows: int, columns: int) -> FlowRun:
         model, task, settings = self._model, job.task, job.task.flow
+        workspace, stores = self._claim(task.handles, rows * columns + VISION_TOKENS)
         channels = model.config.latent.token_channels
         times = get_timesteps(settings.num_inference_steps, settings.timestep_shift)
         return FlowRun(
@@ -127,37 +133,48 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             times=times,
             time_embeddings=model.time_embedder(times.to(model.device)),
             positions=model.latent_pos_embed(rows, columns),
-            stores=self._claim(task.handles, rows * columns + VISION_TOKENS),
+            workspace=workspace,
+            stores=stores,
             next_positions=[handle.next_position for handle in task.handles],
             context_of={context.branch: context.handle for context in task.branches},
         )
 
-    def _claim(self, handles: Sequence[KVHandle], new_tokens: int) -> list[Tensor]:
-        """Copy each context to the front of a workspace that has room for ``new_tokens`` behind it.
+    def _claim(self, handles: Sequence[KVHandle], new_tokens: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Copy each context to the front of a store that has room for ``new_tokens`` behind it.
 
-        Every lease is released, even if some could not be claimed.
+        On a GPU the stores are parts of one tensor, which comes first. Every lease is released, even if some could
+        not be claimed.
         """
-        stores, started = [], time.monotonic()
-        for index, handle in enumerate(handles):
-            try:
-                shape = store_shape(handle.geometry, handle.tokens + new_tokens)
-                store = torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
-                self._consumer.claim(handle, store[:, :, : handle.tokens])
-            except Exception:
-                for rest in handles[index:]:
-                    self._consumer.release(rest)
-                raise
-            stores.append(store)
+        stores: list[Tensor] = []
+        started, workspace = time.monotonic(), None
+        try:
+            sizes = [handle.tokens + new_tokens for handle in handles]
+            if on_gpu(self._model.device):
+                workspace = self._workspace(sum(sizes))
+                stores.extend(workspace.split(sizes, dim=2))
+            for number, (handle, size) in enumerate(zip(handles, sizes, strict=True)):
+                if workspace is None:
+                    stores.append(self._workspace(size))
+                self._consumer.claim(handle, stores[number][:, :, : handle.tokens])
+        except Exception:
+            for handle in handles:
+                self._consumer.release(handle)
+            raise
         self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
-        return stores
+        return workspace, stores
+
+    def _workspace(self, tokens: int) -> Tensor:
+        shape = store_shape(self._geometry, tokens)
+        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
 
     @torch.inference_mode()
     def _step(self) -> None:
         items = [
             BranchItem(run, image, context)
             for run in self._runs
-            for context in run.contexts_to_compute()
+            for contexts in [run.contexts_to_compute()]
             for image in range(len(run.x))
+            for context in contexts
         ]
         computed: dict[tuple[int, int, int], Tensor] = {}
         if items:
@@ -166,6 +183,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             for run, image, context in items:
                 computed[id(run), image, context] = hidden[start : start + run.tokens]
                 start += run.tokens
+        self._paced.step()
         for run in list(self._runs):
             for image in range(len(run.x)):
                 own = {context: state for (of, at, context), state in computed.items() if (of, at) == (id(run), image)}
@@ -181,13 +199,13 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
                 latents[id(run), image] = self._model.embed_latents(run.x[image], time, run.positions)
         return torch.cat([latents[id(run), image] for run, image, _ in items] + [self._markers] * len(items))
 
-    def _pack(self, items: list[BranchItem]) -> tuple[PackedBatch, WorkspaceStep]:
+    def _pack(self, items: list[BranchItem]) -> tuple[PackedBatch, WorkspaceStep | WorkspaceVarlenStep]:
         """The batch of this step; built anew only when images or their branches change."""
         if self._packed is None or self._packed[0] != items:
             self._packed = (items, *self._build(items))
         return self._packed[1:]
 
-    def _build(self, items: Sequence[BranchItem]) -> tuple[PackedBatch, WorkspaceStep]:
+    def _build(self, items: Sequence[BranchItem]) -> tuple[PackedBatch, WorkspaceStep | WorkspaceVarlenStep]:
         gen_rows = sum(item.run.tokens for item in items)
         spans: list[QuerySpan] = []
         writes, start = [], 0
@@ -201,16 +219,57 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         # One position for a whole image, latents and markers alike.
         repeats = torch.tensor([item.run.tokens for item in items] + [VISION_TOKENS] * len(items))
         positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
-        rows_at = positions.repeat_interleave(repeats).to(self._model.device)
+        rows_at = positions.repeat_interleave(repeats)
+        kv: WorkspaceStep | WorkspaceVarlenStep
+        if on_gpu(self._model.device):
+            rows_at, kv = self._placed(items, writes, rows_at)
+        else:
+            kv = WorkspaceStep(spans, [run.stores[c] for run, _, c in items], writes)
         cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
-        kv = WorkspaceStep(spans, [run.stores[c] for run, _, c in items], writes)
         return PackedBatch(gen_rows, cos, sin, wanted=slice(0, gen_rows)), kv
+
+    def _placed(
+        self, items: Sequence[BranchItem], writes: Sequence[Sequence[tuple[int, int, int]]], rows_at: Tensor
+    ) -> tuple[Tensor, WorkspaceVarlenStep]:
+        """The rows' positions on the device, and their keys and values: an image of each request at a time."""
+        turns: dict[int, dict[int, list[tuple[KeySpan, int]]]] = {}  # by image and run; a span and its first slot
+        for (run, image, context), rows in zip(items, writes, strict=True):
+            at = sum(store.shape[2] for store in run.stores[:context])
+            length = run.stores[context].shape[2]
+            spans = [(KeySpan(first, stop, at, length, causal=False), at + slot) for first, stop, slot in rows]
+            turns.setdefault(image, {}).setdefault(id(run), []).extend(spans)
+        workspaces = {id(item.run): item.run.workspace for item in items}
+        longs: list[Tensor] = [rows_at]
+        ints: list[list[int]] = []
+        parts: list[list[tuple[Tensor, tuple[KeySpan, ...]]]] = []
+        for by_run in turns.values():
+            parts.append([])
+            for run_id, pairs in by_run.items():
+                slot_of = {span.start: slot for span, slot in pairs}
+                workspace = workspaces[run_id]
+                assert workspace is not None, "a GPU's stores are parts of one workspace"
+                for group in grouped([span for span, _ in pairs]):
+                    slots = [torch.arange(span.stop - span.start) + slot_of[span.start] for span in group]
+                    longs.append(torch.cat(slots))
+                    ints.append(numbers_of(group))
+                    parts[-1].append((workspace, group))
+        (on_device, *slots_at), numbers = self._upload(longs, ints)
+        tensors = iter(zip(slots_at, numbers, strict=True))
+        steps: list[list[WorkspacePart]] = []
+        for turn in parts:
+            steps.append([])
+            for workspace, group in turn:
+                slots_of, own = next(tensors)
+                steps[-1].append(WorkspacePart(workspace, slots_of, call_of(group, own)))
+        return on_device, WorkspaceVarlenStep(steps)
 
     def _report(self, run: FlowRun) -> None:
         """Count the step, send progress and previews, and finish a run that is complete."""
         preview = run.preview_index
         run.step += 1
         run.job.progress(ProgressEvent("dit", run.step, run.updates))
+        if preview is not None or run.step == run.updates:
+            wait_for_stream(self._model.device)  # other threads read what is handed over
         if preview is not None:
             for image, tokens in run.predicted.items():
                 event = PartialImageEvent(

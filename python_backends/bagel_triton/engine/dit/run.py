@@ -33,10 +33,11 @@ class FlowRun:
     rows: int
     columns: int
     x: list[Tensor]  # an image each: [tokens, channels] float32
-    times: Tensor  # [steps] float32
+    times: Tensor  # [steps] float32, on the CPU
     time_embeddings: Tensor  # [steps, hidden]
     positions: Tensor  # [tokens, hidden]
-    stores: list[Tensor]  # a workspace per context: past keys and values, then a step's
+    workspace: Tensor | None  # on a GPU, the memory of all stores
+    stores: list[Tensor]  # one per context: past keys and values, then a step's
     next_positions: list[int]  # a RoPE position per context
     context_of: dict[Branch, int]
     step: int = 0
@@ -103,6 +104,7 @@ class FlowRun:
             velocities[branch] = computed[context]
         t, t_next = self.times[self.step], self.times[self.step + 1]
         x, v = self.x[image], combine(velocities, self.settings)
-        self.x[image] = x - v * (t - t_next).to(x.device)
+        # By numbers and not tensors: one on the CPU would be a copy that waits for the GPU.
+        self.x[image] = x - v * float(t - t_next)
         if self.preview_index is not None:
-            self.predicted[image] = x - v * t.to(x.device)  # rectified flow: x_t = (1 - t) * image + t * noise
+            self.predicted[image] = x - v * float(t)  # rectified flow: x_t = (1 - t) * image + t * noise

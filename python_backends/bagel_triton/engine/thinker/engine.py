@@ -24,6 +24,7 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.cuda.upload import wait_for_stream
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.errors import Overloaded
 from bagel_triton.protocol.messages import (
@@ -53,6 +54,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     """Prefills contexts, decodes text, and lends contexts to the DiT; owns the KV cache, from one thread."""
 
     stage = "thinker"
+    first_on_device = True
 
     def __init__(
         self,
@@ -117,12 +119,12 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
                     prefilled.append(branch)
                     budget -= chunk.tokens
         if chunks:
-            logits = self._prefiller.append(chunks)
+            logits, best = self._prefiller.append(chunks)
             for branch in prefilled:
                 branch.advance()
                 if self._config.enable_prefix_caching:
                     self._prefixes.keep(branch.keys, branch.context)
-            self._decode(decoders, logits)
+            self._decode(decoders, logits, best)
         for active in [active for active in self._running if active.prefilled and not active.running]:
             try:
                 self._next_phase(active)
@@ -130,9 +132,11 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
                 self._device_lost(error)
                 self._fail(active.job, error)
 
-    def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor) -> None:
-        best = logits.argmax(dim=-1).tolist()  # of all at once: each transfer from a GPU waits for the device
-        for (active, decoder), scores, token_id in zip(decoders, logits, best, strict=True):
+    def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor, best: Tensor) -> None:
+        best_ids = best.cpu().tolist()  # of all at once: each transfer from a GPU waits for the device
+        if any(decoder.reads_scores for _, decoder in decoders):
+            logits = logits.cpu()
+        for (active, decoder), scores, token_id in zip(decoders, logits, best_ids, strict=True):
             if active.job.done.done():  # another of its texts has failed
                 continue
             try:
@@ -191,8 +195,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
 
     def _publish(self, active: ThinkerRun, flow: FlowSettings) -> DenoiseJob:
         plan, ttl = active.job.task, self._config.lease_ttl_s
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)  # a lease carries no ordering
+        wait_for_stream(self._model.device)  # a lease carries no ordering
         handles = []
         try:
             for branch in active.branches:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TypeGuard
 
 import torch
@@ -14,14 +14,19 @@ from torch import Tensor
 
 from bagel_triton.engine.thinker.branch_state import Chunk, ImageChunk, TextChunk
 from bagel_triton.engine.token_count import VISION_TOKENS
-from bagel_triton.kv.block_pool import KVCachePool
+from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 from bagel_triton.kv.store import PagedStep
-from bagel_triton.model.attention import QuerySpan
+from bagel_triton.kv.varlen import PagedKeys, PoolStep
+from bagel_triton.model.attention import QuerySpan, attention_kernel
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
-from bagel_triton.model.cpu.executor import forward_on
 from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
+from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInputs
+from bagel_triton.model.cuda.upload import Upload
+from bagel_triton.model.device import on_gpu
+from bagel_triton.model.forward import forward_on
 from bagel_triton.model.image import normalised
 from bagel_triton.model.mot import rotary_tables
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
@@ -59,11 +64,11 @@ class EncodingCache:
 class _Rows:
     """Rows of a batch that use one expert, gathered chunk by chunk."""
 
-    embeddings: list[Tensor] = field(default_factory=list)  # [rows, hidden] each
+    embeddings: list[Tensor | None] = field(default_factory=list)  # [rows, hidden] each; None is the next text
     slots: list[Tensor] = field(default_factory=list)  # [rows] each
     positions: list[int] = field(default_factory=list)
 
-    def add(self, embeddings: Tensor, slots: Tensor, positions: Sequence[int]) -> tuple[int, int]:
+    def add(self, embeddings: Tensor | None, slots: Tensor, positions: Sequence[int]) -> tuple[int, int]:
         """Append rows; their (start, stop)."""
         start = len(self.positions)
         self.embeddings.append(embeddings)
@@ -76,7 +81,7 @@ class Prefiller:
     """Appends chunks to their contexts.
 
     ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``pool`` shares
-    the forwards, and is the caller's.
+    the forwards, and is the caller's. With ``graphs``, a GPU decodes by CUDA graphs.
     """
 
     def __init__(
@@ -87,25 +92,67 @@ class Prefiller:
         encodings: EncodingCache,
         vision_markers: tuple[int, int],
         pool: ThreadPool,
+        graphs: bool = True,
     ) -> None:
         self._model, self._autoencoder, self._kv_pool, self._encodings = model, autoencoder, kv_pool, encodings
+        self._upload = Upload(model.device)
+        captures = on_gpu(model.device) and attention_kernel(model.device, model.dtype).name == "torch-flash"
+        block_tokens = kv_pool.geometry.block_tokens
+        self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
         self._pool, self._forward = pool, forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
             self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
             self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
 
     @torch.inference_mode()
-    def append(self, chunks: Sequence[Chunk]) -> Tensor:
+    def append(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
         """Run ``chunks`` in one forward, which writes their KV to the cache.
 
         Returns:
-            Logits of the scored chunks' last tokens, [scored, vocabulary].
+            Logits of the scored chunks' last tokens, [scored, vocabulary], and the number of the largest of each;
+            both until the next call.
 
         Raises:
             KVCacheFull: nothing was computed, but some contexts were extended.
         """
+        texts_alone = [chunk for chunk in chunks if isinstance(chunk, TextChunk) and chunk.scored and chunk.tokens == 1]
+        if self._graphs is not None and len(texts_alone) == len(chunks) and (found := self._decoded(texts_alone)):
+            return found
+        logits = self._forwarded(chunks)
+        return logits, logits.argmax(dim=-1)
+
+    def _decoded(self, chunks: Sequence[TextChunk]) -> tuple[Tensor, Tensor] | None:
+        """A token more for each of many texts, by a CUDA graph; None where there is none for so many."""
+        assert self._graphs is not None, "the caller has looked"
+        contexts = [chunk.context for chunk in chunks]
+        if not self._graphs.takes(len(contexts), sum(self._kv_pool.blocks_for(one.tokens + 1) for one in contexts)):
+            return None
+        slots = torch.cat([context.extend(1) for context in contexts]).tolist()
+        positions = [context.next_position for context in contexts]
+        for context in contexts:
+            context.next_position += 1
+        blocks = [context.blocks for context in contexts]
+        starts = [at * self._kv_pool.geometry.block_tokens for at in accumulate(map(len, blocks), initial=0)][:-1]
+        token_ids = [chunk.token_ids[0] for chunk in chunks]
+        lengths = [context.tokens for context in contexts]
+        return self._graphs.run(DecodeInputs(token_ids, positions, slots, lengths, starts, [*chain(*blocks)]))
+
+    def _decode_step(self, inputs: StaticInputs) -> tuple[Tensor, Tensor]:
+        """What a graph captures: a row for each text."""
+        texts, model, pool = len(inputs.token_ids), self._model, self._kv_pool
+        group = tuple(KeySpan(row, row + 1, 0, 0, causal=True) for row in range(texts))
+        call = call_of(group, inputs.numbers, inputs.max_length)
+        kv = PoolStep(pool.store, inputs.slots, inputs.blocks, [call], pool.geometry.block_tokens)
+        cos, sin = rotary_tables(inputs.positions, model.config.language, model.dtype)
+        hidden = self._forward(model.embed_text(inputs.token_ids), PackedBatch(0, cos, sin), kv)
+        logits = model.logits(hidden)
+        return logits, logits.argmax(dim=-1)
+
+    def _forwarded(self, chunks: Sequence[Chunk]) -> Tensor:
         gen, und = _Rows(), _Rows()
-        texts = self._embedded([chunk.token_ids for chunk in chunks if isinstance(chunk, TextChunk)])
+        # Text comes behind images, so that a GPU takes all that is causal in one call, and all that is scored.
+        chunks = sorted(chunks, key=lambda chunk: isinstance(chunk, TextChunk))
+        texts = [chunk.token_ids for chunk in chunks if isinstance(chunk, TextChunk)]
         gen_rows = sum(chunk.tokens - VISION_TOKENS for chunk in chunks if _is_vae(chunk))
         spans: list[QuerySpan] = []
         scored: list[int] = []
@@ -114,7 +161,7 @@ class Prefiller:
             slots = context.extend(chunk.tokens)
             if isinstance(chunk, TextChunk):
                 context.next_position += chunk.tokens
-                embeddings = next(texts)
+                embeddings = None
                 positions: Sequence[int] = range(position, context.next_position)
             else:
                 context.next_position += 1  # one position for the whole image
@@ -130,23 +177,53 @@ class Prefiller:
             spans.append(QuerySpan(gen_rows + start, gen_rows + stop, sequence, causal=isinstance(chunk, TextChunk)))
             if isinstance(chunk, TextChunk) and chunk.scored:
                 scored.append(gen_rows + stop - 1)
-        positions_at = torch.tensor(gen.positions + und.positions, device=self._model.device)
+        token_ids, positions_at, kv = self._placed(
+            [*chain.from_iterable(texts)],
+            gen.positions + und.positions,
+            torch.cat(gen.slots + und.slots),
+            spans,
+            [chunk.context for chunk in chunks],
+        )
         cos, sin = rotary_tables(positions_at, self._model.config.language, self._model.dtype)
-        reads = [self._kv_pool.read_slots(chunk.context) for chunk in chunks]
-        kv = PagedStep(spans, self._kv_pool.store, torch.cat(gen.slots + und.slots), reads, self._model.device)
-        packed = torch.cat(gen.embeddings + und.embeddings)  # [gen rows | und rows, hidden]
+        packed = self._packed(gen.embeddings + und.embeddings, token_ids, [len(text) for text in texts])
         wanted = slice(min(scored, default=0), max(scored, default=-1) + 1)
         hidden = self._forward(packed, PackedBatch(gen_rows, cos, sin, wanted), kv)
         if not scored:
             return packed.new_empty(0, self._model.config.language.vocab_size)
+        last = hidden[wanted if wanted.stop - wanted.start == len(scored) else scored]
         if self._pool.prefers_intraop_threads(self._model.language_model.lm_head.weight.numel()):
-            return self._pool.run_with_intraop_threads(lambda: self._model.logits(hidden[scored]))
-        return self._model.logits(hidden[scored])
+            return self._pool.run_with_intraop_threads(lambda: self._model.logits(last))
+        return self._model.logits(last)
 
-    def _embedded(self, texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """[tokens, hidden] of each text, in one lookup: one a text would be as many trips to a GPU."""
-        token_ids = torch.tensor([*chain.from_iterable(texts)], dtype=torch.long, device=self._model.device)
-        return iter(self._model.embed_text(token_ids).split([len(text) for text in texts]))
+    def _placed(
+        self,
+        token_ids: list[int],
+        positions: list[int],
+        slots: Tensor,
+        spans: Sequence[QuerySpan],
+        contexts: Sequence[KVSequence],
+    ) -> tuple[Tensor, Tensor, PagedStep | PoolStep]:
+        """A step's token ids and positions, int64 on the device, and its keys and values."""
+        pool, device = self._kv_pool, self._model.device
+        if not on_gpu(device):
+            reads = [pool.read_slots(context) for context in contexts]
+            kv = PagedStep(spans, pool.store, slots, reads, device)
+            return torch.tensor(token_ids, dtype=torch.long), torch.tensor(positions), kv
+        size = pool.geometry.block_tokens
+        keys = PagedKeys.of(spans, [(context.blocks, context.tokens) for context in contexts], size)
+        groups = grouped(keys.spans)
+        longs, ints = self._upload((token_ids, positions, slots, keys.blocks), [numbers_of(group) for group in groups])
+        blocks = longs[3] if keys.blocks else None
+        calls = [call_of(group, numbers) for group, numbers in zip(groups, ints, strict=True)]
+        return longs[0], longs[1], PoolStep(pool.store, longs[2], blocks, calls, size)
+
+    def _packed(self, parts: Sequence[Tensor | None], token_ids: Tensor, sizes: Sequence[int]) -> Tensor:
+        """[rows, hidden] of all parts, a tensor of the step's own; texts are looked up at once."""
+        looked_up = self._model.embed_text(token_ids)
+        if all(part is None for part in parts):
+            return looked_up
+        texts = iter(looked_up.split([*sizes]))
+        return torch.cat([next(texts) if part is None else part for part in parts])
 
     def _vit_tokens(self, chunk: ImageChunk) -> Tensor:
         """[patches, hidden] of an image for understanding."""

@@ -48,6 +48,13 @@ class TextDecoder:
         """The last token, to be appended and scored."""
         return TextChunk(self.context, (self.last_token,), scored=True)
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether choosing a token, or telling of it, takes more than the number of the largest score."""
+        how = self.decoding
+        shaped = how.logit_bias or how.repetition_penalty != 1.0 or how.frequency_penalty or how.presence_penalty
+        return bool(shaped) or how.temperature != 0.0 or how.top_logprobs is not None
+
     def take(self, token_id: int, logits: Tensor) -> list[TextEvent]:
         """Add the token chosen for ``logits`` [vocabulary]; the text that became certain."""
         self.last_token = token_id
@@ -63,7 +70,7 @@ class TextDecoder:
         shaped = self._shaped(logits)
         if how.temperature == 0.0:
             return best if shaped is logits else int(shaped.argmax())
-        chances = distribution(shaped.float().cpu(), how.temperature, how.top_k, how.top_p, how.min_p)
+        chances = distribution(shaped.float(), how.temperature, how.top_k, how.top_p, how.min_p)
         return sample(chances, self.generator)
 
     def _shaped(self, logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ row do not depend on the tile it is in, on other rows or on the number of thread
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +31,6 @@ MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
 MIN_TILE_ROWS = 64  # fewer are not worth a thread
 MIN_HEAD_ROWS = 32  # query rows below which a head is not worth a thread, however many keys there are
 MIN_HEAD_SCORES = 128 * 128  # scores of a head below which it is not worth a thread
-Forward = Callable[[Tensor, PackedBatch, SequenceKV], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,6 @@ def tile_rows(rows: int, threads: int) -> int:
     rows += MIN_TILE_ROWS
     rounds = -(-rows // (MAX_TILE_ROWS * threads))
     return -(-rows // min(rounds * threads, max(rows // MIN_TILE_ROWS, 1)))
-
-
-def forward_on(device: torch.device, transformer: Transformer, pool: ThreadPool) -> Forward:
-    """How ``transformer`` runs on ``device``: by a :class:`CpuExecutor`, elsewhere as the plain module it is."""
-    return CpuExecutor(transformer, pool) if device.type == "cpu" else transformer
 
 
 class CpuExecutor:

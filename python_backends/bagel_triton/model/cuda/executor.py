@@ -1,0 +1,92 @@
+"""The transformer on a GPU: the plain modules' weights in fewer, larger operations.
+
+Every operation is a launch, which takes the host longer than small ones take the GPU. So both experts write their
+rows into one tensor, queries and keys are normed and rotated together, and products add to the residual themselves.
+Hidden states are those of :meth:`Transformer.forward` to rounding. No GPU has run this yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bagel_triton.model.attention import StepKV
+from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.mot import Expert, Layer, Transformer
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An expert, its rows, and the weights of its query and key norms, [heads + kv_heads, head_dim]."""
+
+    expert: Expert
+    rows: slice
+    head_norms: Tensor
+
+
+class CudaExecutor:
+    """Runs ``transformer``; build it when the weights are there."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
+        self._config = transformer.config
+        with torch.inference_mode():
+            self._head_norms = {
+                expert: _head_norms(expert) for layer in self._layers for expert in (layer.gen, layer.und)
+            }
+
+    def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: StepKV) -> Tensor:
+        """Hidden states before the final norm, in place of ``embeddings`` [tokens, hidden]."""
+        x = embeddings
+        for number, layer in enumerate(self._layers):
+            last = number == len(self._layers) - 1
+            parts = [_Part(expert, rows, self._head_norms[expert]) for expert, rows in layer.experts(batch)]
+            query = self._project(x, parts, batch, kv, number)
+            wanted = [part for part in parts if not last or batch.wants(part.rows)]
+            if wanted:
+                _finish(x, kv.attend(number, query), wanted)
+        return x
+
+    def _project(self, x: Tensor, parts: list[_Part], batch: PackedBatch, kv: StepKV, number: int) -> Tensor:
+        """Write the keys and values of x to ``kv``; the queries, [tokens, heads, head_dim]."""
+        width = parts[0].expert.qkv_proj.out_features
+        packed = x.new_empty(len(x), width)
+        for part in parts:
+            projection, normed = part.expert.qkv_proj, part.expert.input_layernorm(x[part.rows])
+            torch.addmm(projection.bias, normed, projection.weight.t(), out=packed[part.rows])
+        heads = packed.unflatten(-1, (-1, self._config.head_dim))
+        kv_heads = heads.shape[1] // (parts[0].expert.queries_per_key + 2)
+        # The values are normed for nothing: of a part of the heads alone the kernel would take a copy first.
+        normed = F.rms_norm(heads, (self._config.head_dim,), None, parts[0].expert.q_norm.eps)[:, :-kv_heads]
+        for part in parts:
+            normed[part.rows].mul_(part.head_norms)
+        first, second = normed.chunk(2, dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        normed.mul_(batch.cos).addcmul_(swapped, batch.sin)
+        kv.write(number, normed[:, -kv_heads:], heads[:, -kv_heads:])
+        return normed[:, :-kv_heads]
+
+
+def _head_norms(expert: Expert) -> Tensor:
+    kv_heads = expert.qkv_proj.out_features // expert.head_dim // (expert.queries_per_key + 2)
+    weights = (expert.q_norm.weight, expert.queries_per_key * kv_heads), (expert.k_norm.weight, kv_heads)
+    return torch.cat([weight.expand(heads, -1) for weight, heads in weights])
+
+
+def _finish(x: Tensor, attended: Tensor, parts: list[_Part]) -> None:
+    """Add to x what follows from the attention, [tokens, heads, head_dim], for the rows of ``parts``."""
+    first, stop = parts[0].rows.start, parts[-1].rows.stop
+    inner = x.new_empty(stop - first, parts[0].expert.mlp.gate_up_proj.out_features)
+    for part in parts:
+        expert, residual = part.expert, x[part.rows]
+        residual.addmm_(attended[part.rows].flatten(1), expert.o_proj.weight.t())
+        own = inner[part.rows.start - first : part.rows.stop - first]
+        torch.mm(expert.post_attention_layernorm(residual), expert.mlp.gate_up_proj.weight.t(), out=own)
+    gate, up = inner.chunk(2, dim=-1)
+    active = F.silu(gate).mul_(up)
+    for part in parts:
+        own = active[part.rows.start - first : part.rows.stop - first]
+        x[part.rows].addmm_(own, part.expert.mlp.down_proj.weight.t())

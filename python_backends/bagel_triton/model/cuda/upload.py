@@ -1,0 +1,99 @@
+"""What the host tells a GPU for a step, in one copy from pinned memory; and an engine's own stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Numbers = Sequence[int] | Tensor  # on the CPU, int64
+MIN_NUMBERS = 1 << 12
+
+
+class Upload:
+    """Sends whole numbers to ``device``: one copy a call, which the host does not wait for.
+
+    Two buffers take turns, so a call waits at most for the copy of the last but one. On a CPU nothing is copied.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._turn = device, 0
+        self._buffers: list[tuple[Tensor, torch.cuda.Event | None]] = [(torch.empty(0, dtype=torch.int64), None)] * 2
+
+    def __call__(self, longs: Sequence[Numbers], ints: Sequence[Numbers]) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors on the device: int64 of ``longs`` and int32 of ``ints``."""
+        sizes = [len(part) for part in (*longs, *ints)]
+        whole = self._send([*longs, *ints], sum(sizes))
+        middle = sum(sizes[: len(longs)])
+        narrow = whole[middle:].to(torch.int32) if ints else whole[:0]
+        return list(whole[:middle].split(sizes[: len(longs)])), list(narrow.split(sizes[len(longs) :]))
+
+    def _send(self, parts: Sequence[Numbers], total: int) -> Tensor:
+        numbers = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+        if self._device.type == "cpu":
+            return torch.from_numpy(numbers)
+        return self._copy(numbers, torch.empty(total, dtype=torch.int64, device=self._device))
+
+    def into(self, out: Tensor, numbers: Sequence[int]) -> None:
+        """Overwrite ``out`` [numbers] int64 on the device."""
+        if self._device.type == "cpu":
+            out.copy_(torch.tensor(numbers))
+        else:
+            self._copy(np.asarray(numbers, dtype=np.int64), out)
+
+    def _copy(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]], out: Tensor) -> Tensor:
+        self._turn = 1 - self._turn
+        buffer, copied = self._buffers[self._turn]
+        if copied is not None and not copied.query():
+            copied.synchronize()
+        total = len(numbers)
+        if len(buffer) < total:
+            buffer = torch.empty(max(2 * total, MIN_NUMBERS), dtype=torch.int64, pin_memory=True)
+        buffer[:total].numpy()[:] = numbers
+        out.copy_(buffer[:total], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._buffers[self._turn] = buffer, event
+        return out
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device, first: bool) -> Iterator[None]:
+    """On a GPU, run the calling thread's work in a stream of its own, ``first`` before those of other engines.
+
+    In the device's default stream a step of text would wait for all that the DiT has queued.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)  # the weights are there
+    with torch.cuda.stream(torch.cuda.Stream(device, priority=-1 if first else 0)):
+        yield
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until the GPU has done what this thread has queued; what it hands over is complete then."""
+    if device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
+
+
+class Paced:
+    """Keeps the host at most one step ahead of a GPU: progress and cancellation are those of steps that have run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """Wait until the step before this one has run; call it when this one is queued."""
+        if self._device.type != "cuda":
+            return
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = torch.cuda.Event()
+        self._before.record(torch.cuda.current_stream(self._device))

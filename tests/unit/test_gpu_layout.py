@@ -1,0 +1,137 @@
+"""What a GPU runs, run here: all sequences in one call of the attention, and fewer, larger operations.
+
+The kernels are torch's plain ones; page tables, lengths, layouts and the order of the rows are a GPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.kv.varlen import PagedKeys
+from bagel_triton.model.attention import AttentionKernel, QuerySpan, attend
+from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of, varlen_attention
+from bagel_triton.model.cuda.executor import CudaExecutor
+from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, _Graph, filled
+from bagel_triton.pipeline.local import LocalStages
+from bagel_triton.protocol.request import GenerationRequest
+from tests.support.cases import Case, load_cases
+from tests.support.nearness import relative_rms
+from tests.support.runs import generate, generate_together, result_of
+
+DATA = Path(__file__).parents[1] / "data"
+CASES = load_cases(DATA / "cases-a")
+RMS = 1e-3  # rounding of float32 over a whole flow
+
+
+class Replayed:
+    """A graph that computes its step anew from its inputs, into the same outputs."""
+
+    def __init__(self, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._step, self.outputs = step, step()
+
+    def replay(self) -> None:
+        for kept, new in zip(self.outputs, self._step(), strict=True):
+            kept.copy_(new)
+
+
+def _captured(self: DecodeGraphs, numbers: Sequence[int], texts: int, blocks: int) -> _Graph:
+    inputs = torch.tensor(numbers)
+    replayed = Replayed(lambda: self._on(inputs, texts, blocks))
+    return _Graph(replayed, inputs, *replayed.outputs)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def stages() -> Iterator[LocalStages]:
+    """Engines that take the CPU for a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("model.forward", "engine.thinker.prefill", "engine.dit.engine"):
+            patch.setattr(f"bagel_triton.{module}.on_gpu", lambda device: True)
+        flash = AttentionKernel("torch-flash", "so texts are decoded by graphs")
+        patch.setattr("bagel_triton.engine.thinker.prefill.attention_kernel", lambda device, dtype: flash)
+        patch.setattr(DecodeGraphs, "_capture", _captured)
+        stages = LocalStages(DeployConfig(str(DATA / "tiny-a"), device="cpu", dtype="float32"))
+        assert isinstance(stages.dit._forward, CudaExecutor)
+        yield stages
+        assert stages.thinker._prefiller._graphs is not None
+        assert len(stages.thinker._prefiller._graphs._graphs) > 1
+        stages.close()
+    assert stages.producer.pool.blocks.used == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.height], ids=lambda case: case.name)
+def test_an_image_is_the_one_recorded(stages: LocalStages, case: Case) -> None:
+    run = generate(stages, case.request)
+    assert relative_rms(run.latents[0].tokens, case.tensors()["latent"]) < RMS
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.height], ids=lambda case: case.name)
+def test_a_text_is_the_one_recorded(stages: LocalStages, case: Case) -> None:
+    (answer,) = result_of(stages.think(result_of(stages.expand(case.request)))).answers
+    assert answer.content == case.text
+
+
+def test_images_of_several_requests_share_a_forward(stages: LocalStages) -> None:
+    """Two images of one request take the same slots, one after the other; other requests have their own workspaces."""
+    requests = [
+        GenerationRequest(prompt=prompt, height=side, width=96, seed=seed, num_inference_steps=5, n=1 + seed % 2)
+        for seed, (prompt, side) in enumerate((("A cute cat", 96), ("A cat on a table", 64), ("A city " * 9, 96)))
+    ]
+    alone = [generate(stages, request) for request in requests]
+    for ours, expected in zip(generate_together(stages, requests), alone, strict=True):
+        for latents, before in zip(ours.latents, expected.latents, strict=True):
+            assert relative_rms(latents.tokens, before.tokens) < RMS
+
+
+def test_texts_in_a_graph_with_rows_to_spare_are_those_of_one_alone(stages: LocalStages) -> None:
+    """Three texts run in a graph of four; each has its own length and its own blocks."""
+
+    def text(prompt: str, choices: int) -> list[str]:
+        request = GenerationRequest(prompt=prompt, modality="text", max_tokens=24, n=choices)
+        return [answer.content for answer in result_of(stages.think(result_of(stages.expand(request)))).answers]
+
+    (alone,) = text("A cat on a table", 1)
+    assert text("A cat on a table", 3) == [alone] * 3
+
+
+def test_a_graphs_spare_rows_repeat_the_last_text_and_spare_blocks_are_the_first() -> None:
+    inputs = DecodeInputs([7, 8], [3, 40], [19, 5], [4, 41], [0, 16], [1, 0, 2])
+    assert filled(inputs, 3, 4) == [7, 8, 8, 3, 40, 40, 19, 5, 5, 1, 0, 2, 0, 0, 1, 2, 3, 0, 16, 16, 0, 4, 41, 41]
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_spans_of_one_kind_are_one_call_and_a_single_row_is_of_both() -> None:
+    whole, text = KeySpan(0, 4, 0, 9, causal=False), KeySpan(5, 9, 20, 7, causal=True)
+    token = KeySpan(4, 5, 9, 5, causal=True)
+    assert grouped([text, whole, token]) == [(whole, token), (text,)]
+    assert grouped([token, text]) == [(token, text)]
+    assert grouped([whole, text]) == [(whole,), (text,)]  # rows between them belong to nobody
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_call_is_the_attention_of_each_span(causal: bool) -> None:
+    """Keys need not ascend, and two spans may see the same."""
+    query, key, value = _random(0, 9, 6, 16), _random(1, 40, 2, 16), _random(2, 40, 2, 16)
+    (group,) = grouped([KeySpan(0, 4, 25, 9, causal), KeySpan(4, 5, 3, 14, causal), KeySpan(5, 9, 25, 9, causal)])
+    call = call_of(group, torch.tensor(numbers_of(group), dtype=torch.int32))
+    out = varlen_attention(query, key, value, call)
+    for start, stop, first, length in ((0, 4, 25, 9), (4, 5, 3, 14), (5, 9, 25, 9)):
+        seen = slice(first, first + length)
+        assert torch.equal(out[start:stop], attend(query[start:stop], key[seen], value[seen], causal))
+
+
+def test_keys_in_consecutive_blocks_are_read_in_place() -> None:
+    spans = [QuerySpan(0, 1, 0, True), QuerySpan(1, 2, 1, True)]
+    in_place = PagedKeys.of(spans, [([3, 4], 20), ([8], 5)], 16)
+    assert in_place.blocks == []
+    assert [(span.first_key, span.length) for span in in_place.spans] == [(48, 20), (128, 5)]
+    scattered = PagedKeys.of(spans, [([3, 5], 20), ([8], 5)], 16)
+    assert scattered.blocks == [3, 5, 8]
+    assert [(span.first_key, span.length) for span in scattered.spans] == [(0, 20), (32, 5)]
