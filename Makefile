@@ -6,7 +6,7 @@ SERVE_ARGS ?=
 BENCH_ARGS ?=
 TRAIN_ARGS ?=
 
-.PHONY: setup demo serve test test-all bench rehearsal lint wheel train-tiny
+.PHONY: setup demo serve test test-all bench rehearsal gpu-kit lint wheel train-tiny
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -33,6 +33,9 @@ bench: setup ## every measurement, on a random checkpoint; bench/results.json an
 
 train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cores in an hour and a half
 	OMP_NUM_THREADS=1 $(BIN)/python -m build.tiny_bagel.train .cache/tiny_bagel $(TRAIN_ARGS)
+
+gpu-kit: setup ## .cache/gpu_kit.tar.xz, which bench/gpu_run.sh unpacks on a machine with a GPU
+	@build/gpu_kit.sh
 
 lint: setup ## style, types, and which room may import which
 	$(BIN)/ruff check

@@ -13,10 +13,12 @@ from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.model.device import Placement
 from bagel_triton.serving import CommandError, cli, memory
 from bagel_triton.serving.memory import _ask_device
-from bagel_triton.serving.memory_plan import Available
+from bagel_triton.serving.memory_plan import Available, plan
+from bagel_triton.weights.checkpoint import Checkpoint
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 GIB = 2**30
+GPU = Placement(torch.device("cuda"), torch.bfloat16)
 
 
 def test_a_server_refuses_to_start_without_the_memory(monkeypatch: pytest.MonkeyPatch):
@@ -25,6 +27,32 @@ def test_a_server_refuses_to_start_without_the_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(memory, "available", lambda placement: Available(host=2**20, shared=GIB))
     with pytest.raises(CommandError, match=r"the stages need .* and 1\.00 MiB are free"):
         memory.require(DeployConfig(str(CHECKPOINT), device="cpu"))
+
+
+def test_a_gpu_has_to_hold_the_largest_images_that_are_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in a step, it would fail the requests of others."""
+    config = DeployConfig(str(CHECKPOINT), device="cpu", thinker=ThinkerConfig(kv_tokens=64))
+    checkpoint, placement = Checkpoint(CHECKPOINT), Placement(torch.device("cpu"), torch.float32)
+    default, largest = (
+        plan(checkpoint, config, placement, side, side).total for side in (512, checkpoint.config.latent.max_side)
+    )
+    for free in (largest - 1, largest):
+        monkeypatch.setattr(memory, "available", lambda placement, free=free: Available(GIB, GIB, device=free))
+        if free < largest:
+            assert free > default
+            with pytest.raises(CommandError, match="the stages need"):
+                memory.require(config)
+        else:
+            memory.require(config)
+
+
+def test_a_gpus_processes_have_contexts_of_their_own() -> None:
+    needs = [
+        plan(Checkpoint(CHECKPOINT), DeployConfig(str(CHECKPOINT), pipeline=pipeline), GPU, 64, 64)
+        for pipeline in ("bagel_single_stage", "bagel")
+    ]
+    assert 0 < needs[0].contexts < needs[1].contexts
+    assert needs[1].total == needs[1].weights + needs[1].kv + needs[1].activations + needs[1].contexts
 
 
 # --- what the machine has ---

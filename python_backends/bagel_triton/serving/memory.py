@@ -100,7 +100,9 @@ def require(config: DeployConfig) -> DeployConfig:
     try:
         checkpoint, placement = Checkpoint(config.checkpoint), resolve(config.device, config.dtype)
         free = available(placement)
-        size, shares_weights = _size(checkpoint, None, None), free.private_weights is None
+        # A GPU that runs out fails requests of others, too: the largest images that are admitted have to fit.
+        side = None if free.device is None else checkpoint.config.latent.max_side
+        size, shares_weights = _size(checkpoint, side, side), free.private_weights is None
         need = memory.plan(checkpoint, memory.roomy(config), placement, *size, shares_weights)
         sized = memory.sized(need, config, free)
         memory.check(memory.plan(checkpoint, sized, placement, *size, shares_weights), sized, placement, free)

@@ -1,8 +1,9 @@
 """The memory a configuration takes, from the geometry of its checkpoint; no weights are loaded.
 
 Weights, keys and values are exact. Activations are estimates: what one forward holds at its
-peak, with every image that may be denoised together. Not counted are libraries, CUDA
-contexts, the workspaces of convolutions and what TaylorSeer keeps.
+peak, with every image that may be denoised together. On a GPU each process has a CUDA context
+with its libraries, by an estimate that no GPU has confirmed. Not counted are a CPU's libraries,
+the workspaces of convolutions and what TaylorSeer keeps.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bagel_triton.weights.folder import AUTOENCODER_FILE
 
 PROMPT_TOKENS = 256  # of a long prompt
 BRANCHES = 3
+CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
 
 
 class NotEnoughMemory(ValueError):
@@ -59,13 +61,15 @@ class MemoryPlan:
 
     ``weights`` are those of all stages, each counted as often as it is in memory.
     ``shared`` is what lies in the host's shared memory: the connector ``shm``'s pool, and those of a CPU's weights
-    that cannot be mapped from the checkpoint's files.
+    that cannot be mapped from the checkpoint's files. ``contexts`` are those of the processes on a GPU, Triton's among
+    them.
     """
 
     stages: tuple[StageMemory, ...]
     kv_token: int
     weights: int
     shared: int
+    contexts: int = 0
 
     @property
     def kv(self) -> int:
@@ -83,7 +87,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Everything together."""
-        return self.weights + self.kv + self.activations
+        return self.weights + self.kv + self.activations + self.contexts
 
 
 def plan(
@@ -144,7 +148,9 @@ def plan(
         shared += checkpoint.stored_apart(dtype)
     if config.stage_id is not None:
         stages = tuple(stage for stage in stages if stage.stage in config.models)
-    return MemoryPlan(stages, token, weights, shared)
+    on_gpu = placement.torch_device.type == "cuda"
+    processes = 1 if one_process or config.stage_id is not None else len(stages)
+    return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0)
 
 
 def _pool_is_shared(config: DeployConfig, placement: Placement) -> bool:
