@@ -230,7 +230,7 @@ def test_the_pool_fills_the_thinkers_part_of_the_gpu():
 
 def test_both_parts_together_hold_all_stages_and_their_weights_once():
     need = plan_of(placement=GPU, thinker=ThinkerConfig(kv_tokens=64, max_num_batched_tokens=64))
-    others = need.total - need.stages[0].kv
+    others = need.total - need.contexts - need.stages[0].kv
     for tokens in (pool(0.5, 0.25), pool(0.75, pipeline="bagel_single_stage")):
         assert 0 <= GIB * 3 // 4 - others - tokens * need.kv_token < 16 * need.kv_token
 
