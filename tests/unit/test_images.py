@@ -295,7 +295,6 @@ def test_an_error_before_the_stream_has_its_status() -> None:
         ({"size": "64x64", "width": 64}, "size", "width and size are both given"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
-        ({"output_compression": 50}, "output_compression", "100 for png"),
         ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
         ({"stream": True, "response_format": "url"}, "response_format", "b64_json with stream=true"),
         ({"mask": URL}, "mask", "say in the prompt what to change"),

@@ -308,7 +308,6 @@ def test_a_failure_before_the_first_event_has_its_status(stream: bool) -> None:
         ({"tools": [{**TOOL, "action": "edit"}]}, "tools[0].action", "without an image in input"),
         ({"tools": [{**TOOL, "background": "transparent"}]}, "tools[0].background", "opaque"),
         ({"tools": [{**TOOL, "seed": 1}], "seed": 2}, "tools[0].seed", "both given"),
-        ({"tool_choice": "required"}, "tool_choice", "without tools"),
         (
             {"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}},
             "text.format.type",

@@ -35,7 +35,7 @@ class ImagesBody(GenerationFields):
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16; or auto.")
     output_format: Format | None = Field(None, description="The file format of the images. Default: png")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="Quality of a jpeg or webp, 0 to 100. Default: 100"
+        None, description="Quality of a jpeg or webp, 0 to 100. Default: 100. A png is lossless."
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="The image itself, or a URL of this server that works for a few minutes. Default: b64_json"
@@ -245,9 +245,6 @@ def _checked(model: type[B], fields: dict[str, Any]) -> B:
         body = model.model_validate(fields)
     except ValidationError as error:
         raise to_invalid_request(error) from error
-    if body.file_format == "png" and body.compression != 100:
-        allowed = "100 for png, which is lossless; output_format jpeg or webp takes less"
-        raise InvalidRequest.value("output_compression", body.output_compression, allowed)
     if body.stream and body.response_format == "url":
         raise InvalidRequest.value("response_format", "url", "b64_json with stream=true")
     return body

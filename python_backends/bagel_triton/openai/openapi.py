@@ -28,24 +28,46 @@ from bagel_triton.openai.images_schema import EditsBody, ImagesBody, JsonEditsBo
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.reply import ChatCompletion
 from bagel_triton.openai.responses_schema import ResponsesBody
-from bagel_triton.openai.schema import FIELD_NAMES, ChatBody, GenerationFields
-from bagel_triton.protocol.request import MAX_INPUT_IMAGES, REQUEST_FIELDS
+from bagel_triton.openai.schema import FIELD_NAMES, MAX_MODALITIES, ChatBody, GenerationFields
+from bagel_triton.protocol.request import FIELD_ALIASES, MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
 
 Json = dict[str, Any]
 SCHEMAS = "#/components/schemas/"
 BODIES: tuple[type[BaseModel], ...] = (ChatBody, ImagesBody, EditsBody, JsonEditsBody, ResponsesBody)
 _TEXT: Json = {"type": "string"}
 _NULL: Json = {"type": "null"}
-_ANY_OBJECT: Json = {"type": "object"}
-# What a field takes besides its declared type, by the names of the model and of the field.
+_FOR_TEXT, _FOR_IMAGES = ("all", "text", "decoding"), ("all", "image")
+# One pixel: what a generator of requests cannot guess.
+_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+_IMAGE: Json = {**_TEXT, "examples": [f"data:image/png;base64,{_PIXEL}"]}
+_LINK: Json = {"anyOf": [_IMAGE, {"$ref": SCHEMAS + "ImageLink"}]}
+_LINKS: Json = {"type": "array", "items": _LINK, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
+_MODALITIES: Json = {"type": "array", "items": {"enum": ["text", "image"]}, "minItems": 1, "maxItems": MAX_MODALITIES}
+_SIZE: Json = {**_TEXT, "pattern": r"^(auto|[0-9]{1,6}x[0-9]{1,6})$", "examples": ["auto"]}
+# Declarations that take the place of pydantic's, by the names of the model and of the field.
+_INSTEAD: dict[tuple[str, str], Json] = {
+    ("ChatBody", "modalities"): _MODALITIES,
+    ("ChatBody", "size"): _SIZE,
+    ("ImagesBody", "size"): _SIZE,
+    ("EditsBody", "size"): _SIZE,
+    ("JsonEditsBody", "size"): _SIZE,
+    ("ImageTool", "size"): _SIZE,
+    ("ImageUrl", "url"): _IMAGE,
+    ("InputImage", "image_url"): _IMAGE,
+    ("InputImageCall", "result"): {**_TEXT, "examples": [_PIXEL]},
+    ("ImageLink", "image_url"): _IMAGE,
+    ("ResponsesBody", "top_logprobs"): {"enum": [0]},
+    ("ResponsesBody", "n"): {"enum": [1], "description": "The tool takes more."},
+}
+# What a field takes besides its declared type.
 _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
     ("ChatMessage", "content"): [_TEXT],
-    ("ImagePart", "image_url"): [_TEXT],
+    ("ImagePart", "image_url"): [_IMAGE],
     ("InputMessage", "content"): [_TEXT],
-    ("ResponsesBody", "input"): [{**_TEXT, "pattern": r"\S"}],
-    ("JsonEditsBody", "image"): [_TEXT, _ANY_OBJECT],
-    ("JsonEditsBody", "images"): [_TEXT, _ANY_OBJECT],
+    ("ResponsesBody", "input"): [_TEXT],
 }
+# The requests that a body makes unless it says otherwise: fields for others have no effect, whatever their value.
+_EFFECTIVE = {"ChatBody": _FOR_TEXT, "ResponsesBody": _FOR_TEXT}
 
 
 def routes(api: Api, is_open: Callable[[str], bool]) -> list[Route]:
@@ -72,6 +94,9 @@ def describe(api: Api, is_open: Callable[[str], bool]) -> Json:
     schemas: Json = {name: _accepted(name, schema, api) for name, schema in pydantic["$defs"].items()}
     schemas |= {f"Reply{name}": schema for name, schema in structs.items()}
     schemas["EditsForm"] = _form(schemas["EditsBody"])
+    edit = schemas["JsonEditsBody"]
+    edit["properties"] |= {name: {"anyOf": [*_LINK["anyOf"], _LINKS]} for name in ("image", "images")}
+    edit["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
     schemas["Response"] = {"type": "object", "required": ["id", "object", "status", "output", "model", "created_at"]}
     document: Json = {
         "openapi": "3.1.0",
@@ -100,12 +125,15 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
     required = schema.get("required", [])
     properties = {}
     for field, declared in schema["properties"].items():
-        accepted = _limited(field, declared) if issubclass(model, GenerationFields) else declared
+        notes = {key: value for key, value in declared.items() if key in ("title", "description")}
+        accepted = notes | _INSTEAD[name, field] if (name, field) in _INSTEAD else declared
+        if issubclass(model, GenerationFields):
+            accepted = _limited(field, accepted, _EFFECTIVE.get(name, _FOR_IMAGES))
         if field == "model" and issubclass(model, GenerationFields):
             accepted = {**accepted, "anyOf": [{"enum": list(api.settings.served_model_names)}]}
         shorter = _SHORT_FORMS.get((name, field), [])
         if field == "stop":
-            shorter = [_TEXT]
+            shorter = [{**_TEXT, "minLength": 1} if name in _EFFECTIVE else _TEXT]
         properties[field] = _union(accepted, [*shorter, *([] if field in required else [_NULL])])
     place = getattr(model, "place", "")
     for field in sorted(IGNORED.get(place, ())):
@@ -130,13 +158,19 @@ def _models() -> list[type[BaseModel]]:
     return [model for model in found if model.__module__.startswith(__package__)]
 
 
-def _limited(name: str, declared: Json) -> Json:
-    """``declared`` with the limits of the request field ``name``."""
-    field = REQUEST_FIELDS.get(FIELD_NAMES.get(name, ""))
-    if field is None:
+def _limited(name: str, declared: Json, effective: tuple[str, ...]) -> Json:
+    """``declared`` with the limits of the request field ``name``, if it has an effect on its own."""
+    if name == "logit_bias":
+        keys = {"propertyNames": {"pattern": "^[0-9]{1,9}$"}, "maxProperties": MAX_BIASED_TOKENS}
+        return {**declared, "anyOf": [{**member, **keys} for member in declared["anyOf"] if member != _NULL]}
+    known = "max_tokens" if name == "max_output_tokens" else FIELD_NAMES.get(name, "")
+    field = REQUEST_FIELDS.get(known)
+    if field is None or field.affects not in effective or known in ("partial_images", "top_logprobs"):
         return declared
     limits: Json = {}
-    if FIELD_NAMES[name] in ("height", "width"):
+    if known == "stop":
+        limits = {"items": {**_TEXT, "minLength": 1}, "maxItems": MAX_STOPS}
+    elif known in ("height", "width"):
         limits = {"minimum": 16, "multipleOf": 16}
     elif field.choices:
         limits = {"enum": list(field.choices)}
@@ -159,8 +193,12 @@ def _union(schema: Json, others: list[Json]) -> Json:
 
 
 def _form(body: Json) -> Json:
-    """The form of an edit: the fields of ``body``, none of which can be null in a form, and files."""
-    fields = {name: shape for name, field in body["properties"].items() if (shape := _without_null(field)) is not None}
+    """The form of an edit: files and the fields of ``body``, each under one name and none null."""
+    fields = {
+        name: shape
+        for name, field in body["properties"].items()
+        if name not in FIELD_ALIASES and (shape := _without_null(field)) is not None
+    }
     files = {
         "type": "array",
         "items": {"type": "string", "format": "binary"},

@@ -29,6 +29,7 @@ from bagel_triton.protocol.events import (
     TextEvent,
 )
 from bagel_triton.protocol.messages import Usage
+from bagel_triton.protocol.request import Turn
 from bagel_triton.triton.async_client import StageResponse
 
 Json = dict[str, Any]
@@ -63,6 +64,7 @@ def to_task(body: ResponsesBody) -> Task:
     """
     turns, images, texts = body.conversation()
     modality: Literal["image", "text"] = "text" if body.image_tool is None else "image"
+    turns = turns or (Turn("user", ()),)  # items that add nothing are an empty question
     return Task(modality, turns, images, body.generation_fields(), texts | {"messages": "input"})
 
 

@@ -312,14 +312,9 @@ def _check_fields(body: ResponsesBody) -> None:
     if tool is None and fields.get("n", 1) != 1:
         raise InvalidRequest.value("n", fields["n"], "1 for text; POST /v1/chat/completions takes more")
     if tool is None:
-        if body.tool_choice == "required" or isinstance(body.tool_choice, dict):
-            raise InvalidRequest.value("tool_choice", body.tool_choice, "'auto' or 'none' without tools")
         return
     if isinstance(body.tool_choice, dict) and body.tool_choice.get("type") not in (IMAGE_TOOL, "allowed_tools"):
         raise InvalidRequest.value("tool_choice", body.tool_choice, f'a text, or {{"type": "{IMAGE_TOOL}"}}')
-    if tool.file_format == "png" and tool.compression != 100:
-        allowed = "100 for png, which is lossless; output_format jpeg or webp takes less"
-        raise InvalidRequest.value("tools[0].output_compression", tool.output_compression, allowed)
     has_images = bool(body.conversation()[1])
     if tool.action == "edit" and not has_images:
         raise InvalidRequest.value("tools[0].action", "edit", "'auto' or 'generate' without an image in input")

@@ -27,7 +27,7 @@ from pydantic import (
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.pydantic_errors import noop_field, not_allowed, to_invalid_request, unknown_field
 from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
-from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS
+from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
 from bagel_triton.protocol.validation import MAX_MESSAGES
 
 MAX_MODALITIES = 8  # more than there are
@@ -113,7 +113,7 @@ class ChatMessage(StrictModel):
     place: ClassVar[str] = "message"
     role: Literal["user", "system", "assistant", "developer"]
     content: Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)] = []
-    images: Annotated[list[ImagePart], Field(max_length=MAX_MESSAGES, fail_fast=True)] = []
+    images: Annotated[list[ImagePart], Field(max_length=MAX_INPUT_IMAGES, fail_fast=True)] = []
 
 
 class StreamOptions(StrictModel):
