@@ -18,10 +18,10 @@ from starlette.testclient import TestClient
 
 from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.openai import chat as task
-from bagel_triton.openai import schema
+from bagel_triton.openai import chat_schema
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.image_fetch import RemoteImages
-from bagel_triton.openai.image_source import ImageLoader
+from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.events import (
     AnswerEvent,
@@ -142,7 +142,7 @@ def generation(body: object) -> GenerationRequest:
     client = FakeClient()
 
     async def ask() -> None:
-        wanted = task.to_task(schema.parse(json.dumps(body).encode()))
+        wanted = task.to_task(chat_schema.parse(json.dumps(body).encode()))
         async for _ in wanted.run(client, ImageLoader(None), "r", {}):
             pass
 

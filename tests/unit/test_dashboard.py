@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bagel_triton.openai.http_metrics import HttpMetrics
+from bagel_triton.openai.request_log import HttpMetrics
 from bagel_triton.telemetry.metric_defs import CATALOGUE
 
 DOCS = Path(__file__).parents[2] / "docs"

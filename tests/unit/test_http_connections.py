@@ -21,7 +21,7 @@ import uvicorn
 from proxy_fake import CHAT, ONE_ANSWER, PROGRESS, SETTINGS, FakeClient, chat_body, image_part
 from starlette.testclient import TestClient
 
-from bagel_triton.openai import attachments, http_server
+from bagel_triton.openai import endpoint, http_server
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.events import ImageEvent
@@ -210,6 +210,6 @@ def test_a_large_image_that_is_damaged_is_refused_by_name() -> None:
 
 def test_only_large_data_urls_leave_the_body() -> None:
     small = b'{"a": "data:x;base64,QUJD", "b": ";base64,", "c": "' + b"x" * 300_000 + b'"}'
-    assert attachments.detach(bytearray(small)) == (small, {})
+    assert endpoint.detach(bytearray(small)) == (small, {})
     unended = b'{"a": "data:x;base64,' + b"QUJD" * 100_000
-    assert attachments.detach(bytearray(unended)) == (unended, {})
+    assert endpoint.detach(bytearray(unended)) == (unended, {})

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 
 from bagel_triton.openai import images
 from bagel_triton.openai.app import create_app
-from bagel_triton.openai.image_encode import ImageStore
+from bagel_triton.openai.image_io import ImageStore
 from bagel_triton.openai.images_schema import ImagesBody
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.responses_schema import ResponsesBody

@@ -1,4 +1,4 @@
-"""A chat body as a request to the model, and the form of its reply."""
+"""``POST /v1/chat/completions``: a chat body as a request to the model, and the form of its reply."""
 
 from __future__ import annotations
 
@@ -8,14 +8,42 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bagel_triton.openai.image_source import ImageLoader, ImageUpload, ImageUrl
-from bagel_triton.openai.reply import ImageReply, ReplyOptions
-from bagel_triton.openai.schema import ChatBody, ChatMessage, GivenFields, ImagePart
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from bagel_triton.openai import stream
+from bagel_triton.openai.chat_schema import ChatBody, ChatMessage, ImagePart, parse
+from bagel_triton.openai.endpoint import Api, unless_gone
+from bagel_triton.openai.image_io import ImageLoader, ImageUpload, ImageUrl
+from bagel_triton.openai.reply import ImageReply, ReplyOptions, collect, new_header
+from bagel_triton.openai.schema import GivenFields
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, GenerationRequest, ImageRef, Modality, TextPart, Turn
 from bagel_triton.triton.async_client import Client, StageResponse
 
 _MODALITIES: dict[tuple[str, ...], Modality] = {("text",): "text", ("image",): "image", ("image", "text"): "image"}
+
+
+def routes(api: Api) -> list[Route]:
+    """The endpoint's route."""
+
+    @api.endpoint
+    async def chat_completions(request: Request) -> Response:
+        body = await api.parse(request, parse)
+        header = new_header(api.served_model(body.model))
+        task = to_task(body)
+        responses = api.run(task, request, header.id)
+        options = reply_options(body, task.modality, request.headers, api.settings.http.image_reply)
+        if body.stream:
+            chunks = stream.chunks(responses, header, options)
+            return stream.event_stream(await unless_gone(request, anext(chunks)), chunks)
+        async with aclosing(responses):
+            completion = await unless_gone(request, collect(responses, header, options))
+        return Response(msgspec.json.encode(completion), media_type="application/json")
+
+    return [Route("/v1/chat/completions", chat_completions, methods=["POST"])]
 
 
 @dataclass(frozen=True)

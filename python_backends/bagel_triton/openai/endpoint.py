@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import binascii
 import functools
+import io
+import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -13,10 +16,9 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from bagel_triton.openai import request_id
-from bagel_triton.openai.attachments import detach
+from bagel_triton.openai import request_log
 from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, error_response, to_bagel_error
-from bagel_triton.openai.image_source import ImageLoader
+from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import Cancelled, ModelNotFound, Overloaded
 from bagel_triton.telemetry import tracing
@@ -162,8 +164,8 @@ class Api:
         """The responses to ``task``, under the trace and the request id that ``request`` carries."""
         came = request.headers
         headers = tracing.passed_on(came.getlist(tracing.PARENT), came.getlist(tracing.STATE))
-        if (current := request_id.CURRENT.get()) is not None:
-            headers[request_id.HEADER] = current
+        if (current := request_log.CURRENT.get()) is not None:
+            headers[request_log.HEADER] = current
         source = self.source.holding(getattr(request.state, "attachments", {}))
         return task.run(self.client, source, reply_id, headers)
 
@@ -190,3 +192,45 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+MIN_LENGTH = 128 * 1024  # characters of base64; shorter ones are left to the parser
+_MARKER = b";base64,"
+_PIECE = 512 * 1024  # characters decoded at a time, a multiple of 4
+
+
+def detach(body: bytearray) -> tuple[bytes, Mapping[str, bytes]]:
+    """Empty ``body``: its text with a name in the place of each large base64 text of a data URL, and the bytes by name.
+
+    A text that is not plain base64 (URL-safe, escaped, with blanks or errors) stays where it is.
+    """
+    nonce = secrets.token_hex(16)  # a client must not be able to name another text
+    kept: list[bytes] = []
+    detached: dict[str, bytes] = {}
+    copied = searched = 0
+    while (at := body.find(_MARKER, searched)) >= 0:
+        start = at + len(_MARKER)
+        end = body.find(b'"', start)
+        if end < 0:
+            break
+        searched = end
+        if end - start < MIN_LENGTH or (data := _decode(body, start, end)) is None:
+            continue
+        name = f"{nonce}-{len(detached)}"
+        detached[name] = data
+        kept += [bytes(body[copied:start]), name.encode()]
+        copied = end
+    kept.append(bytes(body[copied:]))
+    body.clear()  # here, and not in the thread that serves others: to free it takes a while
+    return b"".join(kept), detached
+
+
+def _decode(body: bytearray, start: int, end: int) -> bytes | None:
+    decoded = io.BytesIO()
+    with memoryview(body) as view:
+        for at in range(start, end, _PIECE):
+            try:
+                decoded.write(binascii.a2b_base64(view[at : min(at + _PIECE, end)], strict_mode=True))
+            except binascii.Error:
+                return None
+    return decoded.getvalue()

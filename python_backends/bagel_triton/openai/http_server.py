@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bagel_triton.openai.request_id import RequestIdFilter
+from bagel_triton.openai.request_log import RequestIdFilter
 from bagel_triton.openai.settings import HttpOptions, OptionError
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import functools
 import html
+import ipaddress
 import re
 import socket
 import ssl
@@ -19,7 +20,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 
 from bagel_triton import __version__
-from bagel_triton.openai.address_rules import AllowedSources, is_public
+from bagel_triton.openai.settings import AllowedSources
 from bagel_triton.protocol.validation import MAX_IMAGE_BYTES
 
 MAX_REDIRECTS = 3
@@ -176,3 +177,18 @@ async def _reason(response: httpx.Response) -> str:
 def without_login(url: str) -> str:
     """``url`` as an error may show it: without the user and password in it."""
     return re.sub(r"^([a-zA-Z]+://)[^/?#]*@", r"\1***@", url)
+
+
+def is_public(address: str) -> bool:
+    """Whether the numeric ``address`` is one of the public internet.
+
+    An IPv6 address that carries an IPv4 one (mapped, or 6to4) is as public as that.
+    """
+    number = ipaddress.ip_address(address)
+    if isinstance(number, ipaddress.IPv6Address):
+        inner = number.ipv4_mapped or number.sixtofour
+        if inner is not None:
+            number = inner
+        elif number.is_site_local:
+            return False
+    return number.is_global and not (number.is_multicast or number.is_reserved)

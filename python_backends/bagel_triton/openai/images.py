@@ -17,7 +17,7 @@ from bagel_triton.openai import sse
 from bagel_triton.openai.chat import Task
 from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.openai.errors import NotFound, error_response
-from bagel_triton.openai.image_encode import ImageStore, encode, encode_base64
+from bagel_triton.openai.image_io import ImageStore, encode, encode_base64
 from bagel_triton.openai.images_schema import Images, ImagesBody, parse_form, parse_generation, parse_json_edit
 from bagel_triton.openai.reply import Header, Metrics, incomplete, metrics, new_header
 from bagel_triton.protocol.errors import truncate

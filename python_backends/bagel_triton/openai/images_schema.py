@@ -12,10 +12,9 @@ from pydantic import BeforeValidator, Field, ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from bagel_triton.openai.image_encode import Format
-from bagel_triton.openai.image_source import ImageUpload, ImageUrl
+from bagel_triton.openai.errors import not_allowed, to_invalid_request
+from bagel_triton.openai.image_io import Format, ImageUpload, ImageUrl
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
-from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
 from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES

@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import bagel_triton
+from bagel_triton.openai.chat_schema import MAX_MODALITIES, ChatBody
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.openai.errors import ErrorBody
 from bagel_triton.openai.images import FILES, ImagesReply
@@ -28,7 +29,7 @@ from bagel_triton.openai.images_schema import EditsBody, ImagesBody, JsonEditsBo
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.reply import ChatCompletion
 from bagel_triton.openai.responses_schema import ResponsesBody
-from bagel_triton.openai.schema import FIELD_NAMES, MAX_MODALITIES, ChatBody, GenerationFields
+from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields
 from bagel_triton.protocol.request import FIELD_ALIASES, MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
 
 Json = dict[str, Any]

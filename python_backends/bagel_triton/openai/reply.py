@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterable, Sequence
@@ -13,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bagel_triton.openai.image_source import data_url
+from bagel_triton.openai.image_io import data_url
 from bagel_triton.protocol import events as protocol_events
 from bagel_triton.protocol.errors import Internal
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, Stage
@@ -162,8 +161,8 @@ def new_header(model: str) -> Header:
 
 
 async def image_part(pixels: NDArray[np.uint8], index: int, seed: int) -> ImagePart:
-    """``pixels`` [H, W, 3] as a part; compressed in a thread, as that takes long."""
-    return ImagePart(ImageUrl(await asyncio.to_thread(data_url, pixels)), index, seed)
+    """``pixels`` [H, W, 3] as a part."""
+    return ImagePart(ImageUrl(await data_url(pixels)), index, seed)
 
 
 def logprobs(tokens: Sequence[protocol_events.TokenLogprob]) -> Logprobs | None:

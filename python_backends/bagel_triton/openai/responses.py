@@ -17,7 +17,7 @@ from bagel_triton.openai import sse
 from bagel_triton.openai.chat import Task
 from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.openai.errors import error_body, to_bagel_error
-from bagel_triton.openai.image_encode import encode_base64
+from bagel_triton.openai.image_io import encode_base64
 from bagel_triton.openai.reply import Header, incomplete, metrics
 from bagel_triton.openai.responses_schema import ResponsesBody, parse
 from bagel_triton.protocol.events import (

@@ -7,18 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from bagel_triton.openai.image_encode import Format
-from bagel_triton.openai.image_source import ImageUrl
+from bagel_triton.openai.errors import not_allowed, to_invalid_request
+from bagel_triton.openai.image_io import Format, ImageUrl
 from bagel_triton.openai.images_schema import refuse_mask
-from bagel_triton.openai.pydantic_errors import not_allowed, to_invalid_request
-from bagel_triton.openai.schema import (
-    FIELD_NAMES,
-    Effort,
-    GenerationFields,
-    GivenFields,
-    StrictModel,
-    to_object,
-)
+from bagel_triton.openai.schema import FIELD_NAMES, Effort, GenerationFields, GivenFields, StrictModel, to_object
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, ImageRef, TextPart, Turn
 from bagel_triton.protocol.validation import MAX_MESSAGES

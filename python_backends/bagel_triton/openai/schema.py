@@ -1,4 +1,4 @@
-"""The body of a chat request, as strict pydantic models.
+"""Strict pydantic models of request bodies, and the generation fields that all of them have.
 
 The generation fields, their types, aliases and descriptions come from
 :mod:`bagel_triton.protocol.request`: a field declared there is accepted here, at top level and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
@@ -17,21 +17,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PrivateAttr,
     Strict,
-    ValidationError,
     create_model,
     model_validator,
 )
 
+from bagel_triton.openai.errors import noop_field, not_allowed, unknown_field
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
-from bagel_triton.openai.pydantic_errors import noop_field, not_allowed, to_invalid_request, unknown_field
 from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
-from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
-from bagel_triton.protocol.validation import MAX_MESSAGES
+from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS
 
-MAX_MODALITIES = 8  # more than there are
 _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StrictModel(BaseModel):
@@ -61,99 +60,6 @@ class StrictModel(BaseModel):
             elif not noop[name].permits(member):
                 raise noop_field(name, member, noop[name].values, noop[name].instead)
         return kept
-
-
-class TextPart(StrictModel):
-    """A text part of a message."""
-
-    place: ClassVar[str] = "part"
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(StrictModel):
-    """Where an image is."""
-
-    place: ClassVar[str] = "image_url"
-    url: str
-
-
-def _to_image_url(value: Any) -> Any:
-    """A plain text is the URL."""
-    return {"url": value} if isinstance(value, str) else value
-
-
-class ImagePart(StrictModel):
-    """An image part of a message."""
-
-    place: ClassVar[str] = "part"
-    type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_to_image_url)]
-
-
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-def _to_parts(content: Any) -> Any:
-    """A plain text is a list of one text part."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise not_allowed("a text or a list of parts")
-    return content
-
-
-class ChatMessage(StrictModel):
-    """One message; ``content`` is a list of parts however it was written.
-
-    ``images`` are there if a reply is sent back as it came: those that are in ``content`` too
-    are the same ones.
-    """
-
-    place: ClassVar[str] = "message"
-    role: Literal["user", "system", "assistant", "developer"]
-    content: Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)] = []
-    images: Annotated[list[ImagePart], Field(max_length=MAX_INPUT_IMAGES, fail_fast=True)] = []
-
-
-class StreamOptions(StrictModel):
-    """Additions to a streamed reply."""
-
-    place: ClassVar[str] = "stream_options"
-    include_usage: bool = False
-    include_progress: bool = False
-
-
-class TemplateOptions(StrictModel):
-    """``chat_template_kwargs`` of other servers: both names switch thinking."""
-
-    enable_thinking: bool | None = None
-    thinking: bool | None = None
-
-
-class Thinking(StrictModel):
-    """``thinking`` as Anthropic's API has it."""
-
-    type: Literal["enabled", "disabled", "adaptive"] | None = None
-    budget_tokens: int | None = None
-
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-class Reasoning(StrictModel):
-    """``reasoning`` as OpenRouter's API has it."""
-
-    effort: Effort | None = None
-    enabled: bool | None = None
-    max_tokens: int | None = None
-    exclude: bool | None = None
-
-
-class UsageOptions(StrictModel):
-    """``usage`` as OpenRouter's API has it."""
-
-    include: bool = False
 
 
 def _to_integer(value: Any) -> Any:
@@ -279,96 +185,6 @@ class GivenFields:
         return type(error)(message, name)
 
 
-class ChatBody(GenerationFields):
-    """A request body. The members of ``extra_body`` are read as if they stood beside it."""
-
-    place: ClassVar[str] = "body"
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    model: str | None = None
-    modalities: Annotated[list[str], Field(max_length=MAX_MODALITIES, fail_fast=True)] | None = None
-    size: str | None = None
-    logprobs: bool | None = None
-    reasoning_effort: Effort | None = None
-    reasoning: Reasoning | None = None
-    include_reasoning: bool | None = None
-    enable_thinking: bool | None = None
-    thinking: Thinking | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    usage: UsageOptions | None = None
-    image_reply: Literal["list", "images", "both"] | None = None
-    _in_extra_body: frozenset[str] = PrivateAttr(frozenset())
-
-    @property
-    def excludes_reasoning(self) -> bool:
-        """Whether the reply leaves the thought out."""
-        return self.include_reasoning is False or (self.reasoning is not None and bool(self.reasoning.exclude))
-
-    def generation_fields(self) -> GivenFields:
-        """The given fields of ``GenerationRequest``.
-
-        Raises:
-            InvalidRequest: a field is given twice, by two names or by two ways to say it.
-        """
-        given = GivenFields(self.stream)
-        for alias, name in FIELD_NAMES.items():
-            given.add(name, getattr(self, alias), self.param(alias))
-        given.add_size(self.size, self.param("size"))
-        for name, alias, value in self._thinking():
-            given.add(name, value, self.param(alias))
-        if not self.logprobs:
-            given.fields.pop("top_logprobs", None)
-        elif "top_logprobs" not in given.fields:
-            given.add("top_logprobs", 0, self.param("logprobs"))
-        return given
-
-    def param(self, name: str) -> str:
-        """``name`` as an error has it: with ``extra_body.`` before it, if the field was given there."""
-        return f"extra_body.{name}" if name.partition(".")[0] in self._in_extra_body else name
-
-    def _thinking(self) -> list[tuple[str, str, bool | int | None]]:
-        """Every other way to switch thinking on or off or to bound it: the field, its name here, and its value."""
-        ways: list[tuple[str, str, bool | int | None]] = [("think", "enable_thinking", self.enable_thinking)]
-        if self.reasoning_effort is not None:
-            ways.append(("think", "reasoning_effort", _thinks(self.reasoning_effort)))
-        if self.reasoning is not None:
-            enabled = self.reasoning.enabled
-            if enabled is None and self.reasoning.effort is not None:
-                enabled = _thinks(self.reasoning.effort)
-            budget = self.reasoning.max_tokens
-            ways.append(("think", "reasoning", True if enabled is None and budget else enabled))
-            ways.append(("max_think_tokens", "reasoning.max_tokens", budget))
-        if self.thinking is not None:
-            on = None if self.thinking.type is None else self.thinking.type != "disabled"
-            ways.append(("think", "thinking", on))
-            ways.append(("max_think_tokens", "thinking.budget_tokens", self.thinking.budget_tokens))
-        if self.chat_template_kwargs is not None:
-            for name in ("enable_thinking", "thinking"):
-                ways.append(("think", f"chat_template_kwargs.{name}", getattr(self.chat_template_kwargs, name)))
-        return ways
-
-
-def _thinks(effort: str) -> bool:
-    return effort not in ("none", "minimal")
-
-
-def parse(data: bytes) -> ChatBody:
-    """The body in JSON ``data``, every field's type checked.
-
-    Raises:
-        InvalidRequest: not JSON, not an object, an unknown field, one that is there twice, or a wrong type.
-    """
-    body = to_object(data)
-    extra = _extra_body(body)
-    try:
-        chat = ChatBody.model_validate({**body, **extra})
-    except ValidationError as error:
-        raise _in_extra_body(to_invalid_request(error), extra) from error
-    chat._in_extra_body = frozenset(extra)
-    return chat
-
-
 def to_object(data: bytes) -> dict[str, Any]:
     """The JSON object in ``data``; a byte-order mark before it is no part of it.
 
@@ -395,33 +211,3 @@ def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in members]
     twin = next(name for at, name in enumerate(names) if name in names[:at])
     raise InvalidRequest(f"{truncate(twin)} is given {names.count(twin)} times in one object; allowed: once", twin)
-
-
-def _extra_body(body: dict[str, Any]) -> Mapping[str, Any]:
-    """The members of ``extra_body`` that are given; it is taken out of ``body``."""
-    extra = body.pop("extra_body", None)
-    if extra is None:
-        return {}
-    if not isinstance(extra, dict):
-        raise InvalidRequest.value("extra_body", extra, "an object")
-    for name in ("messages", "extra_body"):
-        if extra.get(name) is not None:
-            known = sorted({*ChatBody.model_fields} - {"messages"})
-            raise InvalidRequest.unknown(f"extra_body.{name}", name, known)
-    given = {name: value for name, value in extra.items() if value is not None}
-    for name in given:
-        if body.get(name) is not None:
-            param = f"extra_body.{name}"
-            raise InvalidRequest(f"{truncate(name)} and {truncate(param)} are both given; allowed: one of them", param)
-    return given
-
-
-def _in_extra_body(error: InvalidRequest, extra: Mapping[str, Any]) -> InvalidRequest:
-    """``error``, with the name of a field that is inside ``extra_body``."""
-    param = error.param or ""
-    root = re.split(r"[.\[]", param, maxsplit=1)[0]
-    if root not in extra:
-        return error
-    renamed = f"extra_body.{param}"
-    message = error.message
-    return type(error)(renamed + message[len(param) :] if message.startswith(param) else message, renamed)

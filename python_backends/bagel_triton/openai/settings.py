@@ -7,13 +7,13 @@ Nothing heavy is imported here: every command that starts the API declares its o
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-from bagel_triton.openai.address_rules import AllowedSources
 
 MIB = 1024 * 1024
 API_KEY_VARIABLE = "BAGEL_API_KEY"
@@ -21,6 +21,33 @@ API_KEY_VARIABLE = "BAGEL_API_KEY"
 
 class OptionError(ValueError):
     """An option has a value that is not allowed; the message names both and what is allowed."""
+
+
+class AllowedSources:
+    """Hosts and networks that images may come from although their addresses are not public.
+
+    Args:
+        sources: host names, addresses, and networks such as ``10.0.0.0/8``.
+
+    Raises:
+        ValueError: one is none of these.
+    """
+
+    def __init__(self, sources: Iterable[str] = ()) -> None:
+        self._hosts: set[str] = set()
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for source in sources:
+            try:
+                self._networks.append(ipaddress.ip_network(source.strip("[]")))
+            except ValueError:
+                if not re.fullmatch(r"(?=.*[a-z])[a-z0-9]([a-z0-9.-]*[a-z0-9])?", source.lower()):
+                    raise ValueError(f"{source!r} is not a host name, an address or a network") from None
+                self._hosts.add(source.lower())
+
+    def permits(self, host: str, address: str) -> bool:
+        """Whether images may come from ``address``, which ``host`` resolved to."""
+        number = ipaddress.ip_address(address)
+        return host.lower() in self._hosts or any(number in network for network in self._networks)
 
 
 @dataclass(frozen=True)

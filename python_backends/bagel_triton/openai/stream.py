@@ -7,14 +7,13 @@ sends comment lines, which no client shows.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal
 
 import msgspec
 
-from bagel_triton.openai.image_source import data_url
+from bagel_triton.openai.image_io import data_url
 from bagel_triton.openai.reply import (
     IMAGE_FINISH,
     Header,
@@ -121,7 +120,7 @@ async def chunks(
                 yield shown if options.include_progress else KEEP_ALIVE
             elif isinstance(event, PartialImageEvent):
                 if response.image is not None:
-                    url = await asyncio.to_thread(data_url, response.image)
+                    url = await data_url(response.image)
                     partial = PartialImage(event.index, event.partial_index, url)
                     yield encode(msgspec.structs.replace(base, partial_image=partial))
             elif isinstance(event, TextEvent) and event.channel == "reasoning" and not options.include_reasoning:

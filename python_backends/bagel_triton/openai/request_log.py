@@ -1,17 +1,44 @@
-"""The API's own measurements, and the middleware that takes them and gives each request its id."""
+"""Each request's id, its line in the log, and the API's own measurements."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
+import uuid
+from contextvars import ContextVar
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bagel_triton.openai import request_id
+from bagel_triton.telemetry import tracing
 from bagel_triton.telemetry.metrics import SECONDS
+
+HEADER = tracing.REQUEST_ID
+CURRENT: ContextVar[str | None] = ContextVar("request_id", default=None)
+_ALLOWED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+def take(given: str | None) -> str:
+    """``given`` if it is fit for a header and a log line, else a new id.
+
+    A client's id identifies nothing here but its own lines in the log: two requests may share one.
+    """
+    return given if given is not None and _ALLOWED.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+class RequestIdFilter(logging.Filter):
+    """Puts the current request's id at the end of each line of the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if (current := CURRENT.get()) is not None and not getattr(record, "has_request_id", False):
+            record.msg = f"{record.getMessage()} [{current}]"
+            record.args = None
+            record.has_request_id = True
+        return True
+
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Triton's own
 NOT_LOGGED = ("/health", "/health/live", "/health/ready", "/ping", "/metrics")  # polled by machines
@@ -54,8 +81,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        identity = request_id.take(Headers(scope=scope).get(request_id.HEADER))
-        token = request_id.CURRENT.set(identity)
+        identity = take(Headers(scope=scope).get(HEADER))
+        token = CURRENT.set(identity)
         started, status, ended, left = time.perf_counter(), 500, False, False
 
         async def tracked_receive() -> Message:
@@ -68,7 +95,7 @@ class RequestLog:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[request_id.HEADER] = identity
+                MutableHeaders(scope=message)[HEADER] = identity
             await send(message)
             ended = ended or (message["type"] == "http.response.body" and not message.get("more_body"))
 
@@ -78,7 +105,7 @@ class RequestLog:
         finally:
             self._metrics.active.dec()
             self._ended(scope, CLIENT_LEFT if left and not ended else status, time.perf_counter() - started)
-            request_id.CURRENT.reset(token)
+            CURRENT.reset(token)
 
     def _ended(self, scope: Scope, status: int, seconds: float) -> None:
         endpoint = _endpoint(scope)

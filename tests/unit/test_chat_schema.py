@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from proxy_fake import A_CAT, chat_body, generation, image_part
 
-from bagel_triton.openai.schema import parse
+from bagel_triton.openai.chat_schema import parse
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import GenerationRequest
 
