@@ -124,6 +124,9 @@ parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {
 found["vision"] = chat.invoke([HumanMessage(parts, name="me")]).content
 drawn = chat.bind(modalities=["image"]).invoke("A cat").content
 found["image"] = drawn[0]["image_url"]["url"][:22]
+streaming = chat.bind(modalities=["image"], extra_body={"image_reply": "list"}).stream("A cat")
+parts = [part for chunk in streaming if isinstance(chunk.content, list) for part in chunk.content]
+found["streamed_image"] = parts[0]["image_url"]["url"][:22]
 responses = ChatOpenAI(model="bagel", base_url=sys.argv[1], api_key="x", use_responses_api=True)
 found["response"] = responses.invoke("Hi").text
 found["response_streamed"] = "".join(c.text for c in responses.stream("Hi"))
@@ -137,6 +140,7 @@ def test_langchain(url: str, python: str) -> None:
         "streamed": "Paris",
         "vision": "Paris",
         "image": "data:image/png;base64,",
+        "streamed_image": "data:image/png;base64,",
         "response": "Paris",
         "response_streamed": "Paris",
     }

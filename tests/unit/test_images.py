@@ -316,6 +316,7 @@ def test_what_a_generation_cannot_have_is_refused_by_name(fields: dict[str, Any]
 def test_a_form_may_have_fields_without_effect_and_nulls() -> None:
     backend = FakeClient(*PROGRESS, IMAGE, EDITED)
     texts = {"user": "u", "user[]": "v", "skip_special_tokens": "true", "best_of": "1", "tools": "null", "seed": ""}
+    texts |= {"output_format": "null", "quality": "", "size": "null", "cache": "null", "no_such_field": "null"}
     form = [("prompt", (None, "x")), ("image", PNG_FILE), *((name, (None, text)) for name, text in texts.items())]
     reply = api(backend).post(EDITS, files=form)
     assert reply.status_code == 200, reply.text

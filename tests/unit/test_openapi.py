@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from typing import Any
 
 import pytest
-from proxy_fake import CHAT, NAMES, SETTINGS, FakeClient
+from PIL import Image
+from proxy_fake import CHAT, NAMES, SETTINGS, FakeClient, chat_body
 from proxy_fake import http as api
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -47,14 +49,37 @@ def test_every_reference_leads_somewhere(document: Any) -> None:
 
 def test_bodies_say_what_is_accepted(document: Any) -> None:
     schemas = document["components"]["schemas"]
-    chat = schemas["ChatBody"]["properties"]
-    assert {"type": "string"} in chat["stop"]["anyOf"]
-    assert {"type": "integer", "minimum": 16, "multipleOf": 16} in chat["height"]["anyOf"]
+    chat, images = schemas["ChatBody"]["properties"], schemas["ImagesBody"]["properties"]
+    assert {"type": "string", "minLength": 1} in chat["stop"]["anyOf"]
+    assert chat["modalities"]["anyOf"][0]["items"] == {"enum": ["text", "image"]}
     assert chat["guidance_scale"]["anyOf"] == chat["cfg_text_scale"]["anyOf"]
+    # A field has limits where it has an effect.
+    assert {"type": "integer", "minimum": 16, "multipleOf": 16} in images["height"]["anyOf"]
+    assert {"type": "integer"} in chat["height"]["anyOf"]
+    assert {"type": "number", "minimum": 0, "maximum": 2} in chat["temperature"]["anyOf"]
+    assert {"type": "number"} in images["temperature"]["anyOf"]
     assert chat["tools"]["enum"] == [[], None]
     assert "user" in chat
     assert schemas["ImagesBody"]["properties"]["model"]["anyOf"][0] == {"enum": list(NAMES)}
     assert "mask" not in schemas["EditsForm"]["properties"]
+
+
+def test_its_examples_are_accepted(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    [url] = schemas["ImageUrl"]["properties"]["url"]["examples"]
+    part = {"type": "image_url", "image_url": {"url": url}}
+    client = FakeClient()
+    edit = {
+        "prompt": "x",
+        "image": url,
+        "size": schemas["JsonEditsBody"]["properties"]["size"]["anyOf"][0]["examples"][0],
+    }
+    assert api(client).post("/v1/images/edits", json=edit).status_code == 200
+    assert api(client).post(CHAT, json=chat_body(messages=[{"role": "user", "content": [part]}])).status_code == 200
+    first, second = (request.image for request in client.requests)
+    assert first == second
+    assert first is not None
+    assert Image.open(io.BytesIO(first[0])).size == (1, 1)
 
 
 def test_keys_are_described_if_there_are_any(document: Any) -> None:

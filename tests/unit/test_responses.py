@@ -317,6 +317,7 @@ def test_a_failure_before_the_first_event_has_its_status(stream: bool) -> None:
         ({"truncation": "auto"}, "truncation", "shorten the input"),
         ({"input": []}, "input", "at least 1"),
         ({"input": 7}, "input", "a text or a list of items"),
+        ({"input": " "}, "input", "a text that is not empty"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "keeps no state"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].type", "calls no tools"),
         (

@@ -21,6 +21,7 @@ from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
 Images = tuple[ImageUrl | ImageUpload, ...]
 B = TypeVar("B", bound="ImagesBody")
+_FREE_TEXTS = ("prompt", "negative_prompt", "stop")
 MAX_FORM_FIELDS = 300  # more than there are names
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
 
@@ -201,10 +202,15 @@ def refuse_mask(name: str) -> InvalidRequest:
 
 
 def _from_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """A form's fields with the types that JSON would have given them; an empty one that is no text is not given."""
+    """A form's fields with the types that JSON would have given them; one that is empty or null is not given.
+
+    Prompts and stop texts are taken as they are.
+    """
     body: dict[str, Any] = {}
     for name, values in texts.items():
         kinds = _kinds(name)
+        if name not in _FREE_TEXTS and len(values) == 1 and values[0].strip() in ("", "null"):
+            continue
         if tuple in kinds and (len(values) > 1 or not values[0].lstrip().startswith("[")):
             body[name] = [_scalar(value) if str not in kinds else value for value in values]
         elif len(values) > 1:

@@ -30,7 +30,7 @@ from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.reply import ChatCompletion
 from bagel_triton.openai.responses_schema import ResponsesBody
 from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields
-from bagel_triton.protocol.request import FIELD_ALIASES, MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
+from bagel_triton.protocol.request import MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
 
 Json = dict[str, Any]
 SCHEMAS = "#/components/schemas/"
@@ -40,11 +40,15 @@ _NULL: Json = {"type": "null"}
 _FOR_TEXT, _FOR_IMAGES = ("all", "text", "decoding"), ("all", "image")
 # One pixel: what a generator of requests cannot guess.
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
-_IMAGE: Json = {**_TEXT, "examples": [f"data:image/png;base64,{_PIXEL}"]}
+_IMAGE: Json = {
+    **_TEXT,
+    "pattern": r"^\s*([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://)",
+    "examples": [f"data:image/png;base64,{_PIXEL}"],
+}
 _LINK: Json = {"anyOf": [_IMAGE, {"$ref": SCHEMAS + "ImageLink"}]}
 _LINKS: Json = {"type": "array", "items": _LINK, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
 _MODALITIES: Json = {"type": "array", "items": {"enum": ["text", "image"]}, "minItems": 1, "maxItems": MAX_MODALITIES}
-_SIZE: Json = {**_TEXT, "pattern": r"^(auto|[0-9]{1,6}x[0-9]{1,6})$", "examples": ["auto"]}
+_SIZE: Json = {**_TEXT, "pattern": r"^\s*(auto|[0-9]{1,6}\s*[xX*]\s*[0-9]{1,6})?\s*$", "examples": ["auto"]}
 # Declarations that take the place of pydantic's, by the names of the model and of the field.
 _INSTEAD: dict[tuple[str, str], Json] = {
     ("ChatBody", "modalities"): _MODALITIES,
@@ -65,7 +69,7 @@ _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
     ("ChatMessage", "content"): [_TEXT],
     ("ImagePart", "image_url"): [_IMAGE],
     ("InputMessage", "content"): [_TEXT],
-    ("ResponsesBody", "input"): [_TEXT],
+    ("ResponsesBody", "input"): [{**_TEXT, "pattern": r"\S"}],
 }
 # The requests that a body makes unless it says otherwise: fields for others have no effect, whatever their value.
 _EFFECTIVE = {"ChatBody": _FOR_TEXT, "ResponsesBody": _FOR_TEXT}
@@ -194,33 +198,10 @@ def _union(schema: Json, others: list[Json]) -> Json:
 
 
 def _form(body: Json) -> Json:
-    """The form of an edit: files and the fields of ``body``, each under one name and none null."""
-    fields = {
-        name: shape
-        for name, field in body["properties"].items()
-        if name not in FIELD_ALIASES and (shape := _without_null(field)) is not None
-    }
-    files = {
-        "type": "array",
-        "items": {"type": "string", "format": "binary"},
-        "minItems": 1,
-        "maxItems": MAX_INPUT_IMAGES,
-    }
-    return {
-        **body,
-        "properties": {**fields, "image": files},
-        "required": ["prompt", "image"],
-        "additionalProperties": False,
-    }
-
-
-def _without_null(field: Json) -> Json | None:
-    """``field`` where there is no null; None if it takes nothing else."""
-    if "anyOf" in field:
-        field = {**field, "anyOf": [member for member in field["anyOf"] if member != _NULL]}
-    if "enum" in field:
-        field = {**field, "enum": [value for value in field["enum"] if value is not None]}
-    return field if field.get("enum") != [] else None
+    """The form of an edit: the fields of ``body`` and files."""
+    file = {"type": "string", "format": "binary"}
+    files = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
+    return {**body, "properties": {**body["properties"], "image": files}, "required": ["prompt", "image"]}
 
 
 def _paths() -> Json:

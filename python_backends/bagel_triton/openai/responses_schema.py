@@ -81,6 +81,8 @@ InputItem = Annotated[InputMessage | InputReasoning | InputImageCall, Field(disc
 def _to_items(given: Any) -> Any:
     """A plain text is one user message; an item without a type is a message."""
     if isinstance(given, str):
+        if not given.strip():
+            raise not_allowed("a text that is not empty, or a list of items")
         return [{"type": "message", "role": "user", "content": given}]
     if not isinstance(given, list):
         raise not_allowed("a text or a list of items")
