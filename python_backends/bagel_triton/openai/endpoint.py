@@ -194,6 +194,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+# A JSON parser and a base64 decoder hold the interpreter's lock for as long as a string is long:
+# an image of 45 MiB stops every other request for most of a second, whatever thread it is in.
+# So large images are taken out of the body by a search, and decoded in pieces between which
+# other threads run; the parser then sees a few kilobytes.
 MIN_LENGTH = 128 * 1024  # characters of base64; shorter ones are left to the parser
 _MARKER = b";base64,"
 _PIECE = 512 * 1024  # characters decoded at a time, a multiple of 4
