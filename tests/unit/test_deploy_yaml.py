@@ -181,10 +181,11 @@ def test_a_file_changes_the_one_it_is_based_on(tmp_path: Path) -> None:
         ("base_config: deploy.yaml", "base.yaml:1: base_config='deploy.yaml' is based on this file in turn"),
         ("stages: [{stage_id: 0, kv_tokens: 0}]", "base.yaml:1: stages[0].kv_tokens=0 is not allowed; allowed: an int"),
         ("a: [", "base.yaml:1: column 5, 'a: [': expected the node content"),
+        ("stages: [{stage_id: [0]}]", "base.yaml:1: stages[0].stage_id=[0] is not allowed; allowed: 0 or 1"),
     ],
 )
 def test_an_error_of_the_base_names_its_file(tmp_path: Path, base: str, message: str) -> None:
-    (line,) = refusal(tmp_path, "base_config: base.yaml", base=base)
+    (line,) = refusal(tmp_path, "base_config: base.yaml\nstages: [{stage_id: 0}]", base=base)
     assert line.startswith(message)
 
 

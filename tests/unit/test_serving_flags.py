@@ -149,6 +149,8 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
         ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization=1.5 is not allowed; allowed: a number above 0, at"),
         ("--max-num-seqs 0", "--max-num-seqs=0 is not allowed; allowed: an integer from 1 to"),
         ("--max-num-seqs", "expected one argument"),
+        ("--max-num-seqs=", "--max-num-seqs='' is not allowed"),
+        ("--max-num-seqs={", "--max-num-seqs='{' is not allowed"),
         ("--init-sleep-seconds -1", "--init-sleep-seconds=-1 is not allowed; allowed: seconds >= 0"),
         ("--stage-overrides {", "--stage-overrides={ is not JSON: "),
         ("--stage-overrides []", "--stage-overrides=[] is not allowed; allowed: a JSON object"),
@@ -165,6 +167,7 @@ def test_a_flag_that_cannot_be_followed_says_what_to_do(flag: str, message: str)
     [
         ('{"1": {"kv_tokens": 5}}', "--stage-overrides.1.kv_tokens belongs to the thinker; that is stage 0"),
         ('{"7": {}}', "--stage-overrides.7=7 is not allowed in pipeline bagel; allowed: 0 to 1"),
+        ('{"²": {}}', "--stage-overrides.²='²' is not allowed; allowed: 0 or 1"),
         ('{"x": {}}', "--stage-overrides.x='x' is not allowed; allowed: 0 or 1"),
         ('{"0": 5}', "--stage-overrides.0=5 is not allowed; allowed: a mapping of fields"),
         ('{"0": {"max_num_seq": 5}}', "--stage-overrides.0.max_num_seq is not a known field; did you mean max_num_s"),

@@ -238,9 +238,10 @@ def merged(below: Node, above: Node, list_key: str = "stage_id") -> Node:
     if isinstance(below.value, list) and isinstance(above.value, list):
         if not all(list_key in entry.mapping for entry in (*below.value, *above.value)):
             return above
-        entries = {entry.mapping[list_key].plain(): entry for entry in below.value}
+        # By their texts, as a wrong value may be a list.
+        entries = {repr(entry.mapping[list_key].plain()): entry for entry in below.value}
         for entry in above.value:
-            key = entry.mapping[list_key].plain()
+            key = repr(entry.mapping[list_key].plain())
             entries[key] = merged(entries[key], entry, list_key) if key in entries else entry
         return Node(list(entries.values()), above.origin, above.path)
     return above

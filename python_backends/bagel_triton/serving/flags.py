@@ -154,9 +154,10 @@ class _Flag(argparse.Action):
 def _scalar(text: str) -> Any:
     """The value that ``text`` is in a YAML file; a text where it is none."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return text
+    return text if value is None else value
 
 
 def _json(parser: argparse.ArgumentParser, flag: str, text: str) -> dict[str, Any]:
@@ -170,18 +171,18 @@ def _json(parser: argparse.ArgumentParser, flag: str, text: str) -> dict[str, An
 
 
 def _wrapped(name: str, by_stage: dict[str, Any]) -> dict[str, Any]:
-    return {stage: {name: values} if stage.isdigit() else values for stage, values in by_stage.items()}
+    return {stage: {name: values} if _is_number(stage) else values for stage, values in by_stage.items()}
 
 
 def _by_stage(flag: str, values: dict[str, Any]) -> Node | None:
     """``values`` by stage id as a file has them; None if they are not by stage."""
-    if flag != "--stage-overrides" and not all(stage.isdigit() for stage in values):
+    if flag != "--stage-overrides" and not all(_is_number(stage) for stage in values):
         return None
     stages = []
     for stage, fields in values.items():
         origin, path = Origin(flag), f"{flag}.{stage}"
         entries = of_value(fields, origin, path)
-        stage_id = Node(int(stage) if stage.isdigit() else stage, origin, path)
+        stage_id = Node(int(stage) if _is_number(stage) else stage, origin, path)
         value = {"stage_id": stage_id, **entries.value} if isinstance(entries.value, dict) else entries.value
         stages.append(Node(value, origin, path))
     return Node({"stages": Node(stages, Origin(flag), flag)}, Origin(flag))
@@ -196,6 +197,10 @@ def _is_switch(field: Setting | Neutral) -> bool:
     if isinstance(field, Setting):
         return field.type is bool
     return field.type is None and {type(value) for value in field.values} - {type(None)} == {bool}
+
+
+def _is_number(stage: str) -> bool:
+    return stage.isascii() and stage.isdigit()
 
 
 def _dashed(name: str) -> str:
