@@ -10,6 +10,7 @@ import torch
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.model.attention import attend
+from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of, varlen_attention
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.cases import Case, load_cases
@@ -87,11 +88,29 @@ def test_images_made_together_are_near_those_made_alone(stages: LocalStages, dty
     [(512, 512, True), (512, 2000, True), (1, 2000, True), (1024, 1300, False), (2, 1300, False)],
 )
 def test_attention_is_the_cpus(dtype: torch.dtype, rows: int, length: int, causal: bool) -> None:
-    """By flash-attn where it is installed and does this dtype, else by torch."""
     generator = torch.Generator().manual_seed(rows)
     query = torch.randn(rows, 28, 128, generator=generator)
     key, value = (torch.randn(length, 4, 128, generator=generator) for _ in range(2))
     expected = attend(query, key, value, causal)
     ours = attend(query.to(GPU, dtype), key.to(GPU, dtype), value.to(GPU, dtype), causal)
     assert ours.dtype == dtype
+    assert relative_rms(ours, expected) < (1e-4 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_sequences_in_one_call_are_the_cpus(dtype: torch.dtype) -> None:
+    """The keys of later spans come first, two spans see the same keys, and a row alone is among them."""
+    spans = [
+        KeySpan(0, 300, 900, 300, causal=True),
+        KeySpan(300, 301, 100, 700, causal=True),
+        KeySpan(301, 500, 900, 300, causal=True),
+        KeySpan(500, 540, 0, 90, causal=True),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(540, 28, 128, generator=generator)
+    key, value = (torch.randn(1200, 4, 128, generator=generator) for _ in range(2))
+    (group,) = grouped(spans)
+    numbers = torch.tensor(numbers_of(group), dtype=torch.int32)
+    expected = varlen_attention(query, key, value, call_of(group, numbers))
+    ours = varlen_attention(*(x.to(GPU, dtype) for x in (query, key, value)), call_of(group, numbers.to(GPU)))
     assert relative_rms(ours, expected) < (1e-4 if dtype == torch.float32 else 0.02)

@@ -17,8 +17,6 @@ from bagel_triton.deploy.config import (
 )
 from bagel_triton.deploy.connector import choose
 from bagel_triton.deploy.yaml import load
-from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.connectors.cuda_ipc import CudaIpcConsumer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from tests.support.kv import GEOMETRY
@@ -203,12 +201,3 @@ def test_one_process_hands_over_within_itself() -> None:
     assert producer.pool.capacity == 12  # whole blocks
     assert isinstance(open_consumer(config, torch.device("cpu")), LocalConsumer)
     producer.close()
-
-
-@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_expandable_segments_are_refused_for_cuda_ipc(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, "max_split_size_mb:64, expandable_segments: True")
-    with pytest.raises(ConnectorUnavailable, match=f"{variable}=.*needs expandable_segments:False"):
-        CudaIpcConsumer()
-    monkeypatch.setenv(variable, "expandable_segments:False")
-    CudaIpcConsumer().close()

@@ -7,11 +7,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from bagel_triton.kv.connectors import cuda_ipc
 from bagel_triton.kv.connectors.base import ConnectorUnavailable
-from bagel_triton.kv.connectors.cuda_ipc import CudaAllocation
+from bagel_triton.kv.connectors.cuda_ipc import CudaAllocation, CudaIpcConsumer
+from bagel_triton.kv.lease import table_words
+from bagel_triton.protocol.errors import LeaseError
+from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 GPU = torch.device("cuda:0")
 FREE = 1 << 20
@@ -118,3 +123,40 @@ def test_a_handle_of_another_length_is_refused(runtime: FakeRuntime) -> None:
     with pytest.raises(ConnectorUnavailable, match="a CUDA IPC handle has 64 bytes, not 63"):
         CudaAllocation.open(GPU, HANDLE[:63], 1000)
     assert runtime.calls == []
+
+
+def _handle(geometry: KVGeometry, pool: str) -> KVHandle:
+    return KVHandle("request", Branch.GEN, "cuda_ipc", pool, 1, 0, 1, (0,), 16, 16, geometry, 0.0)
+
+
+def test_a_handle_of_a_pool_that_is_gone_leaves_the_mapping_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = KVGeometry(1, 1, 8, 16, "float32")
+    mapped, gone = (_handle(geometry, pool) for pool in ("mapped", "gone"))
+
+    class Words:
+        array = np.zeros(table_words(), dtype=np.int64)
+
+        @classmethod
+        def open(cls, handle: KVHandle) -> Words:
+            if handle.pool == "gone":
+                raise LeaseError("gone")
+            return cls()
+
+    class Mapping:
+        size, closed = 4096, False
+
+        def tensor(self) -> torch.Tensor:
+            return torch.zeros(self.size, dtype=torch.uint8)
+
+        def close(self) -> None:
+            self.closed = True
+
+    mapping = Mapping()
+    monkeypatch.setattr(cuda_ipc, "SharedWords", Words)
+    monkeypatch.setattr(cuda_ipc, "_open", lambda handle: mapping)
+    consumer = CudaIpcConsumer()
+    store, _ = consumer.attach(mapped)
+    with pytest.raises(LeaseError, match="gone"):
+        consumer.attach(gone)
+    assert not mapping.closed
+    assert consumer.attach(mapped)[0] is store

@@ -12,7 +12,6 @@ Neither side waits for an event of the other.
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ class CudaIpcProducer(Producer):
     """
 
     def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, device: torch.device) -> None:
-        refuse_expandable_segments()
         slots = blocks * geometry.block_tokens
         self._allocation = CudaAllocation.allocate(device, slots * token_bytes(geometry))
         address = CudaAddress(device_uuid(device), self._allocation.export(), slots)
@@ -57,15 +55,14 @@ class CudaIpcConsumer(MappedConsumer):
     """Maps pools of its host's GPUs and keeps the mapping of the newest."""
 
     def __init__(self) -> None:
-        refuse_expandable_segments()
         self._attached: tuple[str, CudaAllocation, Tensor, LeaseTable] | None = None
 
     def attach(self, handle: KVHandle) -> tuple[Tensor, LeaseTable]:
         """The mapped store and table of the handle's pool."""
         if self._attached is None or self._attached[0] != handle.pool:
-            self.close()
             words = SharedWords.open(handle)
             allocation = _open(handle)
+            self.close()  # not before: a stale handle must not end a good mapping
             slots = allocation.size // token_bytes(handle.geometry)
             self._attached = (
                 handle.pool,
@@ -101,19 +98,6 @@ def _open(handle: KVHandle) -> CudaAllocation:
 
 
 HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE; not all versions of the bindings show a handle's bytes, but all its address
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-
-
-def refuse_expandable_segments() -> None:
-    """Raise :class:`ConnectorUnavailable` if torch's allocator is set to use virtual memory.
-
-    Such memory cannot be exported by the handles used here, and torch's own way of sharing it
-    needs rights that containers lack. So it is refused for a whole stage, at start.
-    """
-    for variable in ALLOCATOR_VARIABLES:
-        value = os.environ.get(variable, "")
-        if "expandable_segments:true" in value.replace(" ", "").lower():
-            raise ConnectorUnavailable(f"{variable}={value!r}: connector=cuda_ipc needs expandable_segments:False")
 
 
 class CudaAllocation(CudaBytes):

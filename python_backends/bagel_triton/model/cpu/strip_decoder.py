@@ -49,9 +49,11 @@ class Strips:
         center = groups.mean(dim=-1, keepdim=True)  # torch's variance takes several times as long
         squares = torch.linalg.vector_norm(groups - center, dim=-1).double() ** 2
         mean, count = center.squeeze(-1).double(), groups.shape[-1]
-        total, apart = self._count + count, mean - self._mean.to(mean)
-        self._squares = self._squares.to(mean) + squares + apart**2 * (self._count * count / total)
-        self._mean, self._count = self._mean.to(mean) + apart * (count / total), total
+        if not self._count:
+            self._mean = self._squares = torch.zeros((), dtype=mean.dtype, device=mean.device)
+        total, apart = self._count + count, mean - self._mean
+        self._squares = self._squares + squares + apart**2 * (self._count * count / total)
+        self._mean, self._count = self._mean + apart * (count / total), total
 
     def activation(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         """A function that applies ``norm``, with the statistics of the strips so far, and SiLU."""
