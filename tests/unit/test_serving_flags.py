@@ -51,6 +51,11 @@ def test_a_flag_is_for_every_stage_that_has_the_field(tmp_path: Path) -> None:
     assert str(found.origins["dit.max_num_seqs"]) == "--max-num-seqs"
 
 
+def test_graphs_are_switched_off_for_the_thinker(tmp_path: Path) -> None:
+    assert resolve(tmp_path, "--enforce-eager").config.thinker.enforce_eager
+    assert not resolve(tmp_path).config.thinker.enforce_eager
+
+
 def test_with_a_stage_id_a_flag_is_for_that_stage(tmp_path: Path) -> None:
     config = resolve(tmp_path, "--stage-id", "1", "--headless", "--max-num-seqs", "2").config
     assert (config.thinker.max_num_seqs, config.dit.max_num_seqs) == (5, 2)
@@ -95,7 +100,6 @@ def test_device_and_dtype_come_before_the_stages(tmp_path: Path) -> None:
     [
         "--omni",
         "--trust-remote-code",
-        "--enforce-eager",
         "--no-enforce-eager",
         "--tensor-parallel-size 1",
         "-tp 1",

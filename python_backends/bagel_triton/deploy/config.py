@@ -45,7 +45,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     waits at most ``admission_timeout_s``. With ``enable_prefix_caching``, free blocks of the
     pool keep prefixes for later requests; ``encoder_cache_mb`` megabytes keep the encoders'
     outputs for images. With a ``gpu_memory_utilization`` the server sizes the pool on a GPU, to
-    ``kv_tokens`` at least.
+    ``kv_tokens`` at least. With ``enforce_eager`` a GPU decodes without CUDA graphs.
     """
 
     max_num_seqs: int = 64
@@ -58,6 +58,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     enable_prefix_caching: bool = True
     encoder_cache_mb: int = 256
     gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens", "max_waiting"):

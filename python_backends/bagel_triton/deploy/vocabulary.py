@@ -143,7 +143,6 @@ ENGINE: Fields = {
     "enable_distributed_layerwise_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
     "enable_layerwise_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
     "enable_sleep_mode": Neutral("a server cannot give its memory back and go on; stop it", _OFF),
-    "enforce_eager": Neutral("", _EITHER),
     "engine_extras": Neutral("write the fields directly under the stage", ({},)),
     "hf_overrides": Neutral(
         "the checkpoint's config.json decides",
@@ -223,6 +222,7 @@ STAGE: Fields = {
     "block_tokens": Setting(Count, COUNT, "tokens per KV block", _THINKER),
     "lease_ttl_s": Setting(Seconds, SECONDS, "until a lease that is not renewed expires", _THINKER),
     "enable_prefix_caching": Setting(bool, BOOLEAN, "keep prefixes for later requests", _THINKER),
+    "enforce_eager": Setting(bool, BOOLEAN, "thinker: decode without CUDA graphs; the DiT has none"),
     "encoder_cache_mb": Setting(
         Annotated[int, Meta(ge=0, le=2**31 - 1)], "an integer >= 0", "megabytes of cached image encodings", _THINKER
     ),

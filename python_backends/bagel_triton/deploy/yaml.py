@@ -34,6 +34,7 @@ _THINKER_FIELDS = (
     "lease_ttl_s",
     "enable_prefix_caching",
     "encoder_cache_mb",
+    "enforce_eager",
     "gpu_memory_utilization",
 )
 _DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization")

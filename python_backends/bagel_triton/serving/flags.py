@@ -30,7 +30,15 @@ LISTED = {
     "enable_prefix_caching": "",
     "vae_use_tiling": "",
 }
-_UNLISTED = ("block_tokens", "encoder_cache_mb", "lease_ttl_s", "block_size", "num_gpu_blocks_override", "num_replicas")
+_UNLISTED = (
+    "block_tokens",
+    "encoder_cache_mb",
+    "enforce_eager",
+    "lease_ttl_s",
+    "block_size",
+    "num_gpu_blocks_override",
+    "num_replicas",
+)
 _SHORT = {"tensor_parallel_size": ["-tp"], "pipeline_parallel_size": ["-pp"], "data_parallel_size": ["-dp"]}
 _LONG = {"ulysses_degree": ["--usp"], "ring_degree": ["--ring"]}
 _Natural = Annotated[float, Meta(ge=0)]

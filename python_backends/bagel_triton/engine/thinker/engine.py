@@ -70,7 +70,8 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         self._config = config
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
-        self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, markers, self._pool)
+        graphs = not config.enforce_eager
+        self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, markers, self._pool, graphs)
         self._prefixes = PrefixCache(producer.pool)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0
