@@ -2,12 +2,13 @@
 # Ten minutes on a GPU, most valuable first: bash bench/gpu_run.sh [--dry-run], from the repository's root.
 # It needs .cache/gpu_kit.tar.xz (make gpu-kit) where the machine lacks this project's packages. Every step has its own
 # limit and log under $OUT, so one that hangs costs its limit; all together at most 560 s. A machine without a GPU
-# runs the same with --dry-run, where the GPU's steps are skipped by themselves or say that there is none.
+# runs the same with --dry-run, where the GPU's steps are skipped by themselves or say that there is none. The Python is
+# .venv's or else the machine's; PY=... chooses another.
 started=$SECONDS
 total=560
 OUT=${OUT:-/tmp/gpu_run}
 mkdir -p "$OUT"
-PY=${PY:-$(command -v python3)}
+PY=${PY:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || command -v python3)}
 dry=
 [ "${1:-}" = --dry-run ] && dry=--cpu
 
