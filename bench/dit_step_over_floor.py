@@ -11,7 +11,7 @@ import statistics
 import time
 from itertools import pairwise
 
-from bagel_triton.engine.token_count import VISION_TOKENS
+from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.messages import DenoiseJob

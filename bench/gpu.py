@@ -18,10 +18,9 @@ from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.engine.build import Models
-from bagel_triton.engine.token_count import VISION_TOKENS
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.model.config import VISION_TOKENS, LanguageConfig, LatentConfig, ModelConfig, VitConfig
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig

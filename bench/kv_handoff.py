@@ -25,9 +25,9 @@ import msgspec
 import torch
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeStoreConfig, ThinkerConfig
+from bagel_triton.engine.build import open_consumer, open_producer
 from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Producer
-from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from bagel_triton.kv.store import store_shape, token_bytes
 from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle, decode, encode
 

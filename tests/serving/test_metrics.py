@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bagel_triton.telemetry.metric_defs import CATALOGUE, Metric
-from bagel_triton.telemetry.metrics import SECONDS
+from bagel_triton.telemetry.metrics import CATALOGUE, SECONDS, Metric
 from tests.serving.test_together import image_body
 from tests.support.killing import arguments, descendants, health, kill, until
 from tests.support.serving import Server

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig, MooncakeConfig, MooncakeStoreConfig, ThinkerConfig
+from bagel_triton.engine.build import open_consumer, open_producer
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer
-from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.serving import machine
 from tests.support.kv import GEOMETRY

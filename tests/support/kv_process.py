@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
-from bagel_triton.kv.connectors.base import Consumer, Producer
-from bagel_triton.kv.selftest import lend_pattern
+from bagel_triton.kv.connectors.base import Consumer, Producer, lend_pattern
 from bagel_triton.kv.store import store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, CudaAddress, KVHandle, decode, encode

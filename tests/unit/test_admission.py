@@ -11,7 +11,7 @@ from bagel_triton.deploy.config import ThinkerConfig
 from bagel_triton.engine.loop import Job
 from bagel_triton.engine.thinker.admission import Admission
 from bagel_triton.engine.thinker.run import ThinkerRun
-from bagel_triton.kv.prefix_cache import PrefixCache
+from bagel_triton.kv.block_pool import PrefixCache
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.errors import Overloaded
 from bagel_triton.protocol.messages import Plan, SchedulingParams, ThinkerOutput

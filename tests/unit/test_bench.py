@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.token_count import VISION_TOKENS
-from bagel_triton.model.config import LanguageConfig, LatentConfig, ModelConfig, VitConfig
+from bagel_triton.model.config import VISION_TOKENS, LanguageConfig, LatentConfig, ModelConfig, VitConfig
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bagel_triton.openai.request_log import HttpMetrics
-from bagel_triton.telemetry.metric_defs import CATALOGUE
+from bagel_triton.telemetry.metrics import CATALOGUE
 
 DOCS = Path(__file__).parents[2] / "docs"
 METRICS = {metric.exposed: metric for metrics in CATALOGUE.values() for metric in metrics}

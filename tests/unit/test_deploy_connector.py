@@ -17,8 +17,8 @@ from bagel_triton.deploy.config import (
 )
 from bagel_triton.deploy.connector import choose
 from bagel_triton.deploy.yaml import load
+from bagel_triton.engine.build import open_consumer, open_producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
-from bagel_triton.kv.connectors.registry import open_consumer, open_producer
 from tests.support.kv import GEOMETRY
 
 

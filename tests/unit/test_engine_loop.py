@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bagel_triton.engine.loop import LEASE_RENEWAL_S
 from bagel_triton.protocol.errors import (
     BagelError,
     Cancelled,
@@ -21,7 +22,6 @@ from bagel_triton.protocol.errors import (
 )
 from bagel_triton.protocol.events import ProgressEvent
 from bagel_triton.protocol.messages import SchedulingParams
-from bagel_triton.protocol.timing import LEASE_RENEWAL_S
 from tests.support.counting_engine import WAIT_S, Count, CountingEngine, CountJob, error_of, submit
 from tests.support.waiting import soon
 

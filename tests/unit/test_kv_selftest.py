@@ -11,8 +11,8 @@ import msgspec
 import pytest
 import torch
 
-from bagel_triton.kv import selftest
 from bagel_triton.kv.block_pool import KVCacheFull
+from bagel_triton.kv.connectors import base
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import KVHandle, decode, decode_handle, encode_handle
@@ -32,7 +32,7 @@ def test_it_passes_between_processes_and_leaves_nothing(name: str) -> None:
         handle = decode(producer.ask("pattern"), KVHandle)
         assert handle.tokens == 15
         assert decode_handle(encode_handle(handle)) == handle
-        selftest.read_pattern(consumer, handle, CPU)
+        base.read_pattern(consumer, handle, CPU)
         assert producer.ask("reclaim") == 1
         assert producer.ask("used") == 0
     assert ends.files() == []
@@ -44,27 +44,27 @@ def producer() -> LocalProducer:
 
 
 def test_its_blocks_are_scattered(producer: LocalProducer) -> None:
-    blocks = selftest.lend_pattern(producer, 60.0).blocks
+    blocks = base.lend_pattern(producer, 60.0).blocks
     assert all(second - first > 1 for first, second in itertools.pairwise(blocks))
 
 
 def test_one_wrong_number_fails_it(producer: LocalProducer) -> None:
-    handle = selftest.lend_pattern(producer, 60.0)
+    handle = base.lend_pattern(producer, 60.0)
     slot = handle.blocks[1] * GEOMETRY.block_tokens
     producer.pool.store[1, 1, slot, 0, 2] += 1
     with pytest.raises(LeaseError, match=r"self-test of connector local read 1 of 240 numbers wrong"):
-        selftest.read_pattern(LocalConsumer(), handle, CPU)
+        base.read_pattern(LocalConsumer(), handle, CPU)
 
 
 def test_two_patterns_differ(producer: LocalProducer) -> None:
-    first, second = (selftest.lend_pattern(producer, 60.0) for _ in range(2))
+    first, second = (base.lend_pattern(producer, 60.0) for _ in range(2))
     exchanged = msgspec.structs.replace(first, slot=second.slot, lease=second.lease, blocks=second.blocks)
     with pytest.raises(LeaseError, match="numbers wrong"):
-        selftest.read_pattern(LocalConsumer(), exchanged, CPU)
+        base.read_pattern(LocalConsumer(), exchanged, CPU)
 
 
 def test_a_full_arena_fails_it_and_keeps_no_block(producer: LocalProducer) -> None:
     held = producer.pool.blocks.allocate(14)
     with pytest.raises(KVCacheFull):
-        selftest.lend_pattern(producer, 60.0)
+        base.lend_pattern(producer, 60.0)
     assert producer.pool.blocks.used == len(held)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
 from bagel_triton.engine.preprocess.planner import RequestPlanner
-from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.config import segment_tokens
 from bagel_triton.model.device import Placement
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest

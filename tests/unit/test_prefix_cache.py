@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
-from bagel_triton.kv.block_pool import KVSequence
-from bagel_triton.kv.prefix_cache import PrefixCache
+from bagel_triton.kv.block_pool import KVSequence, PrefixCache
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
 from tests.support.exact import assert_same

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bagel_triton.deploy.config import ConfigError, DeployConfig, VaeDecodeConfig
 from bagel_triton.deploy.yaml import load
 from bagel_triton.engine.dit.run import Latents
-from bagel_triton.engine.vae.engine import DecoderEngine
+from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.model.autoencoder import GROUPS, Autoencoder, decode
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.strip_decoder import Strips, decode_in_strips

@@ -4,7 +4,7 @@ import torch
 
 from bagel_triton.engine.build import StageResources, build_decoder
 from bagel_triton.engine.dit.run import Latents
-from bagel_triton.engine.vae.engine import DecoderEngine
+from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import SchedulingParams
 from bagel_triton.protocol.tensors import Arrays

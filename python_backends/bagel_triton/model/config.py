@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bagel_triton.model.image import VAE_RULE, VIT_RULE, ResizeRule
-from bagel_triton.protocol.messages import LATENT_STRIDE
+from bagel_triton.protocol.messages import LATENT_STRIDE, Segment, TextSegment, VaeSegment
 
 MAX_MESSAGE = 1000  # characters
 MAX_SIZE = 1 << 20  # of a layer or a vocabulary, several times what any published model has
@@ -235,3 +235,14 @@ class ModelConfig:
     vit: VitConfig
     vae_resize: ResizeRule = VAE_RULE
     vit_resize: ResizeRule = VIT_RULE
+
+
+VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|> around an image's tokens
+
+
+def segment_tokens(segment: Segment, config: ModelConfig) -> int:
+    """Tokens that ``segment`` adds to a context."""
+    if isinstance(segment, TextSegment):
+        return len(segment.token_ids)
+    stride = config.latent.stride if isinstance(segment, VaeSegment) else config.vit.patch_size
+    return (segment.height // stride) * (segment.width // stride) + VISION_TOKENS

@@ -16,7 +16,7 @@ from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.loop import Job
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
-from bagel_triton.engine.vae.engine import DecoderEngine
+from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.events import StageStats

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 
 from bagel_triton.protocol.errors import BagelError, Cancelled, DeadlineExceeded, StageUnavailable, from_exception
 from bagel_triton.protocol.events import Stage, StageStats
-from bagel_triton.protocol.timing import LAST_WORDS_S, REQUEST_POLL_S
 
+REQUEST_POLL_S = 0.05  # between two looks for a client that left, a dead stage, a deadline
+LAST_WORDS_S = 0.3  # answers of a dead process, or of another process of its stage, may still arrive
 Result = TypeVar("Result")
 
 

@@ -16,11 +16,10 @@ from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.thinker.engine import kv_geometry
-from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import LanguageConfig, ModelConfig
+from bagel_triton.model.config import LanguageConfig, ModelConfig, segment_tokens
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
 from bagel_triton.model.cpu.row_stable import CACHED

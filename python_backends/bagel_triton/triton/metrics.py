@@ -11,8 +11,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from bagel_triton.telemetry.metric_defs import CATALOGUE, Metric
-from bagel_triton.telemetry.metrics import SECONDS
+from bagel_triton.telemetry.metrics import CATALOGUE, SECONDS, Metric
 
 log = logging.getLogger(__name__)
 

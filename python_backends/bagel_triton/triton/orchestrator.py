@@ -20,8 +20,7 @@ from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
-from bagel_triton.telemetry.metric_defs import CATALOGUE, SUPERVISOR
-from bagel_triton.telemetry.metrics import NoMetrics
+from bagel_triton.telemetry.metrics import CATALOGUE, SUPERVISOR, NoMetrics
 from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics

@@ -13,7 +13,7 @@ from bagel_triton.ipc import control_file, liveness
 from bagel_triton.ipc.liveness import Announcement, end_when
 from bagel_triton.protocol.events import Event, Preview
 from bagel_triton.protocol.tensors import Arrays
-from bagel_triton.telemetry.metric_defs import SUPERVISOR
+from bagel_triton.telemetry.metrics import SUPERVISOR
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.cancellation import DisconnectWatcher
 from bagel_triton.triton.metrics import TritonMetrics

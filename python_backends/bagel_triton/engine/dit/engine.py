@@ -13,14 +13,13 @@ from torch import Tensor
 from bagel_triton.deploy.config import DitConfig
 from bagel_triton.engine.dit.run import FlowRun, Latents
 from bagel_triton.engine.loop import EngineLoop, Job
-from bagel_triton.engine.token_count import VISION_TOKENS
-from bagel_triton.kv import selftest
-from bagel_triton.kv.connectors.base import Consumer
+from bagel_triton.kv.connectors.base import Consumer, read_pattern
 from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.kv.varlen import WorkspacePart, WorkspaceVarlenStep
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.upload import Paced, Upload, wait_for_stream
@@ -82,7 +81,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     def read_pattern(self, handle: KVHandle) -> Future[None]:
         """Claim and compare the self-test's pattern; from any thread."""
         self._check_handle(handle)
-        return self.call(lambda: selftest.read_pattern(self._consumer, handle, self._model.device))
+        return self.call(lambda: read_pattern(self._consumer, handle, self._model.device))
 
     def _active(self) -> list[DitJob]:
         return [run.job for run in self._runs]

@@ -12,8 +12,8 @@ from bagel_triton.engine.loop import Job
 from bagel_triton.engine.thinker.branch_state import BranchState, build_branch_states
 from bagel_triton.engine.thinker.prefill import posterior_noise
 from bagel_triton.engine.thinker.run import ThinkerRun
+from bagel_triton.kv.block_pool import PrefixCache
 from bagel_triton.kv.connectors.base import Producer
-from bagel_triton.kv.prefix_cache import PrefixCache
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
 from bagel_triton.protocol.messages import (

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from bagel_triton.engine.token_count import segment_tokens
 from bagel_triton.kv.block_pool import KVCachePool, KVSequence
-from bagel_triton.model.config import ModelConfig
+from bagel_triton.model.config import ModelConfig, segment_tokens
 from bagel_triton.protocol.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
 
 TEXT_CHUNK = 512

@@ -16,10 +16,8 @@ from bagel_triton.engine.thinker.branch_state import BranchState, Chunk
 from bagel_triton.engine.thinker.detokenizer import IncrementalDetokenizer
 from bagel_triton.engine.thinker.prefill import EncodingCache, Prefiller
 from bagel_triton.engine.thinker.run import TextDecoder, ThinkerRun
-from bagel_triton.kv import selftest
-from bagel_triton.kv.block_pool import KVCacheFull, KVSequence
-from bagel_triton.kv.connectors.base import Producer
-from bagel_triton.kv.prefix_cache import PrefixCache
+from bagel_triton.kv.block_pool import KVCacheFull, KVSequence, PrefixCache
+from bagel_triton.kv.connectors.base import SELFTEST_BLOCKS, SELFTEST_TTL_S, Producer, lend_pattern
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
@@ -39,9 +37,9 @@ from bagel_triton.protocol.messages import (
     TextSegment,
     ThinkerOutput,
 )
-from bagel_triton.protocol.timing import GAUGE_S
 from bagel_triton.telemetry.metrics import Metrics
 
+GAUGE_S = 0.25  # between two counts of the KV cache's blocks
 ThinkerJob = Job[Plan, ThinkerOutput]
 
 
@@ -84,9 +82,9 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         return self.call(self._lend_pattern)
 
     def _lend_pattern(self) -> KVHandle:
-        if self._admission.room(self._running) < 2 * selftest.BLOCKS:  # every other block stays a gap for a moment
+        if self._admission.room(self._running) < 2 * SELFTEST_BLOCKS:  # every other block stays a gap for a moment
             raise Overloaded("the KV cache has no room for a self-test beside the running requests")
-        return selftest.lend_pattern(self._producer, min(selftest.TTL_S, self._config.lease_ttl_s))
+        return lend_pattern(self._producer, min(SELFTEST_TTL_S, self._config.lease_ttl_s))
 
     @property
     def blocks_used(self) -> int:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bagel_triton.engine.thinker.branch_state import Chunk, ImageChunk, TextChunk
-from bagel_triton.engine.token_count import VISION_TOKENS
 from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 from bagel_triton.kv.store import PagedStep
 from bagel_triton.kv.varlen import PagedKeys, PoolStep
@@ -21,6 +20,7 @@ from bagel_triton.model.attention import QuerySpan, attention_kernel
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.batch import PackedBatch
+from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInputs

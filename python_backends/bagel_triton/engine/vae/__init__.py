@@ -1,1 +1,0 @@
-"""The decoding stage: latents to uint8 images."""
