@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # What `serve` and `demo` need besides the package, at its place in the source tree: see serving/machine.py.
-CARRIED = ("client/*.py", "model_repository/**/*", "build/deploy/*.yaml")
+CARRIED = ("client/*.py", "model_repository/**/*", "build/deploy/*.yaml", "build/tiny_bagel/checkpoint/*")
 
 
 class BuildPy(build_py):

@@ -137,8 +137,11 @@ def make_pools(
     return Pools(made[:pictures], list(zip(pairs[::2], instructions, pairs[1::2], strict=True)))
 
 
-#: Samples of each task in a batch of 32; a share is the probability of one more.
-MIX = {"draw": 21, "edit": 4, "describe": 2, "ask": 3, "plan": 1, "reason": 0.4, "chat": 0.6}
+#: Samples of each task in a batch of 32, before and after :data:`TURN` of the time; a fraction is the probability of
+#: one more. Drawing comes first: a thing is drawn well before it is named well.
+EARLY = {"draw": 21, "edit": 4, "describe": 2, "ask": 3, "plan": 1, "reason": 0.4, "chat": 0.6}
+LATE = {"draw": 9, "edit": 6, "describe": 8, "ask": 7, "plan": 1, "reason": 0.5, "chat": 0.5}
+TURN = 0.4
 
 
 class Sampler:
@@ -149,9 +152,10 @@ class Sampler:
         self._pools, self._tokenizer = pools, tokenizer
         self._encoded = cache(tokenizer.encode_text)
 
-    def batch(self) -> list[Sample]:
-        """One batch, in proportion to :data:`MIX`."""
-        counts = {task: int(share) + (self.rng.random() < share % 1) for task, share in MIX.items()}
+    def batch(self, time_share: float) -> list[Sample]:
+        """One batch, when this share of the training's time is over."""
+        mix = EARLY if time_share < TURN else LATE
+        counts = {task: int(number) + (self.rng.random() < number % 1) for task, number in mix.items()}
         return [getattr(self, f"_{task}")() for task, count in counts.items() for _ in range(count)]
 
     def _text(self, text: str, learned: bool = False) -> Piece:

@@ -1,4 +1,5 @@
-"""``python -m build.tiny_bagel.train FOLDER``: trains the autoencoder, then the transformer, on CPU cores.
+"""``python -m build.tiny_bagel.train FOLDER``: trains the autoencoder, the encoder for understanding and the
+transformer, one after the other, on CPU cores.
 
 The learning rates follow the share of the wall-clock time that is over, so a slower machine makes
 fewer steps in the same time. ``FOLDER`` then holds ``checkpoint/`` in the published layout, the
@@ -28,7 +29,7 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.tokenizer import Tokenizer
 from build.tiny_bagel import autoencoder as ae
-from build.tiny_bagel import checkpoint, data, forward, parallel, sheet
+from build.tiny_bagel import checkpoint, data, forward, parallel, sheet, vision
 from build.tiny_bagel.world import CENTERS, PLACES, SIDE, Pixels, Scene, random_scene, render
 
 PICTURES, EDITS = 5_000, 1_500
@@ -37,9 +38,10 @@ LEARNING_RATE = 2e-3
 WARM_UP = 0.015
 """Share of the time."""
 TEXT_WEIGHT = 0.3
+"""Twice as much from ``data.TURN`` on."""
 TIME_SHIFT = 3.0
 """As inference's default: the noisy times, at which a drawing's composition is decided, are more frequent."""
-AVERAGING = 0.998
+AVERAGING = 0.996
 SAVE_EVERY_S = 120.0
 BUFFER = 6_000_000
 
@@ -102,6 +104,16 @@ def train_autoencoder(
         _save(folder / "autoencoder.pt", {"model": model.state_dict(), "steps": steps, "finished": decoder_only})
 
 
+def train_vision(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int) -> None:
+    """Train the understanding encoder and write ``vision.pt``."""
+    torch.manual_seed(seed)
+    model = checkpoint.new()
+    report = Progress(folder / "vision.csv", "vision", ranks.rank == 0)
+    vision.train(model, random.Random(1000 * seed + 20 + ranks.rank), minutes, report, ranks)
+    if ranks.rank == 0:
+        _save(folder / "vision.pt", {name: getattr(model, name).state_dict() for name in vision.MODULES})
+
+
 def load_autoencoder(folder: Path) -> Autoencoder:
     """The autoencoder of ``autoencoder.pt``."""
     model = ae.new()
@@ -158,6 +170,8 @@ def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int) 
     pools = _pools(folder / f"pools-{ranks.rank}.pickle", autoencoder, 1000 * seed + ranks.rank, first)
     torch.manual_seed(seed)
     model = checkpoint.new()
+    for name, state in torch.load(folder / "vision.pt").items():
+        getattr(model, name).load_state_dict(state)
     averaged = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = _optimizer(model)
     step, before = 0, 0.0
@@ -177,11 +191,12 @@ def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int) 
         rate = _rate(share)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = collate(sampler.batch())
+        batch = collate(sampler.batch(share))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             flow, text = forward.losses(model, batch)
         optimizer.zero_grad(set_to_none=True)
-        (flow + TEXT_WEIGHT * text).backward()
+        weight = TEXT_WEIGHT if share < data.TURN else 2 * TEXT_WEIGHT
+        (flow + weight * text).backward()
         now = time.monotonic()
         clock = (before + now - began) / (60 * minutes)
         share, *shown = ranks.average(model.parameters(), [clock, flow.item(), text.item()])
@@ -213,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--autoencoder-minutes", type=float, default=10)
+    parser.add_argument("--vision-minutes", type=float, default=5)
     parser.add_argument("--minutes", type=float, default=64, help="of the transformer (default: %(default)s)")
     parser.add_argument("--decoder-minutes", type=float, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -223,6 +239,8 @@ def main() -> None:
     trained = args.folder / "autoencoder.pt"
     if not trained.exists():
         parallel.run(args.processes, BUFFER, train_autoencoder, args.folder, args.autoencoder_minutes, args.seed)
+    if not (args.folder / "vision.pt").exists():
+        parallel.run(args.processes, BUFFER, train_vision, args.folder, args.vision_minutes, args.seed)
     parallel.run(args.processes, BUFFER, train_model, args.folder, args.minutes, args.seed)
     if not torch.load(trained)["finished"]:
         parallel.run(args.processes, BUFFER, train_autoencoder, args.folder, args.decoder_minutes, args.seed, True)

@@ -183,3 +183,15 @@ def test_images_reach_the_model_as_training_prepared_them() -> None:
     (segments,), size = image_segments([evaluate.png(pixels)], "image", 64, data.VAE_SIDES, data.VIT_SIDES)
     assert size == (64, 64)
     assert [part.pixels for part in segments] == [pixels.tobytes(), data.vit_pixels(pixels).tobytes()]  # type: ignore[union-attr]
+
+
+def test_the_shipped_checkpoint_draws_a_red_circle_on_blue() -> None:
+    with evaluate.opened(evaluate.CHECKPOINT) as stages:
+        request = evaluate.drawing("a red circle on a blue background", 42, num_inference_steps=15)
+        pixels = evaluate.run(stages, [request])[0].pixels
+    assert pixels is not None
+    red, _, blue = (pixels[:, :, channel].astype(int) for channel in range(3))
+    disc = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 9
+    frame = np.hypot(*(np.mgrid[:64, :64] - 31.5)) > 20
+    assert (red > blue + 60)[disc].mean() > 0.95
+    assert (blue > red + 60)[frame].mean() > 0.95
