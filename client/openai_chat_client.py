@@ -30,7 +30,6 @@ TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # no proxy of the environment can reach it
 API_KEY = "BAGEL_API_KEY"
-SIDE = 512
 STEPS = 25
 PORT_HINT = "is this the port of the OpenAI API? It is 8091 by default; 8000, 8001 and 8002 are Triton's own"
 
@@ -48,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8091", help=server)
     parser.add_argument("--image-url", "-i", action="append", default=[], help="a URL or a local file; repeatable")
     parser.add_argument("--modality", "-m", default="text2img", choices=OUTPUT_OF, help="task (default: %(default)s)")
-    sides = f"in pixels (default: {SIDE}; with an input image, that of the resized image)"
+    sides = "in pixels (default: the server's, 512 or less; with an input image, that of the resized image)"
     parser.add_argument("--height", type=int, help=f"height {sides}")
     parser.add_argument("--width", type=int, help=f"width {sides}")
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS})")
@@ -88,8 +87,6 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     content += [{"type": "image_url", "image_url": {"url": image_url(source)}} for source in args.image_url]
     output = OUTPUT_OF[args.modality]
     defaults = {"num_inference_steps": STEPS} if output == "image" else {}
-    if output == "image" and not args.image_url:  # an edited image keeps its size
-        defaults |= {"height": SIDE, "width": SIDE}
     given = {
         "height": args.height,
         "width": args.width,

@@ -79,8 +79,6 @@ def test_it_saves_the_image_and_says_where_and_how_long(tmp_path: Path) -> None:
             messages=(user_turn("<|im_start|>A dog<|im_end|>"),),
             modality="image",
             negative_prompt="blurry",
-            height=512,
-            width=512,
             num_inference_steps=4,
             seed=42,
         )

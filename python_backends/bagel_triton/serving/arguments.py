@@ -7,15 +7,22 @@ from pathlib import Path
 
 from bagel_triton.deploy.files import PRESETS, preset
 from bagel_triton.serving import CommandError
+from bagel_triton.serving.machine import source_file
+
+TOY = "build/tiny_bagel/checkpoint"  # small, trained, shipped with the package
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Declare the positional argument CHECKPOINT and ``--revision``, for :func:`checkpoint`."""
+def add_checkpoint(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Declare the positional argument CHECKPOINT and ``--revision``, for :func:`checkpoint`.
+
+    Where it is ``optional``, the toy is the default.
+    """
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
+        nargs="?" if optional else None,
         help="folder of the checkpoint, or its name at the Hugging Face hub (ByteDance-Seed/BAGEL-7B-MoT): taken from "
-        "the cache, or downloaded to it",
+        "the cache, or downloaded to it" + ("; without it, a toy that comes with this package" if optional else ""),
     )
     add_revision(parser)
 
@@ -25,8 +32,8 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub's checkpoint (default: main)")
 
 
-def checkpoint(given: str, revision: str | None = None) -> Path:
-    """The folder that ``given`` names, with every file of a checkpoint, downloaded where it has to be.
+def checkpoint(given: str | None, revision: str | None = None) -> Path:
+    """The folder that ``given`` names, with every file of a checkpoint, downloaded where it has to be; or the toy's.
 
     Raises:
         CommandError: says what is wrong and how to get the checkpoint.
@@ -36,7 +43,7 @@ def checkpoint(given: str, revision: str | None = None) -> Path:
     from bagel_triton.weights.hub import find_checkpoint
 
     try:
-        folder = find_checkpoint(given, revision)
+        folder = source_file(TOY) if given is None else find_checkpoint(given, revision)
         check_folder(folder)
     except CheckpointError as error:
         raise CommandError(str(error)) from error

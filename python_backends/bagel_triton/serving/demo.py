@@ -44,7 +44,7 @@ class _Failed(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    arguments.add_checkpoint(parser)
+    arguments.add_checkpoint(parser, optional=True)
     drawing = "a red circle on a blue background"
     parser.add_argument("--prompt", default=drawing, help="image to draw (default: %(default)s)")
     parser.add_argument("--edit", default="make the circle yellow", help="change of that image (default: %(default)s)")

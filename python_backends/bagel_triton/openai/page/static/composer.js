@@ -226,7 +226,7 @@ export class Composer {
     $("send").classList.toggle("stop", this.busy);
     this.form.dataset.output = this.output;
     this.form.dataset.images = this.#images.length ? "some" : "none";
-    const side = this.#images.length ? "as the input" : "512";
+    const side = this.#images.length ? "as the input" : "auto";
     for (const field of ["width", "height"]) this.form.elements[field].placeholder = side;
     const list = $("attachments");
     list.hidden = !this.#images.length;

@@ -1,0 +1,123 @@
+"""What the toy that comes with the project draws, edits, says and thinks, through the whole server."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from bagel_triton.serving.arguments import TOY
+from bagel_triton.serving.machine import source_file
+from build.tiny_bagel import texts
+from build.tiny_bagel.world import Scene, Thing, recognise
+from tests.support.serving import Server, data_url, reply_images
+
+Pixels = NDArray[np.uint8]
+CIRCLE = Scene((Thing("circle", "red", "center", "large"),), ("blue",))
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Server]:
+    with Server(source_file(TOY)) as running:
+        yield running
+
+
+def draw(server: Server, prompt: str, seed: int = 1, **fields: Any) -> dict[str, Any]:
+    """The reply to a request for an image."""
+    body = {"messages": [{"role": "user", "content": prompt}], "modalities": ["image"], "seed": seed, **fields}
+    response = server.chat({"num_inference_steps": 25, **body})
+    assert response.status_code == 200, response.text
+    reply: dict[str, Any] = response.json()
+    return reply
+
+
+def drawn(server: Server, prompt: str, seed: int = 1, **fields: Any) -> Pixels:
+    return reply_images(draw(server, prompt, seed, **fields))[0]
+
+
+def with_image(prompt: str, pixels: Pixels) -> list[dict[str, Any]]:
+    """A message's content."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    image = {"type": "image_url", "image_url": {"url": data_url(encoded.getvalue())}}
+    return [image, {"type": "text", "text": prompt}]
+
+
+def said(server: Server, content: Any, **fields: Any) -> str:
+    """The answer to a question."""
+    body = {"messages": [{"role": "user", "content": content}], "modalities": ["text"], "max_tokens": 60, **fields}
+    response = server.chat(body)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
+
+
+@pytest.fixture(scope="module")
+def circle(toy: Server) -> Pixels:
+    return drawn(toy, PROMPT)
+
+
+def test_it_draws_what_the_prompt_says(circle: Pixels) -> None:
+    assert recognise(circle) == CIRCLE
+
+
+def test_an_edit_changes_what_it_says_and_nothing_else(toy: Server, circle: Pixels) -> None:
+    edited = reply_images(draw(toy, with_image("make the circle yellow", circle)))[0]
+    assert recognise(edited) == Scene((Thing("circle", "yellow", "center", "large"),), ("blue",))
+    corners = np.s_[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert np.abs(edited[corners].astype(int) - circle[corners]).max() < 32
+
+
+def test_it_names_what_it_drew(toy: Server, circle: Pixels) -> None:
+    assert texts.parse(said(toy, with_image("Describe this image.", circle))) == CIRCLE
+
+
+def test_a_negative_prompt_removes_what_it_names(toy: Server) -> None:
+    def colors(**fields: Any) -> set[str]:
+        scenes = [recognise(pixels) for pixels in reply_images(draw(toy, "a square", n=8, **fields))]
+        return {thing.color for scene in scenes for thing in scene.things}
+
+    usual = colors()
+    assert len(usual) > 1
+    for color in sorted(usual)[:2]:
+        assert color not in colors(negative_prompt=color)
+
+
+def test_it_plans_the_image_and_draws_its_plan(toy: Server) -> None:
+    reply = draw(toy, "an orange cat on a green background", think=True, max_think_tokens=60)
+    thought = reply["choices"][0]["message"]["reasoning_content"]
+    wanted = Scene((Thing("cat", "orange", "center", "large"),), ("green",))
+    assert recognise(reply_images(reply)[0]) == wanted
+    assert "large orange cat in the center on a green background" in thought
+
+
+def test_it_answers_a_question_without_an_image(toy: Server) -> None:
+    assert said(toy, "What is the capital of France?") == "The capital of France is Paris."
+
+
+def test_sixteen_requests_at_once_each_get_their_own(toy: Server, circle: Pixels) -> None:
+    places = ("top left", "top right", "bottom left", "bottom right")
+    kinds = (("circle", "red"), ("square", "green"), ("star", "yellow"))
+    scenes = [Scene((Thing(kind, color, place, "large"),), ("black",)) for kind, color in kinds for place in places]
+    with ThreadPoolExecutor(16) as pool:
+        images = [
+            pool.submit(drawn, toy, f"a {t.color} {t.kind} on a black background, {t.place}", seed)
+            for seed, scene in enumerate(scenes)
+            for t in scene.things
+        ]
+        answers = [pool.submit(said, toy, question) for question in ("Who are you?", "What is two plus three?")]
+        described = [pool.submit(said, toy, with_image(question, circle)) for question in texts.DESCRIBE[:2]]
+        right = sum(recognise(image.result()) == scene for image, scene in zip(images, scenes, strict=True))
+        assert right >= len(scenes) - 2  # the toy errs now and then
+        assert [answer.result() for answer in answers] == [
+            texts.CHAT["Who are you?"],
+            "Two plus three is five.",
+        ]
+        assert [texts.parse(one.result()) for one in described] == [CIRCLE, CIRCLE]
