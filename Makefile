@@ -5,7 +5,7 @@ SERVE_ARGS ?=
 BENCH_ARGS ?=
 TRAIN_ARGS ?=
 
-.PHONY: setup demo serve test test-all bench rehearsal gpu-kit lint wheel train-tiny
+.PHONY: setup demo serve test test-all bench perf rehearsal gpu-kit lint wheel train-tiny
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -31,6 +31,9 @@ train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cor
 
 gpu-kit: setup ## .cache/gpu_kit.tar.xz, which bench/gpu_run.sh unpacks on a machine with a GPU
 	@build/gpu_kit.sh
+
+perf: setup ## throughput and latency of the server whose Triton gRPC address is PERF_ARGS (localhost:8001)
+	build/perf/run.sh $(PERF_ARGS)
 
 lint: setup ## style, types, and which room may import which
 	$(BIN)/ruff check

@@ -312,13 +312,16 @@ def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False)
 
 
 def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
-    """Activations of encoding one image at their peak, in a convolution of the first level."""
-    return _level_channels(encoder.down[0]) * height * width * torch.float32.itemsize
+    """Activations of encoding one image at their peak, in a convolution of the first level or before it."""
+    channels = max(_level_channels(encoder.down[0]), 2 * encoder.conv_in.out_channels)
+    return channels * height * width * torch.float32.itemsize
 
 
 def _level_channels(level: nn.Module) -> int:
     """Full-resolution channels that are held at most: what the blocks so far made, and a convolution's copies."""
     blocks: nn.ModuleList = level.block  # type: ignore[assignment]
+    if not len(blocks):
+        return 0
     first: nn.Conv2d = blocks[0].conv1  # type: ignore[assignment]
     channels_in, channels_out = first.in_channels, first.out_channels
     earlier = channels_in if len(blocks) > 1 else 0
