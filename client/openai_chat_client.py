@@ -83,7 +83,7 @@ def image_url(source: str) -> str:
 
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": f"<|im_start|>{args.prompt}<|im_end|>"}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": args.prompt}]
     content += [{"type": "image_url", "image_url": {"url": image_url(source)}} for source in args.image_url]
     output = OUTPUT_OF[args.modality]
     defaults = {"num_inference_steps": STEPS} if output == "image" else {}

@@ -76,7 +76,7 @@ def test_it_saves_the_image_and_says_where_and_how_long(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert backend.requests == [
         GenerationRequest(
-            messages=(user_turn("<|im_start|>A dog<|im_end|>"),),
+            messages=(user_turn("A dog"),),
             modality="image",
             negative_prompt="blurry",
             num_inference_steps=4,
@@ -118,7 +118,7 @@ def test_text_is_printed_and_only_text_goes_to_standard_output(tmp_path: Path) -
         done = run_client("-s", url, "-m", "text2text", "-p", "Where?", "--max-tokens", "9", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "Paris\n")
     assert "thinker" in done.stderr
-    turn = user_turn("<|im_start|>Where?<|im_end|>")
+    turn = user_turn("Where?")
     assert backend.requests == [GenerationRequest(messages=(turn,), modality="text", seed=42, max_tokens=9)]
     assert not list(tmp_path.iterdir())
 
@@ -163,7 +163,7 @@ def test_images_are_read_here_and_an_edit_keeps_its_size(tmp_path: Path) -> None
         run_client("-s", url, "-m", "img2img", "-i", "dog.png", "--width", "64", cwd=tmp_path)
     first, second = backend.requests
     assert first == GenerationRequest(
-        messages=(user_turn("<|im_start|>A cute cat<|im_end|>", 0, 1),),
+        messages=(user_turn("A cute cat", 0, 1),),
         image=((tmp_path / "cat.webp").read_bytes(), (tmp_path / "dog.png").read_bytes()),
         modality="image",
         num_inference_steps=25,
