@@ -134,20 +134,25 @@ def seen(reply: Reply) -> Scene:
 
 
 def negative_row(stages: LocalStages, rng: random.Random, count: int, seed: int) -> Scores:
-    """How often a plain shape of no named color keeps the color that the negative prompt then names."""
+    """How often a plain shape of no named color keeps its color when a negative prompt names that.
+
+    The negative prompt is the color alone, or "a red circle".
+    """
     prompts = [f"a {rng.choice(PLAIN)}" for _ in range(count)]
     plain = [seen(reply) for reply in run(stages, [drawing(prompt, seed + at) for at, prompt in enumerate(prompts)])]
     drawn = [(at, scene.things[0]) for at, scene in enumerate(plain) if len(scene.things) == 1]
-    asked = [drawing(prompts[at], seed + at, negative_prompt=thing.color) for at, thing in drawn]
-    again = [seen(reply) for reply in run(stages, asked)]
-    kept = [
-        any(one.color == thing.color for one in scene.things) for (_, thing), scene in zip(drawn, again, strict=True)
-    ]
-    shape = [
-        len(scene.things) == 1 and scene.things[0].kind == thing.kind
-        for (_, thing), scene in zip(drawn, again, strict=True)
-    ]
-    return {"color kept": sum(kept) / len(kept), "shape": sum(shape) / len(shape)}
+    scores: Scores = {}
+    for name, phrase in (("color alone", "{color}"), ("color and shape", "a {color} {kind}")):
+        asked = [
+            drawing(prompts[at], seed + at, negative_prompt=phrase.format(color=thing.color, kind=thing.kind))
+            for at, thing in drawn
+        ]
+        again = [(thing, seen(reply)) for (_, thing), reply in zip(drawn, run(stages, asked), strict=True)]
+        kept = [any(one.color == thing.color for one in scene.things) for thing, scene in again]
+        shape = [[one.kind for one in scene.things] == [thing.kind] for thing, scene in again]
+        scores[f"{name}: color kept"] = sum(kept) / len(kept)
+        scores[f"{name}: shape right"] = sum(shape) / len(shape)
+    return scores
 
 
 def edit_row(stages: LocalStages, rng: random.Random, count: int, seed: int, **fields: object) -> Scores:
