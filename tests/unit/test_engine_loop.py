@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,11 +144,16 @@ def test_closing_fails_the_rest_and_refuses_more() -> None:
 
 
 def cuda_says(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """A device that answers ``error`` once the engine's thread has its stream."""
+    streams: list[object] = []
+
     def synchronize(device: torch.device) -> None:
-        if error is not None:
+        if error is not None and streams:
             raise error
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: streams.append(options))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
 
 
 def test_a_device_that_is_lost_ends_it_and_nobody_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +168,15 @@ def test_a_device_that_is_lost_ends_it_and_nobody_is_left_waiting(monkeypatch: p
     assert isinstance(error_of(submit(engine, "later", Count(1))), StageUnavailable)
     engine.close()
     assert engine.freed == []  # what was on the device went with it
+
+
+def test_a_device_that_gives_no_stream_fails_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_says(monkeypatch, None)
+    monkeypatch.setattr(torch.cuda, "Stream", Mock(side_effect=RuntimeError("CUDA error: out of memory")))
+    engine = CountingEngine(device=torch.device("cuda", 0))
+    assert isinstance(error_of(submit(engine, "asked", Count(1))), StageUnavailable)
+    assert engine.lost.is_set()
+    engine.close()
 
 
 def test_an_error_that_left_the_device_well_is_one_requests(monkeypatch: pytest.MonkeyPatch) -> None:

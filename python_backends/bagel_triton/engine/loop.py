@@ -256,16 +256,24 @@ class EngineLoop(ABC, Generic[Task, Result]):
 
     def _run(self) -> None:
         self._pool.use_caller_thread()
-        with own_stream(self._device, self.first_on_device):
-            while not self._closing.is_set() and not self.lost.is_set():
-                try:
-                    self._turn()
-                except Exception as error:
-                    log.exception("%s: a step failed", self.stage)
-                    if not self._device_lost(error):
-                        for job in self._active():
-                            self._fail(job, error)
+        try:
+            with own_stream(self._device, self.first_on_device):
+                self._turn_until_closed()
+                self._shut_down()
+        except Exception:  # a device that gives no stream, or fails while memory is freed
+            log.exception("%s: %s is lost to this process", self.stage, self._device)
+            self.lost.set()
             self._shut_down()
+
+    def _turn_until_closed(self) -> None:
+        while not self._closing.is_set() and not self.lost.is_set():
+            try:
+                self._turn()
+            except Exception as error:
+                log.exception("%s: a step failed", self.stage)
+                if not self._device_lost(error):
+                    for job in self._active():
+                        self._fail(job, error)
 
     def _device_lost(self, error: Exception) -> bool:
         """Whether ``error`` came from a device that no later step can use, which ends this engine."""
