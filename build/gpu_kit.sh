@@ -8,9 +8,9 @@ limit_mb=45
 out=.cache/gpu_kit.tar.xz
 kit=.cache/gpu_kit
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-packages=(annotated-doc annotated-types deprecated importlib-metadata msgspec numpy opentelemetry-api prometheus-client
-    pydantic pydantic-core python-multipart python-rapidjson shtab starlette tritonclient typing-inspection uvicorn
-    wrapt zipp)
+packages=(annotated-doc annotated-types click deprecated h11 importlib-metadata msgspec numpy opentelemetry-api prometheus-client
+    pydantic pydantic-core python-multipart python-rapidjson shtab starlette tritonclient typing-extensions typing-inspection
+    uvicorn wrapt zipp)
 
 versions() { # NAME==VERSION of each package, as .venv has it
     .venv/bin/python - "$@" <<'EOF'
@@ -36,7 +36,10 @@ versions "${packages[@]}" | grep -v '^tritonclient' >"$kit/requirements.txt"
 for wheel in "$kit"/wheels/*.whl; do
     .venv/bin/python -m zipfile -e "$wheel" "$kit"
 done
-rm -rf "$kit/wheels" "$kit/requirements.txt"
+for part in "$kit"/*.data/purelib "$kit"/*.data/platlib; do # what pip would put beside the rest
+    [ ! -d "$part" ] || cp -r "$part/." "$kit/"
+done
+rm -rf "$kit/wheels" "$kit/requirements.txt" "$kit"/*.data
 # Tests and build tools of the largest package; its machine code and type stubs stay.
 find "$kit/numpy" -type d \( -name tests -o -name f2py -o -name distutils \) -prune -exec rm -rf {} +
 find "$kit" \( -name '*.pyi' -o -name '__pycache__' \) -prune -exec rm -rf {} +
