@@ -1,7 +1,6 @@
-"""``bagel-triton serve`` that is stopped while it still looks at the checkpoint."""
+"""``bagel-triton serve`` that is stopped while it still reads what it was given."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +14,12 @@ STOP_S = 15
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_at_once_and_leaves_nothing(tmp_path: Path, signal_: signal.Signals) -> None:
-    checkpoint = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
-    endless = checkpoint / "vit_config.json"
-    endless.unlink()
+    endless = tmp_path / "deploy.yaml"
     os.mkfifo(endless)
+    command = [sys.executable, "-m", "bagel_triton.serving.cli", "serve", str(CHECKPOINT), "--port", "0"]
     with (
         subprocess.Popen(
-            [sys.executable, "-m", "bagel_triton.serving.cli", "serve", str(checkpoint), "--port", "0"],
+            [*command, "--deploy-config", str(endless)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
