@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,7 @@ from bagel_triton.weights.folder import (
 REQUIRED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, AUTOENCODER_FILE)
 # Read where a repository has them.
 OPTIONAL_FILES = (INDEX_FILE, "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+SWEEPS, SWEEP_S = 20, 0.05
 INTERRUPTED = 128 + signal.SIGINT
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
@@ -282,12 +284,23 @@ def _reason(error: BaseException) -> str:
 
 def _abandon(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
     """End this process at once, and remove the files that it is writing: huggingface_hub does not resume them."""
+    for _ in range(SWEEPS):
+        if not _remove_partial_files():
+            break
+        time.sleep(SWEEP_S)  # its other threads may open more
+    os._exit(INTERRUPTED)
+
+
+def _remove_partial_files() -> bool:
+    """Remove the files that this process has open for a download; whether there were any."""
+    found = False
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             path = descriptor.readlink()
-            if path.suffix == ".incomplete":
+            if path.suffix == ".incomplete":  # one that is removed has another name
                 path.unlink()
-    os._exit(INTERRUPTED)
+                found = True
+    return found
 
 
 def _end_with_parent() -> None:
