@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from bagel_triton.kv.connectors.base import Consumer, Producer, lend_pattern
 from bagel_triton.kv.store import store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, CudaAddress, KVHandle, decode, encode
+from tests.support.forkserver import FORKSERVER
 from tests.support.kv import append, claim
 
 WAIT_S = 60.0
@@ -66,10 +66,8 @@ def peer(make: Callable[..., Any], *arguments: Any) -> Iterator[Peer]:
 
     A producer or a consumer has the commands below; those of anything else are its methods.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # each process then starts without importing torch anew
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(theirs, make, arguments), daemon=True)
+    ours, theirs = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=_run, args=(theirs, make, arguments), daemon=True)
     process.start()
     theirs.close()
     running = Peer(process, ours)

@@ -41,7 +41,7 @@ def _hidden(
 
 @pytest.mark.parametrize(
     "sizes",
-    [(16, 16), (9, 25, 1), (25, 48, 15, 7), (121, 100, 81, 49, 25, 9), (255, 170, 3)],
+    [(16, 16), (9, 25, 1), (25, 48, 15, 7), (100, 49, 9), (255, 3)],
     ids=lambda sizes: "+".join(map(str, sizes)),
 )
 def test_a_sequence_does_not_depend_on_its_batch(bagel: Bagel, sizes: tuple[int, ...]) -> None:
@@ -80,7 +80,7 @@ def test_rows_that_are_not_wanted_change_nothing(bagel: Bagel) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_the_size_of_a_tile_changes_nothing(bagel: Bagel, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    images = _images(bagel, (25, 48, 9))
+    images = _images(bagel, (16, 25, 9))
     usual = _hidden(bagel, images)
     monkeypatch.setattr(executor, "MAX_TILE_ROWS", rows)
     for cut, whole in zip(_hidden(bagel, images), usual, strict=True):

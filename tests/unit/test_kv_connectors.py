@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle, decode
+from tests.support.forkserver import FORKSERVER
 from tests.support.kv import GEOMETRY, append, claim, contents_of
 from tests.support.shm_producer import produce
 
@@ -129,9 +129,8 @@ def test_shm_too_small_is_one_clear_error_and_leaves_no_file(
 def other_process() -> Iterator[tuple[Connection, str]]:
     """A producer's process and the prefix of its files, which are in the real shared memory."""
     prefix = f"bagel_triton_test_{os.getpid()}_{secrets.token_hex(4)}"
-    spawn = multiprocessing.get_context("spawn")
-    pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=produce, args=(theirs, prefix, GEOMETRY))
+    pipe, theirs = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=produce, args=(theirs, prefix, GEOMETRY))
     process.start()
     theirs.close()
     yield pipe, prefix

@@ -147,9 +147,10 @@ def make(checkpoint_dir: Path) -> Iterator[Make]:
         assert stages.producer.pool.blocks.used == 0
 
 
-def edit(prompt: str, seed: int = 1, image: int = 0, **fields: object) -> GenerationRequest:
+def edit(prompt: str, seed: int = 1, image: int = 0) -> GenerationRequest:
     image = (png(48, 32, seed=image),)
-    return GenerationRequest(prompt=prompt, image=image, seed=seed, num_inference_steps=2, **fields)  # type: ignore[arg-type]
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    return GenerationRequest(prompt=prompt, image=image, seed=seed, **size)
 
 
 def chat(*texts: str, image: int | None = None) -> GenerationRequest:
@@ -169,8 +170,7 @@ REPEATS: dict[str, Sequence[GenerationRequest]] = {
     "the same negative prompt": [
         GenerationRequest(prompt=p, negative_prompt="blurry", seed=1, height=32, num_inference_steps=2) for p in "ab"
     ],
-    "the same image": [edit("make it red"), edit("make it blue")],
-    "the same image, another draw": [edit("make it red", seed=1), edit("make it red", seed=2)],
+    "the same image, and another draw": [edit("make it red"), edit("make it blue"), edit("make it red", seed=2)],
     "the same system prompt": [chat("Be brief.", "A cat"), chat("Be brief.", "A dog")],
     "a conversation goes on": [chat("s", "A cat", image=1), chat("s", "A cat", "Here", "Bigger", image=1)],
     "the same thought": [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import re
 import secrets
@@ -11,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -25,21 +25,21 @@ from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.shm import WeightStore
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
+from tests.support.forkserver import FORKSERVER
 from tests.support.weight_holder import mapping
 from tests.support.weights import CPU, FILES, TINY, convert, hold, overwrite, sources
 
-SPAWN = multiprocessing.get_context("spawn")
-Start = Callable[..., tuple[Connection, multiprocessing.process.BaseProcess]]
+Start = Callable[..., tuple[Connection, BaseProcess]]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts a process that talks through a pipe; all are ended."""
-    started: list[tuple[Connection, multiprocessing.process.BaseProcess]] = []
+    started: list[tuple[Connection, BaseProcess]] = []
 
-    def run(target: Callable[..., None], *args: object) -> tuple[Connection, multiprocessing.process.BaseProcess]:
-        ours, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=target, args=(theirs, *args))
+    def run(target: Callable[..., None], *args: object) -> tuple[Connection, BaseProcess]:
+        ours, theirs = FORKSERVER.Pipe()
+        process = FORKSERVER.Process(target=target, args=(theirs, *args))
         process.start()
         theirs.close()
         started.append((ours, process))
@@ -156,7 +156,7 @@ def test_weights_are_aligned_as_private_ones_are(tmp_path: Path) -> None:
 
 def test_writing_to_a_weight_ends_the_writer_and_changes_nothing(tmp_path: Path) -> None:
     mine = _converted(tmp_path)
-    process = SPAWN.Process(target=overwrite, args=(tmp_path, "test"))
+    process = FORKSERVER.Process(target=overwrite, args=(tmp_path, "test"))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGSEGV
