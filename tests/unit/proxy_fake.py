@@ -34,7 +34,7 @@ from bagel_triton.protocol.events import (
 )
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 NAMES = ("bagel", "ByteDance-Seed/BAGEL-7B-MoT")
 SETTINGS = ProxySettings("127.0.0.1:1", NAMES, max_body_bytes=10_000, models=BAGEL.models)

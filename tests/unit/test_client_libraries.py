@@ -17,7 +17,7 @@ import pytest
 from proxy_fake import ONE_ANSWER, SCRIPT, FakeClient, live_proxy
 
 from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 CACHE = Path(".cache/clients")

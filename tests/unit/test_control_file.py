@@ -38,7 +38,7 @@ def told(directory: Path) -> Iterator[Counts]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_file, "POLL_S", 0.01)
+    monkeypatch.setattr(control_file, "WATCH_S", 0.01)
 
 
 def test_each_reload_is_counted_once_and_a_new_process_counts_those_before_it(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bagel_triton.engine.loop import LEASE_RENEWAL_S
 from bagel_triton.protocol.errors import (
     BagelError,
     Cancelled,
@@ -23,6 +22,7 @@ from bagel_triton.protocol.errors import (
     StageUnavailable,
 )
 from bagel_triton.protocol.events import ProgressEvent
+from bagel_triton.protocol.intervals import LEASE_RENEWAL_S
 from bagel_triton.protocol.messages import SchedulingParams
 from tests.support.counting_engine import WAIT_S, Count, CountingEngine, CountJob, error_of, submit
 from tests.support.waiting import soon

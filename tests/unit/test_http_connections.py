@@ -26,7 +26,7 @@ from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.events import ImageEvent
 from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 from tests.support.waiting import soon
 
 

@@ -31,7 +31,7 @@ from bagel_triton.protocol import errors
 from bagel_triton.protocol.events import DoneEvent, PartialImageEvent
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 EDITED = StageResponse(DoneEvent("r", 7, Usage(105, 0, 6, 0, 100), STAGES))

@@ -27,7 +27,7 @@ from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.events import AnswerEvent, TokenLogprob
 from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 
 def test_an_image_is_answered_losslessly_with_true_counts_seed_and_timings() -> None:

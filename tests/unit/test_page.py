@@ -38,7 +38,7 @@ from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
 from bagel_triton.protocol.events import PartialImageEvent
 from bagel_triton.protocol.request import ImageRef, TextPart
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 from tests.support.browser import attach, choose, chromium, open_page, send, settings
 
 Open = Callable[[FakeClient], Page]

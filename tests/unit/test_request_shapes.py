@@ -17,7 +17,7 @@ from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.openai.app import create_app
 from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 from bagel_triton.weights.checkpoint import inspect
 from tests.support.request_shapes import CHAT as PLAIN
 from tests.support.request_shapes import NOT_THINKING, SHAPES, THINKING, Shape

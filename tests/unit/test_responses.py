@@ -36,7 +36,7 @@ from bagel_triton.protocol import errors
 from bagel_triton.protocol.events import DoneEvent, PartialImageEvent
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 RESPONSES = "/v1/responses"
 LARGE_BODIES = dataclasses.replace(SETTINGS, max_body_bytes=1_000_000)

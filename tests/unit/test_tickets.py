@@ -241,9 +241,9 @@ def test_nothing_is_polled_while_there_is_nothing_to_hear(stage: FakeStage, clie
     [following] = submitted(stage, client)
     stage.jobs[0].finish()
     following.end()
-    time.sleep(2 * tickets.POLL_S)
+    time.sleep(2 * tickets.WATCH_S)
     polls = stage.calls.count("Poll")
-    time.sleep(4 * tickets.POLL_S)
+    time.sleep(4 * tickets.WATCH_S)
     assert stage.calls.count("Poll") == polls
 
 

@@ -11,7 +11,7 @@ import pytest
 from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.ipc import liveness
 from bagel_triton.openai.settings import ProxySettings
-from bagel_triton.triton.async_client import TritonClient
+from bagel_triton.triton.client import TritonClient
 from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 from tests.support.triton_service import TritonService, serving
 from tests.support.waiting import soon

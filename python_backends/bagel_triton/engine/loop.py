@@ -27,12 +27,10 @@ from bagel_triton.protocol.errors import (
     from_exception,
 )
 from bagel_triton.protocol.events import ProgressEvent, Stage, StageStats
+from bagel_triton.protocol.intervals import ENGINE_S, HEARTBEAT_S, LEASE_RENEWAL_S
 from bagel_triton.protocol.messages import SchedulingParams
 from bagel_triton.telemetry.metrics import ChangedGauges, Metrics, NoMetrics
 
-ENGINE_POLL_S = 0.02  # an idle engine looks for released leases and room in the KV cache
-LEASE_RENEWAL_S = 0.05  # a stage renews the leases of its waiting jobs
-HEARTBEAT_S = 1.0  # a stage shows waiting requests that it is alive
 log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
@@ -142,7 +140,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
     """
 
     stage: Stage
-    poll_s = ENGINE_POLL_S
+    poll_s = ENGINE_S
     first_on_device = False  # on a GPU, whether its work goes before that of the process's other engines
 
     def __init__(

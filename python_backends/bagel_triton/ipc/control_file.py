@@ -16,9 +16,9 @@ from typing import Protocol
 import msgspec
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.protocol.intervals import WATCH_S
 
 SERVER = "tritonserver"
-POLL_S = 0.25
 
 
 class Counters(Protocol):
@@ -82,7 +82,7 @@ def watch_control_file(
         counted = message.reloads
         if message.stopping:
             closing.set()
-        if closing.wait(POLL_S):
+        if closing.wait(WATCH_S):
             return
 
 

@@ -21,9 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from bagel_triton.protocol.intervals import TURN_S
+
 HOLDERS = 32
 ANSWER_S = 10.0
-RETRY_S = 0.01
 CREDENTIALS = struct.Struct("iII")  # process, user and group id, as SO_PEERCRED has them
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _wait_for_end(place: str) -> None:
     """Wait until the process at ``place`` has left it or died."""
     peer = _connected(place)
     if peer is None:  # the process has just left, or does not listen yet
-        time.sleep(RETRY_S)
+        time.sleep(TURN_S)
         return
     with peer, contextlib.suppress(ConnectionResetError):  # so an unaccepted connection ends
         peer.recv(1)

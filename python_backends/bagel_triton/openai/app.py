@@ -26,7 +26,7 @@ from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.request_log import HttpMetrics, RequestLog
 from bagel_triton.openai.settings import MIB, AllowedSources, HttpOptions, ProxySettings
-from bagel_triton.triton.async_client import Client, TritonClient
+from bagel_triton.triton.client import Client, TritonClient
 
 # Open without a key: the page and the API's description hold no secret (the page prompts for
 # the key), and the name of a generated file cannot be guessed.

@@ -21,7 +21,7 @@ from bagel_triton.openai.reply import ImageReply, ReplyOptions, collect, new_hea
 from bagel_triton.openai.schema import GivenFields
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, GenerationRequest, ImageRef, Modality, TextPart, Turn
-from bagel_triton.triton.async_client import Client, StageResponse
+from bagel_triton.triton.client import Client, StageResponse
 
 _MODALITIES: dict[tuple[str, ...], Modality] = {("text",): "text", ("image",): "image", ("image", "text"): "image"}
 

@@ -22,7 +22,7 @@ from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import Cancelled, ModelNotFound, Overloaded
 from bagel_triton.telemetry import tracing
-from bagel_triton.triton.async_client import Client, StageResponse
+from bagel_triton.triton.client import Client, StageResponse
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]

@@ -24,7 +24,7 @@ from bagel_triton.protocol.errors import truncate
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, PartialImageEvent, ProgressEvent
 from bagel_triton.protocol.messages import Usage as StageUsage
 from bagel_triton.protocol.request import ImageRef, TextPart, Turn
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 FILES = "/v1/images/files/"
 STORE_BYTES, STORE_S = 256 * 1024 * 1024, 600.0

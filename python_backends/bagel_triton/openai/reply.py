@@ -18,7 +18,7 @@ from bagel_triton.protocol.errors import Internal
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, Stage
 from bagel_triton.protocol.messages import Usage as StageUsage
 from bagel_triton.protocol.request import Modality
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 IMAGE_FINISH = "stop"  # an image is never cut short
 

@@ -30,7 +30,7 @@ from bagel_triton.protocol.events import (
 )
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import Turn
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 Json = dict[str, Any]
 # The API's own error codes, by HTTP status; every other is a server_error.

@@ -38,7 +38,7 @@ from bagel_triton.protocol.events import (
     Stage,
     TextEvent,
 )
-from bagel_triton.triton.async_client import StageResponse
+from bagel_triton.triton.client import StageResponse
 
 _DONE = b"data: [DONE]\n\n"
 

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from bagel_triton.protocol.errors import BagelError, Cancelled, DeadlineExceeded, StageUnavailable, from_exception
 from bagel_triton.protocol.events import Stage, StageStats
+from bagel_triton.protocol.intervals import REQUEST_S
 
-REQUEST_POLL_S = 0.05  # between two looks for a client that left, a dead stage, a deadline
 LAST_WORDS_S = 0.3  # answers of a dead process, or of another process of its stage, may still arrive
 Result = TypeVar("Result")
 
@@ -71,7 +71,7 @@ class StageCall(Generic[Result]):
             if deadline is not None and time.time() > deadline:
                 raise DeadlineExceeded(f"the request's timeout passed while it was at {self.stage}", "timeout")
             try:
-                item = self._items.get(timeout=REQUEST_POLL_S)
+                item = self._items.get(timeout=REQUEST_S)
             except queue.Empty:
                 now = time.monotonic()
                 if self.alive():

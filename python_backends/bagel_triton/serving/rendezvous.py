@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterator
 
 import bagel_triton
+from bagel_triton.protocol.intervals import RETRY_S, WATCH_S
 from bagel_triton.serving import CommandError, machine
 from bagel_triton.serving.process import log_event
 
 DEFAULT_PORT = 8092
-REPORT_S, RETRY_S, REPLY_S = 10.0, 1.0, 10.0
+REPORT_S, REPLY_S = 10.0, 10.0
 MAX_LINE = 4096
 FLAG = "--omni-master-port"
 
@@ -60,7 +61,7 @@ class Registrations:
             until = time.monotonic() + REPORT_S
             while time.monotonic() < until:  # in short waits, so that a signal ends it
                 with contextlib.suppress(queue.Empty):
-                    return self._first.get(timeout=0.2)
+                    return self._first.get(timeout=WATCH_S)
 
     def accept(self) -> None:
         """Follow every connection until the listener closes."""

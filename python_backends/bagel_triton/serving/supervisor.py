@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 
@@ -20,14 +21,16 @@ from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.ipc.control_file import SERVER, ControlFile
 from bagel_triton.ipc.prefix import SharedMemoryPrefix
 from bagel_triton.openai import http_server
-from bagel_triton.protocol.errors import StageUnavailable
+from bagel_triton.protocol.errors import BagelError, StageUnavailable
+from bagel_triton.protocol.intervals import START_S
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.process import log_event
-from bagel_triton.serving.triton_process import POLL_S, STOP_TIMEOUT_S, StartupProgress, TritonProcess, follow
+from bagel_triton.serving.triton_process import STOP_TIMEOUT_S, StartupProgress, TritonProcess, follow
 from bagel_triton.serving.watchdog import ModelRepository, RestartBudget, RestartNeeded, Watchdog
-from bagel_triton.triton import connector_test
+from bagel_triton.triton.client import TritonServer
 
 GRACE_S = 3  # for requests in flight at a shutdown, before they are aborted
+SELFTEST, SELFTEST_S = "selftest", 60.0
 LAST_S = 1  # for their last responses, before Triton ends
 
 
@@ -188,7 +191,7 @@ async def _until_ready(triton: TritonProcess, launch: Launch) -> None:
         await _until_healthy(launch)
     if {THINKER, DIT} <= launch.addresses.keys():
         try:
-            connector = await connector_test.check(launch.addresses)
+            connector = await check_connector(launch.addresses)
         except StageUnavailable as error:
             raise CommandError(error.message) from error
         print(f"  self-test: {connector} carried a pattern from {THINKER} to {DIT}", flush=True)
@@ -208,4 +211,28 @@ async def _until_healthy(launch: Launch) -> None:
             away = [model for model, ready in answer.json()["models"].items() if not ready]
             if progress.due:
                 progress.report(", ".join(f"{model} at {launch.addresses[model]}" for model in away))
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(START_S)
+
+
+async def check_connector(addresses: Mapping[str, str]) -> str:
+    """The KV connector that carried a pattern from the real thinker to the real DiT, models at gRPC ``addresses``.
+
+    Raises:
+        StageUnavailable: it did not, with the stage's reason.
+    """
+    lease = await _selftest(addresses[THINKER], THINKER, "lend")
+    return await _selftest(addresses[DIT], DIT, lease)
+
+
+async def _selftest(address: str, model: str, text: str) -> str:
+    server = TritonServer(address)
+    arrays = {SELFTEST: np.array([text.encode()], dtype=np.object_)}
+    try:
+        answer = await asyncio.to_thread(server.infer, model, arrays, [SELFTEST], "", SELFTEST_S)
+    except BagelError as error:
+        raise StageUnavailable(f"the KV connector's self-test failed at {model}: {error.message}") from error
+    finally:
+        server.close()
+    if SELFTEST not in answer:
+        raise StageUnavailable(f"the KV connector's self-test failed at {model}: it answered nothing")
+    return bytes(answer[SELFTEST].reshape(-1)[0]).decode()

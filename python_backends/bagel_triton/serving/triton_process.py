@@ -14,12 +14,12 @@ from typing import Self, TextIO
 
 import httpx
 
+from bagel_triton.protocol.intervals import FOLLOW_S, REAP_S, START_S
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import adopt_orphans, guarded
 from bagel_triton.serving.tritonserver import EXIT_TIMEOUT_S
 
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the models
-POLL_S, REAP_S, FOLLOW_S = 0.1, 0.02, 0.2
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 REPORT_EVERY_S = 10.0
 
@@ -99,7 +99,7 @@ class TritonProcess:
                     loaded = loaded_models(self._log)
                     missing = [model for model in waiting if model not in loaded]
                     progress.report(", ".join(missing) or "the server itself")
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(START_S)
         self._scratch.claim()
         self.loaded.set()
 

@@ -17,13 +17,13 @@ import httpx
 
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.protocol.intervals import RELOAD_S, WATCH_S
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import log_event
 
-POLL_S = 0.25
 MAX_TRIES, STABLE_S = 5, 10.0
-UNLOAD_TIMEOUT_S, LOAD_TIMEOUT_S, RELOAD_POLL_S = 10.0, 900.0, 0.05
+UNLOAD_TIMEOUT_S, LOAD_TIMEOUT_S = 10.0, 900.0
 
 
 class RestartBudget:
@@ -101,7 +101,7 @@ class Watchdog:
         """
         while True:
             await self.check()
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(WATCH_S)
 
     async def check(self) -> None:
         """Reload, one after the other, every stage that has lost a process and is due for a try.
@@ -175,7 +175,7 @@ class ModelRepository:
             while await self._ready(model):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{model} was not unloaded within {UNLOAD_TIMEOUT_S:g} s")
-                await asyncio.sleep(RELOAD_POLL_S)
+                await asyncio.sleep(RELOAD_S)
             await self._post(f"/v2/repository/models/{model}/load", LOAD_TIMEOUT_S)
             if not await self._ready(model):
                 raise ReloadError(f"{model} is not ready after it was loaded")

@@ -1,32 +1,219 @@
-"""Triton over gRPC, for what is on another host: one channel for each address."""
+"""The one client of Triton's gRPC: how its calls are made, and what their failures mean.
+
+:class:`TritonClient` is the proxy's, on an event loop; :class:`TritonServer` makes the same calls from threads.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import io
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
-from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+from tritonclient.utils import np_to_triton_dtype
 
-from bagel_triton.protocol.errors import BagelError, Internal, StageUnavailable, from_text
-from bagel_triton.protocol.tensors import Array, Arrays
+from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
+from bagel_triton.ipc import liveness
+from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
+from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, PartialImageEvent, decode_event
+from bagel_triton.protocol.intervals import WATCH_S
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.tensors import Arrays, to_tensors
 
 # Triton is on this host or network: a restarted one is found within a second, and
-# http_proxy of the environment is not for it.
-CHANNEL_ARGS = [
+# http_proxy of the environment is not for it. The proxy and the models limit sizes themselves.
+CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
 CALL_S = 10.0  # every call of a stage is answered at once or, a poll, after a fraction of a second
-READY_POLL_S, READY_S = 0.25, 3.0
+READY_S = 3.0
+LARGE_REQUEST = 2**20  # bytes of images
+COPIED_AT_ONCE = 2**20
+# The tag of a length-delimited field of ModelInferRequest, one for each input in their order.
+RAW_INPUT_CONTENTS = bytes((service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2,))
+_STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 _UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def rpc_failure(address: str, error: grpc.RpcError) -> tuple[BagelError, bool]:
+    """Why a call of the Triton at ``address`` failed, and whether Triton was reached: then a model's own error."""
+    answered = from_text(error.details())
+    if error.code() not in _UNREACHABLE or not isinstance(answered, Internal):
+        return answered, True
+    reason = f"{error.code().name}: {error.details()}"
+    return StageUnavailable(f"Triton at {address} cannot be reached: {reason}"), False
+
+
+@dataclass(frozen=True)
+class StageResponse:
+    """One response of ``bagel``; ``image`` [H, W, 3] comes with an image or a partial image."""
+
+    event: Event
+    image: NDArray[np.uint8] | None = None
+
+
+class ClientSettings(Protocol):
+    """Where Triton is and which of its models must be ready: the part of the proxy's settings that the client reads."""
+
+    @property
+    def triton_grpc(self) -> str: ...
+    @property
+    def silence_timeout_s(self) -> float: ...
+    @property
+    def ready_timeout_s(self) -> float: ...
+    @property
+    def models(self) -> tuple[str, ...] | None: ...
+    @property
+    def shm_prefix(self) -> str | None: ...
+    @property
+    def remote(self) -> Mapping[str, str]: ...
+
+
+class Client(Protocol):
+    """The calls of Triton that the proxy makes."""
+
+    def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        """Responses as they come, a ``DoneEvent`` last; closing it cancels the request.
+
+        ``headers`` go with it.
+
+        Raises:
+            BagelError: whatever a stage raised, or Triton is gone.
+        """
+
+    async def readiness(self) -> dict[str, bool]:
+        """Whether each model is ready.
+
+        Raises:
+            StageUnavailable: Triton cannot be reached.
+        """
+
+    async def close(self) -> None:
+        """Give the connection back."""
+
+
+class TritonClient:
+    """:class:`Client` over gRPC. Connects on first use, in the event loop that uses it."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self._settings = settings
+        self._channel: grpc.aio.Channel | None = None
+
+    def _connected(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._settings.triton_grpc, options=CHANNEL_OPTIONS)
+        return self._channel
+
+    async def generate(
+        self, request: GenerationRequest, request_id: str, headers: Mapping[str, str]
+    ) -> AsyncGenerator[StageResponse, None]:
+        # Written in a thread: each copy of a large image would hold up every other request.
+        large = sum(map(len, request.image or ())) > LARGE_REQUEST
+        message = await asyncio.to_thread(_written, request, request_id) if large else _written(request, request_id)
+        stream = self._connected().stream_stream(
+            _STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
+        )
+        responses = stream(_once(message), metadata=tuple(headers.items()))
+        del message
+        alive = self._watch()
+        last: Event | None = None
+        try:
+            # The request side is closed after one request, so Triton ends the stream
+            # when it has seen the final flag.
+            while (response := await self._next(responses, alive)) is not None:
+                last = response.event
+                yield response
+        finally:
+            responses.cancel()
+        if not isinstance(last, DoneEvent):
+            raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
+
+    def _watch(self) -> Callable[[], bool]:
+        prefix = self._settings.shm_prefix
+        return (lambda: True) if prefix is None else liveness.watch(prefix, ORCHESTRATOR)
+
+    async def _next(self, responses: Any, alive: Callable[[], bool]) -> StageResponse | None:
+        """The next response; ``None`` at the end of the stream."""
+        timeout_s = self._settings.silence_timeout_s
+        reading = asyncio.create_task(_read(responses))
+        try:
+            async with asyncio.timeout(timeout_s):
+                lived = True
+                while not (await asyncio.wait({reading}, timeout=WATCH_S))[0]:
+                    # Twice, so that what was sent before its death is still read.
+                    if not (lived or alive()):
+                        raise StageUnavailable(f"{ORCHESTRATOR} died")
+                    lived = alive()
+            if (answer := reading.result()) is None:
+                return None
+        except TimeoutError as timeout:
+            raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
+        except grpc.RpcError as broken:
+            raise rpc_failure(self._settings.triton_grpc, broken)[0] from broken
+        finally:
+            reading.cancel()
+        if answer.error_message:
+            typed = from_text(answer.error_message)
+            if isinstance(typed, Cancelled):  # not by this client, which would not be listening
+                raise StageUnavailable(f"{ORCHESTRATOR} is being stopped")
+            raise typed
+        return _decode(InferResult(answer.infer_response))
+
+    async def readiness(self) -> dict[str, bool]:
+        channel, remote, prefix = self._connected(), self._settings.remote, self._settings.shm_prefix
+        try:
+            models = await self._loaded_models(channel) if self._settings.models is None else self._settings.models
+            states = await asyncio.gather(
+                *(self._is_ready(channel, model) for model in models),
+                *(self._is_ready_at(address, model) for model, address in remote.items()),
+            )
+        except grpc.RpcError as error:
+            raise rpc_failure(self._settings.triton_grpc, error)[0] from error
+        dead = () if prefix is None else liveness.dead_stages(prefix)
+        found = zip((*models, *remote), states, strict=True)
+        return {model: ready and model not in dead for model, ready in found}
+
+    async def _loaded_models(self, channel: grpc.aio.Channel) -> tuple[str, ...]:
+        """Our models that this Triton loads, and :data:`ORCHESTRATOR` in any case.
+
+        They differ with the topology, and with the stage where each has a server of its own.
+        """
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        index = await stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=self._settings.ready_timeout_s)
+        loaded = {ORCHESTRATOR} | {model.name for model in index.models if model.state}
+        return tuple(model for model in MODELS if model in loaded)
+
+    async def _is_ready(self, channel: grpc.aio.Channel, model: str) -> bool:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.ModelReadyRequest(name=model)
+        return bool((await stub.ModelReady(request, timeout=self._settings.ready_timeout_s)).ready)
+
+    async def _is_ready_at(self, address: str, model: str) -> bool:
+        # By a connection of its own: an old one to a host that has gone and come back may stay silent.
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            try:
+                return await self._is_ready(channel, model)
+            except grpc.RpcError:
+                return False
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
 
 
 class TritonServer:
@@ -55,14 +242,12 @@ class TritonServer:
         Raises:
             BagelError: what the model answered instead.
         """
-        request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-        for name, array in arrays.items():
-            request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
-            request.raw_input_contents.append(_raw(array))
+        message, contents = _message(model, request_id, arrays)
+        message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)
         for name in outputs:
-            request.outputs.add(name=name)
+            message.outputs.add(name=name)
         metadata = tuple((headers or {}).items())
-        result = InferResult(self._call("ModelInfer", request, timeout_s, metadata))
+        result = InferResult(self._call("ModelInfer", message, timeout_s, metadata))
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
     def is_ready(self, model: str, timeout_s: float = READY_S) -> bool:
@@ -79,18 +264,16 @@ class TritonServer:
     def _call(self, method: str, request: Any, timeout_s: float, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         with self._lock:
             if self._channel is None:
-                self._channel = grpc.insecure_channel(self._address, options=CHANNEL_ARGS)
+                self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
             channel = self._channel
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             return getattr(stub, method)(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            typed = from_text(f"{self._address}: {error.details()}")
-            if not isinstance(typed, Internal) or error.code() not in _UNREACHABLE:
-                raise typed from error
-            self._replace(channel)
-            reason = f"{error.code().name}: {error.details()}"
-            raise StageUnavailable(f"Triton at {self._address} cannot be reached: {reason}") from error
+            failure, reached = rpc_failure(self._address, error)
+            if not reached:
+                self._replace(channel)
+            raise failure from error
         except ValueError as error:  # another thread has just closed the channel
             raise StageUnavailable(f"{self._address}: {error}") from error
 
@@ -155,11 +338,79 @@ class RemoteModels:
             missing = [model for model in models if not server.is_ready(model)]
             self._missed_at.update(dict.fromkeys(missing, began))
             self._missing[address] = missing
-            self._closing.wait(READY_POLL_S)
+            self._closing.wait(WATCH_S)
 
 
-def _raw(array: Array) -> bytes:
-    if array.dtype != np.object_:
-        return array.tobytes()
-    serialized = serialize_byte_tensor(array)
-    return bytes(serialized.item()) if serialized.size else b""
+async def _read(responses: Any) -> Any | None:
+    """The next message; ``None`` at the end of the stream."""
+    try:
+        return await anext(aiter(responses))
+    except StopAsyncIteration:
+        return None
+
+
+def _message(model: str, request_id: str, arrays: Arrays) -> tuple[Any, list[list[bytes]]]:
+    """Triton's protobuf message without its inputs' contents, and those contents, each in pieces."""
+    message = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    contents: list[list[bytes]] = []
+    for name, array in arrays.items():
+        message.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        if array.dtype == np.object_:
+            items: list[bytes] = array.reshape(-1).tolist()
+            contents.append([piece for item in items for piece in (len(item).to_bytes(4, "little"), item)])
+        else:
+            contents.append([array.tobytes()])
+    return message, contents
+
+
+def _written(request: GenerationRequest, request_id: str) -> bytes:
+    """``request`` as the bytes of Triton's protobuf message.
+
+    The tensors' contents are written by hand, in pieces: protobuf would copy a large image
+    several times, and hold the interpreter's lock for each copy.
+
+    Raises:
+        InvalidRequest: a value fits no tensor.
+    """
+    message, contents = _message(ORCHESTRATOR, request_id, to_tensors(request))
+    written = io.BytesIO()
+    written.write(message.SerializeToString())
+    for pieces in contents:
+        written.write(RAW_INPUT_CONTENTS + _varint(sum(map(len, pieces))))
+        for piece in pieces:
+            for start in range(0, len(piece), COPIED_AT_ONCE):
+                written.write(memoryview(piece)[start : start + COPIED_AT_ONCE])
+    return written.getvalue()
+
+
+def _varint(number: int) -> bytes:
+    """``number`` as protobuf writes a length: seven bits a byte, the lowest first."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+async def _once(message: bytes) -> AsyncIterator[bytes]:
+    yield message
+
+
+def _decode(result: InferResult) -> StageResponse | None:
+    """The typed response in ``result``; sizes are checked, as Triton may lose an output."""
+    events = result.as_numpy("event")
+    if events is None or events.size != 1:
+        raise Internal(f"a response of {ORCHESTRATOR} carries no event")
+    try:
+        event = decode_event(events.reshape(-1)[0])
+    except msgspec.DecodeError as error:
+        raise Internal(f"a response of {ORCHESTRATOR} carries an event that cannot be read: {error}") from error
+    if not isinstance(event, ImageEvent | PartialImageEvent):
+        return StageResponse(event)
+    image = result.as_numpy("generated_image")
+    shape = (event.height, event.width, 3)
+    if image is None or image.shape != shape or image.dtype != np.uint8:
+        found = "nothing" if image is None else f"{image.dtype} {list(image.shape)}"
+        raise Internal(f"generated_image should be uint8 {list(shape)} but is {found}")
+    return StageResponse(event, image)

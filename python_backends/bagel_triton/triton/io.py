@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from bagel_triton.protocol.errors import BagelError, InvalidRequest, from_exception, from_text
 from bagel_triton.protocol.events import StageStats, encode_stats
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.messages import Message, decode, encode
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.tensors import Array, Arrays
@@ -25,7 +26,6 @@ M = TypeVar("M", bound=Message)
 # Parameters that the protocol itself knows; every other one was meant as an input.
 TRITON_PARAMETERS = ("id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 Result = TypeVar("Result")
-CANCEL_POLL_S = 0.25
 _CHECKING = threading.Lock()
 log = logging.getLogger(__name__)
 
@@ -203,14 +203,14 @@ class Reply:
         self._ended, self._ending = False, threading.Lock()
 
     def cancelled(self) -> bool:
-        """Whether the client has cancelled the request, as of at most ``CANCEL_POLL_S`` ago.
+        """Whether the client has cancelled the request, as of at most ``WATCH_S`` ago.
 
         The check is a round trip to another process, over the queue that also carries responses.
         So one thread at a time makes it, seldom, and none after the last response, when Triton
         has forgotten the request.
         """
         now = time.monotonic()
-        if not self._cancelled and now - self._checked_at >= CANCEL_POLL_S:
+        if not self._cancelled and now - self._checked_at >= WATCH_S:
             self._checked_at = now
             with self._ending, _CHECKING:
                 self._cancelled = not self._ended and bool(self._sender.is_cancelled())

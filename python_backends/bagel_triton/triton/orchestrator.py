@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,13 @@ import numpy as np
 from bagel_triton.deploy.config import DeployConfig, from_environment
 from bagel_triton.ipc import control_file
 from bagel_triton.ipc.liveness import Announcement, end_when
-from bagel_triton.pipeline.in_flight import InFlight
 from bagel_triton.pipeline.pipeline import GeneratedImage, Item, PartialImage, Pipeline
-from bagel_triton.protocol.errors import Cancelled, StageUnavailable, from_exception
+from bagel_triton.protocol.errors import Cancelled, Overloaded, StageUnavailable, from_exception
 from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
-from bagel_triton.telemetry.metrics import CATALOGUE, SUPERVISOR, NoMetrics
+from bagel_triton.telemetry.metrics import CATALOGUE, SUPERVISOR, Metrics, NoMetrics
 from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
@@ -28,6 +28,40 @@ from bagel_triton.triton.stages import StageConnections, TritonStages
 
 LAST_S = 0.5  # for requests that are told to end
 STREAM = "stream"  # the input by which a client of ``bagel`` asks for one response
+
+
+class InFlight:
+    """At most ``limit`` at a time: each is ``with`` this, from whatever thread.
+
+    Raises:
+        Overloaded: there are as many already.
+    """
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit, self._metrics = limit, metrics
+        self._count, self._changed = 0, threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._count >= self._limit:
+                raise Overloaded(f"{self._limit} requests are in flight already")
+            self._add(1)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._add(-1)
+
+    def drain(self, seconds: float) -> None:
+        """Wait until none is left, but no longer than ``seconds``."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count, seconds)
+
+    def _add(self, difference: int) -> None:
+        self._count += difference
+        self._metrics.gauge("requests_active", self._count)
+        self._changed.notify_all()
 
 
 class Orchestrator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -12,12 +13,55 @@ from bagel_triton.engine.loop import Job
 from bagel_triton.ipc import control_file, liveness
 from bagel_triton.ipc.liveness import Announcement, end_when
 from bagel_triton.protocol.events import Event, Preview
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.telemetry.metrics import SUPERVISOR
 from bagel_triton.triton import io as triton_io
-from bagel_triton.triton.cancellation import DisconnectWatcher
 from bagel_triton.triton.metrics import TritonMetrics
 from bagel_triton.triton.tickets import Fetch, News, Poll, Submit, TicketAnswer, TicketStore, Work, decode_call
+
+
+class DisconnectWatcher:
+    """Aborts the jobs of clients that cancelled their call.
+
+    One thread checks all of them, since each check is a round trip to another process. Triton
+    reports a cancelled gRPC call. It does not report a closed HTTP connection (24.10), nor a
+    cancelled ensemble to a step that already runs.
+    """
+
+    def __init__(self, abort: Callable[[Job[Any, Any]], None]) -> None:
+        self._abort = abort
+        self._watched: dict[Job[Any, Any], Callable[[], bool]] = {}
+        self._lock, self._changed, self._closing = threading.Lock(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="disconnects", daemon=True)
+        self._thread.start()
+
+    def watch(self, job: Job[Any, Any], cancelled: Callable[[], bool]) -> None:
+        """Abort ``job`` when ``cancelled`` becomes true, unless it is done by then."""
+        with self._lock:
+            self._watched[job] = cancelled
+        self._changed.set()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closing.set()
+        self._changed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            with self._lock:
+                self._watched = {job: cancelled for job, cancelled in self._watched.items() if not job.done.done()}
+                watched = list(self._watched.items())
+            if not watched:
+                self._changed.wait()
+                self._changed.clear()
+            for job, cancelled in watched:
+                if not job.done.done() and cancelled():
+                    self._abort(job)
+                    with self._lock:
+                        self._watched.pop(job, None)
+            self._closing.wait(WATCH_S)
 
 
 class Engine(Protocol):

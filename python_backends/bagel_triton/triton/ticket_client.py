@@ -2,7 +2,7 @@
 
 Two threads a stage, however many requests are in flight. One makes the short calls, in
 order: submit, fetch, abort. The other polls, woken by the stage's doorbell; a bell that is lost
-costs :data:`~bagel_triton.triton.tickets.POLL_S`. Without open tickets nothing is polled.
+costs :data:`~bagel_triton.protocol.intervals.WATCH_S`. Without open tickets nothing is polled.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.errors import BagelError, Internal, StageUnavailable, from_exception, from_text
 from bagel_triton.protocol.events import Preview, StageStats
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.messages import encode
 from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.triton.tickets import (
-    POLL_S,
     Failed,
     Fetch,
     Finished,
@@ -210,7 +210,7 @@ class TicketClient:
         while not self._closing.is_set():
             self._busy.wait()
             if self._doorbell is not None:
-                self._doorbell.wait(POLL_S)
+                self._doorbell.wait(WATCH_S)
             with self._lock:
                 opened = dict(self._open)
                 if not opened:
@@ -218,7 +218,7 @@ class TicketClient:
                     continue
                 newest = self._newest
             submitted = [number for number, one in opened.items() if one.submitted]
-            wait_s = 0.0 if self._doorbell is not None else POLL_S
+            wait_s = 0.0 if self._doorbell is not None else WATCH_S
             try:
                 answer, _ = self._exchange(Poll(self._owner, self._cursor, tuple(opened), newest, wait_s), [], {})
                 if answer.news is None:

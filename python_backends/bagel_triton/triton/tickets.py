@@ -28,10 +28,10 @@ import numpy as np
 
 from bagel_triton.protocol.errors import BagelError, InvalidRequest, StageUnavailable, from_exception
 from bagel_triton.protocol.events import Event, PartialImageEvent, Preview, StageStats
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.messages import Message, SchedulingParams
 from bagel_triton.protocol.tensors import Array, Arrays
 
-POLL_S = 0.25  # the longest time between two polls while a ticket is open
 OWNER_SILENCE_S = 10.0  # an owner that has not polled for so long has given its tickets up
 INLINE_BYTES = 16 << 10  # a larger result waits for a fetch, which Triton carries in shared memory
 log = logging.getLogger(__name__)
@@ -341,9 +341,9 @@ class TicketStore:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._changed.wait(POLL_S if self._owners else None)
+            self._changed.wait(WATCH_S if self._owners else None)
             self._changed.clear()
-            self._closing.wait(POLL_S)
+            self._closing.wait(WATCH_S)
             self._expire(time.monotonic())
 
     def _expire(self, now: float) -> None:

@@ -13,7 +13,7 @@ from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.pipeline.stage_call import StageCall
 from bagel_triton.protocol.tensors import Array
 from bagel_triton.triton import io as triton_io
-from bagel_triton.triton.client import CHANNEL_ARGS, RemoteModels
+from bagel_triton.triton.client import CHANNEL_OPTIONS, RemoteModels
 from bagel_triton.triton.ticket_client import Doorbell, TicketClient
 
 WORKER, STREAM = "hop_worker", "hop_stream"
@@ -47,7 +47,7 @@ def by_stream(address: str) -> Hop:
         for name in ("event", "y"):
             request.outputs.add(name=name)
         y = None
-        with grpc.insecure_channel(address, options=CHANNEL_ARGS) as channel:
+        with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             stream = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request]))
             for answer in stream:
                 response = answer.infer_response

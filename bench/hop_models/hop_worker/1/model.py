@@ -11,8 +11,7 @@ from bagel_triton.protocol.events import Event, ProgressEvent
 from bagel_triton.protocol.messages import SchedulingParams
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.triton import io as triton_io
-from bagel_triton.triton.cancellation import DisconnectWatcher
-from bagel_triton.triton.stage_model import StageModel
+from bagel_triton.triton.stage_model import DisconnectWatcher, StageModel
 from bagel_triton.triton.tickets import TicketStore, Work
 
 

@@ -25,6 +25,7 @@ from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.upload import wait_for_stream
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.errors import Overloaded
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.messages import (
     Branch,
     BranchKV,
@@ -39,7 +40,6 @@ from bagel_triton.protocol.messages import (
 )
 from bagel_triton.telemetry.metrics import Metrics
 
-GAUGE_S = 0.25  # between two counts of the KV cache's blocks
 ThinkerJob = Job[Plan, ThinkerOutput]
 
 
@@ -224,7 +224,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         leases.reclaim()
         self.gauge("kv_leases", len(leases))
         now = time.monotonic()
-        if now - self._counted_at > GAUGE_S or not self._running:
+        if now - self._counted_at > WATCH_S or not self._running:
             self._counted_at = now
             self.gauge("kv_blocks_cached", self._prefixes.blocks)
             self.gauge("kv_blocks_used", self.blocks_used)

@@ -19,7 +19,7 @@ from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, S
 from bagel_triton.protocol.events import encode_event
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.protocol.tensors import from_tensors
-from bagel_triton.triton.async_client import StageResponse, TritonClient
+from bagel_triton.triton.client import StageResponse, TritonClient
 from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 
 Script = list[Any]
@@ -155,8 +155,8 @@ def test_a_stages_error_arrives_as_what_it_was() -> None:
         ([refusal("something else")], Internal, "something else"),
         ([refusal("Server not ready")], StageUnavailable, "Server not ready"),
         ([refusal("Cancelled(): the client cancelled the request")], StageUnavailable, "bagel is being stopped"),
-        ([grpc.StatusCode.UNAVAILABLE], StageUnavailable, "cannot be reached: gone"),
-        ([grpc.StatusCode.CANCELLED], StageUnavailable, "cannot be reached: gone"),
+        ([grpc.StatusCode.UNAVAILABLE], StageUnavailable, "cannot be reached: UNAVAILABLE: gone"),
+        ([grpc.StatusCode.CANCELLED], StageUnavailable, "cannot be reached: CANCELLED: gone"),
         ([grpc.StatusCode.INTERNAL], Internal, "gone"),
         ([wire(IMAGE)], Internal, "without its last event"),
         ([], Internal, "without its last event"),

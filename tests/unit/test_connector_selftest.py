@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from bagel_triton.protocol.errors import StageUnavailable
-from bagel_triton.triton import connector_test
+from bagel_triton.serving import supervisor
+from bagel_triton.serving.supervisor import check_connector
 from tests.support.triton_service import TritonService, serving
 
 
@@ -26,7 +27,7 @@ def address(triton: TritonService) -> Iterator[str]:
 
 
 def _check(address: str) -> str:
-    return asyncio.run(connector_test.check({"thinker": address, "dit": address}))
+    return asyncio.run(check_connector({"thinker": address, "dit": address}))
 
 
 def test_the_dit_reads_what_the_thinker_lent(triton: TritonService, address: str) -> None:
@@ -38,7 +39,7 @@ def test_a_dit_elsewhere_is_asked_there(triton: TritonService, address: str) -> 
     other = TritonService()
     other.answers = {"dit": "mooncake"}
     with serving(other) as elsewhere:
-        assert asyncio.run(connector_test.check({"thinker": address, "dit": elsewhere})) == "mooncake"
+        assert asyncio.run(check_connector({"thinker": address, "dit": elsewhere})) == "mooncake"
     assert other.asked == [("dit", "a lease")]
 
 
@@ -62,7 +63,7 @@ def test_nothing_there_fails() -> None:
 
 
 def test_no_answer_fails(triton: TritonService, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connector_test, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(supervisor, "SELFTEST_S", 0.1)
     triton.answers_after_s = 0.5
     with pytest.raises(StageUnavailable, match=r"self-test failed at thinker: .* DEADLINE_EXCEEDED"):
         _check(address)
