@@ -17,7 +17,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 
-from bagel_triton.ipc import prefix as shared_memory
+from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.serving import machine, tritonserver
 from bench.figure import Figure
 from bench.setting import Setting

@@ -27,7 +27,7 @@ from bagel_triton.engine.build import StageResources, build_decoder, build_dit, 
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine
 from bagel_triton.engine.vae import DecoderEngine
-from bagel_triton.ipc.prefix import SharedMemoryPrefix
+from bagel_triton.ipc.shm import SharedMemoryPrefix
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.device import DTYPES, resolve

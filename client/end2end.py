@@ -26,7 +26,7 @@ from bagel_triton.protocol.errors import BagelError, InvalidRequest
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ProgressEvent
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.serving import CommandError, flags, memory
-from bagel_triton.serving.arguments import add_deploy_config, add_revision, checkpoint, deploy_file
+from bagel_triton.serving.flags import add_deploy_config, add_revision, checkpoint, deploy_file
 
 # Heavy modules are imported after the arguments are checked: --help must not wait for torch.
 if TYPE_CHECKING:

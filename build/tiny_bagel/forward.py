@@ -18,9 +18,8 @@ from torch import Tensor
 
 from bagel_triton.model.autoencoder import pack_latents
 from bagel_triton.model.bagel import Bagel, grid_index
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.image import patchified
-from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.model.tokenizer import Tokenizer
 from build.tiny_bagel.data import Piece, Sample, vit_pixels
 from build.tiny_bagel.world import render

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from bagel_triton.serving.arguments import TOY
+from bagel_triton.serving.flags import TOY
 from bagel_triton.serving.machine import source_file
 from build.tiny_bagel import texts
 from build.tiny_bagel.world import Scene, Thing, recognise

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.batch import PackedBatch
-from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.mot import PackedBatch, rotary_tables
 from tests.support.naive import NaiveContext, NaiveKV
 
 

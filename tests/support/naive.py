@@ -10,9 +10,8 @@ from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan, SequenceKV
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.flow import denoise, initial_noise
-from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.messages import Branch, FlowSettings
 
 KeysValues = tuple[Tensor, Tensor]

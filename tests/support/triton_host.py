@@ -13,7 +13,7 @@ import httpx
 import msgspec
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.ipc import prefix as shared_memory
+from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.serving import machine, tritonserver
 
 START_S, STOP_S = 180, 30

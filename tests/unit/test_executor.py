@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.cpu import executor, thread_pool
 from bagel_triton.model.cpu.executor import CpuExecutor, tiles_of
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
+from bagel_triton.model.mot import PackedBatch
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.batches import NewTokens, make_batch, sequence
 from tests.support.exact import assert_same

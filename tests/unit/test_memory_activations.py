@@ -13,13 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.autoencoder import Autoencoder, decode, encode
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Placement
-from bagel_triton.model.mot import Transformer, rotary_tables
+from bagel_triton.model.mot import PackedBatch, Transformer, rotary_tables
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.serving import memory_plan as activations
 

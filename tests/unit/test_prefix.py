@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bagel_triton.ipc.prefix import SharedMemoryPrefix, SharedMemoryUnavailable, sweep_leftovers
+from bagel_triton.ipc.shm import SharedMemoryPrefix, SharedMemoryUnavailable, sweep_leftovers
 
 CLAIM_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from bagel_triton.ipc.prefix import SharedMemoryPrefix
+from bagel_triton.ipc.shm import SharedMemoryPrefix
 directory = Path(sys.argv[1])
 shared = SharedMemoryPrefix(directory)
 (directory / f"{shared.prefix}_kv").write_bytes(b"x")

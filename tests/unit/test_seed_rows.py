@@ -17,7 +17,7 @@ import yaml
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.yaml import Platform
-from bagel_triton.serving import arguments, flags, rendezvous, serve
+from bagel_triton.serving import flags, rendezvous, serve
 from tests.unit.test_serving_flags import Parser, Refused
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_a_command_that_serves(row: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert rendezvous.master_of(args.omni_master_address, args.omni_master_port, args.stage_id) == (
         ("127.0.0.1", 8091) if options.omni_master_address else None
     )
-    check(row, arguments.deploy_file(args.deploy_config), flags.flags_of(args))
+    check(row, flags.deploy_file(args.deploy_config), flags.flags_of(args))
 
 
 @rows("config")
@@ -158,7 +158,7 @@ def test_a_command_of_the_offline_script(
         assert row["refused"] in capsys.readouterr().err
         return
     args = script.arguments(words)
-    resolved(arguments.deploy_file(args.deploy_config), flags.flags_of(args), "cpu")
+    resolved(flags.deploy_file(args.deploy_config), flags.flags_of(args), "cpu")
 
 
 @rows("client")

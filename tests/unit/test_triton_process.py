@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bagel_triton.serving import triton_process
-from bagel_triton.serving.triton_process import Scratch, StartupProgress
+from bagel_triton.serving import tritonserver
+from bagel_triton.serving.tritonserver import Scratch, StartupProgress
 
 LOADED = "I1120 22:41:25.578660 4642 model_lifecycle.cc:839] \"successfully loaded 'dit'\"\n"
 FAILED = (
@@ -37,20 +37,20 @@ LOADER = "stub: error while loading shared libraries: libx.so.1: cannot open sha
 def test_the_reason_of_a_failure(tmp_path: Path, text: str, reason: str | None):
     log = tmp_path / "log"
     log.write_text(text)
-    assert triton_process.failure(log) == reason
+    assert tritonserver.failure(log) == reason
 
 
 def test_loaded_models(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text(LOADED + FAILED)
-    assert triton_process.loaded_models(log) == {"dit"}
+    assert tritonserver.loaded_models(log) == {"dit"}
 
 
 def test_a_slow_start_reports_every_ten_seconds_what_is_missing_by_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(triton_process.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(tritonserver.time, "monotonic", lambda: clock.now)
     progress = StartupProgress()
     for second in range(1, 24):
         clock.now = 100.0 + second

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.ipc.prefix import SharedMemoryPrefix, sweep_leftovers
-from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.ipc.shm import SHM_DIRECTORY, SharedMemoryPrefix, sweep_leftovers
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.shm import WeightStore

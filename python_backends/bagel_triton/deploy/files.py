@@ -1,13 +1,14 @@
-"""Deploy files on disk: presets, and files that are based on others."""
+"""Deploy files on disk: presets, files that are based on others, and files in the older form."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bagel_triton.deploy import located
+from bagel_triton.deploy import located, vocabulary
 from bagel_triton.deploy.located import Node, Problems
-from bagel_triton.deploy.stage_configs import converted
+from bagel_triton.deploy.vocabulary import COUNT, Count, Fields, Neutral, Setting
 from bagel_triton.protocol.errors import format_value
 
 PRESETS = ("bagel", "bagel_think", "bagel_single_stage", "bagel_two_hosts", "bagel_multiconnector")
@@ -72,3 +73,104 @@ def refuse_repeated_stages(root: Node, problems: Problems) -> None:
         if key in seen:
             problems.add(stage_id, f"={key} is there already, in line {seen[key].origin.line}")
         seen.setdefault(key, stage_id)
+
+
+# The older form: ``stage_args`` with ``engine_args`` and ``runtime``. Values keep their lines and names, so errors
+# are about what was written; only the shape is checked here.
+
+EDGE: Fields = {
+    "from": Neutral("the only edge is from stage 0 to stage 1", (0,)),
+    "to": Neutral("the only edge is from stage 0 to stage 1", (1,)),
+    "window_size": vocabulary.TOP["window_size"],
+    "max_inflight": vocabulary.TOP["max_inflight"],
+}
+DEFAULTS: Fields = {name: EDGE[name] for name in ("window_size", "max_inflight")}
+RUNTIME: Fields = {
+    **DEFAULTS,
+    "enabled": Neutral("", (True, False)),
+    "defaults": Setting(dict[str, Any], "a mapping", "of the edges"),
+    "connectors": vocabulary.TOP["connectors"],
+    "edges": Setting(list, "a list of {from: 0, to: 1}", "between stages"),
+    "shm_threshold_bytes": vocabulary.TOP["shm_threshold_bytes"],
+}
+STAGE_RUNTIME: Fields = {
+    "devices": Setting(object, "a device", "becomes stages[].devices"),
+    "max_batch_size": Setting(Count, COUNT, "becomes stages[].max_num_seqs"),
+    "num_replicas": vocabulary.STAGE["num_replicas"],
+    "process": Neutral("each stage is a process, unless the pipeline has but one", (True,)),
+}
+
+
+def converted(root: Node, problems: Problems, notes: list[str]) -> Node:
+    """``root`` in today's form; itself if it is."""
+    if not isinstance(root.value, dict):
+        return root
+    top = dict(root.value)
+    old = top.pop("stage_args", None)
+    if old is not None and "stages" in top:
+        problems.add(old, f" and stages ({top['stages'].origin}) are the same in two forms; keep one")
+    elif old is not None:
+        top["stages"] = old
+    runtime = top.pop("runtime", None)
+    if runtime is not None:
+        top |= _runtime(runtime, top, problems, notes)
+    stages = top.get("stages")
+    if stages is not None and isinstance(stages.value, list):
+        top["stages"] = replace(stages, value=[_stage(stage, problems, notes) for stage in stages.value])
+        if old is not None and "pipeline" not in top and _is_single(stages):
+            top["pipeline"] = Node("bagel_single_stage", stages.origin, stages.path)
+    return replace(root, value=top)
+
+
+def _runtime(runtime: Node, top: dict[str, Node], problems: Problems, notes: list[str]) -> dict[str, Node]:
+    found = vocabulary.check(runtime, RUNTIME, problems, notes)
+    if "defaults" in found:
+        vocabulary.check(found["defaults"], DEFAULTS, problems, notes)
+    for edge in found["edges"].items if "edges" in found else ():
+        vocabulary.check(edge, EDGE, problems, notes)
+    if "connectors" not in found:
+        return {}
+    if "connectors" in top:
+        problems.add(found["connectors"], f" and connectors ({top['connectors'].origin}) are the same; keep one")
+        return {}
+    return {"connectors": found["connectors"]}
+
+
+def _stage(stage: Node, problems: Problems, notes: list[str]) -> Node:
+    if not isinstance(stage.value, dict):
+        return stage
+    fields = dict(stage.value)
+    engine, runtime = fields.pop("engine_args", None), fields.pop("runtime", None)
+    lifted: list[tuple[str, Node]] = []
+    if engine is not None:
+        if isinstance(engine.value, dict):
+            lifted += engine.value.items()
+        elif engine.value is not None:
+            problems.add(engine, " is not a mapping of fields")
+    size = fields.pop("max_batch_size", None)
+    if runtime is not None and runtime.value is not None:
+        found = vocabulary.check(runtime, STAGE_RUNTIME, problems, notes)
+        size = found.pop("max_batch_size", size)
+        lifted += found.items()
+    for name, node in lifted:
+        if name in fields:
+            problems.add(node, f" is there already, in line {fields[name].origin.line}")
+        fields[name] = node
+    if size is not None and "max_num_seqs" not in fields:
+        fields["max_num_seqs"] = size
+    return replace(stage, value=fields)
+
+
+def _is_single(stages: Node) -> bool:
+    """Whether the only stage is a DiT, which then has every engine."""
+    if len(stages.items) != 1:
+        return False
+    stage = stages.items[0].mapping
+    engine = stage["engine_args"].mapping if "engine_args" in stage else {}
+    told = {**engine, **stage}
+    if "stage_id" in told and told["stage_id"].value != 0:
+        return False
+    return any(
+        name in told and told[name].value == value
+        for name, value in (("model_stage", "dit"), ("stage_type", "diffusion"))
+    )

@@ -8,7 +8,7 @@ import msgspec
 
 from bagel_triton.deploy import vocabulary
 from bagel_triton.deploy.connector import NAMES, OPTIONS
-from bagel_triton.deploy.stage_configs import DEFAULTS, EDGE, RUNTIME, STAGE_RUNTIME
+from bagel_triton.deploy.files import DEFAULTS, EDGE, RUNTIME, STAGE_RUNTIME
 from bagel_triton.deploy.vocabulary import Field, Fields, Neutral
 from bagel_triton.protocol.request import FIELD_TYPES, RequestField
 

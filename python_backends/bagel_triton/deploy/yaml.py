@@ -15,10 +15,9 @@ from typing import Any, Literal
 from bagel_triton.deploy import located, vocabulary
 from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.deploy.connector import connector_fields
-from bagel_triton.deploy.files import refuse_repeated_stages, with_bases
+from bagel_triton.deploy.files import converted, refuse_repeated_stages, with_bases
 from bagel_triton.deploy.hosts import check_address
 from bagel_triton.deploy.located import Node, Origin, Problems
-from bagel_triton.deploy.stage_configs import converted
 from bagel_triton.deploy.topology import BAGEL, TOPOLOGIES, Topology
 from bagel_triton.protocol.errors import format_value
 from bagel_triton.protocol.request import REQUEST_FIELDS

@@ -1,13 +1,18 @@
-"""The device and precision of a stage."""
+"""The device and precision of a stage, and how the transformer runs there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from bagel_triton.model.attention import attention_kernel
+from bagel_triton.model.cpu.executor import CpuExecutor
+from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.cuda.executor import CudaExecutor
+from bagel_triton.model.mot import PackedBatch, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,3 +83,18 @@ def is_lost(device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+class Forward(Protocol):
+    """Hidden states before the final norm: [tokens, hidden] -> same shape, which may be the embeddings' memory.
+
+    ``kv`` is a :class:`~bagel_triton.model.attention.StepKV`, on a CPU a
+    :class:`~bagel_triton.model.attention.SequenceKV`.
+    """
+
+    def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: Any) -> Tensor: ...
+
+
+def forward_on(device: torch.device, transformer: Transformer, pool: ThreadPool) -> Forward:
+    """The executor for ``device``; ``pool`` is a CPU's."""
+    return CudaExecutor(transformer) if on_gpu(device) else CpuExecutor(transformer, pool)

@@ -12,7 +12,7 @@ from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError
 from bagel_triton.deploy.files import PRESETS
 from bagel_triton.deploy.yaml import Deployment
-from bagel_triton.serving import CommandError, arguments, flags
+from bagel_triton.serving import CommandError, flags
 
 _INTERNAL = ("checkpoint", "shm_prefix", "stage_id")  # the server's own
 _WIDTH = 48  # of a line before its origin, unless it is longer
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(schema(), indent=2))
         return 0
     try:
-        deployment = deploy_yaml.resolve(arguments.deploy_file(args.file), "", flags.flags_of(args))
+        deployment = deploy_yaml.resolve(flags.deploy_file(args.file), "", flags.flags_of(args))
     except ConfigError as error:
         raise CommandError(str(error)) from error
     if args.json:

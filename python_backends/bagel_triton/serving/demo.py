@@ -17,7 +17,7 @@ from types import FrameType
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bagel_triton.serving import CommandError, arguments
+from bagel_triton.serving import CommandError, flags
 from bagel_triton.serving.machine import source_file
 from bagel_triton.serving.process import ServerNotStarted, running
 
@@ -44,7 +44,7 @@ class _Failed(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    arguments.add_checkpoint(parser, optional=True)
+    flags.add_checkpoint(parser, optional=True)
     drawing = "a red circle on a blue background"
     parser.add_argument("--prompt", default=drawing, help="image to draw (default: %(default)s)")
     parser.add_argument("--edit", default="make the circle yellow", help="change of that image (default: %(default)s)")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """
     signal.signal(signal.SIGTERM, _exit)  # so that the server is stopped then too
     _check_output(args.output)
-    checkpoint = arguments.checkpoint(args.checkpoint, args.revision)
+    checkpoint = flags.checkpoint(args.checkpoint, args.revision)
     _resolve_image(args, checkpoint)
     with tempfile.TemporaryDirectory(prefix="bagel_triton_demo_") as folder:
         try:

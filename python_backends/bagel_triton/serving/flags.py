@@ -1,6 +1,6 @@
-"""Flags of ``vllm serve`` on ``serve`` and ``config``: those that override the deploy file, and all others by name.
+"""What several commands take: the checkpoint, the deploy file, and the flags of ``vllm serve`` that override it.
 
-A flag is the field of the same name, for every stage that has it, and is checked by the same declaration.
+All is checked before anything starts. A flag of ``vllm serve`` is the field of the same name, for every stage that has it, and is checked by the same declaration.
 Flags without a field are taken where they change nothing, and refused with what to do instead.
 """
 
@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from msgspec import Meta
 
 from bagel_triton.deploy import vocabulary
+from bagel_triton.deploy.files import PRESETS, preset
 from bagel_triton.deploy.located import Node, Origin, Problems, merged, of_value
 from bagel_triton.deploy.vocabulary import Field, Fields, Neutral, Setting
 from bagel_triton.deploy.yaml import NO_FLAGS, Flags
+from bagel_triton.serving import CommandError
+from bagel_triton.serving.machine import source_file
 
 # The settings that --help lists, with what a value is called.
 LISTED = {
@@ -80,6 +84,80 @@ _JSON = {
     "stage_overrides": 'fields by stage, such as \'{"1": {"max_num_seqs": 4}}\'',
     "default_sampling_params": "request fields that a request leaves out, as JSON; by stage, or for all",
 }
+TOY = "build/tiny_bagel/checkpoint"  # small, trained, shipped with the package
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Declare the positional argument CHECKPOINT and ``--revision``, for :func:`checkpoint`.
+
+    Where it is ``optional``, the toy is the default.
+    """
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?" if optional else None,
+        help="folder of the checkpoint, or its name at the Hugging Face hub (ByteDance-Seed/BAGEL-7B-MoT): taken from "
+        "the cache, or downloaded to it" + ("; without it, a toy that comes with this package" if optional else ""),
+    )
+    add_revision(parser)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--revision``, for :func:`checkpoint`."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub's checkpoint (default: main)")
+
+
+def checkpoint(given: str | None, revision: str | None = None) -> Path:
+    """The folder that ``given`` names, with every file of a checkpoint, downloaded where it has to be; or the toy's.
+
+    Raises:
+        CommandError: says what is wrong and how to get the checkpoint.
+    """
+    from bagel_triton.model.config import CheckpointError
+    from bagel_triton.weights.folder import check_folder
+    from bagel_triton.weights.hub import find_checkpoint
+
+    try:
+        folder = source_file(TOY) if given is None else find_checkpoint(given, revision)
+        check_folder(folder)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:  # such as a folder that this user may not read
+        raise CommandError(f"checkpoint {given}: {error.filename}: {error.strerror}") from error
+    return folder
+
+
+def add_deploy_config(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--deploy-config``, for :func:`deploy_file`."""
+    parser.add_argument(
+        "--deploy-config",
+        "--stage-configs-path",
+        metavar="YAML",
+        help=f"topology and limits of the stages: a file, or one of {', '.join(PRESETS)} (default: bagel)",
+    )
+
+
+def deploy_file(given: str | None) -> Path | None:
+    """The file that ``--deploy-config`` names, a preset's or one's own; None where it is not given."""
+    if given is None:
+        return None
+    path = Path(given)
+    return path if path.is_file() else preset(given) or path
+
+
+def host_port(flag: str, given: str) -> str:
+    """HOST:PORT as ``given``, with or without ``http://`` or ``grpc://`` before it.
+
+    Raises:
+        CommandError: it has no host or no port; names ``flag``.
+    """
+    address = given.partition("://")[2].rstrip("/") if "://" in given else given
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not bracketed) or not port.isdigit() or not 0 < int(port) < 65536:
+        hint = f", such as {address}:8001" if address and ":" not in address else ""
+        raise CommandError(f"{flag}={given} is not allowed; allowed: HOST:PORT of Triton's gRPC{hint}")
+    return address
 
 
 def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) -> None:

@@ -18,7 +18,7 @@ from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.protocol.validation import resolve_flow
-from bagel_triton.serving import CommandError, arguments, flags
+from bagel_triton.serving import CommandError, flags
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    arguments.add_checkpoint(parser)
-    arguments.add_deploy_config(parser)
+    flags.add_checkpoint(parser)
+    flags.add_deploy_config(parser)
     parser.add_argument(
         "--max-model-len", type=int, metavar="N", help="tokens of the KV cache pool (thinker.kv_tokens)"
     )
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the checkpoint or an argument is wrong, or the device does not answer.
     """
-    folder = arguments.checkpoint(args.checkpoint, args.revision)
+    folder = flags.checkpoint(args.checkpoint, args.revision)
 
     from bagel_triton.serving import memory_plan as memory
     from bagel_triton.weights.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
     """The deploy YAML's configuration, or the default one, changed by the arguments."""
     from bagel_triton.deploy import yaml as deploy_yaml
 
-    path = arguments.deploy_file(args.deploy_config)
+    path = flags.deploy_file(args.deploy_config)
     config = deploy_yaml.resolve(path, str(folder), flags.flags_of(args)).config
     changes: dict[str, Any] = {}
     if args.max_model_len is not None:

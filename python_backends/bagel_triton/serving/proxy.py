@@ -12,7 +12,7 @@ from bagel_triton.openai import http_server
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import MIB, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
-from bagel_triton.serving import CommandError, arguments
+from bagel_triton.serving import CommandError, flags
 from bagel_triton.serving.machine import LOOPBACK
 
 SHUTDOWN_GRACE_S = 5
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: an argument is not allowed, or the port is busy.
     """
-    triton = arguments.host_port("--triton-grpc", args.triton_grpc)
+    triton = flags.host_port("--triton-grpc", args.triton_grpc)
     try:
         options = http_options(args)
         http_server.check_tls(options)

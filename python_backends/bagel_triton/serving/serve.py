@@ -20,11 +20,11 @@ from bagel_triton.deploy import hosts
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import ConnectorChoice, choose
-from bagel_triton.ipc import prefix as shared_memory
+from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.protocol.errors import format_value
-from bagel_triton.serving import CommandError, arguments, flags, machine, memory, rendezvous, tritonserver
+from bagel_triton.serving import CommandError, flags, machine, memory, rendezvous, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import Stopped, StopSignals, log_event
 from bagel_triton.telemetry import tracing
@@ -96,7 +96,7 @@ class Addresses:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments, one per field of :class:`ServeOptions`."""
-    arguments.add_checkpoint(parser)
+    flags.add_checkpoint(parser)
     parser.add_argument("--host", default=LOOPBACK, help="address of the OpenAI API (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8091, help="its port, 0 for a free one (default: %(default)s)")
     for protocol in ("http", "grpc", "metrics"):
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the deploy YAML's, or auto)")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the deploy YAML's, or auto)")
-    arguments.add_deploy_config(parser)
+    flags.add_deploy_config(parser)
     parser.add_argument("--stage-id", metavar="N", type=int, help="serve this stage only; others are at their address")
     parser.add_argument("--headless", action="store_true", help="no OpenAI API, for a stage that stage 0 calls")
     parser.add_argument("-oma", "--omni-master-address", metavar="HOST", help="stage 0's host, where stage 1 registers")
@@ -163,7 +163,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         machine.check_port(f"--{name.replace('_', '-')}", getattr(options, name))
     repository = _model_repository(options)
     deployment = _configuration(options)  # before a download, which takes long
-    checkpoint = arguments.checkpoint(options.checkpoint, options.revision)
+    checkpoint = flags.checkpoint(options.checkpoint, options.revision)
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
     with (
         _registered(options, config) as config,
@@ -253,7 +253,7 @@ def _configuration(options: ServeOptions) -> deploy_yaml.Deployment:
     """The deploy file's configuration, or the default one; the command line's options come before the file's."""
     master = _master(options)
     try:
-        path = arguments.deploy_file(options.deploy_config)
+        path = flags.deploy_file(options.deploy_config)
         found = deploy_yaml.resolve(path, options.checkpoint, options.overrides)
         if master is None:
             config = hosts.on_this_host(found.config, options.stage_id, options.host_address, options.headless)

@@ -19,13 +19,13 @@ from starlette.applications import Starlette
 
 from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.ipc.control_file import SERVER, ControlFile
-from bagel_triton.ipc.prefix import SharedMemoryPrefix
+from bagel_triton.ipc.shm import SharedMemoryPrefix
 from bagel_triton.openai import http_server
 from bagel_triton.protocol.errors import BagelError, StageUnavailable
 from bagel_triton.protocol.intervals import START_S
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.process import log_event
-from bagel_triton.serving.triton_process import STOP_TIMEOUT_S, StartupProgress, TritonProcess, follow
+from bagel_triton.serving.tritonserver import STOP_TIMEOUT_S, StartupProgress, TritonProcess, follow
 from bagel_triton.serving.watchdog import ModelRepository, RestartBudget, RestartNeeded, Watchdog
 from bagel_triton.triton.client import TritonServer
 

@@ -18,15 +18,13 @@ from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.kv.varlen import WorkspacePart, WorkspaceVarlenStep
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.upload import Paced, Upload, wait_for_stream
-from bagel_triton.model.device import on_gpu
+from bagel_triton.model.device import forward_on, on_gpu
 from bagel_triton.model.flow import get_timesteps, initial_noise
-from bagel_triton.model.forward import forward_on
-from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.errors import InvalidRequest, LeaseError
 from bagel_triton.protocol.events import PartialImageEvent, Preview, ProgressEvent
 from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry, KVHandle

@@ -19,16 +19,14 @@ from bagel_triton.kv.varlen import PagedKeys, PoolStep
 from bagel_triton.model.attention import QuerySpan, attention_kernel
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInputs
 from bagel_triton.model.cuda.upload import Upload
-from bagel_triton.model.device import on_gpu
-from bagel_triton.model.forward import forward_on
+from bagel_triton.model.device import forward_on, on_gpu
 from bagel_triton.model.image import normalised
-from bagel_triton.model.mot import rotary_tables
+from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
 from bagel_triton.telemetry.metrics import Metrics
 

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
-from bagel_triton.model.batch import PackedBatch
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu.row_stable import add_linear, linear, rms_norm, rotate, silu_product
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
-from bagel_triton.model.mot import MLP, Expert, Layer, Transformer
+from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Transformer
 
 MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
 MIN_TILE_ROWS = 64  # fewer are not worth a thread

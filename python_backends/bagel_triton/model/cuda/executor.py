@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bagel_triton.model.attention import StepKV
-from bagel_triton.model.batch import PackedBatch
-from bagel_triton.model.mot import Expert, Layer, Transformer
+from bagel_triton.model.mot import Expert, Layer, PackedBatch, Transformer
 
 
 @dataclass(frozen=True)
