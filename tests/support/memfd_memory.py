@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from bagel_triton.ipc.cuda_memory import NotShareable
-from bagel_triton.weights.device import DeviceWeights
 from bagel_triton.weights.files import map_read_only
+from bagel_triton.weights.sharing import DeviceWeights
 from tests.support.weights import CPU
 
 
 @dataclass(frozen=True)
 class MemfdMemory:
-    """A :class:`~bagel_triton.weights.device.DeviceMemory` of this machine's CPU, and what goes wrong with it.
+    """A :class:`~bagel_triton.weights.sharing.DeviceMemory` of this machine's CPU, and what goes wrong with it.
 
     ``gate`` is a file that appears when a copy to the device is about to be complete, and
     that the test removes to let it be.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import FileIdentity
-from bagel_triton.weights.shm import WeightStore
+from bagel_triton.weights.sharing import WeightStore
 from bench.process_memory import ProcessMemory
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-a"

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bagel_triton.model.config import CheckpointError
 from bagel_triton.weights.checkpoint import Checkpoint
-from bagel_triton.weights.device import on_device
-from bagel_triton.weights.shm import WeightStore
+from bagel_triton.weights.sharing import WeightStore, on_device
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 CPU = torch.device("cpu")

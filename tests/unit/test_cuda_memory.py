@@ -16,7 +16,7 @@ from torch import Tensor
 from bagel_triton.ipc import cuda_memory
 from bagel_triton.ipc.cuda_memory import CudaBytes, CudaMemory, NotShareable, why_not
 from bagel_triton.serving import memory
-from bagel_triton.weights.device import DeviceWeights
+from bagel_triton.weights.sharing import DeviceWeights
 from tests.support.fake_cuda_driver import CAPACITY, GRANULARITY, FakeCudaDriver
 from tests.support.weights import FILES, sources
 

@@ -16,9 +16,7 @@ import torch
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.weights.checkpoint import Checkpoint
-from bagel_triton.weights.device import DeviceWeights
-from bagel_triton.weights.sharing import shared_weights
-from bagel_triton.weights.shm import WeightStore
+from bagel_triton.weights.sharing import DeviceWeights, WeightStore, shared_weights
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.kv_process import Peer, peer

@@ -21,7 +21,7 @@ from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.ipc.shm import SHM_DIRECTORY, SharedMemoryPrefix, sweep_leftovers
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.checkpoint import Checkpoint
-from bagel_triton.weights.shm import WeightStore
+from bagel_triton.weights.sharing import WeightStore
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.forkserver import FORKSERVER

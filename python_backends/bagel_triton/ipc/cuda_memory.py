@@ -28,7 +28,7 @@ class NotShareable(RuntimeError):
 
 
 class CudaMemory:
-    """Memory of ``device``, a :class:`~bagel_triton.weights.device.DeviceMemory`."""
+    """Memory of ``device``, a :class:`~bagel_triton.weights.sharing.DeviceMemory`."""
 
     alignment = 512  # of torch's own allocator; matrix kernels are chosen by the alignment they find
 

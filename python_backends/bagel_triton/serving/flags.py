@@ -1,7 +1,8 @@
 """What several commands take: the checkpoint, the deploy file, and the flags of ``vllm serve`` that override it.
 
-All is checked before anything starts. A flag of ``vllm serve`` is the field of the same name, for every stage that has it, and is checked by the same declaration.
-Flags without a field are taken where they change nothing, and refused with what to do instead.
+All is checked before anything starts. A flag of ``vllm serve`` is the field of the same name, for every stage that
+has it, and is checked by the same declaration. Flags without a field are taken where they change nothing, and
+refused with what to do instead.
 """
 
 from __future__ import annotations

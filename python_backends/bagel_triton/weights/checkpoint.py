@@ -19,10 +19,9 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.row_stable import make_row_stable
 from bagel_triton.weights import validation
-from bagel_triton.weights.device import on_device
 from bagel_triton.weights.files import CheckpointFiles, TensorFiles
 from bagel_triton.weights.layout import Source
-from bagel_triton.weights.sharing import SharedWeights
+from bagel_triton.weights.sharing import SharedWeights, on_device
 
 Module = TypeVar("Module", bound=nn.Module)
 EXPERT_PARAMETER = re.compile(r"(language_model\.model\.layers\.\d+)\.(gen|und)\.(.+)\.(weight|bias)")
