@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.pipeline.local import LocalStages
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.events import Event, StageStats
 from bagel_triton.protocol.messages import DenoiseJob, Plan
 from bagel_triton.protocol.request import GenerationRequest

@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.protocol.events import ProgressEvent, Stage, StageStats
 from bagel_triton.protocol.messages import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagel_triton.engine.dit.run import Latents
 from bagel_triton.pipeline.local import LocalStages
-from bagel_triton.pipeline.stage_call import Result, StageCall
+from bagel_triton.pipeline.pipeline import Result, StageCall
 from bagel_triton.protocol.messages import DenoiseJob, Plan
 from bagel_triton.protocol.request import GenerationRequest
 

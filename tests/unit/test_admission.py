@@ -9,7 +9,7 @@ import pytest
 
 from bagel_triton.deploy.config import ThinkerConfig
 from bagel_triton.engine.loop import Job
-from bagel_triton.engine.thinker.admission import Admission
+from bagel_triton.engine.thinker.engine import Admission
 from bagel_triton.engine.thinker.run import ThinkerRun
 from bagel_triton.kv.block_pool import PrefixCache
 from bagel_triton.pipeline.local import LocalStages

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.kv.varlen import PagedKeys
+from bagel_triton.kv.store import PagedKeys
 from bagel_triton.model.attention import AttentionKernel, QuerySpan, attend
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of, varlen_attention
 from bagel_triton.model.cuda.executor import CudaExecutor
@@ -49,7 +49,7 @@ def _captured(self: DecodeGraphs, numbers: Sequence[int], texts: int, blocks: in
 def stages() -> Iterator[LocalStages]:
     """Engines that take the CPU for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("model.forward", "engine.thinker.prefill", "engine.dit.engine"):
+        for module in ("model.device", "engine.thinker.prefill", "engine.dit.engine"):
             patch.setattr(f"bagel_triton.{module}.on_gpu", lambda device: True)
         flash = AttentionKernel("torch-flash", "so texts are decoded by graphs")
         patch.setattr("bagel_triton.engine.thinker.prefill.attention_kernel", lambda device, dtype: flash)

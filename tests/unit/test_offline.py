@@ -16,8 +16,7 @@ from PIL import Image
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.pipeline import offline
 from bagel_triton.pipeline.offline import run_batch, save_png, stats_table
-from bagel_triton.pipeline.pipeline import GeneratedImage
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import GeneratedImage, StageCall
 from bagel_triton.protocol.errors import BagelError, InvalidRequest, StageUnavailable
 from bagel_triton.protocol.events import DoneEvent, ProgressEvent, StageStats
 from bagel_triton.protocol.messages import Usage

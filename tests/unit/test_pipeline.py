@@ -9,8 +9,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from bagel_triton.pipeline.pipeline import GeneratedImage, PartialImage, Pipeline
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import GeneratedImage, PartialImage, Pipeline, StageCall
 from bagel_triton.protocol.errors import (
     BagelError,
     Cancelled,

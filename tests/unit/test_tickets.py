@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable
 from bagel_triton.protocol.events import Event, PartialImageEvent, Preview, ProgressEvent, StageStats
 from bagel_triton.protocol.messages import encode
 from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.triton import tickets
-from bagel_triton.triton.ticket_client import Doorbell, TicketClient
+from bagel_triton.triton.stages import Doorbell, TicketClient
 from bagel_triton.triton.tickets import (
     Fetch,
     Finished,

@@ -16,8 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool, release_intraop_threads
-from bagel_triton.model.cuda.upload import own_stream
-from bagel_triton.model.device import CPU, is_lost
+from bagel_triton.model.device import CPU, is_lost, own_stream
 from bagel_triton.protocol.errors import (
     BagelError,
     Cancelled,

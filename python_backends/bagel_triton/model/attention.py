@@ -1,7 +1,7 @@
 """Attention of a batch's queries to keys and values that a store holds.
 
 :class:`StepKV` is all that the network knows of it. :class:`SequenceKV` implements it with
-torch's own attention over one sequence at a time; ``kv/varlen.py`` all at once, on a GPU.
+torch's own attention over one sequence at a time; ``kv/store.py`` all at once, on a GPU.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -67,7 +69,7 @@ CPU = torch.device("cpu")
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether forwards on ``device`` take all sequences in one call: see :mod:`bagel_triton.kv.varlen`."""
+    """Whether forwards on ``device`` take all sequences in one call: see :mod:`bagel_triton.kv.store`."""
     return device.type == "cuda"
 
 
@@ -98,3 +100,42 @@ class Forward(Protocol):
 def forward_on(device: torch.device, transformer: Transformer, pool: ThreadPool) -> Forward:
     """The executor for ``device``; ``pool`` is a CPU's."""
     return CudaExecutor(transformer) if on_gpu(device) else CpuExecutor(transformer, pool)
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device, first: bool) -> Iterator[None]:
+    """On a GPU, run the calling thread's work in a stream of its own, ``first`` before those of other engines.
+
+    In the device's default stream a step of text would wait for all that the DiT has queued.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)  # the weights are there
+    with torch.cuda.stream(torch.cuda.Stream(device, priority=-1 if first else 0)):
+        yield
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until the GPU has done what this thread has queued; what it hands over is complete then."""
+    if device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
+
+
+class Paced:
+    """Keeps the host at most one step ahead of a GPU: progress and cancellation are those of steps that have run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """Wait until the step before this one has run; call it when this one is queued."""
+        if self._device.type != "cuda":
+            return
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = torch.cuda.Event()
+        self._before.record(torch.cuda.current_stream(self._device))

@@ -18,7 +18,7 @@ from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.events import StageStats
 from bagel_triton.protocol.messages import DenoiseJob, Plan, SchedulingParams, ThinkerOutput
 from bagel_triton.protocol.request import GenerationRequest

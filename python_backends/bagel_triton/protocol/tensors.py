@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from bagel_triton.protocol.errors import InvalidRequest, truncate
 from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest, Turn
+from bagel_triton.protocol.validation import utf8
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]  # tensors by name
@@ -43,18 +44,6 @@ def to_tensors(request: GenerationRequest) -> Arrays:
         array[:] = items
         arrays[name] = array
     return arrays
-
-
-def utf8(name: str, text: str) -> bytes:
-    """``text``, the value of the field ``name``, as UTF-8.
-
-    Raises:
-        InvalidRequest: it holds half a character, as arguments of a command line may.
-    """
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest.value(name, text, "UTF-8 text") from error
 
 
 def from_tensors(arrays: Arrays) -> GenerationRequest:

@@ -25,7 +25,6 @@ from bagel_triton.protocol.request import (
     Modality,
     TextPart,
 )
-from bagel_triton.protocol.tensors import utf8
 
 T = TypeVar("T")
 MAX_IMAGE_BYTES = 32 * 2**20  # of one encoded image
@@ -188,3 +187,15 @@ def _resolve(request: GenerationRequest, name: str, default: T) -> T:
 def _require(name: str, value: object, valid: bool, allowed: str) -> None:
     if not valid:
         raise InvalidRequest.value(name, value, allowed)
+
+
+def utf8(name: str, text: str) -> bytes:
+    """``text``, the value of the field ``name``, as UTF-8.
+
+    Raises:
+        InvalidRequest: it holds half a character, as arguments of a command line may.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest.value(name, text, "UTF-8 text") from error

@@ -1,23 +1,51 @@
-"""The stages as ``bagel`` reaches them: its own server's by BLS, another host's over gRPC."""
+"""The stages as ``bagel`` reaches them: its own server's by BLS, another host's over gRPC, both by tickets.
+
+Two threads a stage, however many requests are in flight. One makes the short calls, in
+order: submit, fetch, abort. The other polls, woken by the stage's doorbell; a bell that is lost
+costs :data:`~bagel_triton.protocol.intervals.WATCH_S`. Without open tickets nothing is polled.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import queue
+import secrets
+import socket
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.preprocess.image_input import is_heavy
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement
-from bagel_triton.pipeline.stage_call import StageCall
-from bagel_triton.protocol.events import Stage, decode_stats
+from bagel_triton.pipeline.pipeline import StageCall
+from bagel_triton.protocol.errors import BagelError, Internal, StageUnavailable, from_exception, from_text
+from bagel_triton.protocol.events import Preview, Stage, StageStats, decode_stats
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.messages import DenoiseJob, Message, Plan, SchedulingParams, ThinkerOutput, decode, encode
 from bagel_triton.protocol.tensors import Array, Arrays
-from bagel_triton.triton.ticket_client import Doorbell, ModelCall, TicketClient
+from bagel_triton.triton.tickets import (
+    Failed,
+    Fetch,
+    Finished,
+    News,
+    Poll,
+    Previewed,
+    Progress,
+    Submit,
+    TicketAnswer,
+    TicketCall,
+    TicketEvent,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from bagel_triton.triton.client import RemoteModels
@@ -25,6 +53,250 @@ if TYPE_CHECKING:
 # BLS calls that may wait at a time: these, and two for each stage with tickets. Triton has 32
 # threads for a model's BLS calls, which also send the model's own responses.
 EXPANDER_CALLS = 2
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class ModelCall(Protocol):
+    """One unary call of a stage's model."""
+
+    def __call__(
+        self, arrays: Arrays, outputs: Sequence[str], request_id: str, headers: Mapping[str, str] | None = None
+    ) -> Arrays:
+        """The model's answer; ``headers`` go with a call that leaves this server.
+
+        Raises:
+            BagelError: what the model answered instead.
+        """
+
+
+class Doorbell:
+    """An abstract Unix datagram socket that a stage rings when there is news."""
+
+    def __init__(self, prefix: str) -> None:
+        self.name = f"{prefix}_doorbell_{secrets.token_hex(8)}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.bind(f"\0{self.name}")
+
+    def wait(self, seconds: float) -> None:
+        """Return when it rang, or after ``seconds``."""
+        self._socket.settimeout(seconds)
+        with contextlib.suppress(TimeoutError):
+            self._socket.recv(1)
+            self._socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self._socket.recv(1)
+
+    def close(self) -> None:
+        """Take the name back."""
+        self._socket.close()
+
+
+@dataclass(eq=False)
+class _Open:
+    """A ticket whose result has not come yet."""
+
+    call: StageCall[Any]
+    outputs: tuple[str, ...]
+    result: Callable[[Arrays], Any]
+    request_id: str
+    submitted: bool = False
+    stats: StageStats | None = field(default=None)  # set when its result has to be fetched
+
+
+class TicketClient:
+    """One stage's tickets.
+
+    ``doorbell`` and ``lock`` belong to a caller on the stage's own host; without a doorbell a
+    poll waits at the stage instead, which is safe over gRPC, whose calls have a deadline.
+    """
+
+    def __init__(self, call: ModelCall, doorbell: Doorbell | None = None, lock: str | None = None) -> None:
+        self._call, self._doorbell, self._lock_name = call, doorbell, lock
+        self._doorbell_name = None if doorbell is None else doorbell.name
+        self._owner = secrets.token_hex(16)
+        self._cursor, self._newest = "", 0
+        self._open: dict[int, _Open] = {}
+        self._lock, self._busy, self._closing = threading.Lock(), threading.Event(), threading.Event()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._make_calls, "stage-calls"), (self._keep_polling, "stage-poller"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        call: StageCall[Result],
+        arrays: Arrays,
+        outputs: Sequence[str],
+        result: Callable[[Arrays], Result],
+        request_id: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Submit ``arrays`` as a job, and report its events and its end to ``call``. Returns at once."""
+        opened = _Open(call, tuple(outputs), result, request_id)
+        with self._lock:
+            self._newest += 1
+            number = self._newest
+            self._open[number] = opened
+            self._busy.set()
+
+        def send() -> None:
+            with self._lock:
+                if number not in self._open:  # given up before its turn came
+                    return
+            if not call.alive():
+                self._fail(number, StageUnavailable(f"{call.stage} died"))
+                return
+            message = Submit(self._owner, number, opened.outputs, self._doorbell_name, self._lock_name)
+            try:
+                self._exchange(message, [], arrays, request_id, headers)
+            except Exception as error:
+                self._fail(number, error)
+            else:
+                opened.submitted = True
+
+        self._calls.put(send)
+
+    def abort(self, request_id: str, alive: Callable[[], bool] = lambda: True) -> None:
+        """Give up the tickets of a request and have the stage free what it holds for it. Returns at once.
+
+        A stage that is not ``alive`` holds nothing; to call it would hold up the calls behind.
+        """
+        with self._lock:
+            for number in [number for number, opened in self._open.items() if opened.request_id == request_id]:
+                del self._open[number]
+
+        def send() -> None:
+            if not alive():
+                return
+            try:
+                self._call({"abort": _bytes_array(request_id.encode())}, [], request_id)
+            except Exception as error:  # the stage's own time-outs free it later
+                log.warning("request %s could not be aborted at a stage: %s", request_id, error)
+
+        self._calls.put(send)
+
+    def close(self, timeout_s: float) -> None:
+        """Stop; waits up to ``timeout_s`` seconds for the calls that are queued."""
+        self._closing.set()
+        self._calls.put(None)
+        self._busy.set()
+        for thread in self._threads:
+            thread.join(timeout_s)
+        if self._doorbell is not None:
+            self._doorbell.close()
+
+    def _exchange(
+        self,
+        message: Submit | Poll | Fetch,
+        outputs: Sequence[str],
+        arrays: Arrays,
+        request_id: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[TicketAnswer, Arrays]:
+        """One ticket call; its answer and the outputs beside it.
+
+        Raises:
+            BagelError: the call failed, or its answer belongs to another call.
+        """
+        token = secrets.randbits(62)
+        ticket = {"ticket": _bytes_array(encode(TicketCall(token, message)))}
+        answered = self._call({**arrays, **ticket}, ["ticket", *outputs], request_id, headers)
+        try:
+            answer = msgspec.msgpack.decode(bytes(answered.pop("ticket").reshape(-1)[0]), type=TicketAnswer)
+        except (KeyError, IndexError, msgspec.DecodeError) as error:
+            raise Internal(f"a stage's answer has no ticket: {error}") from error
+        if answer.token != token:
+            raise Internal("a stage's answer belongs to another call")
+        return answer, answered
+
+    def _make_calls(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def _keep_polling(self) -> None:
+        while not self._closing.is_set():
+            self._busy.wait()
+            if self._doorbell is not None:
+                self._doorbell.wait(WATCH_S)
+            with self._lock:
+                opened = dict(self._open)
+                if not opened:
+                    self._busy.clear()
+                    continue
+                newest = self._newest
+            submitted = [number for number, one in opened.items() if one.submitted]
+            wait_s = 0.0 if self._doorbell is not None else WATCH_S
+            try:
+                answer, _ = self._exchange(Poll(self._owner, self._cursor, tuple(opened), newest, wait_s), [], {})
+                if answer.news is None:
+                    raise Internal("a stage's answer to a poll has no news")
+                self._take(answer.news, submitted)
+            except Exception as error:
+                if not isinstance(error, BagelError):
+                    log.exception("a poll's answer could not be taken")
+                reason = from_exception(error).message
+                for number in submitted:
+                    self._fail(number, StageUnavailable(f"{opened[number].call.stage} is unavailable: {reason}"))
+
+    def _take(self, news: News, submitted: Sequence[int]) -> None:
+        self._cursor = news.cursor
+        for event in news.events:
+            self._tell(event)
+        lost = set(news.unknown).intersection(submitted)
+        for number in lost:
+            self._fail(number, StageUnavailable("the stage was started again"))
+
+    def _tell(self, event: TicketEvent) -> None:
+        with self._lock:
+            opened = self._open.get(event.ticket)
+        if opened is None:  # given up meanwhile
+            return
+        if isinstance(event, Progress):
+            opened.call.progress(event.event)
+        elif isinstance(event, Previewed):
+            opened.call.progress(Preview(event.event, unpack(event.outputs)))
+        elif isinstance(event, Failed):
+            self._fail(event.ticket, from_text(event.error))
+        elif event.outputs is not None:
+            self._finish(event.ticket, unpack(event.outputs), event.stats)
+        elif opened.stats is None:
+            opened.stats = event.stats
+            self._calls.put(lambda: self._fetch(event, opened))
+
+    def _fetch(self, event: Finished, opened: _Open) -> None:
+        try:
+            message = Fetch(self._owner, event.ticket)
+            _, arrays = self._exchange(message, opened.outputs, {}, opened.request_id)
+            self._finish(event.ticket, arrays, event.stats)
+        except Exception as error:
+            self._fail(event.ticket, error)
+
+    def _finish(self, number: int, arrays: Arrays, stats: StageStats) -> None:
+        with self._lock:
+            opened = self._open.pop(number, None)
+        if opened is None:
+            return
+        try:
+            if missing := [name for name in opened.outputs if name not in arrays]:
+                raise Internal(f"{opened.call.stage} answered without {', '.join(missing)}")
+            opened.call.finish(opened.result(arrays), stats)
+        except Exception as error:
+            opened.call.fail(error)
+
+    def _fail(self, number: int, error: Exception) -> None:
+        with self._lock:
+            opened = self._open.pop(number, None)
+        if opened is not None:
+            opened.call.fail(error)
+
+
+def _bytes_array(data: bytes) -> Array:
+    return np.array([data], dtype=np.object_)
 
 
 class StageConnections:

@@ -6,7 +6,7 @@ once. Triton notices a dead stub only while ``execute`` runs, so a call of a dea
 within about a second, and no call is ever left waiting for a stage that will not answer.
 
 This module has the messages of both sides and the stage's side, :class:`TicketStore`. The
-caller's side is :mod:`bagel_triton.triton.ticket_client`. Neither knows Triton's objects.
+caller's side is :mod:`bagel_triton.triton.stages`. Neither knows Triton's objects.
 """
 
 from __future__ import annotations

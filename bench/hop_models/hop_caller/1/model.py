@@ -10,11 +10,11 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bagel_triton.ipc.liveness import Announcement
-from bagel_triton.pipeline.stage_call import StageCall
+from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.tensors import Array
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.client import CHANNEL_OPTIONS, RemoteModels
-from bagel_triton.triton.ticket_client import Doorbell, TicketClient
+from bagel_triton.triton.stages import Doorbell, TicketClient
 
 WORKER, STREAM = "hop_worker", "hop_stream"
 Hop = Callable[[Array], Array]

@@ -14,15 +14,14 @@ from bagel_triton.deploy.config import DitConfig
 from bagel_triton.engine.dit.run import FlowRun, Latents
 from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.kv.connectors.base import Consumer, read_pattern
-from bagel_triton.kv.store import WorkspaceStep, store_shape
-from bagel_triton.kv.varlen import WorkspacePart, WorkspaceVarlenStep
+from bagel_triton.kv.store import WorkspacePart, WorkspaceStep, WorkspaceVarlenStep, store_shape
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
-from bagel_triton.model.cuda.upload import Paced, Upload, wait_for_stream
-from bagel_triton.model.device import forward_on, on_gpu
+from bagel_triton.model.cuda.upload import Upload
+from bagel_triton.model.device import Paced, forward_on, on_gpu, wait_for_stream
 from bagel_triton.model.flow import get_timesteps, initial_noise
 from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.errors import InvalidRequest, LeaseError

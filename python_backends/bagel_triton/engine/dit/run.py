@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bagel_triton.engine.loop import Job
-from bagel_triton.model.flow import combine, guidance_branches
-from bagel_triton.model.taylorseer import TaylorSeer
+from bagel_triton.model.flow import TaylorSeer, combine, guidance_branches
 from bagel_triton.protocol.messages import Branch, DenoiseJob, FlowSettings
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from bagel_triton.engine.thinker.branch_state import Chunk, ImageChunk, TextChunk
 from bagel_triton.kv.block_pool import KVCachePool, KVSequence
-from bagel_triton.kv.store import PagedStep
-from bagel_triton.kv.varlen import PagedKeys, PoolStep
+from bagel_triton.kv.store import PagedKeys, PagedStep, PoolStep
 from bagel_triton.model.attention import QuerySpan, attention_kernel
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel

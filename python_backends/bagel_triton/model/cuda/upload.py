@@ -1,9 +1,8 @@
-"""What the host tells a GPU for a step, in one copy from pinned memory; and an engine's own stream."""
+"""What the host tells a GPU for a step, in one copy from pinned memory."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -58,42 +57,3 @@ class Upload:
         event.record(torch.cuda.current_stream(self._device))
         self._buffers[self._turn] = buffer, event
         return out
-
-
-@contextlib.contextmanager
-def own_stream(device: torch.device, first: bool) -> Iterator[None]:
-    """On a GPU, run the calling thread's work in a stream of its own, ``first`` before those of other engines.
-
-    In the device's default stream a step of text would wait for all that the DiT has queued.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.synchronize(device)  # the weights are there
-    with torch.cuda.stream(torch.cuda.Stream(device, priority=-1 if first else 0)):
-        yield
-
-
-def wait_for_stream(device: torch.device) -> None:
-    """Wait until the GPU has done what this thread has queued; what it hands over is complete then."""
-    if device.type == "cuda":
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(device))
-        done.synchronize()
-
-
-class Paced:
-    """Keeps the host at most one step ahead of a GPU: progress and cancellation are those of steps that have run."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before: torch.cuda.Event | None = None
-
-    def step(self) -> None:
-        """Wait until the step before this one has run; call it when this one is queued."""
-        if self._device.type != "cuda":
-            return
-        if self._before is not None:
-            self._before.synchronize()
-        self._before = torch.cuda.Event()
-        self._before.record(torch.cuda.current_stream(self._device))
