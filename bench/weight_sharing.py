@@ -152,7 +152,7 @@ def _serve(pipe: Connection, stage: str, config: DeployConfig) -> None:
     engine, weights = BUILDERS[stage](parts), parts.weights
     build_s = time.perf_counter() - started
     started = time.perf_counter()
-    parts.load_bagel(), parts.load_autoencoder()
+    parts.load_bagel(None), parts.load_autoencoder()
     again_s = time.perf_counter() - started
     del parts  # and with it the mapped checkpoint
     for candidate in gc.get_objects():

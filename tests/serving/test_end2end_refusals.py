@@ -42,7 +42,7 @@ def test_loading_has_a_time_limit(refusal: Refusal, monkeypatch: pytest.MonkeyPa
         (["--prompts", "x", "--worker-backend", "ray"], "no Ray cluster"),
         (["--prompts", "x", "--ray-address", "auto"], "--ray-address='auto' is not supported: there is no Ray cluster"),
         (["--prompts", "x", "--init-sleep-seconds", "-1"], "--init-sleep-seconds=-1 is not allowed"),
-        (["--prompts", "x", "--quantization", "fp8"], "--quantization='fp8' is not supported: weights are computed in"),
+        (["--prompts", "x", "--quantization", "gptq"], "--quantization='gptq' is not allowed; allowed: auto, int8"),
         (["--prompts", "x", "--init-timeout", "0"], "--init-timeout=0"),
         (["--prompts", "x", "--batch-timeout", "nan"], "--batch-timeout=nan"),
         (["--prompts", "x", "--modality", "img2video"], "img2video"),

@@ -110,7 +110,12 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
-NO_QUANTISED = "no quantised weights: use those of ByteDance-Seed/BAGEL-7B-MoT, in bfloat16"
+def gguf(folder: Path) -> None:
+    (folder / EMA).rename(folder / "bagel-q4_0.gguf")
+    (folder / INDEX).unlink(missing_ok=True)
+
+
+NO_QUANTISED = "and ByteDance-Seed/BAGEL-7B-MoT in bfloat16, which --quantization quantises while it is loaded"
 # Found by the headers, before a server starts.
 HEADERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # quantised
@@ -122,27 +127,45 @@ HEADERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "float8 autoencoder": (stored("encoder.conv_in.weight", torch.float8_e5m2, AE), (AE, "F8_E5M2", NO_QUANTISED)),
     "bool": (stored(f"{LAYER}.mlp.up_proj.weight", torch.bool), (EMA, "BOOL", "allowed: BF16, F16, F32, F64")),
     "weight_scale": (extra(f"{LAYER}.mlp.up_proj.weight_scale"), (EMA, "weight_scale", NO_QUANTISED)),
-    "weight_scale_inv": (extra(f"{LAYER}.mlp.up_proj.weight_scale_inv"), ("weight_scale_inv", NO_QUANTISED)),
+    "weight_scale_inv": (
+        extra(f"{LAYER}.mlp.up_proj.weight_scale_inv"),
+        ("weight_scale_inv", "blocks of float8", NO_QUANTISED),
+    ),
     "input_scale": (extra("llm2vae.input_scale"), ("llm2vae.input_scale", NO_QUANTISED)),
-    "absmax": (extra("llm2vae.weight.absmax"), ("llm2vae.weight.absmax", NO_QUANTISED)),
+    "absmax": (extra("llm2vae.weight.absmax"), ("llm2vae.weight.absmax", "bitsandbytes in four bits", NO_QUANTISED)),
     "quant_state": (
         extra("llm2vae.weight.quant_state.bitsandbytes__nf4", dtype=torch.uint8),
         ("quant_state", NO_QUANTISED),
     ),
-    "SCB": (extra("llm2vae.weight.SCB"), ("llm2vae.weight.SCB", NO_QUANTISED)),
+    "SCB": (extra("llm2vae.weight.SCB"), ("llm2vae.weight.SCB", "bitsandbytes in int8", NO_QUANTISED)),
     "gptq": (
         renamed(lambda name: name.replace("up_proj.weight", "up_proj.qweight")),
-        (EMA, "up_proj.qweight", NO_QUANTISED),
+        (EMA, "up_proj.qweight", "GPTQ or AWQ", NO_QUANTISED),
     ),
-    "scaled_fp8": (extra("scaled_fp8"), (EMA, "scaled_fp8", NO_QUANTISED)),
+    "dfloat11": (
+        extra(f"{LAYER}.mlp.up_proj.encoded_exponent", dtype=torch.uint8),
+        (EMA, "weights quantised by DFloat11", NO_QUANTISED),
+    ),
+    "dfloat11_config": (
+        field("config.json", dfloat11_config={"version": "0.2.0"}),
+        ("config.json has a dfloat11_config", NO_QUANTISED),
+    ),
+    "gguf": (gguf, ("holds GGUF files (bagel-q4_0.gguf), which are not read",)),
+    "compressed-tensors in blocks": (
+        field(
+            "config.json", quantization_config={"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+        ),
+        ("format='nvfp4-pack-quantized'", NO_QUANTISED),
+    ),
+    "scaled_fp8": (extra("scaled_fp8"), (EMA, "scaled_fp8", "ComfyUI in float8", NO_QUANTISED)),
     "autoencoder scale": (extra("decoder.conv_in.scale_weight", AE), (AE, "scale_weight", NO_QUANTISED)),
     "quantization_config": (
         field("config.json", quantization_config={"quant_method": "fp8"}),
-        ("config.json has a quantization_config", NO_QUANTISED),
+        ("config.json: quantization_config is that of quant_method='fp8'", NO_QUANTISED),
     ),
     "quantization_config of llm": (
         field("llm_config.json", quantization_config={"bits": 4}),
-        ("llm_config.json has a quantization_config", NO_QUANTISED),
+        ("llm_config.json: quantization_config is that of quant_method=None", NO_QUANTISED),
     ),
     # adapters and fine-tunes
     "lora tensors": (extra(f"{LAYER}.self_attn.q_proj.lora_A.weight"), (EMA, "holds an adapter", "merge it")),

@@ -115,8 +115,8 @@ ONE_LINE = [
         ":1: stages[0].parallel_config.use_hsdp=true is not s",
     ),
     (
-        "stages: [{stage_id: 0, quantization: fp8}]",
-        ":1: stages[0].quantization='fp8' is not supported: weights are comp",
+        "stages: [{stage_id: 0, quantization: gptq}]",
+        ":1: stages[0].quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8",
     ),
     ("stages: [{stage_id: 0, lora_path: x}]", ":1: stages[0].lora_path='x' is not supported: merge the adapter into"),
     (

@@ -28,6 +28,7 @@ CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLOAT32, BFLOAT16 = Placement(CPU, torch.float32), Placement(CPU, torch.bfloat16)
 GIB = 2**30
+QUANTISE = "quantise the weights (quantization: auto)"
 PACKED = 2 * 3 * 2 * (96 + 32 + 32) * (96 + 1)  # queries, keys, values: bfloat16, 3 layers, 2 experts, with bias
 
 
@@ -161,22 +162,24 @@ def test_too_little_memory_for_keys_and_values():
     need = plan_of(dit=DitConfig(max_num_seqs=5))
     message = refusal(need, Available(host=need.total - 1, shared=GIB), dit=DitConfig(max_num_seqs=5))
     assert f"need {memory.readable(need.total)} of memory and {memory.readable(need.total - 1)} are free" in message
-    assert message.endswith("use dtype bfloat16, or lower dit.max_num_seqs=5, or lower thinker.kv_tokens=32768")
+    assert message.endswith(
+        f"use dtype bfloat16, or lower dit.max_num_seqs=5, or lower thinker.kv_tokens=32768, or {QUANTISE}"
+    )
 
 
 def test_too_little_memory_for_the_weights():
     need = plan_of()
     message = refusal(need, Available(host=need.weights - 1, shared=GIB))
-    assert message.endswith("use dtype bfloat16, or use a larger machine")
+    assert message.endswith(f"use dtype bfloat16, or use a larger machine, or {QUANTISE}")
     placement = Placement(CUDA, torch.float32)
     available = Available(host=GIB, shared=GIB, device=1)
     message = refusal(plan_of(placement=placement), available, placement)
-    assert message.endswith("use dtype bfloat16, or use a larger machine")
+    assert message.endswith(f"use dtype bfloat16, or use a larger machine, or {QUANTISE}")
     message = refusal(plan_of(placement=placement, shares_weights=False), available, placement)
-    assert message.endswith("use dtype bfloat16, or serve bagel_single_stage")
+    assert message.endswith(f"use dtype bfloat16, or serve bagel_single_stage, or {QUANTISE}")
     # Weights that are in memory once cannot be fewer.
     message = refusal(plan_of(placement=BFLOAT16), Available(host=1, shared=GIB), BFLOAT16)
-    assert message.endswith("): use a larger machine")
+    assert message.endswith(f"): use a larger machine, or {QUANTISE}")
 
 
 def test_a_devices_memory_is_what_counts_there():
@@ -186,7 +189,7 @@ def test_a_devices_memory_is_what_counts_there():
     memory.check(need, config, placement, Available(host=1, shared=0, device=need.total))
     message = refusal(need, Available(host=GIB, shared=GIB, device=need.total - 1), placement)
     assert "of memory on cuda:1 and" in message
-    assert message.endswith("): lower dit.max_num_seqs=8, or lower thinker.kv_tokens=32768")
+    assert message.endswith(f"): lower dit.max_num_seqs=8, or lower thinker.kv_tokens=32768, or {QUANTISE}")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["serve", "x", "--nonsense"], "see bagel-triton serve --help"),
         (["serve", "x", "--mod", "y"], "--mod"),
         (["serve", "x", "--tensor-parallel-size", "2"], "a stage runs on one device today"),
-        (["serve", "x", "--quantization", "fp8"], "weights are computed in `dtype`"),
+        (["serve", "x", "--quantization", "gptq"], "allowed: auto, int8"),
         (["fly"], "'fly'"),
         ([], "COMMAND"),
     ],

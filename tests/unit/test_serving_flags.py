@@ -141,7 +141,10 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
         ("-tp 2", "--tensor-parallel-size=2 is not supported: a stage runs on one device today"),
         ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: a stage runs on one device"),
         ("--use-hsdp", "--use-hsdp=true is not supported: a stage runs on one device"),
-        ("--quantization fp8", "--quantization='fp8' is not supported: weights are computed in `dtype`, float32 or bf"),
+        (
+            "--quantization gptq",
+            "--quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8, fp8, fp8_w8a8, ",
+        ),
         ("--lora-path x", "--lora-path='x' is not supported: merge the adapter into the checkpoint, and serve that"),
         ("--enable-lora", "--enable-lora=true is not supported: merge the adapter into the checkpoint"),
         ("--worker-backend ray", "--worker-backend='ray' is not supported: there is no Ray cluster; each stage is a"),

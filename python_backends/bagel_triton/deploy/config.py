@@ -17,6 +17,8 @@ import msgspec
 from bagel_triton.deploy.topology import ORCHESTRATOR, TOPOLOGIES, Topology
 from bagel_triton.protocol.request import Modality
 
+# The forms of bagel_triton.model.quantization.FORMS, which imports torch.
+Quantization = Literal["int8", "int8_w8a8", "fp8", "fp8_w8a8", "int4", "nf4"]
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
 
@@ -45,7 +47,8 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     waits at most ``admission_timeout_s``. With ``enable_prefix_caching``, free blocks of the
     pool keep prefixes for later requests; ``encoder_cache_mb`` megabytes keep the encoders'
     outputs for images. With a ``gpu_memory_utilization`` the server sizes the pool on a GPU, to
-    ``kv_tokens`` at least. With ``enforce_eager`` a GPU decodes without CUDA graphs.
+    ``kv_tokens`` at least. With ``enforce_eager`` a GPU decodes without CUDA graphs. ``quantization`` is the form of
+    the transformer's weights; None for those of ``dtype``.
     """
 
     max_num_seqs: int = 64
@@ -59,6 +62,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encoder_cache_mb: int = 256
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
+    quantization: Quantization | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens", "max_waiting"):
@@ -76,13 +80,14 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_num_seqs`` bounds the images denoised together, ``max_num_batched_tokens`` the
     tokens of a step over all their branches (a request that is alone may exceed both),
     ``max_waiting`` the queued requests. ``gpu_memory_utilization`` is the part of a GPU that this
-    stage and the decoder may take.
+    stage and the decoder may take. Stages with the same ``quantization`` share their weights.
     """
 
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 65536
     max_waiting: int = 256
     gpu_memory_utilization: float | None = None
+    quantization: Quantization | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):

@@ -11,11 +11,12 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
+from bagel_triton.deploy.config import Quantization
 from bagel_triton.deploy.located import Node, Origin, Problems
 from bagel_triton.deploy.topology import TOPOLOGIES
 from bagel_triton.protocol.errors import NEAR, format_value
@@ -88,7 +89,8 @@ def converts(value: Any, kind: Any) -> bool:
 
 ONE_DEVICE = "a stage runs on one device today; for more, serve several copies behind a balancer"
 UNSUPPORTED_LORA = "merge the adapter into the checkpoint, and serve that"
-UNSUPPORTED_QUANTIZATION = "weights are computed in `dtype`, float32 or bfloat16"
+NAMED_QUANTIZATION = "name a form in `quantization`; a checkpoint's own is read from its config.json"
+QUANTIZATIONS = ("auto", *get_args(Quantization))
 UNSUPPORTED_OFFLOAD = (
     "weights are not moved between devices; on one GPU the stages share them, and `pipeline: bagel_single_stage` "
     "has one copy anyway"
@@ -134,7 +136,7 @@ ENGINE: Fields = {
     "diffusion_compile_granularity": Neutral("", ("regional", "full")),
     "diffusion_kv_cache_dtype": Neutral("keys and values are in `dtype`", ("auto",)),
     "diffusion_offload_config": Neutral(UNSUPPORTED_OFFLOAD, ({},)),
-    "diffusion_quantization_config": Neutral(UNSUPPORTED_QUANTIZATION, ({},)),
+    "diffusion_quantization_config": Neutral(NAMED_QUANTIZATION, ({},)),
     "disable_log_stats": Neutral("", _EITHER),
     "distributed_executor_backend": Neutral("there is no Ray cluster; each stage is a process", ("mp", "uni")),
     "enable_chunked_prefill": Neutral("", _EITHER),
@@ -164,8 +166,12 @@ ENGINE: Fields = {
         type=Annotated[int, Meta(ge=2**20)],
     ),
     "profiler_config": Neutral("use traces (docs/observability.md)", ({},)),
-    "quantization": Neutral(UNSUPPORTED_QUANTIZATION),
-    "quantization_config": Neutral(UNSUPPORTED_QUANTIZATION),
+    "quantization": Setting(
+        Literal[QUANTIZATIONS],
+        ", ".join(QUANTIZATIONS),
+        "form of the transformer's weights in memory; auto: the first that fits a GPU",
+    ),
+    "quantization_config": Neutral(NAMED_QUANTIZATION, ({},)),
     "step_execution": Neutral("", _EITHER),
     "trust_remote_code": Neutral("", _EITHER),
     "vae_use_slicing": Neutral("", _EITHER),

@@ -35,8 +35,9 @@ _THINKER_FIELDS = (
     "encoder_cache_mb",
     "enforce_eager",
     "gpu_memory_utilization",
+    "quantization",
 )
-_DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization")
+_DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization", "quantization")
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ class _Builder:
             parts["thinker"]["enable_prefix_caching"] = self._value(
                 "thinker.enable_prefix_caching", top["enable_prefix_caching"]
             )
+        for part in ("thinker", "dit") if "quantization" in top else ():
+            if "quantization" not in parts[part]:
+                parts[part]["quantization"] = self._value(f"{part}.quantization", top["quantization"])
         fields |= self._defaults(first, second)
         fields["addresses"] = self._addresses(stages, topology)
         self._problems.raise_if_any()

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import choose
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
@@ -46,13 +46,17 @@ class StageResources:
     @classmethod
     def open(cls, config: DeployConfig) -> StageResources:
         """Check the checkpoint and resolve the placement; loads no weights."""
+        for stage in (config.thinker, config.dit):
+            if stage.quantization == "auto":
+                raise ConfigError("quantization='auto' is chosen by bagel-triton serve; name a form, or leave it out")
         placement = resolve(config.device, config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
         return cls(config, Checkpoint(config.checkpoint), placement, weights)
 
-    def load_bagel(self) -> Bagel:
-        """The transformer, its weights shared with the server's other processes."""
-        model = self.checkpoint.load_bagel(self.placement.torch_device, self.placement.torch_dtype, self.weights)
+    def load_bagel(self, quantization: str | None) -> Bagel:
+        """The transformer, its weights shared with the server's other processes that quantise them alike."""
+        place = self.placement
+        model = self.checkpoint.load_bagel(place.torch_device, place.torch_dtype, self.weights, quantization)
         release_intraop_threads()  # the engine computes on other threads
         return model
 
@@ -77,7 +81,7 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     """The thinker, with a KV cache that the DiT can read."""
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
-    model, autoencoder = resources.load_bagel(), resources.load_autoencoder()
+    model, autoencoder = resources.load_bagel(config.thinker.quantization), resources.load_autoencoder()
     return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics)
 
 
@@ -87,7 +91,8 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     consumer = open_consumer(resources.config, resources.placement.torch_device)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
-    return DitEngine(resources.load_bagel(), consumer, resources.config.dit, markers, *kv_pool, metrics)
+    model = resources.load_bagel(resources.config.dit.quantization)
+    return DitEngine(model, consumer, resources.config.dit, markers, *kv_pool, metrics)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
@@ -109,7 +114,8 @@ class Models:
     def load(cls, resources: StageResources) -> Models:
         """Load them for this process alone."""
         place, checkpoint = resources.placement, resources.checkpoint
-        bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype)
+        form = resources.config.thinker.quantization
+        bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype, quantization=form)
         models = cls(checkpoint.config, bagel, checkpoint.load_autoencoder(place.torch_device, torch.float32))
         release_intraop_threads()
         return models

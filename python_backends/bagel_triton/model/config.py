@@ -39,6 +39,10 @@ class Fields:
         """Whether the file has the field, and not as null."""
         return self._fields.get(name) is not None
 
+    def plain(self, name: str) -> Any:
+        """The field as it is in the file."""
+        return self._fields.get(name)
+
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self._fields.get(name, default)

@@ -34,6 +34,7 @@ LISTED = {
     "gpu_memory_utilization": "F",
     "enable_prefix_caching": "",
     "vae_use_tiling": "",
+    "quantization": "FORM",
 }
 _UNLISTED = (
     "block_tokens",

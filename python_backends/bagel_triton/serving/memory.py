@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.deploy.config import ConfigError, DeployConfig, Quantization
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from bagel_triton.model.device import Placement
-    from bagel_triton.serving.memory_plan import Available, MemoryPlan
+    from bagel_triton.serving.memory_plan import Available, MemoryPlan, NotEnoughMemory
     from bagel_triton.weights.checkpoint import Checkpoint
 
 
@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = flags.checkpoint(args.checkpoint, args.revision)
 
-    from bagel_triton.serving import memory_plan as memory
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
@@ -63,27 +62,20 @@ def run(args: argparse.Namespace) -> int:
         height, width = _size(checkpoint, args.height, args.width)
         free = available(placement) if here else None
         private = None if free is None else free.private_weights
-        if free is not None:
-            most = memory.plan(checkpoint, memory.roomy(config), placement, height, width, private is None)
-            config = memory.sized(most, config, free)
-        need = memory.plan(checkpoint, config, placement, height, width, private is None)
+        config, need, problem = _planned(checkpoint, config, placement, (height, width), free)
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
-    need = memory.plan(checkpoint, config, placement, height, width, private is None)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"images of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
     print(f"KV cache pool of {config.thinker.kv_tokens} tokens; {together}")
+    print(f"quantization: {quantization_summary(checkpoint, config)}")
     print(f"\n{table(need)}\n")
     print("The dit's KV are its copies of the contexts of editing such images. Activations are estimates.")
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
     if private is not None and not config.topology.one_process:
         print(f"They cannot on {placement.device}: {private}.")
     if free is not None:
-        try:
-            memory.check(need, config, placement, free)
-            print("This machine has it.")
-        except memory.NotEnoughMemory as error:
-            print(f"This machine does not have it: {error}")
+        print("This machine has it." if problem is None else f"This machine does not have it: {problem}")
     return 0
 
 
@@ -94,7 +86,6 @@ def require(config: DeployConfig) -> DeployConfig:
         CommandError: what is needed, what there is, and what to lower.
     """
     from bagel_triton.model.device import resolve
-    from bagel_triton.serving import memory_plan as memory
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
@@ -102,13 +93,65 @@ def require(config: DeployConfig) -> DeployConfig:
         free = available(placement)
         # A GPU that runs out fails requests of others, too: the largest images that are admitted have to fit.
         side = None if free.device is None else checkpoint.config.latent.max_side
-        size, shares_weights = _size(checkpoint, side, side), free.private_weights is None
-        need = memory.plan(checkpoint, memory.roomy(config), placement, *size, shares_weights)
-        sized = memory.sized(need, config, free)
-        memory.check(memory.plan(checkpoint, sized, placement, *size, shares_weights), sized, placement, free)
+        size = _size(checkpoint, side, side)
+        sized, _, problem = _planned(checkpoint, config, placement, size, free)
+        if problem is not None:
+            raise problem
     except ValueError as error:
         raise CommandError(str(error)) from error
     return sized
+
+
+AUTO: tuple[Quantization | None, ...] = (None, "int8", "nf4")  # what ``auto`` tries, the best first
+
+
+def _planned(
+    checkpoint: Checkpoint, config: DeployConfig, placement: Placement, size: tuple[int, int], free: Available | None
+) -> tuple[DeployConfig, MemoryPlan, NotEnoughMemory | None]:
+    """``config`` with the form of weights and the KV pool that are left to the server, what it takes, and why it
+    does not fit where it does not. With nothing known to be ``free``, everything fits.
+
+    Raises:
+        ValueError: a checkpoint's weights are in another form; ``gpu_memory_utilization`` leaves no room.
+    """
+    from bagel_triton.serving import memory_plan as memory
+
+    shares_weights = free is None or free.private_weights is None
+    stored = checkpoint.form(None) is not None
+    tries = AUTO if not stored and "auto" in (config.thinker.quantization, config.dit.quantization) else (None,)
+    for form in tries:
+        tried = _quantized(config, form)
+        problem: NotEnoughMemory | None = None
+        try:
+            if free is not None:
+                most = memory.plan(checkpoint, memory.roomy(tried), placement, *size, shares_weights)
+                tried = memory.sized(most, tried, free)
+            need = memory.plan(checkpoint, tried, placement, *size, shares_weights)
+            if free is not None:
+                memory.check(need, tried, placement, free)
+        except memory.NotEnoughMemory as error:
+            problem = error
+            need = memory.plan(checkpoint, tried, placement, *size, shares_weights)
+        if problem is None:
+            break
+    return tried, need, problem
+
+
+def _quantized(config: DeployConfig, form: Quantization | None) -> DeployConfig:
+    """``config`` with ``form`` where it says auto."""
+    stages = {
+        name: msgspec.structs.replace(stage, quantization=form)
+        for name, stage in (("thinker", config.thinker), ("dit", config.dit))
+        if stage.quantization == "auto"
+    }
+    return msgspec.structs.replace(config, **stages)
+
+
+def quantization_summary(checkpoint: Checkpoint, config: DeployConfig) -> str:
+    """The form of each stage's weights, in words."""
+    forms = [checkpoint.form(stage.quantization) for stage in (config.thinker, config.dit)]
+    thinker, dit = ("none" if form is None else form.name for form in forms)
+    return thinker if thinker == dit or config.topology.one_process else f"{thinker} (thinker), {dit} (dit)"
 
 
 def table(need: MemoryPlan) -> str:

@@ -18,12 +18,13 @@ from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.thinker.engine import kv_geometry
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
-from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig, ModelConfig, segment_tokens
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
+from bagel_triton.model.cpu.projection import WEIGHTS
 from bagel_triton.model.cpu.row_stable import CACHED
 from bagel_triton.model.device import Placement
+from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.protocol.events import Stage
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -106,9 +107,12 @@ def plan(
     """
     one_process = config.topology.one_process
     model, dtype = checkpoint.config, placement.torch_dtype
+    quantization = config.thinker.quantization, config.thinker.quantization if one_process else config.dit.quantization
+    transformers = [checkpoint.bagel(dtype, form) for form in quantization]
+    forms = [checkpoint.form(form) for form in quantization]
     with torch.device("meta"):
-        transformer = Bagel(model).to(dtype)
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
+    thinker_weights, dit_weights = (module_bytes(transformer) for transformer in transformers)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
@@ -120,18 +124,20 @@ def plan(
     stages: tuple[StageMemory, ...] = (
         StageMemory(
             "thinker",
-            weights=module_bytes(transformer) + module_bytes(autoencoder),
+            weights=thinker_weights + module_bytes(autoencoder),
             kv=pool + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
-                forward_bytes(model.language, packed, placement, torch.get_num_threads()),
+                forward_bytes(model.language, packed, placement, torch.get_num_threads())
+                + dense_bytes(model.language, forms[0], placement),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width),
             ),
         ),
         StageMemory(
             "dit",
-            weights=module_bytes(transformer),
+            weights=dit_weights,
             kv=images * (past + BRANCHES * latents) * token,
-            activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads()),
+            activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
+            + dense_bytes(model.language, forms[1], placement),
         ),
         StageMemory(
             "vae_decode",
@@ -139,17 +145,34 @@ def plan(
             activations=decoded * decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
         ),
     )
-    once = one_process or shares_weights or config.stage_id is not None
     in_files = placement.torch_device.type == "cpu" and not one_process
     shared = pool if _pool_is_shared(config, placement) else 0
-    weights = (module_bytes(transformer) + module_bytes(autoencoder)) * (1 if once else 2)  # two stages have each
-    if in_files:
-        shared += checkpoint.stored_apart(dtype)
     if config.stage_id is not None:
         stages = tuple(stage for stage in stages if stage.stage in config.models)
+    weights = sum(stage.weights for stage in stages)
+    if one_process or shares_weights:
+        loaded = quantization if config.stage_id is None else (quantization[config.stage_id],)
+        if len({form and form.storage for form in map(checkpoint.form, loaded)}) == 1:
+            loaded = loaded[:1]
+        sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
+        weights = sum(sizes[form] for form in loaded) + module_bytes(autoencoder)
+        if in_files:
+            shared += checkpoint.stored_apart(dtype, loaded)
     on_gpu = placement.torch_device.type == "cuda"
     processes = 1 if one_process or config.stage_id is not None else len(stages)
     return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0)
+
+
+def dense_bytes(config: LanguageConfig, form: Form | None, placement: Placement) -> int:
+    """What a product with quantised weights takes beside its rows: the largest weight as the product needs it."""
+    if form is None:
+        return 0
+    inner, hidden = config.intermediate_size, config.hidden_size
+    if placement.torch_device.type == "cpu":  # a few rows for each thread, decoded in float32
+        return 3 * min(WEIGHTS, 2 * inner * hidden) * torch.float32.itemsize * torch.get_num_threads()
+    if form.activations:
+        return 2 * INT8_ROWS * 2 * inner * torch.float32.itemsize if form.storage == "int8" else 0
+    return 2 * inner * hidden * placement.torch_dtype.itemsize
 
 
 def _pool_is_shared(config: DeployConfig, placement: Placement) -> bool:
@@ -222,6 +245,8 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
     else:
         remedies.append(f"lower dit.max_num_seqs={config.dit.max_num_seqs}")
         remedies.append(f"lower thinker.kv_tokens={config.thinker.kv_tokens}")
+    if config.thinker.quantization is None:
+        remedies.append("quantise the weights (quantization: auto)")
     raise NotEnoughMemory(
         f"the stages need {readable(needed)} of {where} and {readable(free)} are free (weights "
         f"{readable(need.weights)}, keys and values {readable(need.kv)}, activations {readable(need.activations)}): "

@@ -194,6 +194,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "model names": ", ".join(names),
                 "device": _reason(placement.device, config.device),
                 "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
+                "quantization": _quantization(config, deploy),
                 "attention": placement.attention,
                 "KV connector": connector,
                 **_request_defaults(deploy),
@@ -341,6 +342,15 @@ def _placement(config: DeployConfig) -> Placement:
         return resolve(config.device, config.dtype)
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _quantization(config: DeployConfig, deploy: DeployConfig) -> str:
+    """The form of the weights of ``deploy``, and why where it was left to the server."""
+    from bagel_triton.weights.checkpoint import Checkpoint
+
+    chosen = memory.quantization_summary(Checkpoint(deploy.checkpoint), deploy)
+    auto = "auto" in (config.thinker.quantization, config.dit.quantization)
+    return f"{chosen} (auto: the first of {', '.join(map(str, memory.AUTO)).lower()} that fits)" if auto else chosen
 
 
 def _connector(config: DeployConfig, placement: Placement) -> ConnectorChoice:

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.row_stable import make_row_stable
+from bagel_triton.model.quantization import FORMS, SCALE, Form, QuantizedLinear, quantize
 from bagel_triton.weights import validation
 from bagel_triton.weights.files import CheckpointFiles, TensorFiles
-from bagel_triton.weights.layout import Source
+from bagel_triton.weights.layout import Dense, Quantized, Source
 from bagel_triton.weights.sharing import SharedWeights, on_device
 
 Module = TypeVar("Module", bound=nn.Module)
-EXPERT_PARAMETER = re.compile(r"(language_model\.model\.layers\.\d+)\.(gen|und)\.(.+)\.(weight|bias)")
+EXPERT_PARAMETER = re.compile(r"(language_model\.model\.layers\.\d+)\.(gen|und)\.(.+)\.(weight|weight_scale|bias)")
 EXPERT_SUFFIX = {"gen": "_moe_gen", "und": ""}
 EXPERT_TENSORS: Mapping[str, Sequence[str]] = {
     "input_layernorm": ["input_layernorm{}"],
@@ -59,16 +61,29 @@ class Checkpoint:
         files = CheckpointFiles(directory)
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
+        self._stored = files.stored_form
         try:
             with torch.device("meta"):
                 bagel, autoencoder = Bagel(self.config), Autoencoder(self._autoencoder.shapes())
+                form = self.form(None)
+                if form is not None:
+                    quantize(bagel.language_model.model, form)
         except RuntimeError as error:  # an overflow of a tensor's size
             raise CheckpointError(f"{self.directory}: the sizes in its configuration files are too large") from error
         for module, tensors in ((bagel, self._weights), (autoencoder, self._autoencoder)):
             expected: dict[str, tuple[int, ...]] = {}
+            coded: dict[str, Sequence[str]] = {}
+            layers = quantized_layers(module)
             for name, tensor in module.state_dict().items():
-                expected |= stored_tensors(name, tuple(tensor.shape), self.config.language)
-            validation.check_tensors(tensors, expected)
+                found = stored_tensors(name, tuple(tensor.shape), self.config.language)
+                layer, _, kind = name.rpartition(".")
+                if self._stored is not None and layer in layers and kind in ("weight", SCALE):
+                    if kind == "weight":
+                        found = {self._coded(name): self._coded_shape(shape) for name, shape in found.items()}
+                    dtypes = (self._stored.dtype,) if kind == "weight" else self._stored.scale_dtypes
+                    coded |= dict.fromkeys(found, dtypes)
+                expected |= found
+            validation.check_tensors(tensors, expected, coded)
         latent = self.config.latent
         if (autoencoder.latent_channels, autoencoder.downsample) != (latent.channels, latent.downsample):
             raise CheckpointError(
@@ -76,17 +91,56 @@ class Checkpoint:
                 f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
             )
 
-    def load_bagel(self, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None) -> Bagel:
-        """The transformer with its flow head, on ``device`` in ``dtype``; its weights are in ``shared``, if given.
+    def form(self, quantization: str | None) -> Form | None:
+        """The form of the transformer's weights where ``quantization`` is wanted; None for weights in its dtype.
 
         Raises:
-            CheckpointError: a tensor has values that are NaN or infinite.
+            CheckpointError: the files hold weights in another form.
+        """
+        if self._stored is None:
+            return None if quantization is None else FORMS[quantization]
+        stored = FORMS[self._stored.form]
+        if self._stored.group is not None:
+            stored = replace(stored, group=self._stored.group)
+        if quantization is None:
+            return stored
+        allowed = [name for name, form in FORMS.items() if form.storage == stored.storage]
+        if quantization not in allowed:
+            raise CheckpointError(
+                f"quantization={quantization!r} is not allowed: the weights in {self.directory} are stored as "
+                f"{stored.name}; allowed: {', '.join(allowed)}"
+            )
+        return replace(stored, name=quantization, activations=FORMS[quantization].activations)
+
+    def bagel(self, dtype: torch.dtype, quantization: str | None = None) -> Bagel:
+        """The transformer with its flow head as it would be loaded in ``dtype``, without weights; errors as of
+        :meth:`form`."""
+        form = self.form(quantization)
+        with torch.device("meta"):
+            module = Bagel(self.config).to(dtype)
+            if form is not None:
+                quantize(module.language_model.model, form)
+        return module
+
+    def load_bagel(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        shared: SharedWeights | None = None,
+        quantization: str | None = None,
+    ) -> Bagel:
+        """The transformer with its flow head, on ``device`` in ``dtype``; its weights are in ``shared``, if given.
+
+        With a ``quantization``, one of ``FORMS``, its layers are quantised one after the other as they are read.
+
+        Raises:
+            CheckpointError: a tensor has values that are NaN or infinite; errors as of :meth:`form`.
             MemoryError: there is no room for them.
             ValueError: ``shared`` is on another device.
         """
-        with torch.device("meta"):
-            module = Bagel(self.config)
-            if device.type == "cpu":
+        module = self.bagel(dtype, quantization)
+        if device.type == "cpu":
+            with torch.device("meta"):
                 make_row_stable(module, *ROW_STABLE)
         return self._fill(module, self._weights, device, dtype, shared)
 
@@ -98,20 +152,34 @@ class Checkpoint:
             module = Autoencoder(self._autoencoder.shapes())
         return self._fill(module, self._autoencoder, device, dtype, shared)
 
-    def stored_apart(self, dtype: torch.dtype) -> int:
+    def stored_apart(self, dtype: torch.dtype, quantizations: Sequence[str | None] = (None,)) -> int:
         """Bytes of all weights that processes on a CPU cannot map from the checkpoint's files.
 
-        The transformer computes in ``dtype``. Weights stored in another dtype are converted, and
-        tensors that do not adjoin in their file are copied into their packed parameter.
+        The transformer computes in ``dtype``. Weights stored in another dtype are converted or quantised, and
+        tensors that do not adjoin in their file are copied into their packed parameter. Each of
+        ``quantizations`` has a transformer of its own.
         """
         with torch.device("meta"):
-            bagel, autoencoder = Bagel(self.config).to(dtype), Autoencoder(self._autoencoder.shapes())
+            modules: list[tuple[nn.Module, TensorFiles]] = [
+                (Autoencoder(self._autoencoder.shapes()), self._autoencoder)
+            ]
+        modules += [(self.bagel(dtype, quantization), self._weights) for quantization in quantizations]
         size = 0
-        for module, files in ((bagel, self._weights), (autoencoder, self._autoencoder)):
-            for name, tensor in module.state_dict().items():
+        for module, files in modules:
+            layers, state = quantized_layers(module), module.state_dict()
+
+            def in_file(name: str, tensor: Tensor, files: TensorFiles = files) -> bool:
                 names = [*stored_tensors(name, tuple(tensor.shape), self.config.language)]
-                if not files.adjoin(names) or files.dtypes(names) != {SAFETENSORS_DTYPES[tensor.dtype]}:
-                    size += tensor.nbytes
+                return files.adjoin(names) and files.dtypes(names) == {SAFETENSORS_DTYPES[tensor.dtype]}
+
+            for name, tensor in state.items():
+                layer, _, kind = name.rpartition(".")
+                if layer not in layers or kind == "bias":
+                    size += 0 if in_file(name, tensor) else tensor.nbytes
+                elif kind == "weight":
+                    scale = state[f"{layer}.{SCALE}"]
+                    mapped = self._stored is not None and self._codes_adjoin(layer, files)
+                    size += 0 if mapped else tensor.nbytes + scale.nbytes
         return size
 
     def _fill(
@@ -125,15 +193,15 @@ class Checkpoint:
         if shared is not None and shared.device != device:
             raise ValueError(f"device={device}: the shared weights are on {shared.device}")
 
-        def source(names: Sequence[str]) -> Source:  # mapped, and not read yet
-            if len(names) == 1:
-                return files.tensor(names[0])
-            return files.stacked(names) if files.adjoin(names) else tuple(files.tensor(name) for name in names)
-
-        sources = {
-            name: source([*stored_tensors(name, tuple(tensor.shape), self.config.language)])
-            for name, tensor in module.state_dict().items()
-        }
+        layers = quantized_layers(module)
+        sources: dict[str, Source] = {}
+        for name, tensor in module.state_dict().items():
+            layer, _, kind = name.rpartition(".")
+            names = [*stored_tensors(name, tuple(tensor.shape), self.config.language)]
+            if layer not in layers or kind == "bias":
+                sources[name] = _source(files, names)
+            elif kind == "weight":
+                sources[name] = self._quantized(layers[layer], files, names)
         try:
             state = (
                 on_device(sources, device, dtype)
@@ -142,10 +210,61 @@ class Checkpoint:
             )
         except validation.NotFinite as error:
             shape = tuple(module.state_dict()[error.parameter].shape)
-            names = stored_tensors(error.parameter, shape, self.config.language)
+            names = [*stored_tensors(error.parameter, shape, self.config.language)]
+            if error.parameter.rpartition(".")[0] in layers and self._stored is not None:
+                names = [*(self._coded(name) for name in names), *_scales(names)]
             raise _not_finite(files, names) from error
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False).eval()
+
+    def _quantized(self, form: Form, files: TensorFiles, names: Sequence[str]) -> Quantized:
+        """The source of a quantised weight, whose tensors are called ``names`` in other checkpoints."""
+        if self._stored is None:
+            return Quantized(form, _source(files, names))
+        codes = _source(files, [self._coded(name) for name in names])
+        return Quantized(form, _as_bytes(codes) if self._stored.packed else codes, _source(files, _scales(names)))
+
+    def _coded(self, name: str) -> str:
+        """The stored name of a quantised weight that is called ``name`` in other checkpoints."""
+        assert self._stored is not None, "only quantised files have one"
+        return f"{name.removesuffix('weight')}{self._stored.weight}"
+
+    def _coded_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of stored codes whose bytes have this ``shape``."""
+        assert self._stored is not None, "only quantised files have one"
+        return (*shape[:-1], shape[-1] // 4) if self._stored.packed else shape
+
+    def _codes_adjoin(self, layer: str, files: TensorFiles) -> bool:
+        """Whether the codes of a ``layer``, and its scales, are mapped from their file as they are."""
+        assert self._stored is not None, "only quantised files have codes"
+        names = [*stored_tensors(f"{layer}.weight", (0, 0), self.config.language)]
+        codes = [self._coded(name) for name in names]
+        scales = _scales(names)
+        wanted = "BF16" if self._stored.packed else "F32"
+        return files.adjoin(codes) and files.adjoin(scales) and files.dtypes(scales) == {wanted}
+
+
+def quantized_layers(module: nn.Module) -> dict[str, Form]:
+    """The form of each quantised layer of ``module``, by the layer's name."""
+    return {name: layer.form for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+def _source(files: TensorFiles, names: Sequence[str]) -> Dense:
+    """The tensors ``names``, mapped and not read yet."""
+    if len(names) == 1:
+        return files.tensor(names[0])
+    return files.stacked(names) if files.adjoin(names) else tuple(files.tensor(name) for name in names)
+
+
+def _scales(names: Sequence[str]) -> list[str]:
+    """The stored scales of quantised weights ``names``."""
+    return [f"{name.removesuffix('weight')}{SCALE}" for name in names]
+
+
+def _as_bytes(source: Dense) -> Dense:
+    if isinstance(source, Tensor):
+        return source.view(torch.uint8)
+    return tuple(part.view(torch.uint8) for part in source)
 
 
 def inspect(directory: str | Path) -> ModelConfig:

@@ -34,6 +34,7 @@ from bagel_triton.weights.folder import (
     check_folder,
     index_files,
 )
+from bagel_triton.weights.quantized_files import stored_form
 
 # The request planner imports this module, and starts sooner and smaller without torch.
 if TYPE_CHECKING:
@@ -191,12 +192,10 @@ class CheckpointFiles:
         self.directory = Path(directory)
         check_folder(self.directory)
         model, language, vit = (_fields(self.directory / name) for name in CONFIG_FILES)
-        for fields in (model, language):
-            if fields.has("quantization_config"):
-                raise CheckpointError(f"{fields.file} has a quantization_config; {validation.UNQUANTISED}")
+        self.stored_form = stored_form((model, language))
         self.weights = TensorFiles(_weight_files(self.directory))
         self.autoencoder = TensorFiles([self.directory / AUTOENCODER_FILE])
-        validation.check_kind(self.weights, validation.BAGEL_PARTS, validation.BAGEL_TENSOR)
+        validation.check_kind(self.weights, validation.BAGEL_PARTS, validation.BAGEL_TENSOR, self.stored_form)
         validation.check_kind(self.autoencoder, validation.AUTOENCODER_PARTS, validation.AUTOENCODER_TENSOR)
         shapes = self.weights.shapes()
         if not shapes.get(POSITIONS):

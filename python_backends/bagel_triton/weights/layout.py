@@ -7,31 +7,74 @@ keys and values: they are its *source*, and become one tensor on the way.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from bagel_triton.model.quantization import Form
 from bagel_triton.weights.files import FileIdentity
 from bagel_triton.weights.validation import NotFinite, is_finite
 
+AT_ONCE = 1 << 22  # weights that are quantised at once; what is computed of them is some of them in float32
 #: What a parameter is read from: a stored tensor, or several, the second's rows below the first's and so on.
-Source = Tensor | tuple[Tensor, ...]
+Dense = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in ``form``: stored so, with its scales, or quantised on the way where it has no ``scale``."""
+
+    form: Form
+    weight: Dense
+    scale: Dense | None = None
+
+
+Source = Dense | Quantized
 
 
 def parts_of(source: Source) -> tuple[Tensor, ...]:
     """The stored tensors of ``source``."""
+    if isinstance(source, Quantized):
+        return (*parts_of(source.weight), *(() if source.scale is None else parts_of(source.scale)))
     return (source,) if isinstance(source, Tensor) else source
 
 
-def shape_of(source: Source) -> tuple[int, ...]:
+def shape_of(source: Dense) -> tuple[int, ...]:
     """The shape of the parameter that is read from ``source``."""
     if isinstance(source, Tensor):
         return tuple(source.shape)
     return (sum(len(part) for part in source), *source[0].shape[1:])
+
+
+def tensors_of(name: str, source: Source, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shape and dtype of each tensor that ``source`` becomes, by name; numbers that are not stored in codes are
+    converted to ``dtype``."""
+    if not isinstance(source, Quantized):
+        return {name: (shape_of(source), dtype)}
+    if source.scale is None:
+        rows, inner = shape_of(source.weight)
+        found = source.form.tensors(rows, inner)
+    else:
+        rows, bytes_ = shape_of(source.weight)
+        found = source.form.tensors(rows, bytes_ * 8 // source.form.bits)
+    return {f"{name.removesuffix('weight')}{kind}": tensor for kind, tensor in found.items()}
+
+
+def as_stored(name: str, source: Source, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """The tensors of ``source`` where they are stored just as they are wanted; else None."""
+    wanted = tensors_of(name, source, dtype)
+    stored = (source.weight, source.scale) if isinstance(source, Quantized) else (source,)
+    found = {
+        tensor: part
+        for (tensor, (_, kind)), part in zip(wanted.items(), stored, strict=True)
+        if isinstance(part, Tensor) and part.dtype == kind
+    }
+    return found if len(found) == len(wanted) else None
 
 
 def check_finite(parameter: str, source: Source) -> None:
@@ -44,29 +87,46 @@ def check_finite(parameter: str, source: Source) -> None:
         raise NotFinite(parameter)
 
 
-def read_into(target: Tensor, source: Source) -> None:
-    """Copy ``source`` into ``target``, converting it on the way."""
-    if isinstance(source, Tensor):
-        target.copy_(source)
+def read_into(targets: Sequence[Tensor], source: Source) -> None:
+    """Copy ``source`` into ``targets``, one for each of :func:`tensors_of`, converting it on the way."""
+    if not isinstance(source, Quantized):
+        _copy(targets[0], source)
         return
-    for part, rows in zip(source, target.split([len(part) for part in source]), strict=True):
+    weight, scale = targets
+    if source.scale is not None:
+        _copy(weight, source.weight)
+        _copy(scale, source.scale)
+        return
+    row = 0
+    for part in parts_of(source.weight):
+        for rows in part.split(max(AT_ONCE // part.shape[1], 1)):
+            place = slice(row, row + len(rows))
+            weight[place], scale[place] = source.form.encode(rows.to(weight.device, torch.float32))
+            row = place.stop
+
+
+def _copy(target: Tensor, source: Dense) -> None:
+    parts = parts_of(source)
+    for part, rows in zip(parts, target.split([len(part) for part in parts]) if parts[1:] else (target,), strict=True):
         rows.copy_(part)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies: ``offset`` in bytes."""
+    """Where one tensor of ``source`` lies: ``offset`` in bytes. ``form`` is that of quantised weights."""
 
     name: str
+    source: str
     shape: tuple[int, ...]
     offset: int
+    dtype: torch.dtype
+    form: str = ""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tensors of one dtype lie in ``size`` bytes; equal sources have equal layouts."""
+    """Where tensors lie in ``size`` bytes; equal sources have equal layouts."""
 
-    dtype: torch.dtype
     slots: tuple[Slot, ...]
     size: int
 
@@ -74,11 +134,13 @@ class Layout:
     def of(cls, sources: Mapping[str, Source], dtype: torch.dtype, alignment: int) -> Self:
         """``sources`` one after the other in ``dtype``, each at a multiple of ``alignment`` bytes; none is read."""
         slots, end = [], 0
-        for name, source in sources.items():
-            offset, shape = -(-end // alignment) * alignment, shape_of(source)
-            slots.append(Slot(name, shape, offset))
-            end = offset + math.prod(shape) * dtype.itemsize
-        return cls(dtype, tuple(slots), end)
+        for source_name, source in sources.items():
+            form = source.form.storage if isinstance(source, Quantized) else ""
+            for name, (shape, kind) in tensors_of(source_name, source, dtype).items():
+                offset = -(-end // alignment) * alignment
+                slots.append(Slot(name, source_name, shape, offset, kind, form))
+                end = offset + math.prod(shape) * kind.itemsize
+        return cls(tuple(slots), end)
 
     def key(self, files: tuple[FileIdentity, ...], device: str) -> str:
         """16 hexadecimal digits: a digest of this layout, of the ``files`` it is read from and of the ``device``."""
@@ -87,8 +149,8 @@ class Layout:
     def views(self, contents: Tensor) -> dict[str, Tensor]:
         """The tensors in ``contents``, uint8 [size], by name."""
         return {
-            slot.name: contents[slot.offset : slot.offset + math.prod(slot.shape) * self.dtype.itemsize]
-            .view(self.dtype)
+            slot.name: contents[slot.offset : slot.offset + math.prod(slot.shape) * slot.dtype.itemsize]
+            .view(slot.dtype)
             .view(slot.shape)
             for slot in self.slots
         }
@@ -99,7 +161,8 @@ class Layout:
         Raises:
             NotFinite: one has values that are NaN or infinite.
         """
-        for name, target in self.views(contents).items():
+        views = self.views(contents)
+        for name, slots in itertools.groupby(self.slots, lambda slot: slot.source):
             source = sources[name]
             check_finite(name, source)
-            read_into(target, source)
+            read_into([views[slot.name] for slot in slots], source)

@@ -24,7 +24,7 @@ from bagel_triton.ipc.cuda_memory import NotShareable
 from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from bagel_triton.ipc.shm import SHM_DIRECTORY, open_locked, reserve
 from bagel_triton.weights.files import FileIdentity, map_read_only
-from bagel_triton.weights.layout import Layout, Source, check_finite, read_into, shape_of
+from bagel_triton.weights.layout import Layout, Source, as_stored, check_finite, read_into, tensors_of
 
 ALIGNMENT = 64  # that of torch's own allocations; the rounding of a matrix product may depend on it
 log = logging.getLogger(__name__)
@@ -95,14 +95,16 @@ class WeightStore:
         """``sources`` in ``dtype``, by name, on the CPU.
 
         Sources come from ``files`` and are read only if no process has written them yet. A source
-        that is one tensor of ``dtype`` is returned as it is, mapped from its file.
+        that is stored as it is wanted is returned as it is, mapped from its file.
         """
-        mapped = {
-            name: source for name, source in sources.items() if isinstance(source, Tensor) and source.dtype == dtype
-        }
-        written = {name: source for name, source in sources.items() if name not in mapped}
-        for name, source in mapped.items():
-            check_finite(name, source)
+        mapped: dict[str, Tensor] = {}
+        written: dict[str, Source] = {}
+        for name, source in sources.items():
+            if (stored := as_stored(name, source, dtype)) is None:
+                written[name] = source
+            else:
+                check_finite(name, source)
+                mapped |= stored
         if not written:
             return mapped
         layout = Layout.of(written, dtype, ALIGNMENT)
@@ -283,13 +285,18 @@ def on_device(sources: Mapping[str, Source], device: torch.device, dtype: torch.
         NotFinite: one has values that are NaN or infinite.
     """
 
-    def placed(name: str, source: Source) -> Tensor:
+    placed: dict[str, Tensor] = {}
+    for name, source in sources.items():
         if device.type != "meta":  # which reads nothing
             check_finite(name, source)
         if isinstance(source, Tensor):
-            return source.to(device=device, dtype=dtype)
-        target = torch.empty(shape_of(source), device=device, dtype=dtype)
-        read_into(target, source)
-        return target
-
-    return {name: placed(name, source) for name, source in sources.items()}
+            placed[name] = source.to(device=device, dtype=dtype)
+            continue
+        targets = {
+            tensor: torch.empty(shape, device=device, dtype=kind)
+            for tensor, (shape, kind) in tensors_of(name, source, dtype).items()
+        }
+        if device.type != "meta":
+            read_into([*targets.values()], source)
+        placed |= targets
+    return placed

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,13 +18,14 @@ from numpy.typing import NDArray
 
 from bagel_triton.model.config import CheckpointError
 from bagel_triton.weights.folder import HUB_NAME
+from bagel_triton.weights.quantized_files import USE_DENSE, StoredForm, maker
 
 # The request planner imports this module, and starts sooner and smaller without torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
+SCALE = "weight_scale"
 DTYPES = ("BF16", "F16", "F32", "F64")
-UNQUANTISED = f"this server reads no quantised weights: use those of {HUB_NAME}, in bfloat16"
 # What a checkpoint of the whole model has; a fine-tune of some networks may hold those alone.
 BAGEL_PARTS = (
     "language_model.",
@@ -38,16 +40,16 @@ BAGEL_PARTS = (
 AUTOENCODER_PARTS = ("encoder.", "decoder.")
 BAGEL_TENSOR = "language_model.model.embed_tokens.weight"
 AUTOENCODER_TENSOR = "decoder.conv_in.weight"
-_QUANTISED = re.compile(r"scale|absmax|quant(?!_conv)|qweight|qzeros|zero_point|g_idx|\bSCB$|weight_packed")
 _ADAPTER = re.compile(r"\blora_|\bhada_w|\bdora_|_lora\b")
 # Buffers that some training code saves, and SigLIP's head, which BAGEL does not use.
-_UNUSED = re.compile(r".*\.(?:rotary_emb\.inv_freq|position_ids)|vit_model\.vision_model\.head\..*")
+_UNUSED = re.compile(r".*\.(?:rotary_emb\.inv_freq|position_ids|weight_shape)|vit_model\.vision_model\.head\..*")
 _EXPONENTS: dict[str, tuple[str, type[np.unsignedinteger[Any]], int]] = {
     # By torch's dtype: the integers to view it as, and all bits of the exponent, which NaN and infinity have set.
     "torch.bfloat16": ("int16", np.uint16, 0x7F80),
     "torch.float16": ("int16", np.uint16, 0x7C00),
     "torch.float32": ("int32", np.uint32, 0x7F800000),
     "torch.float64": ("int64", np.uint64, 0x7FF0000000000000),
+    "torch.float8_e4m3fn": ("int8", np.uint8, 0x7F),  # which has no infinity, and NaN with all bits set
 }
 _CHUNK = 1 << 18  # values; what is computed from them stays in the cache
 
@@ -65,10 +67,11 @@ class Headers(Protocol):
         """The name of the file that holds a tensor, or of all files."""
 
 
-def check_kind(headers: Headers, parts: Sequence[str], known: str) -> None:
+def check_kind(headers: Headers, parts: Sequence[str], known: str, form: StoredForm | None = None) -> None:
     """Refuse tensors that are quantised, an adapter's, or named with a prefix, and files without one of ``parts``.
 
-    ``known`` is a tensor that every checkpoint has.
+    ``known`` is a tensor that every checkpoint has. The tensors of a quantised ``form`` are left to
+    :func:`check_tensors`.
 
     Raises:
         CheckpointError: names the file and the tensor, and what to use instead.
@@ -81,12 +84,16 @@ def check_kind(headers: Headers, parts: Sequence[str], known: str) -> None:
             raise CheckpointError(
                 f"{headers.file(name)} holds an adapter (tensor {name}); merge it into the weights that it adapts"
             )
-        if _QUANTISED.search(name):
-            raise CheckpointError(f"{headers.file(name)}: tensor {name} belongs to quantised weights; {UNQUANTISED}")
+        if form is not None and (name.endswith((form.weight, SCALE)) or headers.dtype(name) == form.dtype):
+            continue
+        if (who := maker(name)) is not None:
+            raise CheckpointError(
+                f"{headers.file(name)}: tensor {name} belongs to weights quantised by {who}; {USE_DENSE}"
+            )
         if headers.dtype(name) not in DTYPES:
             raise CheckpointError(
                 f"{headers.file(name)}: tensor {name} is stored as {headers.dtype(name)}; "
-                f"allowed: {', '.join(DTYPES)}; {UNQUANTISED}"
+                f"allowed: {', '.join(DTYPES)}; {USE_DENSE}"
             )
     if known not in names and (prefixed := next((name for name in names if name.endswith(f".{known}")), None)):
         prefix = prefixed.removesuffix(known)
@@ -105,8 +112,10 @@ def check_kind(headers: Headers, parts: Sequence[str], known: str) -> None:
         raise CheckpointError(f"{headers.file()} has no tensor of BAGEL, such as {known}{first}")
 
 
-def check_tensors(headers: Headers, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse files whose tensors have not the ``expected`` names and shapes.
+def check_tensors(
+    headers: Headers, expected: Mapping[str, tuple[int, ...]], coded: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """Refuse files whose tensors have not the ``expected`` names and shapes, and the dtypes of those in ``coded``.
 
     Raises:
         CheckpointError: names the file and the first tensor that is wrong, and the nearest name.
@@ -122,6 +131,12 @@ def check_tensors(headers: Headers, expected: Mapping[str, tuple[int, ...]]) -> 
             raise CheckpointError(
                 f"{headers.file(name)}: tensor {name} has shape {list(shapes[name])}; "
                 f"the configuration files say {list(shape)}"
+            )
+        allowed = coded.get(name, DTYPES)
+        if headers.dtype(name) not in allowed:
+            raise CheckpointError(
+                f"{headers.file(name)}: tensor {name} is stored as {headers.dtype(name)}; "
+                f"allowed: {', '.join(allowed)}, by the quantization_config"
             )
     if extra:
         raise CheckpointError(
@@ -153,7 +168,9 @@ class NotFinite(ValueError):
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value of a contiguous floating-point ``tensor`` on the CPU is NaN or infinite."""
+    """Whether no value of a contiguous ``tensor`` on the CPU is NaN or infinite; codes of integers never are."""
+    if not tensor.is_floating_point():
+        return True
     bits, exponent = _bits(tensor)
     scratch = np.empty(min(_CHUNK, len(bits)), bits.dtype)
     for start in range(0, len(bits), _CHUNK):

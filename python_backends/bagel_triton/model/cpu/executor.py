@@ -16,13 +16,15 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu.row_stable import add_linear, linear, rms_norm, rotate, silu_product
+from bagel_triton.model.cpu.projection import add_projection, project
+from bagel_triton.model.cpu.row_stable import rms_norm, rotate, silu_product
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Transformer
 
@@ -129,12 +131,12 @@ class _Run:
         expert, rows = tile.expert(self._layers[index]), tile.rows
         normed = rms_norm(self._x[rows], expert.input_layernorm)
         places = [part[rows] for part in self._scratch.qkv]
-        sizes = [place[0].numel() for place in places]
         # Row slices of the packed weight. One product of all three would need their results copied apart.
-        weights, biases = expert.qkv_proj.weight.split(sizes), expert.qkv_proj.bias.split(sizes)
-        linear(normed, weights[2], biases[2], places[2].flatten(1))
-        for place, weight, bias, norm in zip(places, weights, biases, (expert.q_norm, expert.k_norm), strict=False):
-            heads = linear(normed, weight, bias).view_as(place)
+        ends = [*accumulate((place[0].numel() for place in places), initial=0)]
+        query_rows, key_rows, value_rows = (slice(*edges) for edges in pairwise(ends))
+        project(normed, expert.qkv_proj, value_rows, places[2].flatten(1))
+        for place, part, norm in zip(places, (query_rows, key_rows), (expert.q_norm, expert.k_norm), strict=False):
+            heads = project(normed, expert.qkv_proj, part).view_as(place)
             rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
         _, key, value = self._scratch.qkv
         self._kv.write_rows(index, key, value, rows)
@@ -142,7 +144,7 @@ class _Run:
     def _finish(self, index: int, tile: RowTile) -> None:
         """Replace a tile of the residual by the layer's output, as of :meth:`Expert.finish`."""
         expert, residual = tile.expert(self._layers[index]), self._x[tile.rows]
-        add_linear(self._scratch.attended[tile.rows].flatten(1), expert.o_proj.weight, residual)
+        add_projection(self._scratch.attended[tile.rows].flatten(1), expert.o_proj, residual)
         normed = rms_norm(residual, expert.post_attention_layernorm)
         inner = self._scratch.inner.pop()
         _add_mlp(expert.mlp, normed, residual, inner)
@@ -178,6 +180,7 @@ class _Run:
 def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...]) -> None:
     """Add the feed-forward of x [rows, hidden] to ``residual``; ``inner`` is twice [rows or more, intermediate]."""
     gate, up = (whole[: len(x)] for whole in inner)
-    for weight, out in zip(mlp.gate_up_proj.weight.chunk(2), (gate, up), strict=True):
-        linear(x, weight, None, out)
-    add_linear(silu_product(gate, up), mlp.down_proj.weight, residual)
+    size = gate.shape[1]
+    for start, out in ((0, gate), (size, up)):
+        project(x, mlp.gate_up_proj, slice(start, start + size), out)
+    add_projection(silu_product(gate, up), mlp.down_proj, residual)

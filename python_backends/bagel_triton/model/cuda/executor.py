@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel_triton.model.attention import StepKV
 from bagel_triton.model.mot import Expert, Layer, PackedBatch, Transformer
+from bagel_triton.model.quantization import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class CudaExecutor:
         packed = x.new_empty(len(x), width)
         for part in parts:
             projection, normed = part.expert.qkv_proj, part.expert.input_layernorm(x[part.rows])
-            torch.addmm(projection.bias, normed, projection.weight.t(), out=packed[part.rows])
+            if isinstance(projection, QuantizedLinear):
+                packed[part.rows] = projection(normed)
+            else:
+                torch.addmm(projection.bias, normed, projection.weight.t(), out=packed[part.rows])
         heads = packed.unflatten(-1, (-1, self._config.head_dim))
         kv_heads = heads.shape[1] // (parts[0].expert.queries_per_key + 2)
         # The values are normed for nothing: of a part of the heads alone the kernel would take a copy first.
@@ -81,11 +85,22 @@ def _finish(x: Tensor, attended: Tensor, parts: list[_Part]) -> None:
     inner = x.new_empty(stop - first, parts[0].expert.mlp.gate_up_proj.out_features)
     for part in parts:
         expert, residual = part.expert, x[part.rows]
-        residual.addmm_(attended[part.rows].flatten(1), expert.o_proj.weight.t())
+        _add_product(attended[part.rows].flatten(1), expert.o_proj, residual)
         own = inner[part.rows.start - first : part.rows.stop - first]
-        torch.mm(expert.post_attention_layernorm(residual), expert.mlp.gate_up_proj.weight.t(), out=own)
+        normed = expert.post_attention_layernorm(residual)
+        if isinstance(expert.mlp.gate_up_proj, QuantizedLinear):
+            own.copy_(expert.mlp.gate_up_proj(normed))
+        else:
+            torch.mm(normed, expert.mlp.gate_up_proj.weight.t(), out=own)
     gate, up = inner.chunk(2, dim=-1)
     active = F.silu(gate).mul_(up)
     for part in parts:
         own = active[part.rows.start - first : part.rows.stop - first]
-        x[part.rows].addmm_(own, part.expert.mlp.down_proj.weight.t())
+        _add_product(own, part.expert.mlp.down_proj, x[part.rows])
+
+
+def _add_product(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor) -> None:
+    if isinstance(layer, QuantizedLinear):
+        out.add_(layer(x))
+    else:
+        out.addmm_(x, layer.weight.t())
