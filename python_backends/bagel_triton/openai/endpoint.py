@@ -22,7 +22,7 @@ from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import Cancelled, ModelNotFound, Overloaded
 from bagel_triton.telemetry import tracing
-from bagel_triton.triton.client import Client, StageResponse
+from bagel_triton.triton.client import Client, StageResponse, let_others_run
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -200,7 +200,8 @@ async def _disconnected(request: Request) -> None:
 # other threads run; the parser then sees a few kilobytes.
 MIN_LENGTH = 128 * 1024  # characters of base64; shorter ones are left to the parser
 _MARKER = b";base64,"
-_PIECE = 512 * 1024  # characters decoded at a time, a multiple of 4
+_PIECE = 128 * 1024  # characters decoded at a time, a multiple of 4: half a millisecond
+_SEARCHED_AT_ONCE = 2**20
 
 
 def detach(body: bytearray) -> tuple[bytes, Mapping[str, bytes]]:
@@ -214,7 +215,7 @@ def detach(body: bytearray) -> tuple[bytes, Mapping[str, bytes]]:
     copied = searched = 0
     while (at := body.find(_MARKER, searched)) >= 0:
         start = at + len(_MARKER)
-        end = body.find(b'"', start)
+        end = _find_quote(body, start)
         if end < 0:
             break
         searched = end
@@ -229,6 +230,14 @@ def detach(body: bytearray) -> tuple[bytes, Mapping[str, bytes]]:
     return b"".join(kept), detached
 
 
+def _find_quote(body: bytearray, start: int) -> int:
+    for at in range(start, len(body), _SEARCHED_AT_ONCE):
+        if (found := body.find(b'"', at, at + _SEARCHED_AT_ONCE)) >= 0:
+            return found
+        let_others_run()
+    return -1
+
+
 def _decode(body: bytearray, start: int, end: int) -> bytes | None:
     decoded = io.BytesIO()
     with memoryview(body) as view:
@@ -237,4 +246,5 @@ def _decode(body: bytearray, start: int, end: int) -> bytes | None:
                 decoded.write(binascii.a2b_base64(view[at : min(at + _PIECE, end)], strict_mode=True))
             except binascii.Error:
                 return None
+            let_others_run()
     return decoded.getvalue()

@@ -40,7 +40,7 @@ CHANNEL_OPTIONS = [
 CALL_S = 10.0  # every call of a stage is answered at once or, a poll, after a fraction of a second
 READY_S = 3.0
 LARGE_REQUEST = 2**20  # bytes of images
-COPIED_AT_ONCE = 2**20
+COPIED_AT_ONCE = 2**18
 # The tag of a length-delimited field of ModelInferRequest, one for each input in their order.
 RAW_INPUT_CONTENTS = bytes((service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2,))
 _STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -380,7 +380,13 @@ def _written(request: GenerationRequest, request_id: str) -> bytes:
         for piece in pieces:
             for start in range(0, len(piece), COPIED_AT_ONCE):
                 written.write(memoryview(piece)[start : start + COPIED_AT_ONCE])
+                let_others_run()
     return written.getvalue()
+
+
+def let_others_run() -> None:
+    """Release the interpreter's lock: a thread that waits for it would get it only after 5 ms."""
+    time.sleep(0)
 
 
 def _varint(number: int) -> bytes:
