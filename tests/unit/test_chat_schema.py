@@ -116,7 +116,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     (
         {"extra_body": {"stepping": 4}},
         "extra_body.stepping",
-        "num_inference_steps, partial_images, presence_penalty",
+        "num_outputs_per_prompt, partial_images, presence_penalty",
     ),
     ({"extra_body": {"messages": []}}, "extra_body.messages", "is not a known field"),
     ({"extra_body": {"extra_body": {}}}, "extra_body.extra_body", "is not a known field"),

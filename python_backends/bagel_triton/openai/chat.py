@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bagel_triton.openai import stream
-from bagel_triton.openai.chat_schema import ChatBody, ChatMessage, ImagePart, parse
+from bagel_triton.openai.chat_schema import ChatBody, ChatMessage, ImagePart, ThoughtPart, parse
 from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.openai.image_io import ImageLoader, ImageUpload, ImageUrl
 from bagel_triton.openai.reply import ImageReply, ReplyOptions, collect, new_header
@@ -167,6 +167,8 @@ def _turn(message: ChatMessage, param: str, images: list[ImageUrl]) -> Turn:
         if image.image_url.url not in shown:
             named.append((f"{param}.images[{index}]", image))
     for name, part in named:
+        if isinstance(part, ThoughtPart):
+            continue
         if not isinstance(part, ImagePart):
             parts.append(TextPart(part.text))
             continue

@@ -30,6 +30,26 @@ class TextPart(StrictModel):
     text: str
 
 
+class RefusalPart(StrictModel):
+    """A refusal of an earlier answer, which is text like any other."""
+
+    place: ClassVar[str] = "part"
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return self.refusal
+
+
+class ThoughtPart(StrictModel):
+    """Earlier thinking, which is no part of the conversation."""
+
+    place: ClassVar[str] = "thought_part"
+    type: Literal["thinking", "redacted_thinking", "reasoning"]
+
+
 class ImageUrl(StrictModel):
     """Where an image is."""
 
@@ -50,7 +70,7 @@ class ImagePart(StrictModel):
     image_url: Annotated[ImageUrl, BeforeValidator(_to_image_url)]
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | RefusalPart | ThoughtPart, Field(discriminator="type")]
 
 
 def _to_parts(content: Any) -> Any:
@@ -106,6 +126,7 @@ class Reasoning(StrictModel):
     enabled: bool | None = None
     max_tokens: int | None = None
     exclude: bool | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="Accepted without effect.")
 
 
 class UsageOptions(StrictModel):

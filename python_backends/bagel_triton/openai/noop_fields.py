@@ -28,10 +28,16 @@ IGNORED: dict[str, frozenset[str]] = {
             *("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
             *("service_tier", "store", "metadata", "parallel_tool_calls", "tool_choice", "prediction", "verbosity"),
             # routing of gateways and agents
-            *("provider", "models", "route", "session_id", "trace", "request_id", "cache_salt", "litellm_metadata"),
+            *("provider", "models", "route", "session_id", "chat_id", "trace", "request_id", "rid", "cache_salt"),
+            *("litellm_metadata", "client_metadata"),
+            # how another server would hold its model, cache its prompt or make its noise
+            *("keep_alive", "cache_prompt", "id_slot", "generator_device", "vae_use_slicing", "vae_use_tiling"),
+            *("timings_per_token", "return_progress", "rollout_sde_type"),
+            # what to do with a conversation that does not fit: it is refused
+            "transforms",
             # parameters of samplers that the fields of NOOP switch off
             *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "smoothing_curve", "xtc_threshold"),
-            *("dry_base", "dry_allowed_length", "dry_sequence_breakers", "repeat_last_n", "repetition_penalty_range"),
+            *("dry_base", "dry_allowed_length", "dry_sequence_breakers", "dry_penalty_last_n", "repeat_last_n"),
         }
     ),
     "message": frozenset(
@@ -39,10 +45,16 @@ IGNORED: dict[str, frozenset[str]] = {
             # earlier thinking is no part of a conversation, however a client names it
             *("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "reasoning_items"),
             *("name", "id", "annotations", "provider_specific_fields", "cache_control", "prompt_cache_breakpoint"),
-            *("prefix", "partial", "seed", "index", "tool_call_id"),
+            *("prefix", "partial", "seed", "index", "tool_call_id", "model", "metadata", "created_at", "timestamp"),
         }
     ),
     "part": frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "id", "uuid", "index", "seed"}),
+    "thought_part": frozenset(
+        {
+            *("thinking", "reasoning", "text", "summary", "content", "data", "signature", "encrypted_content"),
+            *("format", "closed", "cache_control", "id", "index"),
+        }
+    ),
     "image_url": frozenset({"detail", "format", "media_type", "mime_type"}),
     "stream_options": frozenset({"include_obfuscation"}),
 }
@@ -65,7 +77,6 @@ NOOP: dict[str, dict[str, Noop]] = {
         "audio": Noop((), "this model makes no sound: leave it out"),
         "web_search_options": Noop((), "this model cannot search: put what it should know into the prompt"),
         "plugins": Noop(([],), "put what the model should know into the prompt"),
-        "transforms": Noop(([],), "shorten the conversation yourself"),
         "documents": Noop(([],), "put what the model should know into the prompt"),
         "best_of": Noop((1,), "use n, and choose from the results"),
         "num_beams": Noop((1,), _NO_SAMPLER),
@@ -94,6 +105,38 @@ NOOP: dict[str, dict[str, Noop]] = {
         "mm_processor_kwargs": Noop(({},), "resize the images yourself"),
         "media_io_kwargs": Noop(({},)),
         "kv_transfer_params": Noop(({},)),
+        "repeat_penalty": Noop((1,), "use repetition_penalty"),
+        "repetition_penalty_range": Noop((0, -1), "repetition_penalty counts all of the text"),
+        "encoder_repetition_penalty": Noop((1,), _NO_SAMPLER),
+        "n_predict": Noop((-1,), "use max_tokens"),
+        "n_keep": Noop((0,), "shorten the conversation yourself"),
+        "n_probs": Noop((0,), "use logprobs and top_logprobs"),
+        "options": Noop(({},), "put its members beside messages, in this API's names"),
+        "format": Noop(("",), _TEXT_ONLY),
+        "regex": Noop(("",), _TEXT_ONLY),
+        "ebnf": Noop(("",), _TEXT_ONLY),
+        "reasoning_format": Noop(("auto", "parsed", "deepseek"), "thinking is in reasoning_content"),
+        "separate_reasoning": Noop((True,), "thinking is in reasoning_content"),
+        "stream_reasoning": Noop((True,), "thinking streams as it comes; include_reasoning=false leaves it out"),
+        "no_stop_trim": Noop((False,), "add the stop text to the answer yourself"),
+        "stop_regex": Noop(("", []), "use stop"),
+        "banned_tokens": Noop(([],), "use logit_bias"),
+        "banned_strings": Noop(([],), "use logit_bias, with their tokens"),
+        "return_hidden_states": Noop((False,)),
+        "lora": Noop(({},), "serve a checkpoint with its weights merged in"),
+        "lora_path": Noop(("",), "serve a checkpoint with its weights merged in"),
+        "enable_teacache": Noop((False,), "use cache='taylorseer'"),
+        "rollout": Noop((False,)),
+        "extra_args": Noop(({},), "use extra_body, or put its members beside the other fields"),
+        "extra_params": Noop(({},), "use extra_body, or put its members beside the other fields"),
+        "diffusers_kwargs": Noop(({},), "use the fields of this API"),
+        "samplers": Noop(("", []), "their order is fixed"),
+        "sampler_priority": Noop(([],), "their order is fixed"),
+        "temperature_last": Noop((False,), "the order of the samplers is fixed"),
+        "dynamic_temperature": Noop((False,), _NO_SAMPLER),
+        "top_n_sigma": Noop((0, -1), _NO_SAMPLER),
+        "nsigma": Noop((0,), _NO_SAMPLER),
+        "skew": Noop((0,), _NO_SAMPLER),
         "typical_p": Noop((1, 0), _NO_SAMPLER),
         "typical": Noop((1, 0), _NO_SAMPLER),
         "tfs": Noop((1,), _NO_SAMPLER),
@@ -128,6 +171,10 @@ NOOP["images"] = NOOP["body"] | {
     "svg": Noop((), _STILL),
     "frame_count": Noop((1,), _STILL),
     "frame_duration_ms": Noop((), _STILL),
+    "num_frames": Noop((1,), _STILL),
+    "fps": Noop((), _STILL),
+    "layers": Noop((), "an image has one layer"),
+    "output_quality": Noop(("default",), "use output_compression"),
     "complexity": Noop((), "think=true plans the image first; num_inference_steps sets the effort of drawing it"),
 }
 # The Responses API: likewise, and what it alone has.
@@ -146,8 +193,7 @@ IGNORED |= {
 NOOP |= {
     "responses": NOOP["body"]
     | {
-        "include": Noop(([], ["reasoning.encrypted_content"]), "replies carry all they have already"),
-        "truncation": Noop(("disabled",), "shorten the input yourself"),
+        "truncation": Noop(("disabled", "auto"), "input that does not fit is refused"),
         "context_management": Noop(([],), "shorten the input yourself"),
         "moderation": Noop((), "this server moderates nothing"),
     },

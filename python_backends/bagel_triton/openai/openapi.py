@@ -48,7 +48,7 @@ _IMAGE: Json = {
 _LINK: Json = {"anyOf": [_IMAGE, {"$ref": SCHEMAS + "ImageLink"}]}
 _LINKS: Json = {"type": "array", "items": _LINK, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
 _MODALITIES: Json = {"type": "array", "items": {"enum": ["text", "image"]}, "minItems": 1, "maxItems": MAX_MODALITIES}
-_SIZE: Json = {**_TEXT, "pattern": r"^\s*(auto|[0-9]{1,6}\s*[xX*]\s*[0-9]{1,6})?\s*$", "examples": ["auto"]}
+_SIZE: Json = {**_TEXT, "pattern": r"^\s*(auto|[0-9]{1,6}\s*[xX*\u00d7]\s*[0-9]{1,6})?\s*$", "examples": ["auto"]}
 # Declarations that take the place of pydantic's, by the names of the model and of the field.
 _INSTEAD: dict[tuple[str, str], Json] = {
     ("ChatBody", "modalities"): _MODALITIES,
@@ -184,6 +184,8 @@ def _limited(name: str, declared: Json, effective: tuple[str, ...]) -> Json:
         limits = {"exclusiveMinimum" if field.above else "minimum": low, "maximum": high}
     members = declared.get("anyOf", [])
     limited = [{**member, **limits} if member.get("type") != "null" else member for member in members]
+    if field.unset is not None:
+        limited.append({"enum": [field.unset]})
     return {**declared, "anyOf": limited} if members else {**declared, **limits}
 
 

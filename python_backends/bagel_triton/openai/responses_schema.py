@@ -16,6 +16,16 @@ from bagel_triton.protocol.request import MAX_INPUT_IMAGES, ImageRef, TextPart, 
 from bagel_triton.protocol.validation import MAX_MESSAGES
 
 IMAGE_TOOL = "image_generation"
+# What ``include`` may name: parts of replies that are there anyway or that this model never makes.
+Included = Literal[
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "code_interpreter_call.outputs",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+]
 
 
 class InputText(StrictModel):
@@ -34,12 +44,17 @@ class InputRefusal(StrictModel):
     refusal: str
 
 
+def _to_url(value: Any) -> Any:
+    """A chat part's ``{"url": ...}`` is the URL."""
+    return value["url"] if isinstance(value, dict) and "url" in value else value
+
+
 class InputImage(StrictModel):
     """An image in a message."""
 
     place: ClassVar[str] = "input_image"
     type: Literal["input_image"]
-    image_url: str
+    image_url: Annotated[str, BeforeValidator(_to_url)]
 
 
 InputPart = Annotated[InputText | InputRefusal | InputImage, Field(discriminator="type")]
@@ -56,7 +71,9 @@ class InputMessage(StrictModel):
     place: ClassVar[str] = "input_message"
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[list[InputPart], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)]
+    content: Annotated[list[InputPart], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_to_parts)] = (
+        Field([])
+    )
 
 
 class InputReasoning(StrictModel):
@@ -153,6 +170,7 @@ class ResponsesBody(GenerationFields):
     text: TextOptions | None = None
     tools: Annotated[list[ImageTool], Field(max_length=1, fail_fast=True)] = Field([])
     tool_choice: str | dict[str, Any] | None = None
+    include: list[Included] | None = Field(None, description="Replies carry all they have already.")
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
 

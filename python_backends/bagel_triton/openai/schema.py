@@ -162,7 +162,7 @@ class GivenFields:
         """
         if size is None or size.strip() in ("auto", ""):
             return
-        found = re.fullmatch(r"([0-9]{1,6})\s*[xX*]\s*([0-9]{1,6})", size.strip())
+        found = re.fullmatch(r"([0-9]{1,6})\s*[xX*\u00d7]\s*([0-9]{1,6})", size.strip())
         if found is None:
             allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
             raise InvalidRequest.value(alias, size, allowed)

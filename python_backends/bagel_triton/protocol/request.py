@@ -89,6 +89,7 @@ class RequestField(msgspec.Struct, frozen=True):
         choices: every value of a field that takes only a few.
         limits: what is allowed, in words, if bounds and choices do not say all of it.
         aliases: other names in a JSON body.
+        unset: a value that means "not given", where clients have one.
         ensemble: whether ``bagel_text2img`` takes it.
     """
 
@@ -102,6 +103,7 @@ class RequestField(msgspec.Struct, frozen=True):
     choices: tuple[str, ...] = ()
     limits: str = ""
     aliases: tuple[str, ...] = ()
+    unset: int | None = None
     ensemble: bool = False
 
     @property
@@ -124,7 +126,7 @@ class RequestField(msgspec.Struct, frozen=True):
         """Whether ``value`` is one of ``choices`` or in the range; NaN is in none."""
         if self.choices:
             return value in self.choices
-        if self.bounds is None:
+        if self.bounds is None or (self.unset is not None and value == self.unset):
             return True
         low, high = self.bounds
         return bool(low < value <= high if self.above else low <= value <= high)
@@ -224,7 +226,16 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             ensemble=True,
         ),
     ] = None
-    n: Annotated[int | None, RequestField("INT32", "number of results", default="1", bounds=(1, MAX_RESULTS))] = None
+    n: Annotated[
+        int | None,
+        RequestField(
+            "INT32",
+            "number of results",
+            default="1",
+            bounds=(1, MAX_RESULTS),
+            aliases=("num_outputs_per_prompt", "num_images_per_prompt"),
+        ),
+    ] = None
     partial_images: Annotated[
         int | None,
         RequestField(
@@ -244,7 +255,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             default=str(TEXT2IMG.cfg_text_scale),
             bounds=(0, MAX_SCALE),
             limits=" (at most 1 switches guidance off)",
-            aliases=("guidance_scale",),
+            aliases=("guidance_scale", "cfg_scale"),
             ensemble=True,
         ),
     ] = None
@@ -303,6 +314,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             affects="image",
             default=str(TEXT2IMG.timestep_shift),
             bounds=(MIN_SHIFT, MAX_SHIFT),
+            aliases=("flow_shift",),
             ensemble=True,
         ),
     ] = None
@@ -328,6 +340,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             affects="thinking",
             default=str(TEXT.max_think_tokens),
             bounds=(1, MAX_NEW_TOKENS),
+            aliases=("thinking_budget", "thinking_token_budget"),
         ),
     ] = None
     max_tokens: Annotated[
@@ -338,7 +351,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             affects="text",
             default=str(TEXT.max_tokens),
             bounds=(1, MAX_NEW_TOKENS),
+            limits="; -1 has the default",
             aliases=("max_completion_tokens",),
+            unset=-1,
         ),
     ] = None
     temperature: Annotated[

@@ -177,9 +177,9 @@ def _sides(request: GenerationRequest, default: int, max_side: int, size: tuple[
 def _resolve(request: GenerationRequest, name: str, default: T) -> T:
     """The value of the field ``name``, checked against its declaration; ``default`` if it is not given."""
     value: Any = getattr(request, name)
-    if value is None:
-        return default
     field = REQUEST_FIELDS[name]
+    if value is None or value == field.unset:
+        return default
     _require(name, value, field.permits(value), field.allowed)
     return value  # type: ignore[no-any-return]
 
