@@ -32,13 +32,15 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "named"),
     [
         (["serve"], "CHECKPOINT"),
-        (["serve", "x", "--port", "many"], "'many'"),
-        (["serve", "x", "--nonsense"], "--nonsense"),
+        (["serve", "x", "--port", "many"], "--port='many' is not allowed; allowed: an integer"),
+        (["serve", "--nonsense"], "--nonsense is not an option"),
+        (["serve", "x", "--prot=9"], "--prot is not an option; did you mean --port?"),
+        (["completion", "bsh"], "shell='bsh' is not allowed; did you mean bash? allowed: bash, zsh, tcsh"),
         (["serve", "x", "--nonsense"], "see bagel-triton serve --help"),
         (["serve", "x", "--mod", "y"], "--mod"),
         (["serve", "x", "--tensor-parallel-size", "2"], "a stage runs on one device today"),
         (["serve", "x", "--quantization", "gptq"], "allowed: auto, int8"),
-        (["fly"], "'fly'"),
+        (["sevre"], "COMMAND='sevre' is not allowed; did you mean serve? allowed: serve, proxy"),
         ([], "COMMAND"),
     ],
 )
@@ -70,6 +72,20 @@ def test_a_reader_that_has_enough_ends_it_without_a_word():
     run = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
     os.close(output)
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_output_that_cannot_be_written_is_an_error_of_one_line():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "bagel_triton", "memory", str(CHECKPOINT), "--device", "cpu"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    error = "bagel-triton: error: the output cannot be written: No space left on device\n"
+    assert (run.returncode, run.stderr) == (1, error)
+
+
+def test_a_closed_output_is_no_error():
+    command = [sys.executable, "-m", "bagel_triton", "version"]
+    run = subprocess.run(["bash", "-c", '"$@" >&-', "bash", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", [["-V"], ["--version"], ["version"]])

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import importlib
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import bagel_triton
+from bagel_triton.protocol.errors import NEAR, format_value
 from bagel_triton.serving import CommandError
 
 PROGRAM = "bagel-triton"
 VERSION = f"{PROGRAM} {bagel_triton.__version__}"
+_VALUE = re.compile(r"argument (\S+): invalid (int|float) value: (.*)", re.DOTALL)
+_TYPES = {"int": "an integer", "float": "a number"}
 INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 PASSED_ON = "perf-analyzer"
 SHELLS = ("bash", "zsh", "tcsh")
@@ -50,12 +56,39 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: object) -> None:
         super().__init__(**{**options, "allow_abbrev": False})  # type: ignore[arg-type]
 
+    def check_names(self, arguments: Sequence[str]) -> None:
+        """Refuse an option that there is not before anything else is missing, and name one like it."""
+        listed = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name == "--":
+                return
+            if name.startswith("--") and name not in self._option_string_actions:
+                options = [option for action in listed for option in action.option_strings]
+                self.error(f"{name} is not an option{_similar(name, options)}")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = "/".join(action.option_strings) or str(action.metavar or action.dest)
+            choices = [str(choice) for choice in action.choices]
+            similar = _similar(str(value), choices)
+            allowed = f"{similar}{' ' if similar else '; '}allowed: {', '.join(choices)}"
+            self.error(f"{name}={format_value(value)} is not allowed{allowed}")
+
     def error(self, message: str) -> NoReturn:
+        if invalid := _VALUE.fullmatch(message):
+            message = f"{invalid[1]}={invalid[3]} is not allowed; allowed: {_TYPES[invalid[2]]}"
         _print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
 
-def build_parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _similar(name: str, names: Iterable[str]) -> str:
+    """The end of an error about ``name``: the one of ``names`` that may have been meant."""
+    near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=NEAR)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def build_parser(arguments: Sequence[str]) -> tuple[_Parser, dict[str, _Parser]]:
     """The program's parser and its commands'; only the command that ``arguments`` begin with has its options.
 
     With no ``arguments`` all commands have theirs, which imports all of them.
@@ -63,7 +96,7 @@ def build_parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, dic
     parser = _Parser(prog=PROGRAM, description=bagel_triton.__doc__)
     parser.add_argument("-V", "--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    parsers: dict[str, argparse.ArgumentParser] = {}
+    parsers: dict[str, _Parser] = {}
     for name, command in COMMANDS.items():
         parsers[name] = commands.add_parser(name, help=command.summary, description=command.summary)
         if arguments[:1] == [name] or not arguments:
@@ -76,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [PASSED_ON] and arguments[1:2] not in (["-h"], ["--help"], ["--"]):
         arguments.insert(1, "--")  # all of its arguments are another program's
+    _open_standard_files()
     parser, parsers = build_parser(arguments or ["--help"])
+    parsers.get("".join(arguments[:1]), parser).check_names(arguments)
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -89,9 +124,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        _discard_output()
         return OUTPUT_CLOSED
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _discard_output()
+        _print_error(f"the output cannot be written: {error.strerror}")
+        return 1
     return status
+
+
+def _open_standard_files() -> None:
+    """Give a process that was started without them standard files, or the next file it opens would become one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
+def _discard_output() -> None:
+    """Nothing that the interpreter still flushes reaches standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
