@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bagel_triton.deploy import vocabulary
-from bagel_triton.serving.arguments import TOY
+from bagel_triton.serving.flags import TOY
 from bagel_triton.serving.machine import source_file
 from build.tiny_bagel.world import Scene, Thing, recognise
 from tests.support.serving import Server, data_url

@@ -199,6 +199,7 @@ def quantize(transformer: Transformer, form: Form) -> None:
         layer = transformer.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, form)
+        quantized.bias = layer.bias  # in the network's dtype
         transformer.set_submodule(name, quantized)
 
 

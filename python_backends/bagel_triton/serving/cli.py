@@ -41,6 +41,7 @@ COMMANDS = {
     "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, make one image, stop"),
     "config": Command("bagel_triton.serving.config", "show what a deploy file means, and where each value comes from"),
     "memory": Command("bagel_triton.serving.memory", "show the memory that each stage of a configuration takes"),
+    "quantize": Command("bagel_triton.serving.quantize", "write a checkpoint with quantised weights"),
     "tiny-checkpoint": Command("bagel_triton.weights.tiny.checkpoint", "write a small checkpoint of random weights"),
     "perf-analyzer": Command(
         "bagel_triton.serving.perf_analyzer", "run Triton's perf_analyzer with the libraries it needs"

@@ -91,6 +91,17 @@ class Checkpoint:
                 f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
             )
 
+    def tensor(self, name: str) -> Tensor:
+        """The transformer's stored tensor ``name``, every value of which was read.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
+        tensor = self._weights.tensor(name)
+        if not validation.is_finite(tensor):
+            raise _not_finite(self._weights, [name])
+        return tensor
+
     def form(self, quantization: str | None) -> Form | None:
         """The form of the transformer's weights where ``quantization`` is wanted; None for weights in its dtype.
 

@@ -1,0 +1,37 @@
+"""``bagel-triton quantize``: a checkpoint that is quantised already, so that a start reads less."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from bagel_triton.deploy.config import Quantization
+from bagel_triton.serving import CommandError, flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    flags.add_checkpoint(parser)
+    parser.add_argument("output", metavar="OUT", type=Path, help="folder to write, new or empty")
+    parser.add_argument(
+        "--quantization", choices=get_args(Quantization), default="int8", help="its form (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the checkpoint.
+
+    Raises:
+        CommandError: the checkpoint is no good, or the folder cannot be written.
+    """
+    folder = flags.checkpoint(args.checkpoint, args.revision)
+
+    from bagel_triton.weights.quantize import write
+
+    try:
+        size = write(folder, args.output, args.quantization)
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+    print(f"wrote {args.output}: the transformer in {args.quantization} takes {size / 1e9:.2f} GB")
+    return 0
