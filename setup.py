@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel carries files of the top-level folders inside the package."""
+"""Beyond pyproject.toml: a wheel carries files of the top-level folders inside the package."""
 
 import shutil
 from pathlib import Path

@@ -47,7 +47,7 @@ ON_A_GPU: dict[str, Callable[[Setting], list[Figure]]] = {"published_on_gpu": gp
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What the figures were measured on."""
+    """The machine of the figures."""
 
     processor: str
     cores: int

@@ -17,7 +17,7 @@ MIXED_STEPS, SMALL_STEPS = 5, 20
 
 
 def run(setting: Setting, mixed: Sizes = MIXED) -> list[Figure]:
-    """How much sooner the four are done together: mixed sizes, and small ones."""
+    """Speedup of four requests together: mixed sizes, and small ones."""
     with setting.stages() as stages:
         both = [
             ("mixed, 256 to 512", _speedups(stages, mixed, MIXED_STEPS, setting.trials), 1.0),

@@ -1,4 +1,4 @@
-"""What a measurement found, and whether it is good enough."""
+"""A measurement's result, and whether it reaches its goal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def median(
 
 
 def repeated(count: int, trial: Callable[[], float]) -> list[float]:
-    """What ``count`` calls of ``trial`` return; one more comes before them and is not counted."""
+    """The results of ``count`` calls of ``trial``, after one uncounted warm-up call."""
     trial()
     return [trial() for _ in range(count)]
 

@@ -102,7 +102,7 @@ def products() -> None:
 
 
 def small() -> None:
-    """What is between the products of a guided step at 1024x1024, and a launch."""
+    """The operations between the products of a guided step at 1024x1024, and a launch."""
     rows = 8192 // SMALLER
     x = torch.randn(rows, 36 * HEAD_DIM, device=DEVICE, dtype=DTYPE)
     inner = torch.randn(rows, 2 * INNER // SMALLER, device=DEVICE, dtype=DTYPE)

@@ -1,4 +1,4 @@
-"""What a run of the benches measures on, and how they ask stages for things."""
+"""The setting of a bench run, and helpers that run stages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ensure_checkpoint(directory: Path = CHECKPOINT) -> Path:
 
 
 def answer(call: StageCall[Result], hear: Callable[[Event], None] = lambda event: None) -> tuple[Result, StageStats]:
-    """What a stage answers, and its timing; ``hear`` is told of progress. Its error is raised."""
+    """A stage's answer and its timing; progress goes to ``hear``. Raises the stage's error."""
     following: Generator[Event, None, tuple[Result, StageStats]] = call.follow(lambda: False, WAIT_S)
     while True:
         try:

@@ -27,7 +27,7 @@ def run_kv_handoff(setting: Setting, megabytes: Sequence[int] = kv_handoff.SIZES
 
 
 def run_weight_sharing(setting: Setting) -> list[Figure]:
-    """How often the weights are in memory with a process per stage, in each dtype."""
+    """Copies of the weights in memory with a process per stage, in each dtype."""
     figures = []
     for dtype, sharing in weight_sharing.run(setting.device):
         figures.append(Figure("weight_sharing", f"weights in {dtype}", sharing.weight_bytes / 2**20, "MiB"))

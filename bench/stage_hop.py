@@ -1,4 +1,4 @@
-"""What a call of a stage costs: tickets by BLS, tickets over gRPC, and a gRPC stream a call, in one server.
+"""The cost of a stage call: tickets by BLS, tickets over gRPC, and a gRPC stream a call, in one server.
 
 The worker answers at once, after two events; so a hop's time is all overhead.
 """

@@ -78,7 +78,7 @@ class Sharing:
 
     @property
     def copies(self) -> float:
-        """How often the weights are in memory."""
+        """Copies of the weights in memory."""
         return (self.large.held - self.tiny.held) / self.weight_bytes
 
 

@@ -1,4 +1,4 @@
-"""What the clients share: how a server's address is written, and a bar of the steps that are done."""
+"""Helpers of the clients: parsing a server's address, and a progress bar of the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The request and the results of the Triton clients, whatever the protocol."""
+"""The request and the results of the Triton clients, for both protocols."""
 
 from __future__ import annotations
 

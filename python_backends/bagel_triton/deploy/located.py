@@ -21,7 +21,7 @@ MAX_NODES = 100_000  # aliases can make a small file a huge tree
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value stands: ``source`` is a file or a flag; ``section`` a part of it that only applies sometimes."""
+    """The place of a value: ``source`` is a file or a flag; ``section`` a part of it that only applies sometimes."""
 
     source: str
     line: int | None = None
@@ -29,7 +29,7 @@ class Origin:
 
     @property
     def prefix(self) -> str:
-        """What an error begins with; one about a flag begins with the flag itself."""
+        """The start of an error message; one about a flag starts with the flag itself."""
         return "" if self.source.startswith("--") else f"{self}: "
 
     def __str__(self) -> str:

@@ -307,7 +307,7 @@ def request_field(name: str) -> str:
 
 
 def default_fields() -> dict[str, RequestField | Field]:
-    """What a ``default_sampling_params`` may have."""
+    """The fields of a ``default_sampling_params``."""
     names = [name for name in (*REQUEST_FIELDS, *_SAMPLING_ALIASES) if name not in _NOT_DEFAULTS]
     return {**{name: REQUEST_FIELDS[request_field(name)] for name in names}, **_SAMPLING}
 

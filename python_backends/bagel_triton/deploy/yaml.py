@@ -42,7 +42,7 @@ _DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization", "quantiz
 
 @dataclass(frozen=True)
 class Flags:
-    """What flags override: ``top`` is a mapping as a file is, ``every_stage`` has fields of each stage that takes them.
+    """The overrides by flags: ``top`` is a mapping as in a file, ``every_stage`` has fields for each stage that has them.
 
     With a ``stage_id`` only that stage's fields are overridden.
     """
@@ -90,7 +90,7 @@ def resolve(
 
     Args:
         path: of the file; None for the defaults.
-        flags: what the command line overrides.
+        flags: overrides from the command line.
         platform: says which section of ``platforms`` applies where the device is left to the server.
 
     Raises:
@@ -103,7 +103,7 @@ def resolve(
 
 
 class _Builder:
-    """Checks what was written, and makes the configuration of it."""
+    """Checks a parsed file and builds the configuration."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class _Builder:
     # --- platforms ---
 
     def _platform(self) -> Platform:
-        """``cpu`` or ``cuda``: that of the device where one is named, else what the machine has."""
+        """``cpu`` or ``cuda``: from the configured device, otherwise from the machine."""
         if self._asked is None:
             device = str(self._device_node.value) if self._device_node is not None else "auto"
             named: dict[str, Platform] = {"cpu": "cpu", "cuda": "cuda"}

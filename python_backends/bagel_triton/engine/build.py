@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageResources:
-    """What every stage's engine is built from; whoever opens it closes ``weights`` after the engine."""
+    """The resources that every engine is built from; the caller of :meth:`open` closes ``weights`` after the engine."""
 
     config: DeployConfig
     checkpoint: Checkpoint

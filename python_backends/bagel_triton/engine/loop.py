@@ -209,13 +209,13 @@ class EngineLoop(ABC, Generic[Task, Result]):
         self._inbox.put(lambda: self._abort_request(job.request_id, [job]))
 
     def close(self) -> None:
-        """Fail what is left with :class:`StageUnavailable` and end the thread."""
+        """Fail all remaining jobs with :class:`StageUnavailable` and end the thread."""
         self._closing.set()
         self._inbox.put(lambda: None)
         self._thread.join()
         self._pool.close()
 
-    # --- what a subclass implements, on the engine's thread but for _check ---
+    # --- for subclasses to implement; called on the engine's thread, except _check ---
 
     @abstractmethod
     def _active(self) -> list[Job[Task, Result]]:
@@ -297,7 +297,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
             self._drain(self.poll_s if polling or self._waiting else None)
 
     def _drain(self, wait_s: float | None) -> None:
-        """Run what is in the inbox; wait up to ``wait_s`` seconds (None: forever) for something."""
+        """Run the calls in the inbox; wait up to ``wait_s`` seconds (None: forever) for something."""
         try:
             message = self._inbox.get_nowait() if wait_s == 0.0 else self._inbox.get(timeout=wait_s)
             while True:

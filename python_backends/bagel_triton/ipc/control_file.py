@@ -1,4 +1,4 @@
-"""What the supervisor has to say to a model: how often a process was restarted, and that the server stops.
+"""Messages of the supervisor to a model: restart counts, and that the server is stopping.
 
 The supervisor counts reloads, but only a process of Triton can put a number on ``/metrics``.
 And tritonserver informs its stubs that it stops only once every request has ended, so a long
@@ -47,7 +47,7 @@ class ControlFile:
         self._write()
 
     def stop(self) -> None:
-        """Make the server's models end what is still in flight."""
+        """Make the server's models end all requests in flight."""
         self._message.stopping = True
         self._write()
 

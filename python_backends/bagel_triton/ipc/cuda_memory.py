@@ -158,7 +158,7 @@ class _Gpu:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why processes cannot share memory of ``device``, found by trying; None where they can."""
+    """The reason that processes cannot share memory of ``device``, found by trying; None if they can."""
     memory = CudaMemory(device)
     try:
         descriptor, _ = memory.allocate(1)

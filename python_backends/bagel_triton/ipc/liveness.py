@@ -1,4 +1,4 @@
-"""Which stage processes are alive: each holds the lock of a file that says who it is.
+"""Liveness of stage processes: each holds the lock of a file that identifies it.
 
 Triton keeps reporting a model as ready after its process was killed, and never answers a
 decoupled request that was in flight. So every stage process announces itself once it is

@@ -59,7 +59,7 @@ class LeaseTable:
         """Bring the generation and the words of ``slot`` up to date."""
 
     def send(self, slot: int) -> None:
-        """Make what was written to ``slot`` visible to the producer."""
+        """Make writes to ``slot`` visible to the producer."""
 
     def open(self, generation: int) -> None:
         """Start a generation: no lease is granted."""
@@ -94,7 +94,7 @@ class LeaseTable:
         self.send(slot)
 
     def renewals(self, slot: int) -> int:
-        """How often the leases in ``slot`` were renewed."""
+        """The number of renewals of the leases in ``slot``."""
         return int(self._words[1 + slot, _RENEWALS])
 
     def carries(self, handle: KVHandle) -> bool:

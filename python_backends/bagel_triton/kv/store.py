@@ -157,7 +157,7 @@ def _by(key: Callable[[QuerySpan], int], spans: Sequence[QuerySpan]) -> dict[int
 
 @dataclass(frozen=True)
 class PagedKeys:
-    """Where the keys of sequences in a pool are, once for all layers.
+    """Locations of the keys of sequences in a pool, once for all layers.
 
     ``blocks`` are those of all sequences, one after the other, or none where each sequence's blocks are
     consecutive: its keys are read where they are then. ``spans`` say where each span's keys start, in the pool or
@@ -215,7 +215,7 @@ class PoolStep:
 
 @dataclass(frozen=True)
 class WorkspacePart:
-    """Adjacent rows of one image's branches: where their keys and values go in ``store``, and what they see there.
+    """Adjacent rows of one image's branches: where ``store`` takes their keys and values, and which keys they see.
 
     ``slots`` [rows] int64.
     """

@@ -31,7 +31,7 @@ class StepKV(Protocol):
         """Store the new keys and values of all rows, [tokens, kv_heads, head_dim] each, in the batch's order."""
 
     def attend(self, layer: int, query: Tensor) -> Tensor:
-        """What each row finds in its sequence, once the layer's keys and values are written.
+        """Attention of each row over its sequence, after the layer's keys and values are written.
 
         query [tokens, heads, head_dim], after norm and rotation; same shape out.
         """

@@ -17,7 +17,7 @@ MAX_SIZE = 1 << 20  # of a layer or a vocabulary, several times what any publish
 class CheckpointError(ValueError):
     """The checkpoint is missing a file or tensor, or one does not fit the others.
 
-    The message is one line of bounded length, whatever the names and values in the files are.
+    The message is one line of bounded length, for any names and values in the files.
     """
 
     def __init__(self, message: str) -> None:

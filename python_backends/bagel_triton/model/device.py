@@ -117,7 +117,7 @@ def own_stream(device: torch.device, first: bool) -> Iterator[None]:
 
 
 def wait_for_stream(device: torch.device) -> None:
-    """Wait until the GPU has done what this thread has queued; what it hands over is complete then."""
+    """Wait until the GPU has finished this thread's queued work, so its results can be handed over."""
     if device.type == "cuda":
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(device))

@@ -84,8 +84,8 @@ def combine(velocities: dict[Branch, Tensor], settings: FlowSettings) -> Tensor:
 
 
 def denoise(x: Tensor, velocity: Velocity, settings: FlowSettings) -> Tensor:
-    """The whole flow of one image, one branch at a time: the plain form of what the
-    engine does for many images at once."""
+    """The whole flow of one image, one branch at a time: the plain form of the engine's
+    work on many images at once."""
     for t, t_next in pairwise(get_timesteps(settings.num_inference_steps, settings.timestep_shift)):
         velocities = {branch: velocity(x, t, branch) for branch in guidance_branches(t, settings)}
         x = x - combine(velocities, settings) * (t - t_next)

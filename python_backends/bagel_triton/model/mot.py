@@ -98,7 +98,7 @@ class MLP(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert's part of a layer: what comes before its attention, and what comes after.
+    """One expert's part of a layer: the operations before its attention, and those after it.
 
     ``qkv_proj`` is the queries' projection, then the keys' and the values'. Several query heads
     share a key head.

@@ -64,7 +64,7 @@ class Form:
         return size
 
     def tensors(self, rows: int, inner: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of what a weight [rows, inner] is stored as, by name."""
+        """Shape and dtype of the stored tensors of a weight [rows, inner], by name."""
         if self.storage in CODEBOOKS:
             scales = (rows, inner // self.group_size(inner))
             return {"weight": ((rows, inner // 2), torch.uint8), SCALE: (scales, torch.bfloat16)}

@@ -28,7 +28,7 @@ from bagel_triton.protocol.request import GenerationRequest
 
 
 def check(config: DeployConfig, request: GenerationRequest) -> None:
-    """Refuse what no prompt could make right, before any weights are loaded.
+    """Refuse requests that fail with any prompt, before any weights are loaded.
 
     Args:
         request: a request without its prompt.
@@ -60,7 +60,7 @@ def load(config: DeployConfig, timeout_s: float) -> LocalStages:
 
 
 class _Expired(BaseException):
-    """No ``Exception``, so that what is interrupted cannot take it for an error of its own."""
+    """No ``Exception``, so the interrupted code cannot mistake it for an error of its own."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The life of a request: which stage follows which, and what is undone when one fails."""
+"""The life of a request: the order of the stages, and the clean-up when one fails."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
 
 
 class _Following(Generic[T]):
-    """Iterates over a generator and keeps what it returns."""
+    """Iterates over a generator and keeps its return value."""
 
     result: T
 

@@ -101,7 +101,7 @@ class DoneEvent(Message, frozen=True, tag="done"):
 
 @dataclass(frozen=True)
 class Preview(Generic[Latents]):
-    """What the DiT reports for a preview: the clean latents it predicts, to be decoded. Clients never see it."""
+    """The DiT's report of a preview: the clean latents it predicts, to be decoded. Clients never see it."""
 
     event: PartialImageEvent
     latents: Latents

@@ -1,4 +1,4 @@
-"""How often loops look at what cannot wake them: every polling interval of the package, in seconds."""
+"""Every polling interval of the package, in seconds: for loops whose event cannot wake them."""
 
 from __future__ import annotations
 

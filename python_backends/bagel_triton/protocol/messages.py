@@ -53,7 +53,7 @@ def decode(data: bytes, kind: type[M]) -> M:
 
 
 class SchedulingParams(Message, frozen=True):
-    """When a request is worked on: lower ``priority`` first, previews last; not after ``deadline``, Unix seconds."""
+    """Order and end of a request's work: lower ``priority`` first, previews last; none after ``deadline``, Unix seconds."""
 
     priority: int = 0
     deadline: float | None = None
@@ -140,7 +140,7 @@ class FlowSettings(Message, frozen=True):
 
 
 class Decoding(Message, frozen=True):
-    """How text is decoded, and for what purpose.
+    """Settings of text decoding, and its purpose.
 
     ``first_token`` is fed first: the start token, or the last token of a prompt taken
     verbatim. With ``purpose`` "think" the text becomes a further segment of the ``gen``

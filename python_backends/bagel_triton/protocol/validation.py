@@ -112,7 +112,7 @@ def resolve_flow(
 
 
 def resolve_decoding(request: GenerationRequest, first_token: int, wanted: Modality, vocab_size: int) -> Decoding:
-    """How ``request``'s text is decoded: its answer, or its thinking before an image.
+    """Decoding settings of ``request``'s text: its answer, or its thinking before an image.
 
     Raises:
         InvalidRequest: names the field, its value and what is allowed.

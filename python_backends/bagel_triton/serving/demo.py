@@ -30,7 +30,7 @@ DRAWN, EDITED, PLANNED = "drawn.png", "edited.png", "planned.png"
 
 @dataclass(frozen=True)
 class Shown:
-    """One request on the contact sheet: what was asked, and the answer; ``image`` is a file, or None."""
+    """One request on the contact sheet: its prompt and its answer; ``image`` is a file, or None."""
 
     title: str
     asked: str
@@ -103,7 +103,7 @@ def _requests(args: argparse.Namespace, url: str, folder: Path) -> Iterator[Show
 
 
 def _client(url: str, folder: Path, options: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run the client in ``folder`` and show what it prints."""
+    """Run the client in ``folder`` and show its output."""
     client = source_file("client/openai_chat_client.py")
     print(f"\n$ {client.name} {shlex.join(options)}", flush=True)
     command = [sys.executable, str(client), "--server", url, *options]
@@ -115,7 +115,7 @@ def _client(url: str, folder: Path, options: Sequence[str]) -> subprocess.Comple
 
 
 def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
-    """The images side by side over what was asked for each, and the texts below."""
+    """The images side by side, each above its prompt, and the texts below."""
     images = [one for one in shown if one.image is not None]
     texts = [one for one in shown if one.image is None]
     width = MARGIN + len(images) * (TILE + MARGIN)
@@ -144,7 +144,7 @@ def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
 
 
 def _column(one: Shown, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """What was asked and answered, in lines of ``width`` pixels at most."""
+    """Prompt and answer, in lines of at most ``width`` pixels."""
     letters = max(1, int(width / font.getlength("n")))
     lines = [
         f"{one.title}: {one.asked}",

@@ -1,4 +1,4 @@
-"""What several commands take: the checkpoint, the deploy file, and the flags of ``vllm serve`` that override it.
+"""Arguments shared by commands: the checkpoint, the deploy file, and the flags of ``vllm serve`` that override it.
 
 All is checked before anything starts. A flag of ``vllm serve`` is the field of the same name, for every stage that
 has it, and is checked by the same declaration. Flags without a field are taken where they change nothing, and
@@ -24,7 +24,7 @@ from bagel_triton.deploy.yaml import NO_FLAGS, Flags
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.machine import source_file
 
-# The settings that --help lists, with what a value is called.
+# The settings that --help lists, with the name of a value.
 LISTED = {
     "max_num_seqs": "N",
     "max_num_batched_tokens": "N",
@@ -189,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) 
 
 
 def flags_of(args: argparse.Namespace) -> Flags:
-    """What the flags in ``args`` override, with the command's own ``--device``, ``--dtype`` and ``--stage-id``."""
+    """The overrides by the flags in ``args``, with the command's own ``--device``, ``--dtype`` and ``--stage-id``."""
     top = NO_FLAGS.top
     for name in ("device", "dtype"):
         if (value := getattr(args, name, None)) is not None:

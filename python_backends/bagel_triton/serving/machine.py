@@ -1,4 +1,4 @@
-"""What a server takes of this machine: TCP ports, a folder of its own, and the files it is made of."""
+"""A server's share of this machine: TCP ports, a folder of its own, and the files of the package."""
 
 from __future__ import annotations
 

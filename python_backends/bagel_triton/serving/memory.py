@@ -185,7 +185,7 @@ def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
 
 
 def _placement(config: DeployConfig) -> tuple[Placement, bool]:
-    """Where the stages would run, and whether this machine has that device."""
+    """The device and dtype of the stages, and whether this machine has that device."""
     import torch
 
     from bagel_triton.model.device import DTYPES, Placement, resolve
@@ -204,7 +204,7 @@ def _size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tupl
     return flow.height, flow.width
 
 
-# --- what this machine has left ---
+# --- this machine's free memory ---
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 

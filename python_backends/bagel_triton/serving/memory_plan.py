@@ -98,7 +98,7 @@ def plan(
     width: int,
     shares_weights: bool = True,
 ) -> MemoryPlan:
-    """What the stages take that serve ``config`` at ``placement``.
+    """Memory of the stages that serve ``config`` at ``placement``.
 
     Args:
         height: of every image, in pixels; the contexts are those of editing such images.
@@ -164,7 +164,7 @@ def plan(
 
 
 def dense_bytes(config: LanguageConfig, form: Form | None, placement: Placement) -> int:
-    """What a product with quantised weights takes beside its rows: the largest weight as the product needs it."""
+    """Memory of a product with quantised weights, beside its rows: the largest weight as the product needs it."""
     if form is None:
         return 0
     inner, hidden = config.intermediate_size, config.hidden_size

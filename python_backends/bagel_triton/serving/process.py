@@ -113,7 +113,7 @@ class ServerProcess:
         return self.lines[-1].split()[1]
 
     def address(self, name: str) -> str:
-        """What the server printed as ``name``, such as the address of ``Triton gRPC``."""
+        """The value that the server printed for ``name``, such as the address of ``Triton gRPC``."""
         return next(line.strip().removeprefix(name).strip() for line in self.lines if line.strip().startswith(name))
 
 

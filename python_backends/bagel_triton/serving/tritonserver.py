@@ -187,7 +187,7 @@ def _loader_directories() -> Iterator[Path]:
 
 
 class StartupProgress:
-    """Reports what a start waits for, every :data:`REPORT_EVERY_S` seconds."""
+    """Reports the models that a start waits for, every :data:`REPORT_EVERY_S` seconds."""
 
     def __init__(self) -> None:
         self._began = self._reported = time.monotonic()
@@ -198,7 +198,7 @@ class StartupProgress:
         return time.monotonic() - self._reported > REPORT_EVERY_S
 
     def report(self, missing: str) -> None:
-        """Print what is still ``missing``, and since when."""
+        """Print the ``missing`` models, and for how long."""
         self._reported = time.monotonic()
         print(f"  waiting for {missing} ({self._reported - self._began:.0f} s)", flush=True)
 
@@ -324,7 +324,7 @@ def loaded_models(log: Path) -> set[str]:
 
 
 def failure(log: Path) -> str | None:
-    """Why tritonserver gave up, in one line; None where the log does not say."""
+    """The reason that tritonserver ended, in one line; None if the log has none."""
     text = _read(log)
     if failed := _FAILED.search(text):
         return _one_line(_unescape(failed[1]))

@@ -115,7 +115,7 @@ def endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def destination() -> str | None:
-    """Where traces go, for the summary of ``serve``; None where they are off."""
+    """The destination of traces, for the summary of ``serve``; None if they are off."""
     url = endpoint()
     return url if url is None or _exporting() is not None else f"nowhere: {MISSING}"
 
@@ -156,7 +156,7 @@ def passed_on(parents: Sequence[str], states: Sequence[str]) -> dict[str, str]:
 
 
 def request_attributes(plan: Plan) -> Attributes:
-    """What a request is for: kind, sizes and counts, never its prompt."""
+    """Attributes of a request: kind, sizes and counts, never its prompt."""
     decoding = plan.decoding
     text = {} if decoding is None else {"max_new_tokens": decoding.max_new_tokens, "texts": len(decoding.seeds)}
     return {

@@ -1,4 +1,4 @@
-"""The one client of Triton's gRPC: how its calls are made, and what their failures mean.
+"""The client of Triton's gRPC: all calls, their options, and the mapping of their failures.
 
 :class:`TritonClient` is the proxy's, on an event loop; :class:`TritonServer` makes the same calls from threads.
 """
@@ -48,7 +48,7 @@ _UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Sta
 
 
 def rpc_failure(address: str, error: grpc.RpcError) -> tuple[BagelError, bool]:
-    """Why a call of the Triton at ``address`` failed, and whether Triton was reached: then a model's own error."""
+    """The typed error of a failed call of the Triton at ``address``, and whether Triton was reached."""
     answered = from_text(error.details())
     if error.code() not in _UNREACHABLE or not isinstance(answered, Internal):
         return answered, True
@@ -65,7 +65,7 @@ class StageResponse:
 
 
 class ClientSettings(Protocol):
-    """Where Triton is and which of its models must be ready: the part of the proxy's settings that the client reads."""
+    """The client's part of the proxy's settings: Triton's address and the models that must be ready."""
 
     @property
     def triton_grpc(self) -> str: ...
@@ -92,7 +92,7 @@ class Client(Protocol):
         ``headers`` go with it.
 
         Raises:
-            BagelError: whatever a stage raised, or Triton is gone.
+            BagelError: a stage's error, or Triton is gone.
         """
 
     async def readiness(self) -> dict[str, bool]:
@@ -154,7 +154,7 @@ class TritonClient:
             async with asyncio.timeout(timeout_s):
                 lived = True
                 while not (await asyncio.wait({reading}, timeout=WATCH_S))[0]:
-                    # Twice, so that what was sent before its death is still read.
+                    # Twice, so that responses sent before its death are still read.
                     if not (lived or alive()):
                         raise StageUnavailable(f"{ORCHESTRATOR} died")
                     lived = alive()
@@ -240,7 +240,7 @@ class TritonServer:
         """One unary inference; ``headers`` become its metadata.
 
         Raises:
-            BagelError: what the model answered instead.
+            BagelError: the model's error, or Triton is gone.
         """
         message, contents = _message(model, request_id, arrays)
         message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)

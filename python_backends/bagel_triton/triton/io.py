@@ -175,7 +175,7 @@ class Outbox:
         self._sends.put(send)
 
     def close(self) -> None:
-        """Send what is queued, then stop."""
+        """Send all queued responses, then stop."""
         self._sends.put(None)
         self._thread.join()
 

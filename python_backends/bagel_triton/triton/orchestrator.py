@@ -26,12 +26,12 @@ from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
 from bagel_triton.triton.stages import StageConnections, TritonStages
 
-LAST_S = 0.5  # for requests that are told to end
-STREAM = "stream"  # the input by which a client of ``bagel`` asks for one response
+LAST_S = 0.5  # for requests that are being ended
+STREAM = "stream"  # input of ``bagel``: false for a single response
 
 
 class InFlight:
-    """At most ``limit`` at a time: each is ``with`` this, from whatever thread.
+    """At most ``limit`` at a time: each is ``with`` this, from any thread.
 
     Raises:
         Overloaded: there are as many already.
@@ -152,7 +152,7 @@ class Orchestrator:
         return self._closing.is_set() or reply.cancelled()
 
     def finalize(self) -> None:
-        """End what is in flight; the last errors and spans still go out."""
+        """End all requests in flight; their last errors and spans still go out."""
         self._closing.set()
         self._in_flight.drain(LAST_S)
         if self._connections is not None:

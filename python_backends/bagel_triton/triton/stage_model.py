@@ -1,4 +1,4 @@
-"""A stage as a Triton model: tickets for ``bagel``, one late answer for everybody else."""
+"""A stage as a Triton model: tickets for ``bagel``, one late answer for all other clients."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class ModelCall(Protocol):
         """The model's answer; ``headers`` go with a call that leaves this server.
 
         Raises:
-            BagelError: what the model answered instead.
+            BagelError: the model's error.
         """
 
 
@@ -162,7 +162,7 @@ class TicketClient:
         self._calls.put(send)
 
     def abort(self, request_id: str, alive: Callable[[], bool] = lambda: True) -> None:
-        """Give up the tickets of a request and have the stage free what it holds for it. Returns at once.
+        """Give up the tickets of a request and have the stage free its resources. Returns at once.
 
         A stage that is not ``alive`` holds nothing; to call it would hold up the calls behind.
         """

@@ -164,7 +164,7 @@ def _size(arrays: Arrays) -> int:
 
 
 class RunningJob(Protocol):
-    """What the store needs of an engine's job."""
+    """The store's view of an engine's job."""
 
     done: Future[tuple[Any, StageStats]]
 

@@ -63,7 +63,7 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is: bytes ``start`` to ``stop`` of ``path``. ``dtype`` is safetensors' name for it."""
+    """Location of a tensor: bytes ``start`` to ``stop`` of ``path``. ``dtype`` is safetensors' name for it."""
 
     path: Path
     dtype: str
@@ -86,7 +86,7 @@ class TensorFiles:
         for path in files:
             if not path.is_file():
                 raise CheckpointError(f"{path} does not exist")
-            _open(path, "numpy")  # checks the header; unlike torch's, this mapping asks for no memory
+            _open(path, "numpy")  # checks the header; unlike torch's, this mapping reserves no memory
             for name, stored in _header(path).items():
                 if name in self._stored:
                     raise CheckpointError(f"{path} has the tensor {name}, and so has {self.file(name)}")
@@ -169,7 +169,7 @@ def _open(path: Path, framework: str) -> Any:
 
 
 def _cut_off(path: Path) -> str | None:
-    """What is missing of a file that is shorter than its header says; None if that is not what is wrong with it."""
+    """The part that a truncated file lacks; None if it is as long as its header says."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder, and what is wrong with one that is not whole.
+"""The files of a checkpoint folder, and the errors of an incomplete one.
 
 The published layout is that of the Hugging Face repository ByteDance-Seed/BAGEL-7B-MoT.
 """
@@ -80,7 +80,7 @@ def index_files(index: Path) -> list[str]:
 
 
 def _architectures(config: Path) -> list[str]:
-    """What ``config`` says; nothing where it cannot be read, which another check reports."""
+    """The architectures in ``config``; none if it cannot be read, which another check reports."""
     try:
         named = json.loads(config.read_text()).get("architectures") or []
         return [str(name) for name in named]
@@ -95,6 +95,6 @@ def _is_lfs_pointer(path: Path) -> bool:
 
 
 def how_to_get(name: str) -> str:
-    """How to download the repository ``name``, for the end of an error's line."""
+    """Advice for downloading the repository ``name``, for the end of an error's line."""
     folder = name.rpartition("/")[2]
     return f"to download it: hf download {name} --local-dir {folder}, then give the folder {folder}"

@@ -1,4 +1,4 @@
-"""How the weights of a module are laid out in one piece of memory, and the key that identifies them.
+"""Layout of a module's weights in one piece of memory, and the key that identifies them.
 
 A parameter may hold several of the checkpoint's tensors, such as the projections of queries,
 keys and values: they are its *source*, and become one tensor on the way.
@@ -20,7 +20,7 @@ from bagel_triton.model.quantization import Form
 from bagel_triton.weights.files import FileIdentity
 from bagel_triton.weights.validation import NotFinite, is_finite
 
-AT_ONCE = 1 << 22  # weights that are quantised at once; what is computed of them is some of them in float32
+AT_ONCE = 1 << 22  # weights that are quantised at once, with some intermediates in float32
 #: What a parameter is read from: a stored tensor, or several, the second's rows below the first's and so on.
 Dense = Tensor | tuple[Tensor, ...]
 
@@ -113,7 +113,7 @@ def _copy(target: Tensor, source: Dense) -> None:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of ``source`` lies: ``offset`` in bytes. ``form`` is that of quantised weights."""
+    """Location of one tensor of ``source``: ``offset`` in bytes. ``form`` is that of quantised weights."""
 
     name: str
     source: str
@@ -125,7 +125,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tensors lie in ``size`` bytes; equal sources have equal layouts."""
+    """Locations of tensors in ``size`` bytes; equal sources have equal layouts."""
 
     slots: tuple[Slot, ...]
     size: int

@@ -1,4 +1,4 @@
-"""How quantised weights are stored in a checkpoint's files, and which kinds of others' files are refused by name.
+"""Storage of quantised weights in a checkpoint's files, and other projects' formats, which are refused by name.
 
 ``bagel-triton quantize`` writes int8, float8 and int4 as compressed-tensors does, so such files of others are read,
 too, where they quantise the same layers with the same symmetric scales. NF4, which compressed-tensors does not have,
@@ -21,7 +21,7 @@ USE_DENSE = (
     f"allowed: files that `bagel-triton quantize` wrote, compressed-tensors' int8, float8 and int4, and {HUB_NAME} in "
     "bfloat16, which --quantization quantises while it is loaded"
 )
-# What the tensors' names say of who made them, the most telling first.
+# Marks of each tool in its tensors' names, the most specific first.
 _MAKERS = (
     (re.compile(r"\.SCB$|weight_format$"), "bitsandbytes in int8"),
     (re.compile(r"absmax|quant_state|quant_map|bitsandbytes"), "bitsandbytes in four bits"),
@@ -43,7 +43,7 @@ class StoredForm:
 
     @property
     def weight(self) -> str:
-        """What a quantised weight's tensor is called, after its layer."""
+        """The name of a quantised weight's tensor, after its layer's."""
         return "weight_packed" if self.packed else "weight"
 
     @property
@@ -63,7 +63,7 @@ class StoredForm:
 
 
 def maker(name: str) -> str | None:
-    """Who quantises into a tensor of this name; None where weights are not quantised."""
+    """The tool whose quantised tensors have this name; None if the weights are not quantised."""
     found = next((who for pattern, who in _MAKERS if pattern.search(name)), None)
     return found or ("an unknown program" if _QUANTISED.search(name) else None)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCALE = "weight_scale"
 DTYPES = ("BF16", "F16", "F32", "F64")
-# What a checkpoint of the whole model has; a fine-tune of some networks may hold those alone.
+# Tensors of a complete checkpoint; a fine-tune of some networks may hold those alone.
 BAGEL_PARTS = (
     "language_model.",
     "vit_model.",
@@ -55,7 +55,7 @@ _CHUNK = 1 << 18  # values; what is computed from them stays in the cache
 
 
 class Headers(Protocol):
-    """What the headers of weight files say."""
+    """Contents of the weight files' headers."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by tensor name."""

@@ -21,7 +21,7 @@ Hop = Callable[[Array], Array]
 
 
 def by_tickets(client: TicketClient) -> Hop:
-    """A hop by tickets, over whatever the client calls by."""
+    """A hop by tickets, over the client's own transport."""
 
     def hop(x: Array) -> Array:
         call: StageCall[Array] = StageCall("dit")

@@ -265,7 +265,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         run.step += 1
         run.job.progress(ProgressEvent("dit", run.step, run.updates))
         if preview is not None or run.step == run.updates:
-            wait_for_stream(self._model.device)  # other threads read what is handed over
+            wait_for_stream(self._model.device)  # other threads read the results
         if preview is not None:
             for image, tokens in run.predicted.items():
                 event = PartialImageEvent(

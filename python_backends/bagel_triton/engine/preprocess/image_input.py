@@ -96,7 +96,7 @@ def open_image(data: bytes, param: str, resize: ResizeRule | None = None) -> Ima
         raise InvalidRequest(
             f"{param}={format_value(data)} is not an image; allowed: one in {', '.join(FORMATS)} format", param
         ) from error
-    except Exception as error:  # a codec that meets a damaged file raises whatever it likes
+    except Exception as error:  # codecs raise all kinds of errors for a damaged file
         raise InvalidRequest(f"{param} is damaged: {truncate(str(error) or type(error).__name__)}", param) from error
 
 

@@ -250,7 +250,7 @@ class RequestPlanner:
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.
 
-        ``client_id`` is the caller's name for it; the plan's is unique whatever it is.
+        ``client_id`` is the caller's name for it; the plan's own id is always unique.
 
         Raises:
             InvalidRequest: names the field, its value and what is allowed.

@@ -135,7 +135,7 @@ class Prefiller:
         return self._graphs.run(DecodeInputs(token_ids, positions, slots, lengths, starts, [*chain(*blocks)]))
 
     def _decode_step(self, inputs: StaticInputs) -> tuple[Tensor, Tensor]:
-        """What a graph captures: a row for each text."""
+        """The step that a graph captures: a row for each text."""
         texts, model, pool = len(inputs.token_ids), self._model, self._kv_pool
         group = tuple(KeySpan(row, row + 1, 0, 0, causal=True) for row in range(texts))
         call = call_of(group, inputs.numbers, inputs.max_length)

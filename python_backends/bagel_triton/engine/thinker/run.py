@@ -85,7 +85,7 @@ class TextDecoder:
         return logits
 
     def _logprob(self, token_id: int, logits: Tensor) -> TokenLogprob | None:
-        """The log-probabilities of a token that the request asks for."""
+        """The requested log-probabilities of a token."""
         top = self.decoding.top_logprobs
         if top is None or token_id == self.tokenizer.end:
             return None

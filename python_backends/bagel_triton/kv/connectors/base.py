@@ -23,7 +23,7 @@ from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
 
 class ConnectorUnavailable(RuntimeError):
-    """A connector cannot be used on this machine; the message says what it needs."""
+    """A connector cannot be used on this machine; the message names the missing requirement."""
 
 
 class Leases(Protocol):

@@ -10,7 +10,7 @@ word tells when it has ended. A consumer that needs longer raises ``renewals``; 
 reach the producer any more loses its lease when that expires.
 
 Mooncake has no authentication. Its library listens on two ports of **every** interface,
-whatever ``host`` says, and gives registered memory to any peer that connects. Those ports
+regardless of ``host``, and gives registered memory to any peer that connects. Those ports
 belong on a network of trusted hosts; ``MC_MIN_PRC_PORT`` and ``MC_MAX_PRC_PORT`` in the
 environment bound them. Peers need no master and no metadata server.
 """
@@ -123,7 +123,7 @@ def load(module: str) -> Any:
 
 
 def prepare(config: MooncakeConfig) -> None:
-    """Set what the library reads from the environment only, when an engine starts.
+    """Set options that the library only reads from the environment, when an engine starts.
 
     Raises:
         ConnectorUnavailable: the RDMA device is missing.

@@ -100,7 +100,7 @@ class ObjectStore:
         return int(self._ask(self._store.get_into, key, address, size))
 
     def exist(self, keys: Sequence[str]) -> list[bool]:
-        """Which of the keys exist."""
+        """Whether each of the keys exists."""
         found: list[int] = self._ask(self._store.batch_is_exist, list(keys))
         return [code == 1 for code in found]
 

@@ -1,4 +1,4 @@
-"""Operations on a CPU that compute each row alike, whatever other rows are in the batch.
+"""CPU operations that compute each row the same way in any batch.
 
 A matrix product chooses its kernel, and with it the order of its sums, by the number of rows:
 few rows, or a long inner dimension, round differently. Two rules make every row bit-identical

@@ -1,1 +1,1 @@
-"""What makes the network fast on a GPU."""
+"""GPU executor: fused operations, attention over all sequences, CUDA graphs."""

@@ -70,7 +70,7 @@ def grouped(spans: Sequence[KeySpan]) -> list[tuple[KeySpan, ...]]:
 
 
 def numbers_of(group: Sequence[KeySpan]) -> list[int]:
-    """What the tensors of a call hold, one after the other."""
+    """Contents of a call's tensors, in order."""
     rows = accumulate((span.stop - span.start for span in group), initial=0)
     return [*rows, *(span.first_key for span in group), 0, *(span.length for span in group)]
 

@@ -1,4 +1,4 @@
-"""What the host tells a GPU for a step, in one copy from pinned memory."""
+"""A step's integers for the GPU, in one copy from pinned memory."""
 
 from __future__ import annotations
 
