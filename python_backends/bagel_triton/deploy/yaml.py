@@ -42,7 +42,7 @@ _DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization", "quantiz
 
 @dataclass(frozen=True)
 class Flags:
-    """The overrides by flags: ``top`` is a mapping as in a file, ``every_stage`` has fields for each stage that has them.
+    """The overrides by flags: ``top`` is a mapping as in a file, ``every_stage`` has fields for each stage with them.
 
     With a ``stage_id`` only that stage's fields are overridden.
     """

@@ -53,7 +53,7 @@ def decode(data: bytes, kind: type[M]) -> M:
 
 
 class SchedulingParams(Message, frozen=True):
-    """Order and end of a request's work: lower ``priority`` first, previews last; none after ``deadline``, Unix seconds."""
+    """Order and end of a request's work: lower ``priority`` first, previews last, until ``deadline`` (Unix seconds)."""
 
     priority: int = 0
     deadline: float | None = None

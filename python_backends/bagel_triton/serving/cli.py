@@ -38,8 +38,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("bagel_triton.serving.serve", "start Triton and the OpenAI API on a checkpoint"),
     "proxy": Command("bagel_triton.serving.proxy", "start the OpenAI API alone, for a Triton that runs elsewhere"),
-    "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, make one image, stop"),
-    "config": Command("bagel_triton.serving.config", "show what a deploy file means, and where each value comes from"),
+    "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, run one request of each task, stop"),
+    "config": Command("bagel_triton.serving.config", "print a resolved deploy file, and the origin of each value"),
     "memory": Command("bagel_triton.serving.memory", "show the memory that each stage of a configuration takes"),
     "quantize": Command("bagel_triton.serving.quantize", "write a checkpoint with quantised weights"),
     "tiny-checkpoint": Command("bagel_triton.weights.tiny.checkpoint", "write a small checkpoint of random weights"),

@@ -1,4 +1,4 @@
-"""``bagel-triton config``: what a deploy file means, and where each value comes from."""
+"""``bagel-triton config``: the resolved values of a deploy file, and the origin of each."""
 
 from __future__ import annotations
 
