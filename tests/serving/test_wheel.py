@@ -66,8 +66,3 @@ def test_it_has_its_own_presets_and_models(bare: Path) -> None:
     shown = subprocess.run([bare / "bin" / "python", "-c", script], capture_output=True, text=True, check=True)
     for path in shown.stdout.split():
         assert Path(path).is_relative_to(bare)
-
-
-def test_building_it_leaves_the_projects_build_folder_alone(bare: Path) -> None:
-    assert not (ROOT / "build" / "lib").exists()
-    assert not list((ROOT / "build").glob("bdist*"))

@@ -21,7 +21,7 @@ import uvicorn
 from proxy_fake import CHAT, ONE_ANSWER, PROGRESS, SETTINGS, FakeClient, chat_body, image_part
 from starlette.testclient import TestClient
 
-from bagel_triton.openai import endpoint, http_server
+from bagel_triton.openai import chat, endpoint, http_server
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol.events import ImageEvent
@@ -213,3 +213,19 @@ def test_only_large_data_urls_leave_the_body() -> None:
     assert endpoint.detach(bytearray(small)) == (small, {})
     unended = b'{"a": "data:x;base64,' + b"QUJD" * 100_000
     assert endpoint.detach(bytearray(unended)) == (unended, {})
+
+
+def test_a_large_body_is_parsed_once_and_not_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other requests' events would wait for it."""
+    on_the_loop: list[bool] = []
+    parse = chat.parse
+
+    def watched(data: bytes) -> Any:
+        on_the_loop.append(asyncio._get_running_loop() is not None)
+        return parse(data)
+
+    monkeypatch.setattr(chat, "parse", watched)
+    body = chat_body(messages=[{"role": "user", "content": "x" * 2 * endpoint.LARGE_BODY}], modalities=["text"])
+    reply = TestClient(create_app(LARGE, FakeClient(*ONE_ANSWER))).post(CHAT, json=body)
+    assert reply.status_code == 200
+    assert on_the_loop == [False]
