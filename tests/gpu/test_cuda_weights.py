@@ -90,7 +90,7 @@ def test_two_processes_hold_one_copy(prefix: str, large: Path, dtype: torch.dtyp
         assert first.ask("differing") == second.ask("differing") == []
 
 
-def test_whoever_is_killed_the_others_compute_on_and_give(prefix: str, large: Path) -> None:
+def test_after_a_kill_the_other_processes_compute_on_and_share(prefix: str, large: Path) -> None:
     with stage(prefix, large) as first, stage(prefix, large) as second:
         assert first.ask("load") > 0
         assert second.ask("load") == 0

@@ -106,7 +106,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("checkpoint", ["checkpoint_dir", "other_checkpoint"])
-def test_an_image_does_not_depend_on_who_shared_its_batch(checkpoint: str, request: pytest.FixtureRequest) -> None:
+def test_an_image_does_not_depend_on_its_batch(checkpoint: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(checkpoint)
     stages = LocalStages(DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32"))
     alone = [generate(stages, one) for one in MIXED]

@@ -139,7 +139,7 @@ def test_of_a_burst_each_is_answered_or_clearly_refused(server: Server) -> None:
 
 
 @pytest.mark.long
-def test_of_a_burst_over_grpc_each_is_answered_or_told_that_there_is_no_room(server: Server) -> None:
+def test_each_request_of_a_grpc_burst_is_answered_or_refused_as_overloaded(server: Server) -> None:
     inputs = triton_inputs(GenerationRequest(prompt="x", height=32, width=32, num_inference_steps=8, seed=1))
     ends: queue.Queue[str] = queue.Queue()
 

@@ -94,7 +94,7 @@ def test_the_client_prints_text(server: Server, arguments: list[str | Path]) -> 
     assert run.stdout.strip()
 
 
-def test_the_client_tells_what_the_server_refuses(server: Server, tmp_path: Path) -> None:
+def test_the_client_prints_the_servers_refusal(server: Server, tmp_path: Path) -> None:
     run = client(server, "--height", "17", "-o", tmp_path / "no.png")
     assert run.returncode == 1
     assert "height" in run.stderr

@@ -9,7 +9,7 @@ from tests.support.serving import Server
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name[:60])
-def test_a_clients_body_gets_what_it_asks_for(server: Server, shape: Shape) -> None:
+def test_a_clients_body_gets_the_reply_that_it_requests(server: Server, shape: Shape) -> None:
     reply = server.chat(shape.body)
     if shape.gives:
         assert reply.status_code == 200, reply.text[:500]

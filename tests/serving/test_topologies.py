@@ -39,7 +39,7 @@ def test_only_bagel_think_thinks_unasked(server: Server, other: Server) -> None:
     assert unasked == (reasoning if thinks else None)
 
 
-def test_health_names_the_models_of_the_topology_also_from_a_proxy_that_was_not_told_of_it(other: Server) -> None:
+def test_health_names_the_models_of_the_topology_even_at_a_proxy_without_it(other: Server) -> None:
     health = httpx.get(f"{other.url}/health", trust_env=False)
     assert health.status_code == 200
     with proxy_process("--triton-grpc", other.grpc) as (_, url):

@@ -110,7 +110,7 @@ def test_the_selftest_passes_from_host_to_host(hosts: Hosts) -> None:
     assert _selftest(dit, "dit", lent) == "mooncake"
 
 
-def test_a_lease_of_nobody_is_a_clear_error_and_the_next_request_is_served(hosts: Hosts) -> None:
+def test_an_unknown_lease_is_a_clear_error_and_the_next_request_is_served(hosts: Hosts) -> None:
     thinker, dit = hosts
     lent = _selftest(thinker, "thinker", "lend")
     strange = re.sub(rf"{HOSTS[0]}:\d+", f"{HOSTS[0]}:9", lent)

@@ -59,27 +59,27 @@ class FakeStages:
             flow=self.flow,
             usage=Usage(image_tokens=24),
         )
-        return self._visit("cfg_expand", plan)
+        return self._call("cfg_expand", plan)
 
     def think(self, plan: Plan) -> StageCall[ThinkerOutput]:
         name = plan.request_id.rpartition("-")[0]
         job: Any = f"job of {name}" if plan.flow else None  # a name in place of a job
-        return self._visit("thinker", ThinkerOutput(self.answers, job))
+        return self._call("thinker", ThinkerOutput(self.answers, job))
 
     def denoise(self, job: str) -> StageCall[list[str]]:
         assert self.flow is not None, "an image was asked for"
         delay = next((delay for name, delay in self.delays.items() if job.endswith(name)), 0.0)
         progress = [ProgressEvent("dit", step, 2) for step in (1, 2)]
         latents = [f"latents {number} of {job}" for number in range(self.flow.num_images)]
-        return self._visit("dit", latents, progress, delay)
+        return self._call("dit", latents, progress, delay)
 
     def decode(self, latents: str, request_id: str, scheduling: SchedulingParams) -> StageCall[str]:
-        return self._visit("vae_decode", f"pixels of {latents}")
+        return self._call("vae_decode", f"pixels of {latents}")
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
-    def _visit(
+    def _call(
         self, stage: Stage, result: object, progress: list[ProgressEvent] | None = None, delay: float = 0.0
     ) -> StageCall[Any]:
         if stage == self.refuses:

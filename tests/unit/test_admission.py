@@ -41,7 +41,7 @@ def admit(local_stages: LocalStages, checkpoint_dir: Path) -> Admit:
     return ask
 
 
-def test_one_too_many_in_flight_is_told_which_limit_it_met(admit: Admit) -> None:
+def test_one_request_too_many_gets_the_name_of_the_limit(admit: Admit) -> None:
     assert len(admit("first", "second", max_num_seqs=2)) == 2
     with pytest.raises(Overloaded, match=r"no room for \d+ s: it works on thinker\.max_num_seqs=1 requests$"):
         admit("first", "second", max_num_seqs=1)

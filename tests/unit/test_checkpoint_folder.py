@@ -54,7 +54,7 @@ def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{tmp_path} is empty; missing: config.json, ")
 
 
-def test_pointers_of_git_lfs_are_told_from_weights(folder: Path) -> None:
+def test_git_lfs_pointers_are_recognised(folder: Path) -> None:
     (folder / "ae.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "Git LFS pointers in place of ae.safetensors; run `git lfs pull` there" in refusal(folder)
 
@@ -66,7 +66,7 @@ def test_another_model_is_refused_by_its_architecture(folder: Path) -> None:
     assert "config.json says architectures=['LlamaForCausalLM']; allowed: BagelForConditionalGeneration" in message
 
 
-def test_a_hugging_face_cache_is_told_from_a_checkpoint(cache: Path) -> None:
+def test_a_hugging_face_cache_is_recognised(cache: Path) -> None:
     assert refusal(cache).endswith(f"is a Hugging Face cache; give a repository in it, such as {REPOSITORY}")
 
 
@@ -82,6 +82,6 @@ def test_what_is_not_there_comes_with_how_to_get_it(given: str) -> None:
         find_checkpoint(given)
 
 
-def test_a_file_is_told_from_a_folder(folder: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_recognised(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a file; give the folder that holds ema\.safetensors"):
         find_checkpoint(folder / "ae.safetensors")

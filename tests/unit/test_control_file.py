@@ -57,7 +57,7 @@ def test_each_reload_is_counted_once_and_a_new_process_counts_those_before_it(tm
         assert soon(lambda: counts.seen == expected | {"server_restarts": 2})
 
 
-def test_where_no_supervisor_counts_nothing_is_told(tmp_path: Path) -> None:
+def test_without_a_supervisor_nothing_is_counted(tmp_path: Path) -> None:
     with told(tmp_path) as counts:
         time.sleep(0.05)
     assert not counts.seen

@@ -60,7 +60,7 @@ def test_no_metric_is_left_out_of_the_dashboard(expressions: list[str]) -> None:
     assert METRICS.keys() - shown == set()
 
 
-def test_every_panel_asks_the_chosen_source_for_the_chosen_servers(
+def test_every_panel_queries_the_chosen_source_for_the_chosen_servers(
     dashboard: dict[str, Any], expressions: list[str]
 ) -> None:
     assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "instance"]

@@ -56,7 +56,7 @@ def _mooncake_host(config: DeployConfig, stage: int, address: str | None = None)
     return on_this_host(config, stage, address, headless=stage > 0).mooncake.host
 
 
-def test_the_address_that_mooncake_tells_the_others(tmp_path: Path) -> None:
+def test_the_address_that_mooncake_announces(tmp_path: Path) -> None:
     config = _load(tmp_path, TWO)
     assert _mooncake_host(config, 1) == "127.0.0.2"
     assert _mooncake_host(config, 0) == "127.0.0.1"  # from where this host reaches 127.0.0.2

@@ -63,6 +63,6 @@ def test_files_fit_the_schema(path: Path) -> None:
         ("connectors: {a: {name: Carrier}}", 1),
     ],
 )
-def test_an_editor_is_told_what_does_not_fit(text: str, wrong: list[str] | int) -> None:
+def test_an_editor_marks_what_does_not_fit(text: str, wrong: list[str] | int) -> None:
     found = unknown(yaml.safe_load(text), schema(), schema())
     assert found == wrong if isinstance(wrong, list) else len(found) == wrong

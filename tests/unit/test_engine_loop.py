@@ -156,7 +156,7 @@ def cuda_says(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
 
 
-def test_a_device_that_is_lost_ends_it_and_nobody_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_ends_the_loop_and_fails_every_waiting_job(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_says(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
     engine = CountingEngine(capacity=1, device=torch.device("cuda", 0))
     jobs = [submit(engine, "active", Count(5, fails_at=2)), submit(engine, "waiting", Count(1))]
@@ -280,7 +280,7 @@ def test_a_job_ends_at_its_deadline_and_its_neighbour_goes_on(waits: bool) -> No
     engine.close()
 
 
-def test_a_line_that_is_full_refuses_at_once_and_loses_nobody() -> None:
+def test_a_full_queue_refuses_at_once_and_loses_no_job() -> None:
     engine = CountingEngine(capacity=1, max_waiting=3)
     jobs = [submit(engine, "0", Count(1))]
     assert soon(lambda: bool(engine._active()))
@@ -302,7 +302,7 @@ def test_a_function_runs_on_the_engines_thread_and_its_result_comes_back() -> No
     engine.close()
 
 
-def test_its_exception_comes_back_and_harms_nobody() -> None:
+def test_its_exception_comes_back_and_harms_no_job() -> None:
     engine = CountingEngine()
     engine.free_run()
 

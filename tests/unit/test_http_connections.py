@@ -186,7 +186,7 @@ LARGE = dataclasses.replace(SETTINGS, max_body_bytes=10_000_000)
 
 
 @pytest.mark.parametrize("alphabet", ["standard", "url-safe", "escaped"])
-def test_large_images_arrive_whole_whatever_way_they_take(alphabet: str) -> None:
+def test_large_images_arrive_whole_in_every_encoding(alphabet: str) -> None:
     backend = FakeClient()
     encoded = [base64.b64encode(image).decode() for image in IMAGES]
     if alphabet == "url-safe":

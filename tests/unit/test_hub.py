@@ -129,7 +129,7 @@ def test_a_hub_that_refuses_is_one_line(hub: Hub, failure: tuple[int, str, bytes
     assert re.fullmatch(said.format(name=NAME, url=re.escape(hub.url)), refusal(NAME))
 
 
-def test_without_a_network_the_line_says_what_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_names_what_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, tmp_path, "http://127.0.0.1:9")
     message = refusal(NAME)
     assert message.startswith(f"checkpoint {NAME} is not in the cache {tmp_path / 'hub'}, and http://127.0.0.1:9 can")

@@ -56,7 +56,7 @@ def test_a_login_in_the_url_is_sent_to_its_host_alone(host: Host) -> None:
     assert host.seen[0] == ("images.example", "/away")
 
 
-def test_the_host_is_told_what_asks_and_its_refusal_is_passed_on(host: Host) -> None:
+def test_the_host_gets_a_user_agent_and_its_refusal_is_passed_on(host: Host) -> None:
     message = refusal(host, "http://images.example/forbidden")
     assert message == "the host answered 403 Forbidden: Please set a User-Agent & wait"
     assert re.match(r"bagel-triton/\S+ \(.+\)", host.headers[0]["User-Agent"])
@@ -115,7 +115,7 @@ def test_an_address_that_does_not_answer_is_passed_over(host: Host) -> None:
         ("http://images.example:http/", "the URL is malformed"),
     ],
 )
-def test_nothing_is_connected_to_where_nobody_is_let(host: Host, url: str, cause: str) -> None:
+def test_hosts_that_are_not_allowed_are_never_connected_to(host: Host, url: str, cause: str) -> None:
     assert cause in refusal(host, url)
     assert host.reached == []
 

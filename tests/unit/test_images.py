@@ -351,7 +351,7 @@ def test_a_form_over_the_limit_is_refused() -> None:
     assert reply.status_code == 413
 
 
-def test_the_same_request_as_chat_asks_the_model_the_same() -> None:
+def test_it_sends_the_model_the_same_request_as_chat() -> None:
     backend = FakeClient()
     client = api(backend)
     client.post(GENERATIONS, json={"prompt": "A cute cat", "seed": 7})

@@ -34,7 +34,7 @@ def test_a_process_that_withdrew_is_neither_alive_nor_dead(tmp_path: Path) -> No
         assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_of_two_that_dies_is_noticed_by_those_who_came_before_only(tmp_path: Path) -> None:
+def test_one_dead_process_of_two_is_only_noticed_by_earlier_watchers(tmp_path: Path) -> None:
     with AnnouncedProcess(tmp_path, "cfg_expand") as first, AnnouncedProcess(tmp_path, "cfg_expand"):
         before = watch(PREFIX, "cfg_expand", tmp_path)
         first.kill()

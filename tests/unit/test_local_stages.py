@@ -131,7 +131,7 @@ def test_an_arena_that_stays_full_is_overload(make: Make) -> None:
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
 
 
-def test_who_leaves_while_first_in_line_leaves_nothing_at_the_thinker(make: Make) -> None:
+def test_an_abort_of_the_first_in_the_queue_leaves_nothing_at_the_thinker(make: Make) -> None:
     stages = make(thinker=ThinkerConfig(kv_tokens=16, block_tokens=16))
     think(stages, SMALL)  # never claimed, and the pool has no room for another
     plan = result_of(stages.expand(SMALL))
@@ -174,7 +174,7 @@ def test_closing_fails_what_is_under_way_and_what_comes_later(make: Make) -> Non
         generate(stages, SMALL)
 
 
-def test_a_request_tells_its_whole_story(local_stages: LocalStages) -> None:
+def test_a_request_reports_every_event(local_stages: LocalStages) -> None:
     *progress, image, done = Pipeline(local_stages, 30.0).run(SMALL)
     assert progress == [ProgressEvent("dit", step, 2) for step in (1, 2)]
     assert isinstance(image, GeneratedImage)

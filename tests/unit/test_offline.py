@@ -88,7 +88,7 @@ def test_an_image_is_never_written_over(tmp_path: Path):
         assert np.array_equal(np.asarray(Image.open(path)), pixels.numpy())
 
 
-def test_a_stage_that_a_request_did_not_visit_took_no_time_of_it():
+def test_a_stage_that_a_request_skipped_took_none_of_its_time():
     text = DoneEvent("a", None, Usage(), (StageStats("thinker", 0.25, 1.0),))
     image = DoneEvent("b", 1, Usage(), (StageStats("thinker", 0.0, 2.0), StageStats("dit", 0.5, 4.0)))
     rows = [line.split() for line in stats_table({3: image, 1: text}).splitlines()]

@@ -51,7 +51,7 @@ def test_the_longest_that_is_kept_is_found() -> None:
     assert cache.longest([]) == 0
 
 
-def test_kept_blocks_count_as_free_to_others_only_while_nobody_else_holds_them() -> None:
+def test_cached_blocks_count_as_free_only_while_no_sequence_holds_them() -> None:
     pool = new_arena(8)
     cache, context = PrefixCache(pool), KVSequence(pool)
     append(pool, context, range(2 * SIZE))
@@ -95,7 +95,7 @@ def test_what_others_hold_too_is_kept_as_long_as_dropping_it_frees_nothing() -> 
     assert cache.longest(keys("held")) == 1
 
 
-def test_a_full_arena_whose_last_block_is_only_shared_with_the_cache_still_takes_the_next_token() -> None:
+def test_a_full_pool_whose_last_block_only_the_cache_shares_takes_the_next_token() -> None:
     pool = new_arena(1)
     cache, context = PrefixCache(pool), KVSequence(pool)
     append(pool, context, [1])

@@ -39,7 +39,7 @@ def test_a_model_that_stays_ready_is_there(triton: TritonService, watched: Calla
         assert alive()
 
 
-def test_who_waits_while_a_model_is_reloaded_is_told_for_good(
+def test_a_call_that_waits_while_a_model_is_reloaded_fails_for_good(
     triton: TritonService, watched: Callable[[str], RemoteModels]
 ) -> None:
     with serving(triton) as address:

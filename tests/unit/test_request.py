@@ -143,7 +143,7 @@ def test_text_is_greedy_and_plain_by_default() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}])
-def test_a_cut_of_the_distribution_alone_asks_for_sampling(fields: dict[str, Any]) -> None:
+def test_a_cut_of_the_distribution_alone_implies_sampling(fields: dict[str, Any]) -> None:
     assert _decoding(**fields).temperature == 1.0
     assert _decoding(**fields, temperature=0.0).temperature == 0.0
 

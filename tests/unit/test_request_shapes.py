@@ -53,7 +53,7 @@ def api(planning: PlanningClient) -> TestClient:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name[:60])
-def test_a_clients_body_gets_what_it_asks_for(api: TestClient, shape: Shape) -> None:
+def test_a_clients_body_gets_the_reply_that_it_requests(api: TestClient, shape: Shape) -> None:
     reply = api.post(CHAT, json=shape.body)
     if shape.gives:
         assert reply.status_code == 200, reply.text

@@ -43,7 +43,7 @@ def received(name: str) -> str:
         held.close()
 
 
-def test_whoever_asks_later_gets_the_first_ones(name: str) -> None:
+def test_later_requests_get_the_first_descriptors(name: str) -> None:
     with Asker(name) as first, Asker(f"{name}_other") as other:
         first.make("one")
         other.make("two")

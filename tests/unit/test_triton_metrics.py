@@ -50,7 +50,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     del sys.modules["bagel_triton.triton.metrics"]
 
 
-def test_what_was_told_arrives_and_no_metric_outlives_the_end(module: ModuleType) -> None:
+def test_updates_arrive_and_no_metric_outlives_the_end(module: ModuleType) -> None:
     metrics = module.TritonMetrics(["dit"])
     metrics.gauge("dit_active", 3)
     metrics.close()

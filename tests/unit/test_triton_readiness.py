@@ -37,7 +37,7 @@ def triton_with(*ready: str, unloaded: tuple[str, ...] = ()) -> TritonService:
     return service
 
 
-def test_it_is_told_by_model() -> None:
+def test_readiness_is_reported_by_model() -> None:
     states = readiness(triton_with("bagel", "dit"), models=BAGEL.models)
     assert states == {model: model in ("bagel", "dit") for model in BAGEL.models}
 
@@ -52,7 +52,7 @@ def test_it_is_told_by_model() -> None:
         ((), (), {"bagel": False}),
     ],
 )
-def test_who_knows_of_no_models_counts_those_that_triton_was_told_to_load(
+def test_without_a_list_of_models_those_that_triton_loads_count(
     ready: tuple[str, ...], unloaded: tuple[str, ...], expected: dict[str, bool]
 ) -> None:
     assert readiness(triton_with(*ready, unloaded=unloaded)) == expected
@@ -67,7 +67,7 @@ def test_models_elsewhere_are_counted_by_their_own_address() -> None:
     assert gone == {"bagel": True, "dit": False}
 
 
-def test_a_model_whose_process_died_is_not_ready_whatever_triton_says(
+def test_a_model_whose_process_died_is_not_ready_even_if_triton_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shm = announced_in(tmp_path, monkeypatch)

@@ -54,7 +54,7 @@ def test_a_second_process_maps_what_the_first_has_loaded(prefix: str) -> None:
         assert first.ask("differing") == second.ask("differing") == []
 
 
-def test_whoever_dies_the_others_go_on_and_give(prefix: str) -> None:
+def test_after_a_death_the_other_processes_go_on_and_share(prefix: str) -> None:
     with stage(prefix) as first, stage(prefix) as second, stage(prefix) as third:
         assert first.ask("load") == TENSORS
         assert second.ask("load") == 0

@@ -29,7 +29,7 @@ def tokenizer(checkpoint_dir: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def expander(checkpoint_dir: Path, tokenizer: Tokenizer) -> RequestPlanner:
+def planner(checkpoint_dir: Path, tokenizer: Tokenizer) -> RequestPlanner:
     return RequestPlanner(inspect(checkpoint_dir), tokenizer)
 
 
@@ -54,7 +54,7 @@ def branch(plan: Plan, name: Branch) -> tuple[Segment, ...]:
     return next(branch.segments for branch in plan.branches if branch.branch is name)
 
 
-def told(expander: RequestPlanner, tokenizer: Tokenizer, request: GenerationRequest) -> list[str]:
+def gen_context(planner: RequestPlanner, tokenizer: Tokenizer, request: GenerationRequest) -> list[str]:
     """The ``gen`` context: texts, and ``SMALL`` and ``LARGE`` images by the sides they are resized to."""
 
     def name(segment: Segment) -> str:
@@ -63,7 +63,7 @@ def told(expander: RequestPlanner, tokenizer: Tokenizer, request: GenerationRequ
         assert isinstance(segment, VitSegment)
         return {518: "SMALL", 980: "LARGE"}[segment.width]
 
-    plan = expander.expand(request)
+    plan = planner.expand(request)
     segments = [name(segment) for segment in branch(plan, Branch.GEN)]
     # A chat template's output is continued: its last token is fed by the decoding.
     if plan.decoding is not None and plan.decoding.first_token != tokenizer.start:
@@ -87,23 +87,23 @@ def told(expander: RequestPlanner, tokenizer: Tokenizer, request: GenerationRequ
     ],
 )
 def test_images_come_first_or_where_the_prompt_marks_them(
-    expander: RequestPlanner, tokenizer: Tokenizer, prompt: str, segments: list[str]
+    planner: RequestPlanner, tokenizer: Tokenizer, prompt: str, segments: list[str]
 ) -> None:
     request = GenerationRequest(prompt, (SMALL, LARGE), modality="text")
-    assert told(expander, tokenizer, request) == segments
+    assert gen_context(planner, tokenizer, request) == segments
 
 
 def test_a_wrapped_prompt_is_what_it_wraps_for_an_image_and_stands_as_it_is_for_a_text(
-    expander: RequestPlanner, tokenizer: Tokenizer
+    planner: RequestPlanner, tokenizer: Tokenizer
 ) -> None:
     bare, wrapped = "What is this?", "<|im_start|>What is this?<|im_end|>"
-    images = [expander.expand(GenerationRequest(prompt, seed=1)) for prompt in (bare, wrapped)]
+    images = [planner.expand(GenerationRequest(prompt, seed=1)) for prompt in (bare, wrapped)]
     assert images[0].branches == images[1].branches
-    answers = [expander.expand(GenerationRequest(prompt, modality="text")).decoding for prompt in (bare, wrapped)]
+    answers = [planner.expand(GenerationRequest(prompt, modality="text")).decoding for prompt in (bare, wrapped)]
     assert [answer and answer.first_token for answer in answers] == [tokenizer.start, tokenizer.end]
 
 
-def test_images_of_earlier_messages_go_where_those_mark_them(expander: RequestPlanner, tokenizer: Tokenizer) -> None:
+def test_images_of_earlier_messages_go_where_those_mark_them(planner: RequestPlanner, tokenizer: Tokenizer) -> None:
     turns = (
         user(f"<|im_start|>This {PAD} here<|im_end|>", 1),
         Turn("assistant", (TextPart("A cat."),)),
@@ -112,7 +112,7 @@ def test_images_of_earlier_messages_go_where_those_mark_them(expander: RequestPl
     )
     request = GenerationRequest(messages=turns, image=(SMALL, LARGE), modality="text")
     texts = ["<|im_start|>A cat.<|im_end|>", "SMALL", "<|im_start|>And?<|im_end|>"]
-    assert told(expander, tokenizer, request) == [
+    assert gen_context(planner, tokenizer, request) == [
         "<|im_start|>This ",
         "LARGE",
         " here<|im_end|>",
@@ -145,32 +145,32 @@ HI, EMPTY = "<|im_start|>Hi<|im_end|>", "<|im_start|><|im_end|>"
     ],
 )
 def test_a_conversation_may_end_with_anyone_and_what_is_empty_adds_nothing(
-    expander: RequestPlanner, tokenizer: Tokenizer, turns: tuple[Turn, ...], segments: list[str]
+    planner: RequestPlanner, tokenizer: Tokenizer, turns: tuple[Turn, ...], segments: list[str]
 ) -> None:
     image = (SMALL,) if "SMALL" in segments else None
     request = GenerationRequest(messages=turns, image=image, modality="text")
-    assert told(expander, tokenizer, request) == segments
+    assert gen_context(planner, tokenizer, request) == segments
 
 
 @pytest.mark.parametrize("last", [said("system", "In oil."), said("assistant", "Here it is:")])
 def test_guidance_compares_without_the_users_last_text_and_what_follows_it(
-    expander: RequestPlanner, tokenizer: Tokenizer, last: Turn
+    planner: RequestPlanner, tokenizer: Tokenizer, last: Turn
 ) -> None:
-    plan = expander.expand(GenerationRequest(messages=(said("system", "Draw."), user("A cat"), last)))
+    plan = planner.expand(GenerationRequest(messages=(said("system", "Draw."), user("A cat"), last)))
     assert len(branch(plan, Branch.GEN)) == 3
     assert branch(plan, Branch.CFG_TEXT) == branch(plan, Branch.GEN)[:1]
 
 
-def test_an_image_needs_words_somewhere(expander: RequestPlanner) -> None:
-    last = expander.expand(GenerationRequest(messages=(user("A cat"), user(0)), image=(SMALL,)))
-    first = expander.expand(GenerationRequest(messages=(user("A cat"), user(""))))
+def test_an_image_needs_words_somewhere(planner: RequestPlanner) -> None:
+    last = planner.expand(GenerationRequest(messages=(user("A cat"), user(0)), image=(SMALL,)))
+    first = planner.expand(GenerationRequest(messages=(user("A cat"), user(""))))
     assert branch(first, Branch.GEN) == branch(last, Branch.GEN)[:1]
     assert branch(first, Branch.CFG_TEXT) == ()
 
 
-def refused(expander: RequestPlanner, **fields: object) -> InvalidRequest:
+def refused(planner: RequestPlanner, **fields: object) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as refusal:
-        expander.expand(GenerationRequest(**fields))  # type: ignore[arg-type]
+        planner.expand(GenerationRequest(**fields))  # type: ignore[arg-type]
     return refusal.value
 
 
@@ -223,18 +223,18 @@ MARKS = "marks {} images with <|image_pad|>, and {} are given; allowed: a mark f
     ],
 )
 def test_what_has_no_place_is_refused(
-    expander: RequestPlanner, fields: dict[str, object], param: str, message: str
+    planner: RequestPlanner, fields: dict[str, object], param: str, message: str
 ) -> None:
-    refusal = refused(expander, **fields)
+    refusal = refused(planner, **fields)
     assert (refusal.message, refusal.param) == (message, param)
 
 
 @pytest.mark.parametrize("text", [" ", "\n", "blurry"])
 def test_any_negative_prompt_is_a_text_but_the_empty_one_is_none(
-    expander: RequestPlanner, tokenizer: Tokenizer, text: str
+    planner: RequestPlanner, tokenizer: Tokenizer, text: str
 ) -> None:
     def context(negative: str) -> tuple[Segment, ...]:
-        return branch(expander.expand(GenerationRequest("A cat", negative_prompt=negative)), Branch.CFG_TEXT)
+        return branch(planner.expand(GenerationRequest("A cat", negative_prompt=negative)), Branch.CFG_TEXT)
 
     assert context(text) == (TextSegment((tokenizer.start, *tokenizer.encode(text), tokenizer.end)),)
     assert context("") == ()
@@ -251,20 +251,18 @@ def test_any_negative_prompt_is_a_text_but_the_empty_one_is_none(
     ],
     ids=["prompt", "together", "negative", "messages", "many"],
 )
-def test_more_text_than_fits_is_refused_at_once(
-    expander: RequestPlanner, fields: dict[str, object], param: str
-) -> None:
+def test_more_text_than_fits_is_refused_at_once(planner: RequestPlanner, fields: dict[str, object], param: str) -> None:
     started = time.monotonic()
-    refusal = refused(expander, **fields)
+    refusal = refused(planner, **fields)
     assert time.monotonic() - started < 3.0
     assert refusal.param == param
     assert "is not allowed; allowed: at most " in refusal.message
     assert len(refusal.message) < 200
 
 
-def test_a_megabyte_of_text_is_still_looked_at(expander: RequestPlanner) -> None:
+def test_a_megabyte_of_text_is_still_looked_at(planner: RequestPlanner) -> None:
     message = "<|im_start|><|im_end|>"
-    plan = expander.expand(GenerationRequest(message * (MAX_TEXT_BYTES // len(message))))
+    plan = planner.expand(GenerationRequest(message * (MAX_TEXT_BYTES // len(message))))
     assert plan.usage.prompt_tokens == MAX_TEXT_BYTES // len(message) * 2
 
 
