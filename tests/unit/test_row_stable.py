@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagel_triton.model.cpu.row_stable import add_linear, linear, silu_product
+from bagel_triton.model.cpu.row_stable import add_linear, few_rows_linear, linear, silu_product
 from tests.support.exact import assert_same
 
+Product = Callable[..., Tensor]
 ROWS = 600
 # 100 and 385 are no multiples of a vector; 1408 and 3584 are inner sizes of published models.
 SHAPES = [(64, 96), (96, 160), (100, 24), (160, 96), (385, 96), (512, 64), (1408, 256), (3584, 256)]
@@ -25,31 +28,47 @@ def _rows(inner: int) -> Tensor:
     return torch.randn(ROWS, inner, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("product", [linear, few_rows_linear])
 @pytest.mark.parametrize(("inner", "outer"), SHAPES)
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
-def test_a_row_does_not_depend_on_its_batch(inner: int, outer: int, biased: bool) -> None:
+def test_a_row_does_not_depend_on_its_batch(product: Product, inner: int, outer: int, biased: bool) -> None:
     x, (weight, bias) = _rows(inner), _layer(inner, outer)
-    full = linear(x, weight, bias if biased else None)
+    full = product(x, weight, bias if biased else None)
     for count in COUNTS:
         for start in {0, 1, 5, ROWS - count} & set(range(ROWS - count + 1)):
-            part = linear(x[start : start + count], weight, bias if biased else None)
+            part = product(x[start : start + count], weight, bias if biased else None)
             assert_same(part, full[start : start + count], (count, start))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    x, (weight, bias) = _rows(3584), _layer(3584, 256)
+    expected = few_rows_linear(x, weight, bias)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(few_rows_linear(x, weight, bias), expected, threads)
+        assert_same(few_rows_linear(x[7:8], weight, bias), expected[7:8], threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("product", [linear, few_rows_linear])
 @pytest.mark.parametrize(("inner", "outer"), SHAPES)
-def test_it_is_the_matrix_product(inner: int, outer: int) -> None:
+def test_it_is_the_matrix_product(product: Product, inner: int, outer: int) -> None:
     x, (weight, bias) = _rows(inner), _layer(inner, outer)
     exact = x.double() @ weight.double().T + bias.double()
     for count in (1, 17, ROWS):
-        ours = linear(x[:count], weight, bias)
+        ours = product(x[:count], weight, bias)
         assert ours.shape == (count, outer)
-        assert (ours - exact[:count]).abs().max() / exact.abs().max() < 2e-6
+        assert (ours - exact[:count]).abs().max() / exact.abs().max() < 3e-6
         torch.testing.assert_close(ours, F.linear(x[:count], weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def test_no_rows_are_no_rows() -> None:
+@pytest.mark.parametrize("product", [linear, few_rows_linear])
+def test_no_rows_are_no_rows(product: Product) -> None:
     weight, bias = _layer(96, 32)
-    assert linear(torch.empty(0, 96), weight, bias).shape == (0, 32)
+    assert product(torch.empty(0, 96), weight, bias).shape == (0, 32)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

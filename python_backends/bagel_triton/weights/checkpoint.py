@@ -152,7 +152,7 @@ class Checkpoint:
         module = self.bagel(dtype, quantization)
         if device.type == "cpu":
             with torch.device("meta"):
-                make_row_stable(module, *ROW_STABLE)
+                make_row_stable(module, *ROW_STABLE, few_rows={"language_model.lm_head"})
         return self._fill(module, self._weights, device, dtype, shared)
 
     def load_autoencoder(

@@ -36,10 +36,14 @@ MIN_HEAD_SCORES = 128 * 128  # scores of a head below which it is not worth a th
 
 @dataclass(frozen=True)
 class RowTile:
-    """Rows of one expert that a thread takes through all operations."""
+    """Rows of one expert that a thread takes through all operations.
+
+    The rows of texts being decoded are in tiles of their own: there are usually ``few``.
+    """
 
     gen: bool
     rows: slice
+    few: bool = False
 
     def expert(self, layer: Layer) -> Expert:
         """The rows' expert in ``layer``."""
@@ -47,14 +51,26 @@ class RowTile:
 
 
 def tiles_of(batch: PackedBatch, threads: int) -> list[RowTile]:
-    """Tiles that hold every row of a batch once, in the order in which they are to be started."""
+    """Tiles that hold every row of a batch once, in the order in which they are to be started.
 
-    def cut(gen: bool, start: int, stop: int) -> Iterator[RowTile]:
+    Rows of the understanding expert whose hidden states are wanted, while others' are not, are
+    the last tokens of texts.
+    """
+
+    def cut(gen: bool, start: int, stop: int, few: bool = False) -> Iterator[RowTile]:
         step = tile_rows(stop - start, threads)
         for first in range(start, stop, step):
-            yield RowTile(gen, slice(first, min(first + step, stop)))
+            yield RowTile(gen, slice(first, min(first + step, stop)), few)
 
-    return [*cut(False, batch.gen_rows, batch.tokens), *cut(True, 0, batch.gen_rows)]
+    first = batch.gen_rows
+    wanted = batch.wanted or slice(first, first)
+    start, stop = max(wanted.start, first), max(wanted.stop, first)
+    return [
+        *cut(False, first, start),
+        *cut(False, start, stop, few=True),
+        *cut(False, stop, batch.tokens),
+        *cut(True, 0, first),
+    ]
 
 
 def tile_rows(rows: int, threads: int) -> int:
@@ -134,9 +150,9 @@ class _Run:
         # Row slices of the packed weight. One product of all three would need their results copied apart.
         ends = [*accumulate((place[0].numel() for place in places), initial=0)]
         query_rows, key_rows, value_rows = (slice(*edges) for edges in pairwise(ends))
-        project(normed, expert.qkv_proj, value_rows, places[2].flatten(1))
+        project(normed, expert.qkv_proj, value_rows, places[2].flatten(1), tile.few)
         for place, part, norm in zip(places, (query_rows, key_rows), (expert.q_norm, expert.k_norm), strict=False):
-            heads = project(normed, expert.qkv_proj, part).view_as(place)
+            heads = project(normed, expert.qkv_proj, part, few=tile.few).view_as(place)
             rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
         _, key, value = self._scratch.qkv
         self._kv.write_rows(index, key, value, rows)
@@ -144,10 +160,10 @@ class _Run:
     def _finish(self, index: int, tile: RowTile) -> None:
         """Replace a tile of the residual by the layer's output, as of :meth:`Expert.finish`."""
         expert, residual = tile.expert(self._layers[index]), self._x[tile.rows]
-        add_projection(self._scratch.attended[tile.rows].flatten(1), expert.o_proj, residual)
+        add_projection(self._scratch.attended[tile.rows].flatten(1), expert.o_proj, residual, tile.few)
         normed = rms_norm(residual, expert.post_attention_layernorm)
         inner = self._scratch.inner.pop()
-        _add_mlp(expert.mlp, normed, residual, inner)
+        _add_mlp(expert.mlp, normed, residual, inner, tile.few)
         self._scratch.inner.append(inner)
 
     def _attend(self, index: int, spans: list[QuerySpan]) -> None:
@@ -177,10 +193,10 @@ class _Run:
             yield span, slice(head, head + 1), slice(kv_head, kv_head + 1)
 
 
-def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...]) -> None:
+def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...], few: bool) -> None:
     """Add the feed-forward of x [rows, hidden] to ``residual``; ``inner`` is twice [rows or more, intermediate]."""
     gate, up = (whole[: len(x)] for whole in inner)
     size = gate.shape[1]
     for start, out in ((0, gate), (size, up)):
-        project(x, mlp.gate_up_proj, slice(start, start + size), out)
-    add_projection(silu_product(gate, up), mlp.down_proj, residual)
+        project(x, mlp.gate_up_proj, slice(start, start + size), out, few)
+    add_projection(silu_product(gate, up), mlp.down_proj, residual, few)

@@ -11,21 +11,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bagel_triton.model.cpu.row_stable import add_linear, linear
+from bagel_triton.model.cpu.row_stable import add_linear, few_rows_linear, linear
 from bagel_triton.model.quantization import QuantizedLinear, encode_fp8, encode_int8
 
 WEIGHTS = 1 << 19  # that are decoded at once
 
 
 def project(
-    x: Tensor, layer: nn.Linear | QuantizedLinear, rows: slice = slice(None), out: Tensor | None = None
+    x: Tensor,
+    layer: nn.Linear | QuantizedLinear,
+    rows: slice = slice(None),
+    out: Tensor | None = None,
+    few: bool = False,
 ) -> Tensor:
     """The output rows ``rows`` of a linear ``layer``, with their bias, into ``out`` if given.
 
-    x [tokens, in] -> [tokens, rows].
+    x [tokens, in] -> [tokens, rows]. Tokens of a kind of which there are usually ``few`` have a faster product.
     """
     bias = None if layer.bias is None else layer.bias[rows]
     if not isinstance(layer, QuantizedLinear):
+        if few:
+            product = few_rows_linear(x, layer.weight[rows], bias)
+            return product if out is None else out.copy_(product)
         return linear(x, layer.weight[rows], bias, out)
     start, stop, _ = rows.indices(layer.out_features)
     if out is None:
@@ -35,10 +42,13 @@ def project(
     return out
 
 
-def add_projection(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor) -> None:
-    """Add a linear ``layer`` without a bias of x [tokens, in] to ``out`` [tokens, out]."""
+def add_projection(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor, few: bool = False) -> None:
+    """Add a linear ``layer`` without a bias of x [tokens, in] to ``out`` [tokens, out]; ``few`` as in :func:`project`."""
     if not isinstance(layer, QuantizedLinear):
-        add_linear(x, layer.weight, out)
+        if few:
+            out += few_rows_linear(x, layer.weight)
+        else:
+            add_linear(x, layer.weight, out)
         return
     for part, product in _products(x, layer, 0, layer.out_features):
         out[:, part].add_(product)

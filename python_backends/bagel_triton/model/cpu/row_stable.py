@@ -3,11 +3,18 @@
 A matrix product chooses its kernel, and with it the order of its sums, by the number of rows:
 few rows, or a long inner dimension, round differently. Two rules make every row bit-identical
 on a CPU with AVX-512, for 2 % of a product's time at most: never fewer than ``MIN_ROWS`` rows,
-never more than ``MAX_INNER`` of the inner dimension at once. ``tests/unit/test_row_stable.py``
-holds torch to them.
+never more than ``MAX_INNER`` of the inner dimension at once.
+
+Sixteen rows cost twice one row's time, which is that of reading the weights. So the rows of texts
+being decoded take oneDNN's product, :func:`few_rows_linear`: its rows are alike from two rows on,
+but hundreds of them take a quarter longer than MKL's, and the two round differently. Which one a
+row takes follows from the row alone, never from the batch. ``tests/unit/test_row_stable.py`` holds
+torch to these rules.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +23,7 @@ from torch import Tensor, nn
 from bagel_triton.model.mot import RMSNorm
 
 MIN_ROWS = 16
+FEW_ROWS = 2
 MAX_INNER = 512
 VECTOR = 16  # float32 numbers in the widest registers
 TWO_VECTORS = 64  # an elementwise operation takes two vectors at a time, of 32 bfloat16 numbers each at most
@@ -48,8 +56,18 @@ def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         out.addmm_(x[:, piece], weight[:, piece].t())
 
 
-def _padded(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 0, 0, MIN_ROWS - len(x)))
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` for rows of which there are usually few: other roundings, as many rows or one alone."""
+    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return linear(x, weight, bias)
+    rows = len(x)
+    padded = _padded(x, FEW_ROWS) if rows < FEW_ROWS else x
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return product[:rows]
+
+
+def _padded(x: Tensor, rows: int = MIN_ROWS) -> Tensor:
+    return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -109,6 +127,14 @@ class RowStableLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class FewRowsLinear(nn.Linear):
+    """A linear layer by :func:`few_rows_linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, in] -> [rows, out]."""
+        return few_rows_linear(x, self.weight, self.bias)
+
+
 class RowStableNorm(RMSNorm):
     """A norm by :func:`rms_norm`."""
 
@@ -117,12 +143,16 @@ class RowStableNorm(RMSNorm):
         return rms_norm(x, self)
 
 
-def make_row_stable(model: nn.Module, *names: str) -> None:
-    """Replace the linear layers and norms at and below the submodules ``names`` of a ``model`` without weights."""
+def make_row_stable(model: nn.Module, *names: str, few_rows: Collection[str] = ()) -> None:
+    """Replace the linear layers and norms at and below the submodules ``names`` of a ``model`` without weights.
+
+    Layers named in ``few_rows`` become a :class:`FewRowsLinear`, others a :class:`RowStableLinear`.
+    """
     for top in names:
         for name, module in list(model.get_submodule(top).named_modules(prefix=top)):
             if isinstance(module, nn.Linear):
+                kind = FewRowsLinear if name in few_rows else RowStableLinear
                 biased = module.bias is not None
-                model.set_submodule(name, RowStableLinear(module.in_features, module.out_features, biased))
+                model.set_submodule(name, kind(module.in_features, module.out_features, biased))
             elif isinstance(module, RMSNorm):
                 model.set_submodule(name, RowStableNorm(len(module.weight), module.eps))
