@@ -108,7 +108,8 @@ def weight_bytes(checkpoint: Path, dtype: str) -> int:
 
 
 def _built(checkpoint: Path, dtype: str, device: str) -> Together:
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by each process
     pipes: list[Connection] = []
     before = _in_use(device)
     with SharedMemoryPrefix() as shared, ExitStack() as running:
@@ -121,8 +122,8 @@ def _built(checkpoint: Path, dtype: str, device: str) -> Together:
         )
         times: list[tuple[float, float]] = []
         for stage in BUILDERS:
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, stage, config), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, stage, config), daemon=True)
             process.start()
             theirs.close()
             running.callback(process.join)

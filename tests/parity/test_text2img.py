@@ -75,9 +75,11 @@ def test_latents_and_images_are_those_recorded(local_stages: LocalStages, case: 
 
 # Odd token counts, so that batches have odd numbers of rows; one prompt twice; every renorm; guidance on, off, in part.
 MIXED = [
-    GenerationRequest(prompt="A cute cat", height=240, width=240, seed=1, num_inference_steps=7),
+    GenerationRequest(prompt="A cute cat", height=144, width=112, seed=1, num_inference_steps=4),
     GenerationRequest(prompt="A cute cat", height=80, width=80, seed=2, num_inference_steps=3, cfg_interval=(0.0, 1.0)),
-    GenerationRequest(prompt="A futuristic city", height=16, width=16, seed=3, cfg_text_scale=1.0),
+    GenerationRequest(
+        prompt="A futuristic city", height=16, width=16, seed=3, num_inference_steps=9, cfg_text_scale=1.0
+    ),
     GenerationRequest(
         prompt="A beautiful sunset over mountains",
         negative_prompt="A blurry image",
@@ -91,17 +93,17 @@ MIXED = [
     GenerationRequest(
         prompt="A city", height=176, width=48, seed=5, num_inference_steps=2, cfg_renorm_type="text_channel"
     ),
-    GenerationRequest(prompt="A cat", height=208, width=112, seed=6, num_inference_steps=12, cfg_img_scale=1.0),
+    GenerationRequest(prompt="A cat", height=208, width=112, seed=6, num_inference_steps=4, cfg_img_scale=1.0),
     GenerationRequest(
         prompt="A cat",
-        height=272,
-        width=272,
+        height=176,
+        width=144,
         seed=6,
-        num_inference_steps=5,
+        num_inference_steps=4,
         timestep_shift=1.0,
         cfg_interval=(0.3, 0.8),
     ),
-    GenerationRequest(prompt="Two dogs " * 20, height=48, width=48, seed=7, num_inference_steps=20, n=3),
+    GenerationRequest(prompt="Two dogs " * 20, height=48, width=48, seed=7, num_inference_steps=6, n=3),
 ]
 
 
@@ -110,13 +112,12 @@ def test_an_image_does_not_depend_on_its_batch(checkpoint: str, request: pytest.
     directory = request.getfixturevalue(checkpoint)
     stages = LocalStages(DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32"))
     alone = [generate(stages, one) for one in MIXED]
-    for _ in range(2):  # other requests share each batch
-        together = generate_together(stages, MIXED)
-        for number, (ours, expected) in enumerate(zip(together, alone, strict=True)):
-            for latents, before in zip(ours.latents, expected.latents, strict=True):
-                assert_same(latents.tokens, before.tokens, number)
-            for pixels, before in zip(ours.pixels, expected.pixels, strict=True):
-                assert_same(pixels, before, number)
+    together = generate_together(stages, MIXED)
+    for number, (ours, expected) in enumerate(zip(together, alone, strict=True)):
+        for latents, before in zip(ours.latents, expected.latents, strict=True):
+            assert_same(latents.tokens, before.tokens, number)
+        for pixels, before in zip(ours.pixels, expected.pixels, strict=True):
+            assert_same(pixels, before, number)
     stages.close()
 
 
