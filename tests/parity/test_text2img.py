@@ -77,9 +77,7 @@ def test_latents_and_images_are_those_recorded(local_stages: LocalStages, case: 
 MIXED = [
     GenerationRequest(prompt="A cute cat", height=144, width=112, seed=1, num_inference_steps=4),
     GenerationRequest(prompt="A cute cat", height=80, width=80, seed=2, num_inference_steps=3, cfg_interval=(0.0, 1.0)),
-    GenerationRequest(
-        prompt="A futuristic city", height=16, width=16, seed=3, num_inference_steps=9, cfg_text_scale=1.0
-    ),
+    GenerationRequest(prompt="A futuristic city", height=16, width=16, seed=3, num_inference_steps=9, cfg_text_scale=1),
     GenerationRequest(
         prompt="A beautiful sunset over mountains",
         negative_prompt="A blurry image",

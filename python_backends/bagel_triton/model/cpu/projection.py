@@ -43,7 +43,7 @@ def project(
 
 
 def add_projection(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor, few: bool = False) -> None:
-    """Add a linear ``layer`` without a bias of x [tokens, in] to ``out`` [tokens, out]; ``few`` as in :func:`project`."""
+    """Add a linear ``layer`` without a bias of x [tokens, in] to ``out`` [tokens, out]; ``few`` as above."""
     if not isinstance(layer, QuantizedLinear):
         if few:
             out += few_rows_linear(x, layer.weight)
