@@ -18,22 +18,15 @@ from typing import Any
 
 import tritonclient.grpc as triton
 from common import ProgressBar, grpc_address
-from triton_task import ENSEMBLE, Result, add_arguments, check_model, inputs, results, run
+from triton_task import ENSEMBLE, Result, inputs, parse_arguments, results, run
 
 from bagel_triton.protocol.events import ProgressEvent, decode_event
 from bagel_triton.protocol.request import GenerationRequest
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    add_arguments(parser)
-    server = "Triton's gRPC port, HOST:PORT or a URL (default: %(default)s)"
-    parser.add_argument("--server", "-s", type=grpc_address, default="localhost:8001", help=server)
-    models = ["bagel", ENSEMBLE]
-    parser.add_argument("--model", default=models[0], choices=models, help="pipeline (default: %(default)s)")
-    args = parser.parse_args(argv)
-    check_model(parser, args)
-    return args
+    description = (__doc__ or "").splitlines()[0]
+    return parse_arguments(argv, description, "bagel", "Triton's gRPC port", "localhost:8001", grpc_address)
 
 
 def stream(client: Any, request: GenerationRequest) -> Generator[Any]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import tritonclient.http as triton
 from common import http_url
-from triton_task import ENSEMBLE, Result, add_arguments, check_model, inputs, results, run
+from triton_task import ENSEMBLE, Result, inputs, parse_arguments, results, run
 
 from bagel_triton.protocol.request import GenerationRequest
 
@@ -27,15 +27,8 @@ CONNECT_S = 10
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    add_arguments(parser)
-    server = "Triton's HTTP port, HOST:PORT or a URL (default: %(default)s)"
-    parser.add_argument("--server", "-s", type=http_url, default="http://localhost:8000", help=server)
-    models = ["bagel_infer", ENSEMBLE]
-    parser.add_argument("--model", default=models[0], choices=models, help="pipeline (default: %(default)s)")
-    args = parser.parse_args(argv)
-    check_model(parser, args)
-    return args
+    description = (__doc__ or "").splitlines()[0]
+    return parse_arguments(argv, description, "bagel_infer", "Triton's HTTP port", "http://localhost:8000", http_url)
 
 
 def call(args: argparse.Namespace, request: GenerationRequest) -> Iterator[Result]:

@@ -23,7 +23,22 @@ ENSEMBLE = "bagel_text2img"
 Result = AnswerEvent | tuple[NDArray[np.uint8], int]  # an answer or the thinking; an image [H, W, 3] and its seed
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def parse_arguments(
+    argv: list[str] | None, description: str, pipeline: str, port: str, server: str, address: Callable[[str], str]
+) -> argparse.Namespace:
+    """The arguments of a client of the model ``pipeline``; ``address`` reads that of the ``port``, ``server``."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    _add_task(parser)
+    help_ = f"{port}, HOST:PORT or a URL (default: %(default)s)"
+    parser.add_argument("--server", "-s", type=address, default=server, help=help_)
+    models = [pipeline, ENSEMBLE]
+    parser.add_argument("--model", default=pipeline, choices=models, help="pipeline (default: %(default)s)")
+    args = parser.parse_args(argv)
+    _check_model(parser, args)
+    return args
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", "-p", default="A cute cat", help="text prompt (default: %(default)s)")
     parser.add_argument("--output", "-o", type=Path, default="bagel_output.png", help="image (default: %(default)s)")
     parser.add_argument("--modality", "-m", choices=["image", "text"], help="what to make (default: image)")
@@ -39,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
 
 
-def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse the arguments that the ensemble, which only makes images from text, has no input for."""
     for option in ("modality", "image", "think", "max_think_tokens", "max_tokens"):
         if args.model == ENSEMBLE and getattr(args, option):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
+import pytest
 import uvicorn
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
@@ -23,6 +24,7 @@ from bagel_triton.openai.app import create_app
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.events import (
     AnswerEvent,
     DoneEvent,
@@ -148,6 +150,15 @@ def generation(body: object) -> GenerationRequest:
 
     asyncio.run(ask())
     return client.requests[0]
+
+
+def assert_refused(fields: Mapping[str, object], param: str, text: str) -> None:
+    """A chat body with these ``fields`` is refused by the name of ``param``, and the error says ``text``."""
+    with pytest.raises(InvalidRequest) as caught:
+        generation(chat_body(**fields))
+    assert caught.value.param == param
+    assert text in caught.value.message
+    assert param in caught.value.message
 
 
 def image_part(url: str) -> dict[str, object]:
