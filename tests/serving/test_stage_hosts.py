@@ -96,6 +96,17 @@ def test_recorded_cases_agree(hosts: Hosts, name: str) -> None:
     assert response.json()["choices"][0]["message"].get("reasoning_content") == case.text
 
 
+@pytest.mark.long
+def test_edits_after_silence_are_answered(hosts: Hosts) -> None:
+    """Of Mooncake's engine it is known that the first transfer after some seconds of silence can fail."""
+    case = CASES["edit_wide"]
+    for silence_s in (0, 8, 30, 100):
+        time.sleep(silence_s)
+        response = hosts.local.chat(chat_body(case.request))
+        assert response.status_code == 200, f"after {silence_s} s: {response.text}"
+        assert_recorded(reply_images(response.json())[0], case)
+
+
 def test_a_client_that_leaves_stops_the_work_there(hosts: Hosts) -> None:
     with connection(hosts.local, LONG):
         until_gauge(hosts.remote, "bagel_dit_active", 1)

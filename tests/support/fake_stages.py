@@ -40,6 +40,7 @@ class FakeStages:
     """``flow`` and ``answers`` are what every request gets.
 
     ``errors`` and ``silent`` name stages that fail or never answer; ``delays`` are seconds a prompt.
+    ``others`` counts servers of the DiT that take over from one that failed, and do not fail.
     """
 
     flow: FlowSettings | None = FLOW
@@ -48,6 +49,7 @@ class FakeStages:
     delays: dict[str, float] = field(default_factory=dict)
     silent: str | None = None
     refuses: str | None = None
+    others: int = 0
     called: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -75,6 +77,13 @@ class FakeStages:
 
     def decode(self, latents: str, request_id: str, scheduling: SchedulingParams) -> StageCall[str]:
         return self._call("vae_decode", f"pixels of {latents}")
+
+    def elsewhere(self) -> bool:
+        if not self.others:
+            return False
+        self.others -= 1
+        self.errors = {}
+        return True
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

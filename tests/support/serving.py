@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -38,12 +38,21 @@ ENDLESS_TEXT = {  # what was said becomes so likely that nothing else is: it run
 
 
 class Server:
-    """A running server. ``grpc``, ``http`` and ``metrics`` are Triton's addresses, ``url`` the proxy's."""
+    """A running server. ``grpc``, ``http`` and ``metrics`` are Triton's addresses, ``url`` the proxy's.
 
-    def __init__(self, checkpoint: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    ``prefix`` is a command that runs another, which stands behind it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         program = Path(sys.executable).with_name("bagel-triton")
         self.process = subprocess.Popen(
-            [program, "serve", checkpoint, "--port", "0", *arguments],
+            [*prefix, program, "serve", checkpoint, "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -36,7 +36,7 @@ from bagel_triton.protocol.events import (
 )
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
-from bagel_triton.triton.client import StageResponse
+from bagel_triton.triton.client import Readiness, StageResponse
 
 NAMES = ("bagel", "ByteDance-Seed/BAGEL-7B-MoT")
 SETTINGS = ProxySettings("127.0.0.1:1", NAMES, max_body_bytes=10_000, models=BAGEL.models)
@@ -98,6 +98,7 @@ class FakeClient:
     def __init__(self, *script: object, ready: dict[str, bool] | Exception | None = None) -> None:
         self.script = script or SCRIPT
         self.ready = ready or dict.fromkeys(BAGEL.models, True)
+        self.replicas: dict[str, str] = {}
         self.requests: list[GenerationRequest] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled = threading.Event()
@@ -120,10 +121,10 @@ class FakeClient:
             self.cancelled.set()
             raise
 
-    async def readiness(self) -> dict[str, bool]:
+    async def readiness(self) -> Readiness:
         if isinstance(self.ready, Exception):
             raise self.ready
-        return self.ready
+        return Readiness(self.ready, self.replicas)
 
     async def close(self) -> None:
         self.closed = True

@@ -24,7 +24,7 @@ def _load(tmp_path: Path, text: str) -> DeployConfig:
 def test_the_first_stages_server_calls_the_others_and_has_no_ensemble(tmp_path: Path) -> None:
     config = on_this_host(_load(tmp_path, TWO), 0)
     assert config.models == ("cfg_expand", "thinker", "bagel", "bagel_infer")
-    assert config.remote == {"dit": "127.0.0.2:8001", "vae_decode": "127.0.0.2:8001"}
+    assert (config.remote_models, config.remote_addresses) == (("dit", "vae_decode"), ("127.0.0.2:8001",))
     assert config.own_address is None
     config.write(tmp_path / "written.yaml")
     assert read(tmp_path / "written.yaml") == config
@@ -32,8 +32,20 @@ def test_the_first_stages_server_calls_the_others_and_has_no_ensemble(tmp_path: 
 
 def test_another_stages_server_is_called_at_its_address(tmp_path: Path) -> None:
     config = on_this_host(_load(tmp_path, TWO), 1, headless=True)
-    assert (config.models, config.remote) == (("dit", "vae_decode"), {})
+    assert (config.models, config.remote_models) == (("dit", "vae_decode"), ())
     assert config.own_address == ("127.0.0.2", 8001)
+
+
+def test_stage_1_may_have_several_servers(tmp_path: Path) -> None:
+    three = TWO.replace("'127.0.0.2:8001'", "['192.0.2.1:8001', '127.0.0.2:8001', '192.0.2.3:8001']")
+    config = _load(tmp_path, three)
+    assert on_this_host(config, 0).remote_addresses == ("192.0.2.1:8001", "127.0.0.2:8001", "192.0.2.3:8001")
+    assert on_this_host(config, 1, headless=True).own_address == ("127.0.0.2", 8001)  # the only one of this machine
+    assert on_this_host(config, 1, "192.0.2.3", headless=True).own_address == ("192.0.2.3", 8001)
+    with pytest.raises(ConfigError, match=r"of which 0 are at --host-address=192\.0\.2\.9; allowed: one"):
+        on_this_host(config, 1, "192.0.2.9", headless=True)
+    with pytest.raises(ConfigError, match=r"stages\[0\].address\[1\]='x' is not allowed; allowed: HOST:PORT"):
+        _load(tmp_path, TWO.replace("'127.0.0.2:8001'", "['127.0.0.2:8001', 'x']"))
 
 
 def test_a_connector_that_is_left_to_the_server_reaches_the_other_host(tmp_path: Path) -> None:
@@ -42,14 +54,14 @@ def test_a_connector_that_is_left_to_the_server_reaches_the_other_host(tmp_path:
 
 def test_the_deploy_file_to_start_from_serves_either_stage() -> None:
     config = load(FILE, "checkpoint")
-    assert on_this_host(config, 0, "10.0.0.1").remote == {"dit": "10.0.0.2:8001", "vae_decode": "10.0.0.2:8001"}
+    assert on_this_host(config, 0, "10.0.0.1").remote_addresses == ("10.0.0.2:8001",)
     assert on_this_host(config, 1, headless=True).mooncake.host == "10.0.0.2"
 
 
 def test_without_addresses_one_server_has_all_models() -> None:
     config = on_this_host(DeployConfig("c"), None)
     assert config.models == config.topology.models
-    assert (config.remote, config.own_address) == ({}, None)
+    assert (config.remote_models, config.own_address) == ((), None)
 
 
 def _mooncake_host(config: DeployConfig, stage: int, address: str | None = None) -> str:

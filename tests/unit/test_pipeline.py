@@ -229,3 +229,52 @@ def test_a_stage_that_was_slow_before_it_died_gets_no_less_time_for_last_words()
         next(call.follow(lambda: False, timeout_s=60.0))
     for timer in (dies, answers):
         timer.join()
+
+
+THOUGHT = Answer("", "whiskers", "stop", tokens=9, reasoning_tokens=9)
+
+
+def test_a_request_whose_server_failed_is_done_at_another_and_its_text_comes_once() -> None:
+    stages = FakeStages(answers=(THOUGHT,), errors={"dit": StageUnavailable("dit died")}, others=1)
+    items = _run(stages)
+    assert stages.called == ["cfg_expand", "thinker", "dit", "thinker", "dit", "vae_decode"]
+    assert [item for item in items if isinstance(item, AnswerEvent)] == [AnswerEvent(0, "", "whiskers", "stop")]
+    assert isinstance(items[-2], GeneratedImage)
+    assert stages.aborted == ["a cat-1"]  # the leases that the first server may have claimed
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_it_is_tried_once_more_at_most(others: int) -> None:
+    class Failing(FakeStages):
+        def elsewhere(self) -> bool:
+            left, self.others = self.others, 0
+            return left > 0
+
+    stages = Failing(errors={"dit": StageUnavailable("dit died")}, others=others)
+    with pytest.raises(StageUnavailable, match="dit died"):
+        _run(stages)
+    assert stages.called.count("dit") == 1 + others
+
+
+def test_an_image_of_another_thought_than_the_one_shown_is_refused() -> None:
+    class Forgetful(FakeStages):
+        def elsewhere(self) -> bool:
+            self.answers = (Answer("", "paws", "stop", tokens=5, reasoning_tokens=5),)
+            return super().elsewhere()
+
+    stages = Forgetful(answers=(THOUGHT,), errors={"dit": StageUnavailable("dit died")}, others=1)
+    with pytest.raises(StageUnavailable, match="dit died"):
+        _run(stages)
+
+
+def test_images_that_are_left_are_decoded_elsewhere() -> None:
+    class SecondFails(FakeStages):
+        def decode(self, latents: str, request_id: str, scheduling: SchedulingParams) -> StageCall[str]:
+            if not latents.startswith("latents 0") and self.others:
+                self.errors = {"vae_decode": StageUnavailable("vae_decode died")}
+            return super().decode(latents, request_id, scheduling)
+
+    stages = SecondFails(flow=msgspec.structs.replace(FLOW, num_images=3), others=1)
+    images = [item.pixels for item in _run(stages) if isinstance(item, GeneratedImage)]
+    assert images == [f"pixels of latents {n} of job of a cat" for n in range(3)]
+    assert stages.called == ["cfg_expand", "thinker", "dit", *["vae_decode"] * 5]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from bagel_triton.triton.client import RemoteModels
+from bagel_triton.triton.client import RemoteServer
 from tests.support.triton_service import TritonService, serving
 from tests.support.waiting import soon
 
@@ -20,11 +20,12 @@ def triton() -> TritonService:
 
 
 @pytest.fixture
-def watched() -> Iterator[Callable[[str], RemoteModels]]:
-    made: list[RemoteModels] = []
+def watched() -> Iterator[Callable[[str], RemoteServer]]:
+    made: list[RemoteServer] = []
 
-    def watch(address: str) -> RemoteModels:
-        made.append(RemoteModels({"dit": address, "vae_decode": address}))
+    def watch(address: str) -> RemoteServer:
+        made.append(RemoteServer(address, ("dit", "vae_decode")))
+        made[-1].start()
         return made[-1]
 
     yield watch
@@ -32,7 +33,7 @@ def watched() -> Iterator[Callable[[str], RemoteModels]]:
         remote.close()
 
 
-def test_a_model_that_stays_ready_is_there(triton: TritonService, watched: Callable[[str], RemoteModels]) -> None:
+def test_a_model_that_stays_ready_is_there(triton: TritonService, watched: Callable[[str], RemoteServer]) -> None:
     with serving(triton) as address:
         alive = watched(address).watch("dit")
         time.sleep(1.0)
@@ -40,7 +41,7 @@ def test_a_model_that_stays_ready_is_there(triton: TritonService, watched: Calla
 
 
 def test_a_call_that_waits_while_a_model_is_reloaded_fails_for_good(
-    triton: TritonService, watched: Callable[[str], RemoteModels]
+    triton: TritonService, watched: Callable[[str], RemoteServer]
 ) -> None:
     with serving(triton) as address:
         remote = watched(address)
@@ -55,7 +56,7 @@ def test_a_call_that_waits_while_a_model_is_reloaded_fails_for_good(
         assert later()
 
 
-def test_a_server_that_is_gone_is_found_again(triton: TritonService, watched: Callable[[str], RemoteModels]) -> None:
+def test_a_server_that_is_gone_is_found_again(triton: TritonService, watched: Callable[[str], RemoteServer]) -> None:
     with serving(triton) as address:
         remote = watched(address)
         before = remote.watch("dit")

@@ -1,15 +1,17 @@
-"""Stage 1 registers at stage 0: in either order, again after a restart, and not twice in two places."""
+"""Servers of stage 1 register with stage 0: in either order, again after a restart, and as many as there are."""
 
 from __future__ import annotations
 
 import json
 import socket
+from contextlib import ExitStack
 
 import pytest
 
 import bagel_triton
 from bagel_triton.serving import CommandError, rendezvous
 from bagel_triton.serving.machine import free_port
+from tests.support.waiting import soon
 
 HOST = "127.0.0.1"
 
@@ -75,11 +77,38 @@ def test_what_is_no_registration_is_refused(port: int, line: bytes, reason: str)
         assert registrations.wait() == "10.0.0.2:8093"
 
 
-def test_a_second_address_is_refused(port: int) -> None:
-    with rendezvous.listening(HOST, port):
-        assert say(port, registration()) == {"ok": True}
-        said = str(say(port, registration(address="10.0.0.3:8093"))["error"])
-        assert said == "stage 0 calls stage 1 at 10.0.0.2:8093; start stage 0 again for 10.0.0.3:8093"
+def test_servers_join_and_are_forgotten_some_time_after_they_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = "10.0.0.2:8093", "10.0.0.3:8093"
+    with rendezvous.listening(HOST, port) as registrations:
+        with rendezvous.registering((HOST, port), first), rendezvous.registering((HOST, port), second):
+            assert soon(lambda: set(registrations.addresses()) == {first, second})
+        with rendezvous.registering((HOST, port), second):  # it has started again
+            assert soon(lambda: not registrations.is_open(first) and registrations.is_open(second))
+            assert set(registrations.addresses()) == {first, second}
+            monkeypatch.setattr(rendezvous, "FORGET_S", 0.0)
+            assert registrations.addresses() == (second,)
+
+
+def test_stage_1_registers_at_every_address_of_a_name(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = ["127.0.0.3", "127.0.0.4"]
+    monkeypatch.setattr(rendezvous, "RESOLVE_S", 0.05)
+    monkeypatch.setattr(rendezvous, "_resolved", lambda master: {(host, master[1]) for host in hosts})
+    with ExitStack() as running:
+        several = [running.enter_context(rendezvous.listening(host, port)) for host in hosts]
+        running.enter_context(rendezvous.registering(("bagel-stage0", port), "10.0.0.2:8093"))
+        assert [one.wait() for one in several] == ["10.0.0.2:8093"] * 2
+        gone = hosts.pop()  # a pod that was taken away is left alone
+        assert gone == "127.0.0.4"
+        assert soon(lambda: not several[1].is_open("10.0.0.2:8093"))
+        assert several[0].is_open("10.0.0.2:8093")
+
+
+def test_the_wait_for_stage_1_ends(port: int) -> None:
+    with (
+        rendezvous.listening(HOST, port) as registrations,
+        pytest.raises(TimeoutError, match="no stage 1 has registered"),
+    ):
+        registrations.wait(until=0.0)
 
 
 @pytest.mark.parametrize(

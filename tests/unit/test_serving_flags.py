@@ -152,7 +152,7 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
         ("--enable-cpu-offload", "--enable-cpu-offload=true is not supported: weights are not moved between devices"),
         ("--enable-sleep-mode", "--enable-sleep-mode=true is not supported: a server cannot give its memory back"),
         ("--cache-backend tea_cache", "--cache-backend='tea_cache' is not supported: ask for it in a request: `cache"),
-        ("--omni-replica-address x", "--omni-replica-address='x' is not supported: one of each stage today; serve sev"),
+        ("--omni-dp-size-local 2", "--omni-dp-size-local=2 is not supported: start each server of stage 1 by itself"),
         ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization=1.5 is not allowed; allowed: a number above 0, at"),
         ("--max-num-seqs 0", "--max-num-seqs=0 is not allowed; allowed: an integer from 1 to"),
         ("--max-num-seqs", "expected one argument"),

@@ -26,11 +26,14 @@ from bagel_triton.triton.tickets import (
     News,
     Poll,
     Progress,
+    StageStatus,
+    Status,
     Submit,
     TicketAnswer,
     TicketStore,
     Work,
     decode_call,
+    exchange,
 )
 from tests.support.waiting import soon
 
@@ -90,6 +93,8 @@ class FakeStage:
             self.store.submit(called.call, self.start)
         elif isinstance(called.call, Fetch):
             result = self.store.fetch(called.call)
+        elif isinstance(called.call, Status):
+            answer = msgspec.structs.replace(answer, status=self.store.status(called.call))
         else:
             told: Future[News] = Future()
             self.store.poll(called.call, told.set_result)
@@ -328,3 +333,37 @@ def test_jobs_of_an_owner_that_fell_silent_are_aborted(stage: FakeStage, monkeyp
 def test_a_message_that_is_no_ticket_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="not a TicketCall"):
         decode_call(b"\x81\xa5token\x01")
+
+
+def test_a_stage_that_drains_finishes_its_jobs_and_refuses_others(stage: FakeStage, client: TicketClient) -> None:
+    [following] = submitted(stage, client)
+    stage.store.drain(True)
+    refused = Following(client).end()
+    assert isinstance(refused, StageUnavailable)
+    assert "drains" in refused.message
+    assert stage.store.status(Status()) == StageStatus(True, 1, 0)
+    stage.jobs[0].finish(LARGE)
+    following.end()
+    assert stage.store.status(Status()).jobs == 0  # the result was taken
+    stage.store.drain(False)
+    later = Following(client)
+    assert soon(lambda: len(stage.jobs) == 2)
+    stage.jobs[1].finish()
+    assert (later.end()[0] == SMALL).all()
+
+
+def test_a_stage_reports_the_work_of_other_callers(stage: FakeStage, client: TicketClient) -> None:
+    other = TicketClient(stage)
+    for each, work in ((client, 100), (other, 7)):
+        each.submit(StageCall("dit"), {"x": SMALL}, ["out"], lambda arrays: arrays, "r", work=work)
+    assert soon(lambda: len(stage.jobs) == 2)
+    status, _ = exchange(stage, client.status_message())
+    assert status.status == StageStatus(False, 2, 7)
+    other.close(5)
+
+
+def test_a_client_that_is_closed_fails_what_it_waits_for(stage: FakeStage) -> None:
+    client = TicketClient(stage)
+    [following] = submitted(stage, client)
+    client.close(5)
+    assert isinstance(following.end(), StageUnavailable)

@@ -54,8 +54,7 @@ def test_a_slow_start_reports_every_ten_seconds_what_is_missing_by_then(
     progress = StartupProgress()
     for second in range(1, 24):
         clock.now = 100.0 + second
-        if progress.due:
-            progress.report("dit, bagel" if second < 15 else "bagel")
+        progress.note("dit, bagel" if second < 15 else "bagel")
     assert capsys.readouterr().out.splitlines() == ["  waiting for dit, bagel (11 s)", "  waiting for bagel (22 s)"]
 
 

@@ -23,7 +23,7 @@ def readiness(triton: TritonService, **settings: Any) -> dict[str, bool]:
     async def ask(address: str) -> dict[str, bool]:
         client = TritonClient(ProxySettings(address, ("bagel",), **settings))
         try:
-            return await client.readiness()
+            return (await client.readiness()).models
         finally:
             await client.close()
 
@@ -60,10 +60,10 @@ def test_without_a_list_of_models_those_that_triton_loads_count(
 
 def test_models_elsewhere_are_counted_by_their_own_address() -> None:
     with serving(triton_with("dit")) as address:
-        remote = {"dit": address, "vae_decode": address}
-        states = readiness(triton_with("bagel"), models=("bagel",), remote=remote)
+        remote = {"remote": ("dit", "vae_decode"), "remote_addresses": lambda: (address,)}
+        states = readiness(triton_with("bagel"), models=("bagel",), **remote)
     assert states == {"bagel": True, "dit": True, "vae_decode": False}
-    gone = readiness(triton_with("bagel"), models=("bagel",), remote={"dit": address})
+    gone = readiness(triton_with("bagel"), models=("bagel",), remote=("dit",), remote_addresses=lambda: (address,))
     assert gone == {"bagel": True, "dit": False}
 
 

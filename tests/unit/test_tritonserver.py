@@ -81,3 +81,35 @@ def test_every_address_is_the_loopback_one(tmp_path: Path):
     )
     addresses = [argument for argument in command if "-address=" in argument]
     assert sorted(addresses) == [f"--{name}-address=127.0.0.1" for name in ("grpc", "http", "metrics")]
+
+
+def options_of(server: tritonserver.TritonServer, folder: Path) -> dict[str, str]:
+    """The command line's options; ``--help`` of a server that is here says which it knows."""
+    command = server.command(folder, ("dit",), http_port=1, grpc_port=2, metrics_port=3, shm_prefix="p", verbose=True)
+    return {name: value for name, _, value in (option.partition("=") for option in command[1:])}
+
+
+@pytest.mark.parametrize(
+    ("variable", "release", "newer"),
+    [(None, (24, 10), False), ("25.05", (25, 5), False), ("25.06", (25, 6), True), ("26.09-py3", (26, 9), True)],
+)
+def test_a_newer_server_takes_bodies_as_large_as_an_older_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None, release: tuple[int, int], newer: bool
+) -> None:
+    hide_package(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "tritonserver").touch(mode=0o755)
+    monkeypatch.delenv(tritonserver.RELEASE_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(tritonserver.RELEASE_VARIABLE, variable)
+    server = tritonserver.find(tmp_path)
+    assert server.release == release
+    assert ("--http-max-input-size" in options_of(server, tmp_path)) == newer
+
+
+def test_the_embedded_server_knows_every_option_that_it_gets(tmp_path: Path) -> None:
+    server = tritonserver.find(tmp_path)
+    shown = subprocess.run(
+        [server.program, "--help"], env=server.environment(tmp_path / "deploy.yaml"), capture_output=True, text=True
+    )
+    assert [name for name in options_of(server, tmp_path) if name not in shown.stdout + shown.stderr] == []

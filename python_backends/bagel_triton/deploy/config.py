@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -113,16 +113,21 @@ class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _require(f"vae_decode.{name}", value, value >= 1, "an integer >= 1")
 
 
+Policy = Literal["least-outstanding-tokens", "least-queue-length", "round-robin", "random"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
 class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The orchestrator.
 
     A stage silent for ``stage_timeout_s`` is treated as dead; ``request_timeout_s`` is for requests
-    without a ``timeout``.
+    without a ``timeout``. ``lb_policy`` shares requests among the servers of stage 1, where it has several.
     """
 
     max_inflight: int = 256
     stage_timeout_s: float = 600.0
     request_timeout_s: float = 3600.0
+    lb_policy: Policy = "least-outstanding-tokens"
 
     def __post_init__(self) -> None:
         _require("bagel.max_inflight", self.max_inflight, self.max_inflight >= 1, "an integer >= 1")
@@ -180,8 +185,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
     leftovers can be found and removed. ``connector`` carries keys and values from stage to stage.
-    ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of stages with a
-    server of their own, by stage id. ``text_defaults`` and ``image_defaults`` are values of request fields for
+    ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
+    stages that have their own, by stage id. ``text_defaults`` and ``image_defaults`` are values of request fields for
     requests of that kind that leave them out.
     """
 
@@ -198,7 +203,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vae_decode: VaeDecodeConfig = VaeDecodeConfig()
     bagel: BagelConfig = BagelConfig()
     stage_id: int | None = None
-    addresses: dict[int, str] = {}
+    addresses: dict[int, tuple[str, ...]] = {}
     text_defaults: dict[str, Any] = {}
     image_defaults: dict[str, Any] = {}
 
@@ -224,13 +229,18 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def own_address(self) -> tuple[str, int] | None:
         """Host and port at which another server calls this one; None where none does."""
         own = None if self.stage_id is None else self.addresses.get(self.stage_id)
-        return None if own is None else split_address(own)
+        return None if own is None else split_address(own[0])
 
     @property
-    def remote(self) -> dict[str, str]:
-        """The models that this server's orchestrator calls elsewhere, and the address of each."""
-        others = enumerate(self.topology.stages[1:], 1) if self.stage_id == 0 else ()
-        return {model: self.addresses[stage] for stage, models in others for model in models}
+    def remote_models(self) -> tuple[str, ...]:
+        """The models that this server's orchestrator calls elsewhere."""
+        others = self.topology.stages[1:] if self.stage_id == 0 else ()
+        return tuple(model for models in others for model in models)
+
+    @property
+    def remote_addresses(self) -> tuple[str, ...]:
+        """The servers that have them; those that register later are not among them."""
+        return self.addresses.get(1, ()) if self.remote_models else ()
 
     @property
     def request_defaults(self) -> dict[Modality, dict[str, Any]]:

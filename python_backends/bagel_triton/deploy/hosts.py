@@ -42,7 +42,7 @@ def on_this_host(
         raise ConfigError(f"--stage-id={stage_id} without --headless: stage 0 serves the OpenAI API; add --headless")
     if stage_id is None:
         if config.addresses:
-            stage, address = next(iter(config.addresses.items()))
+            stage, (address, *_) = next(iter(config.addresses.items()))
             raise ConfigError(
                 f"stage {stage} has address={address!r}: say which stage this host serves, by --stage-id 0 to "
                 f"{len(stages) - 1}, or remove the addresses to serve all of them here"
@@ -66,14 +66,13 @@ def on_this_host(
             f"connector={config.connector!r} does not reach another server; --stage-id needs auto, "
             f"{' or '.join(BETWEEN_HOSTS)}"
         )
-    addresses, own = dict(config.addresses), config.addresses.get(stage_id)
-    if own is not None and host_address is not None:
-        own = addresses[stage_id] = f"{host_address}:{split_address(own)[1]}"
+    addresses, own = dict(config.addresses), _own_address(config, stage_id, host_address)
+    if own is not None:
+        addresses[stage_id] = (own,)
     options: MooncakeConfig = getattr(config, config.connector)
     given = options.host if options.host != MooncakeConfig().host else None
-    host = (
-        host_address or given or (split_address(own)[0] if own is not None else facing(next(iter(addresses.values()))))
-    )
+    other = next(iter(addresses.values()))[0]
+    host = host_address or given or (facing(other) if own is None else split_address(own)[0])
     return msgspec.structs.replace(
         config,
         stage_id=stage_id,
@@ -82,11 +81,44 @@ def on_this_host(
     )
 
 
+def _own_address(config: DeployConfig, stage_id: int, host_address: str | None) -> str | None:
+    """Where the server of ``stage_id`` on this host listens, of the addresses that its stage has.
+
+    Raises:
+        ConfigError: it has several, and none or more than one is this host's.
+    """
+    listed = config.addresses.get(stage_id)
+    if listed is None:
+        return None
+    if len(listed) == 1:
+        return listed[0] if host_address is None else f"{host_address}:{split_address(listed[0])[1]}"
+    here = [one for one in listed if split_address(one)[0] == host_address]
+    if host_address is None:
+        here = [one for one in listed if is_local(split_address(one)[0])]
+    if len(here) != 1:
+        where = "this host" if host_address is None else f"--host-address={host_address}"
+        raise ConfigError(
+            f"stage {stage_id} has address={list(listed)}, of which {len(here)} are at {where}; allowed: one"
+        )
+    return here[0]
+
+
+def is_local(host: str) -> bool:
+    """Whether ``host`` is an address of this machine."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
 def stage_summary(config: DeployConfig) -> dict[str, str]:
     """The line of ``serve``'s summary for a server that has one stage of several."""
     if config.stage_id is None:
         return {}
-    remote = [f"{model} at {address}" for model, address in config.remote.items()]
+    where = " and ".join(config.remote_addresses)
+    remote = [f"{model} at {where}" for model in config.remote_models]
     return {"stage": f"{config.stage_id}: {', '.join([*config.models, *remote])}"}
 
 
@@ -96,7 +128,7 @@ def refuse_addresses(config: DeployConfig) -> None:
     Raises:
         ConfigError: the file has an address.
     """
-    for stage, address in config.addresses.items():
+    for stage, (address, *_) in config.addresses.items():
         raise ConfigError(
             f"stage {stage} has address={address!r} and registers at --omni-master-address: remove one of the two"
         )

@@ -95,6 +95,7 @@ UNSUPPORTED_OFFLOAD = (
     "weights are not moved between devices; on one GPU the stages share them, and `pipeline: bagel_single_stage` "
     "has one copy anyway"
 )
+REPLICAS = "start each server of stage 1 by itself, as many as there are devices: docs/deploy.md, several DiT hosts"
 OTHER_CODE = "code of another server is not loaded; `pipeline` decides what a stage does"
 OTHER_NAMES = "names of vLLM's own code (vllm.*, vllm_omni.*), which change nothing; no code is loaded"
 PIPELINE = "`pipeline` decides it: bagel, bagel_think or bagel_single_stage"
@@ -208,7 +209,11 @@ _THINKER: tuple[Engine, ...] = ("thinker",)
 _DIT: tuple[Engine, ...] = ("dit",)
 STAGE: Fields = {
     "stage_id": Setting(Annotated[int, Meta(ge=0)], "0 or 1", "0 is the thinker, 1 the DiT with the decoder"),
-    "address": Setting(str, "HOST:PORT", "of the stage's own server, where each has one"),
+    "address": Setting(
+        str | Annotated[list[str], Meta(min_length=1)],
+        "HOST:PORT, or a list of them",
+        "of the stage's own servers, where each stage has its own",
+    ),
     "devices": Setting(
         Annotated[int, Meta(ge=0, le=1023)] | Annotated[str, Meta(pattern=r"^([0-9]{1,4}|auto|cpu|cuda(:[0-9]+)?)$")],
         f"a device's number, or auto, cpu, cuda, cuda:N; {ONE_DEVICE}",
@@ -246,7 +251,7 @@ STAGE: Fields = {
     "block_size": "set block_tokens",
     "env": Neutral("set environment variables for `serve` itself; the stages get them", ({},)),
     "num_gpu_blocks_override": "set kv_tokens",
-    "num_replicas": Neutral("one of each stage today; serve several copies behind a balancer", (1,)),
+    "num_replicas": Neutral(REPLICAS, (1,)),
     # What the topology decides, as the older files state it.
     "cfg_kv_collect_func": Neutral(OTHER_NAMES, type=Annotated[str, Meta(pattern=r"bagel\.collect_cfg_kv_caches$")]),
     "custom_process_input_func": Neutral(OTHER_CODE),

@@ -264,19 +264,24 @@ class _Builder:
                 self._problems.add(node, f" belongs to the {there}")
             del found[name]
 
-    def _addresses(self, stages: dict[int, dict[str, Node]], topology: Topology) -> dict[int, str]:
-        addresses: dict[int, str] = {}
+    def _addresses(self, stages: dict[int, dict[str, Node]], topology: Topology) -> dict[int, tuple[str, ...]]:
+        addresses: dict[int, tuple[str, ...]] = {}
         for stage_id, found in stages.items():
             if (node := found.get("address")) is None:
                 continue
             if topology.one_process:
                 self._problems.add(node, f"={node.value!r} has no meaning: pipeline {topology.name} is one process")
                 continue
-            try:
-                check_address(node.path, node.value)
-            except ConfigError as error:
-                self._problems.add(node.origin, str(error))
-            addresses[stage_id] = self._value(f"addresses.{stage_id}", node)
+            listed = node.items if isinstance(node.value, list) else [node]
+            for one in listed:
+                try:
+                    check_address(one.path, one.value)
+                except ConfigError as error:
+                    self._problems.add(one.origin, str(error))
+            if stage_id == THINKER_STAGE and len(listed) > 1:
+                self._problems.add(node, f"={node.plain()!r} is not allowed; allowed: one HOST:PORT for stage 0")
+            self._value(f"addresses.{stage_id}", node)
+            addresses[stage_id] = tuple(one.value for one in listed)
         return addresses
 
     # --- values ---

@@ -1,15 +1,16 @@
-"""Messages of the supervisor to a model: restart counts, and that the server is stopping.
+"""Messages of the supervisor to a model: restart counts, the servers of stage 1, and that the server is stopping.
 
 The supervisor counts reloads, but only a process of Triton can put a number on ``/metrics``.
 And tritonserver informs its stubs that it stops only once every request has ended, so a long
-one would be cut off unanswered. The supervisor writes both to a file in shared memory. The
-model ``bagel`` watches it, or a stage where the server has no ``bagel``: see
-:attr:`DeployConfig.control_model`.
+one would be cut off unanswered. Servers of stage 1 come and go, and register with the
+supervisor. It writes all of this to a file in shared memory. The orchestrators watch it, or a
+stage where the server has none: see :attr:`DeployConfig.control_model`.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ class Counters(Protocol):
 class _ControlMessage(msgspec.Struct, forbid_unknown_fields=True):
     reloads: dict[str, int]
     stopping: bool = False
+    replicas: list[str] | None = None  # None where the configuration alone says where they are
 
 
 class ControlFile:
@@ -46,6 +48,11 @@ class ControlFile:
         self._message.reloads[name] = self._message.reloads.get(name, 0) + 1
         self._write()
 
+    def set_replicas(self, addresses: Sequence[str]) -> None:
+        """Make the server call stage 1 at these gRPC addresses."""
+        self._message.replicas = list(addresses)
+        self._write()
+
     def stop(self) -> None:
         """Make the server's models end all requests in flight."""
         self._message.stopping = True
@@ -57,21 +64,36 @@ class ControlFile:
         unfinished.rename(self._path)
 
 
-def start_watching(prefix: str, counters: Counters, closing: threading.Event) -> None:
+def start_watching(
+    prefix: str,
+    counters: Counters,
+    closing: threading.Event,
+    replicas: Callable[[Sequence[str]], None] | None = None,
+) -> None:
     """Run :func:`watch_control_file` on a thread of its own."""
     threading.Thread(
-        target=watch_control_file, args=(prefix, counters, closing), name="control-file", daemon=True
+        target=watch_control_file,
+        args=(prefix, counters, closing),
+        kwargs={"replicas": replicas},
+        name="control-file",
+        daemon=True,
     ).start()
 
 
 def watch_control_file(
-    prefix: str, counters: Counters, closing: threading.Event, directory: Path = SHM_DIRECTORY
+    prefix: str,
+    counters: Counters,
+    closing: threading.Event,
+    directory: Path = SHM_DIRECTORY,
+    replicas: Callable[[Sequence[str]], None] | None = None,
 ) -> None:
     """Keep ``counters`` at the supervisor's totals, and set ``closing`` when the server stops; return then.
 
-    Without a supervisor there is no file and nothing changes.
+    ``replicas`` is called with the addresses of stage 1 when they change. Without a supervisor there is no file and
+    nothing changes.
     """
     path, counted = _path(prefix, directory), dict[str, int]()
+    addresses: list[str] | None = None
     while True:
         message = _read(path)
         for name, count in message.reloads.items() - counted.items():
@@ -80,6 +102,9 @@ def watch_control_file(
             else:
                 counters.count_up_to("stage_reloads", count, stage=name)
         counted = message.reloads
+        if replicas is not None and message.replicas is not None and message.replicas != addresses:
+            addresses = message.replicas
+            replicas(addresses)
         if message.stopping:
             closing.set()
         if closing.wait(WATCH_S):

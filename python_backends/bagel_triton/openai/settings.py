@@ -10,7 +10,7 @@ import argparse
 import ipaddress
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -94,10 +94,10 @@ class ProxySettings:
     ``silence_timeout_s`` is aborted: it must exceed the time ``bagel`` itself allows a stage.
     ``retry_after_s`` is the ``Retry-After`` of an overloaded server. ``fetch_remote`` lets
     requests name images by ``http`` and ``https`` URLs. ``models`` are the Triton models that
-    must be ready for the server to be, and ``remote`` those that must be ready at another gRPC
-    address; None means that Triton's repository index says which. Where Triton's processes run
-    on this host, ``shm_prefix`` names their server's shared memory, so a dead one is noticed at
-    once. ``metrics_url`` is Triton's metrics page, if it is known.
+    must be ready for the server to be, and ``remote`` those that must be ready at one of the gRPC
+    addresses that ``remote_addresses`` gives; None means that Triton's repository index says which.
+    Where Triton's processes run on this host, ``shm_prefix`` names their server's shared memory, so
+    a dead one is noticed at once. ``metrics_url`` is Triton's metrics page, if it is known.
     """
 
     triton_grpc: str
@@ -109,7 +109,8 @@ class ProxySettings:
     fetch_remote: bool = True
     models: tuple[str, ...] | None = None
     shm_prefix: str | None = None
-    remote: Mapping[str, str] = field(default_factory=dict)
+    remote: tuple[str, ...] = ()
+    remote_addresses: Callable[[], Sequence[str]] = tuple
     metrics_url: str | None = None
     http: HttpOptions = HttpOptions()
 

@@ -64,15 +64,15 @@ def _model_routes(api: Api) -> list[Route]:
 def _health_routes(api: Api, metrics: HttpMetrics) -> list[Route]:
     async def ready(request: Request) -> Response:
         try:
-            models = await api.client.readiness()
+            found = await api.client.readiness()
         except StageUnavailable as error:
             models = dict.fromkeys(api.settings.models or ("bagel",), False)
             return JSONResponse({"status": "not ready", "models": models, "message": error.message}, 503)
-        waiting = [name for name, is_ready in models.items() if not is_ready]
+        waiting = [name for name, is_ready in found.models.items() if not is_ready]
+        body = {"models": found.models, **({"replicas": found.replicas} if found.replicas else {})}
         if waiting:
-            message = f"not ready: {', '.join(waiting)}"
-            return JSONResponse({"status": "not ready", "models": models, "message": message}, 503)
-        return JSONResponse({"status": "ready", "models": models})
+            return JSONResponse({"status": "not ready", **body, "message": f"not ready: {', '.join(waiting)}"}, 503)
+        return JSONResponse({"status": "ready", **body})
 
     async def live(request: Request) -> Response:
         return JSONResponse({"status": "live"})

@@ -73,6 +73,10 @@ class LocalStages:
         call: StageCall[Tensor] = StageCall("vae_decode")
         return follow_job(call, self.decoder.submit(latents, request_id, call.progress, scheduling))
 
+    def elsewhere(self) -> bool:
+        """Every engine is here."""
+        return False
+
     def abort(self, request_id: str) -> None:
         """Abort in every engine."""
         for engine in (self.decoder, self.dit, self.thinker):

@@ -20,6 +20,7 @@ from bagel_triton.protocol.events import (
     ImageEvent,
     PartialImageEvent,
     Preview,
+    ProgressEvent,
     Stage,
     StageStats,
 )
@@ -138,6 +139,9 @@ class Stages(Protocol[RequestT, LatentsT, PixelsT]):
     def decode(self, latents: LatentsT, request_id: str, scheduling: SchedulingParams) -> StageCall[PixelsT]:
         """``vae_decode``: one image's latents to uint8 [height, width, 3]."""
 
+    def elsewhere(self) -> bool:
+        """Whether the request, which a stage's server failed, can be tried at another server of it; at most once."""
+
     def abort(self, request_id: str) -> None:
         """Stop the request's work in every stage and revoke its leases."""
 
@@ -213,16 +217,15 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         whole.set_attributes(request_attributes(plan))
         if plan.scheduling.deadline is not None:  # it was set when the plan was made, which took its time
             deadline = plan.scheduling.deadline - (time.time() - started)
-        images: list[PixelsT] = []
+        images: Sequence[PixelsT] = ()
         finished = False
         try:
             output = yield from follow(self._stages.think(plan), {"prompt_tokens": plan.usage.prompt_tokens})
             whole.set_attributes(text_attributes(output.answers))
             yield from _answers(output.answers)
             if output.job is not None:
-                latents = yield from follow(self._stages.denoise(output.job), image_attributes(plan.flow))
-                for call in [self._stages.decode(one, plan.request_id, plan.scheduling) for one in latents]:
-                    images.append((yield from follow(call, size_attributes(plan.flow))))
+                latents = yield from self._denoised(follow, plan, output)
+                images = yield from self._decoded(follow, plan, latents)
             finished = True
         finally:
             if not finished:  # also when the consumer closes this generator
@@ -230,6 +233,44 @@ class Pipeline(Generic[RequestT, LatentsT, PixelsT]):
         if plan.flow is not None:
             yield from _images(plan.flow, images)
         yield DoneEvent(plan.request_id, _seed(plan), _usage(plan, output.answers), _by_stage(times))
+
+    def _denoised(
+        self, follow: Callable[..., Generator[Any, None, Any]], plan: Plan, output: ThinkerOutput
+    ) -> Generator[Any, None, Sequence[LatentsT]]:
+        """The latents; from another server of the DiT where the first one failed."""
+        assert output.job is not None, "an image was asked for"
+        latents: Sequence[LatentsT]
+        try:
+            latents = yield from follow(self._stages.denoise(output.job), image_attributes(plan.flow))
+            return latents
+        except StageUnavailable:
+            if not self._stages.elsewhere():
+                raise
+            # The server that failed may have claimed the contexts, so they are lent anew, from the prefix cache.
+            self._stages.abort(plan.request_id)
+            repeated = _Following(follow(self._stages.think(plan)))
+            for item in repeated:
+                if isinstance(item, ProgressEvent):  # the text is known already
+                    yield item
+            if repeated.result.job is None or repeated.result.answers != output.answers:
+                raise  # an image of another thought than the one that was streamed
+        latents = yield from follow(self._stages.denoise(repeated.result.job), image_attributes(plan.flow))
+        return latents
+
+    def _decoded(
+        self, follow: Callable[..., Generator[Any, None, Any]], plan: Plan, latents: Sequence[LatentsT]
+    ) -> Generator[Any, None, list[PixelsT]]:
+        """The pixels of each image; likewise."""
+        images: list[PixelsT] = []
+        while True:
+            calls = [self._stages.decode(one, plan.request_id, plan.scheduling) for one in latents[len(images) :]]
+            try:
+                for call in calls:
+                    images.append((yield from follow(call, size_attributes(plan.flow))))
+                return images
+            except StageUnavailable:
+                if not self._stages.elsewhere():
+                    raise
 
     def _decode_preview(
         self, preview: Preview[LatentsT], show: Callable[[PartialImage[PixelsT]], None], plan: Plan

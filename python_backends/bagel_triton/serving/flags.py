@@ -49,7 +49,6 @@ _SHORT = {"tensor_parallel_size": ["-tp"], "pipeline_parallel_size": ["-pp"], "d
 _LONG = {"ulysses_degree": ["--usp"], "ring_degree": ["--ring"]}
 _Natural = Annotated[float, Meta(ge=0)]
 _NO_RAY = "there is no Ray cluster; each stage is a process of this server"
-_REPLICAS = "one of each stage today; serve several copies behind a balancer"
 # Flags that are no fields of a file.
 OTHERS: Fields = {
     "omni": Neutral("", (True, False)),
@@ -67,10 +66,10 @@ OTHERS: Fields = {
     "init_timeout": Neutral("seconds >= 0; serve waits for the stages, and reports", type=_Natural),
     "log_stats": Neutral("", (True, False)),
     "num_weight_load_threads": Neutral("an integer >= 1", type=vocabulary.Count),
-    "omni_dp_size_local": Neutral(_REPLICAS, (1,)),
+    "omni_dp_size_local": Neutral(vocabulary.REPLICAS, (1,)),
     "omni_heartbeat_timeout": Neutral("seconds >= 0; a dead stage is noticed within ten", type=_Natural),
-    "omni_lb_policy": Neutral(_REPLICAS, ("random", "round-robin", "least-queue-length")),
-    "omni_replica_address": _REPLICAS,
+    "omni_lb_policy": Neutral(vocabulary.REPLICAS, ("random", "round-robin", "least-queue-length")),
+    "omni_replica_address": "serve has it, as --host-address",
     "ray_address": _NO_RAY,
     "request_batch_max_wait_ms": Neutral("a request never waits for others to join its batch", (0,)),
     "shm_threshold_bytes": vocabulary.TOP["shm_threshold_bytes"],

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from bagel_triton.serving import CommandError
 
+GRACE_S = 3.0  # for requests in flight at a shutdown, before they are aborted
 PR_SET_CHILD_SUBREAPER = 36
 # It becomes two: the command, and a shell that kills their process group when the pipe on their standard input closes.
 # A stub that waits for a killed tritonserver may hold the interpreter's lock for ever, so no thread of it can do this.

@@ -1,15 +1,17 @@
-"""How the server of stage 0 learns where stage 1 listens: stage 1 tells it, at ``--omni-master-address`` and ``-port``.
+"""How the server of stage 0 learns where stage 1 listens: each server of stage 1 registers with it.
 
-Stage 1 connects to stage 0's address, retrying until that is there, and says its own gRPC address in a line of
-JSON. The connection stays open, so stage 1 notices a stage 0 that starts again, and tells it anew. Either may
-start first. There is no authentication, as on Triton's own ports.
+Stage 1 connects to stage 0's ``--omni-master-address`` and ``-port``, retrying until that is there, and sends its own
+gRPC address in a line of JSON. The connection stays open, so stage 1 notices a stage 0 that starts again and registers
+anew. Either may start first, and servers of stage 1 may join at any time. An address whose connection has been closed
+for a minute is forgotten. A name with several addresses stands for several servers of stage 0: stage 1 registers with
+each. There is no authentication, as on Triton's own ports.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import queue
+import math
 import socket
 import threading
 import time
@@ -22,6 +24,8 @@ from bagel_triton.serving.process import log_event
 
 DEFAULT_PORT = 8092
 REPORT_S, REPLY_S = 10.0, 10.0
+FORGET_S, RESOLVE_S = 60.0, 5.0
+KEEPALIVE_S = 10
 MAX_LINE = 4096
 FLAG = "--omni-master-port"
 
@@ -43,25 +47,48 @@ def listening(host: str, port: int) -> Iterator[Registrations]:
 
 
 class Registrations:
-    """What stage 1 said; the first address is kept for as long as this server runs."""
+    """The servers of stage 1 that have registered."""
 
     def __init__(self, listener: socket.socket) -> None:
-        self._listener, self._address = listener, ""
-        self._first: queue.Queue[str] = queue.Queue()
-        self._lock = threading.Lock()
+        self._listener = listener
+        # Open connections by address, and when the last one of an address was closed.
+        self._registered: dict[str, int] = {}
+        self._left: dict[str, float] = {}
+        self._changed = threading.Condition()
         self._open: set[socket.socket] = {listener}
         self._closing = False
         self.at = "{}:{}".format(*listener.getsockname()[:2])
 
-    def wait(self) -> str:
-        """The HOST:PORT of stage 1, as soon as it registers; says every ten seconds that it is awaited."""
+    def addresses(self) -> tuple[str, ...]:
+        """HOST:PORT of each server, in the order of their first registration."""
+        with self._changed:
+            now = time.monotonic()
+            gone = [address for address, at in self._left.items() if now - at > FORGET_S]
+            for address in gone:
+                del self._left[address], self._registered[address]
+            return tuple(self._registered)
+
+    def is_open(self, address: str) -> bool:
+        """Whether the server at ``address`` is connected."""
+        with self._changed:
+            return self._registered.get(address, 0) > 0
+
+    def wait(self, until: float = math.inf) -> str:
+        """The HOST:PORT of stage 1, as soon as it registers; says every ten seconds that it is awaited.
+
+        Raises:
+            TimeoutError: none did by ``until``, on the monotonic clock.
+        """
         began = time.monotonic()
         while True:
             print(f"  waiting for stage 1 to register at {self.at} ({time.monotonic() - began:.0f} s)", flush=True)
-            until = time.monotonic() + REPORT_S
-            while time.monotonic() < until:  # in short waits, so that a signal ends it
-                with contextlib.suppress(queue.Empty):
-                    return self._first.get(timeout=WATCH_S)
+            report_at = time.monotonic() + REPORT_S
+            while (now := time.monotonic()) < report_at:  # in short waits, so that a signal ends it
+                if now > until:
+                    raise TimeoutError(f"no stage 1 has registered at {self.at}")
+                with self._changed:
+                    if self._changed.wait_for(lambda: bool(self._registered), WATCH_S):
+                        return next(iter(self._registered))
 
     def accept(self) -> None:
         """Follow every connection until the listener closes."""
@@ -70,7 +97,7 @@ class Registrations:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with self._lock:
+            with self._changed:
                 if self._closing:
                     connection.close()
                     return
@@ -79,7 +106,7 @@ class Registrations:
 
     def close(self) -> None:
         """End the accept and every connection, so that stage 1 looks for another stage 0."""
-        with self._lock:
+        with self._changed:
             self._closing = True
             for each in tuple(self._open):
                 with contextlib.suppress(OSError):
@@ -90,46 +117,82 @@ class Registrations:
             held.enter_context(contextlib.suppress(OSError))
             held.enter_context(connection)
             held.callback(self._open.discard, connection)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _keep_alive(connection)
             connection.settimeout(REPLY_S)
-            refused = self._refused(_read_line(connection))
+            line = _read_line(connection)
+            refused = _refused(line)
             connection.sendall(json.dumps({"error": refused} if refused else {"ok": True}).encode() + b"\n")
             if refused:
                 log_event(f"a registration from {connection.getpeername()[0]} was refused: {refused}")
                 return
+            address = str(json.loads(line)["address"])
+            held.callback(self._leave, address)
+            self._join(address)
             connection.settimeout(None)
             connection.recv(1)  # until stage 1 ends
 
-    def _refused(self, line: bytes) -> str:
-        """Why a registration is not taken; empty if it is."""
-        try:
-            said = json.loads(line)
-            version, stage, address = said["version"], said["stage"], said["address"]
-        except (ValueError, KeyError, TypeError):
-            return "it is no registration of a stage"
-        if version != bagel_triton.__version__:
-            return f"it has version {version}, and stage 0 has {bagel_triton.__version__}"
-        host, _, port = str(address).rpartition(":")
-        if stage != 1 or not host or not port.isdigit():
-            return f"stage={stage!r} at {address!r} is not allowed; allowed: stage 1 at HOST:PORT"
-        with self._lock:
-            if self._address and address != self._address:
-                return f"stage 0 calls stage 1 at {self._address}; start stage 0 again for {address}"
-            if not self._address:
-                self._address = address
-                self._first.put(address)
-        return ""
+    def _join(self, address: str) -> None:
+        with self._changed:
+            self._registered[address] = self._registered.get(address, 0) + 1
+            self._left.pop(address, None)
+            self._changed.notify_all()
+
+    def _leave(self, address: str) -> None:
+        with self._changed:
+            self._registered[address] -= 1
+            if not self._registered[address]:
+                self._left[address] = time.monotonic()
+
+
+def _refused(line: bytes) -> str:
+    """Why a registration is not taken; empty if it is."""
+    try:
+        said = json.loads(line)
+        version, stage, address = said["version"], said["stage"], said["address"]
+    except (ValueError, KeyError, TypeError):
+        return "it is no registration of a stage"
+    if version != bagel_triton.__version__:
+        return f"it has version {version}, and stage 0 has {bagel_triton.__version__}"
+    host, _, port = str(address).rpartition(":")
+    if stage != 1 or not host or not port.isdigit():
+        return f"stage={stage!r} at {address!r} is not allowed; allowed: stage 1 at HOST:PORT"
+    return ""
 
 
 @contextlib.contextmanager
 def registering(master: tuple[str, int], address: str) -> Iterator[None]:
-    """Keep stage 0 at ``master`` told, from a thread, that stage 1 listens at ``address``."""
+    """Keep the stage 0 at ``master`` informed, from threads, that stage 1 listens at ``address``."""
     ended = threading.Event()
-    threading.Thread(target=_register, args=(master, address, ended), name="rendezvous", daemon=True).start()
+    threading.Thread(target=_register_everywhere, args=(master, address, ended), name="rendezvous", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+
+
+def _register_everywhere(master: tuple[str, int], address: str, ended: threading.Event) -> None:
+    """Stay registered at every address that the name of ``master`` has, as they come and go."""
+    running: dict[tuple[str, int], threading.Event] = {}
+    while not ended.is_set():
+        found = _resolved(master)
+        for one in found - running.keys():
+            running[one] = threading.Event()
+            threading.Thread(target=_register, args=(one, address, running[one]), daemon=True).start()
+        for one in running.keys() - (found or running.keys()):  # a name without any address is a fault of its server
+            running.pop(one).set()
+        ended.wait(RESOLVE_S)
+    for stopped in running.values():
+        stopped.set()
+
+
+def _resolved(master: tuple[str, int]) -> set[tuple[str, int]]:
+    """The IPv4 addresses of ``master``."""
+    host, port = master
+    try:
+        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {(str(address[0]), port) for *_, address in found}
 
 
 def _register(master: tuple[str, int], address: str, ended: threading.Event) -> None:
@@ -147,7 +210,7 @@ def _registered(master: tuple[str, int], line: bytes, ended: threading.Event) ->
     """Stay registered until the connection ends; what a person should know of it."""
     try:
         with socket.create_connection(master, timeout=REPLY_S) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _keep_alive(connection)
             connection.sendall(line)
             reply = json.loads(_read_line(connection))
             if "error" in reply:
@@ -162,6 +225,13 @@ def _registered(master: tuple[str, int], line: bytes, ended: threading.Event) ->
         return (
             f"is not there yet ({error})" if isinstance(error, ConnectionRefusedError) else f"does not answer: {error}"
         )
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Notice within a minute that the other host is gone, which closes no connection."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        connection.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_S)
 
 
 def _read_line(connection: socket.socket) -> bytes:

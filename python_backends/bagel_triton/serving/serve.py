@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import math
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import msgspec
 import bagel_triton
 from bagel_triton.deploy import hosts
 from bagel_triton.deploy import yaml as deploy_yaml
-from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.deploy.config import POLICIES, ConfigError, DeployConfig, Policy
 from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
@@ -26,7 +28,7 @@ from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.protocol.errors import format_value
 from bagel_triton.serving import CommandError, flags, machine, memory, rendezvous, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
-from bagel_triton.serving.process import Stopped, StopSignals, log_event
+from bagel_triton.serving.process import GRACE_S, Stopped, StopSignals, log_event
 from bagel_triton.telemetry import tracing
 
 # Heavy modules are imported once the arguments are known to be good: --help must not wait for torch.
@@ -48,6 +50,7 @@ class ServeOptions:
     triton_http_port: int
     triton_grpc_port: int
     triton_metrics_port: int
+    triton_metrics_host: str
     deploy_config: str | None
     served_model_name: list[str] | None
     model_repository: Path | None
@@ -58,6 +61,9 @@ class ServeOptions:
     host_address: str | None = None
     omni_master_address: str | None = None
     omni_master_port: int | None = None
+    omni_lb_policy: Policy | None = None
+    init_timeout: float | None = None
+    shutdown_timeout: float = GRACE_S
     http: HttpOptions = field(default_factory=HttpOptions)
     overrides: deploy_yaml.Flags = deploy_yaml.NO_FLAGS
 
@@ -78,6 +84,7 @@ class Addresses:
     http_port: int
     grpc_host: str
     grpc_port: int
+    metrics_host: str
     metrics_port: int
 
     @property
@@ -91,7 +98,7 @@ class Addresses:
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{LOOPBACK}:{self.metrics_port}/metrics"
+        return f"http://{self.metrics_host}:{self.metrics_port}/metrics"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--triton-{protocol}-port", type=int, default=0, help="0 for a free one (default: %(default)s)"
         )
+    parser.add_argument(
+        "--triton-metrics-host",
+        default=LOOPBACK,
+        metavar="HOST",
+        help="address of Triton's metrics, for a stage without an API of its own (default: %(default)s)",
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the deploy YAML's, or auto)")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the deploy YAML's, or auto)")
     flags.add_deploy_config(parser)
@@ -116,7 +129,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"port for that (default: {rendezvous.DEFAULT_PORT})",
     )
-    parser.add_argument("--host-address", metavar="HOST", help="this host, as the other stage's reaches it")
+    parser.add_argument(
+        "--host-address",
+        "-ora",
+        "--omni-replica-address",
+        metavar="HOST",
+        help="this host, as the other stage's reaches it",
+    )
+    parser.add_argument(
+        "--omni-lb-policy",
+        choices=POLICIES,
+        help=f"how stage 0 shares requests among the servers of stage 1 (default: {POLICIES[0]})",
+    )
+    parser.add_argument(
+        "--init-timeout", metavar="S", type=_seconds, help="give up a start that takes longer (default: never)"
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        metavar="S",
+        type=_seconds,
+        default=GRACE_S,
+        help="after SIGTERM, let requests in flight finish for so long (default: %(default)s)",
+    )
     parser.add_argument(
         "--served-model-name",
         nargs="+",
@@ -126,7 +160,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-repository", metavar="DIR", type=Path, help="default: the installed one")
     parser.add_argument("--verbose", action="store_true", help="show Triton's log, with its details")
     add_http_arguments(parser)
-    flags.add_arguments(parser)
+    flags.add_arguments(parser, exclude=("init_timeout", "omni_lb_policy", "omni_replica_address"))
+
+
+def _seconds(text: str) -> float:
+    """A flag's value in seconds; argparse names the flag in the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: seconds >= 0")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,8 +210,12 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     deployment = _configuration(options)  # before a download, which takes long
     checkpoint = flags.checkpoint(options.checkpoint, options.revision)
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
+    if options.omni_lb_policy is not None:
+        bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
+        config = msgspec.structs.replace(config, bagel=bagel)
+    ready_by = math.inf if options.init_timeout is None else time.monotonic() + options.init_timeout
     with (
-        _registered(options, config) as config,
+        _registered(options, config, ready_by) as (config, registrations),
         _addresses(options, config) as addresses,
         machine.run_directory() as directory,
     ):
@@ -175,7 +224,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
 
         from bagel_triton.openai import http_server
         from bagel_triton.openai.app import create_app
-        from bagel_triton.serving.supervisor import Launch, supervise
+        from bagel_triton.serving.supervisor import Launch, StageServers, supervise
 
         for prefix in shared_memory.sweep_leftovers():
             print(f"removed the shared memory of a server that died: {prefix}", flush=True)
@@ -209,13 +258,17 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             print(f"bagel-triton {bagel_triton.__version__}")
             print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()))
             print("".join(f"  note: {note}\n" for note in deployment.notes), end="", flush=True)
+            servers = StageServers(lambda: deploy.remote_addresses)
+            if registrations is not None:
+                servers = StageServers(registrations.addresses)
             proxy = ProxySettings(
                 addresses.grpc,
                 names,
                 fetch_remote=options.fetch_remote,
                 models=deploy.models,
                 shm_prefix=shared.prefix,
-                remote=deploy.remote,
+                remote=deploy.remote_models,
+                remote_addresses=servers.addresses,
                 metrics_url=addresses.metrics_url,
                 max_body_bytes=options.http.max_body_mib * MIB,
                 http=options.http,
@@ -231,6 +284,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                         http_port=addresses.http_port,
                         grpc_port=addresses.grpc_port,
                         metrics_port=addresses.metrics_port,
+                        metrics_host=addresses.metrics_host,
                         shm_prefix=shared.prefix,
                         verbose=options.verbose,
                         grpc_host=addresses.grpc_host,
@@ -243,7 +297,11 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                     shared=shared,
                     listeners=addresses.listeners,
                     url=addresses.url,
-                    addresses=dict.fromkeys(deploy.models, addresses.grpc) | deploy.remote,
+                    grpc=addresses.grpc,
+                    remote=deploy.remote_models,
+                    servers=servers,
+                    ready_by=ready_by,
+                    shutdown_timeout_s=options.shutdown_timeout,
                     verbose=options.verbose,
                 ),
                 signals.awaited(),
@@ -272,26 +330,36 @@ def _master(options: ServeOptions) -> tuple[str, int] | None:
 
 
 @contextlib.contextmanager
-def _registered(options: ServeOptions, config: DeployConfig) -> Iterator[DeployConfig]:
-    """``config`` with the address of stage 1: told by it, or to be told to stage 0."""
+def _registered(
+    options: ServeOptions, config: DeployConfig, ready_by: float
+) -> Iterator[tuple[DeployConfig, rendezvous.Registrations | None]]:
+    """``config`` with the address of stage 1, which registers with stage 0; and who registers, on stage 0.
+
+    Raises:
+        CommandError: nothing registered by ``ready_by``.
+    """
     master = _master(options)
     if master is None:
-        yield config
+        yield config, None
     elif options.stage_id == 0:
         _placement(config)  # what is wrong with the checkpoint is told before anything is waited for
         with rendezvous.listening(*master) as registrations:
-            yield _with_stage_1(options, config, registrations.wait())
+            try:
+                first = registrations.wait(ready_by)
+            except TimeoutError as error:
+                raise CommandError(f"--init-timeout={options.init_timeout:g} has passed: {error}") from error
+            yield _with_stage_1(options, config, first), registrations
     else:
         host = options.host_address or hosts.facing("{}:{}".format(*master))
-        # The same port each time, where it is free: stage 0 keeps the address it was told.
+        # The same port each time, where it is free.
         port = options.triton_grpc_port or machine.free_port(host, min(master[1] + 1, 65535))
         with rendezvous.registering(master, f"{host}:{port}"):
-            yield _with_stage_1(options, config, f"{host}:{port}")
+            yield _with_stage_1(options, config, f"{host}:{port}"), None
 
 
 def _with_stage_1(options: ServeOptions, config: DeployConfig, address: str) -> DeployConfig:
     try:
-        config = msgspec.structs.replace(config, addresses={1: address})
+        config = msgspec.structs.replace(config, addresses={1: (address,)})
         return hosts.on_this_host(config, options.stage_id, options.host_address, options.headless)
     except ConfigError as error:
         raise CommandError(str(error)) from error
@@ -318,9 +386,11 @@ def _addresses(options: ServeOptions, config: DeployConfig) -> Iterator[Addresse
             "--triton-grpc-port": options.triton_grpc_port or grpc_port,
             "--triton-metrics-port": options.triton_metrics_port,
         }
-        http, grpc, metrics = machine.choose_ports(wanted, {"--triton-grpc-port": grpc_host}).values()
+        metrics_host = options.triton_metrics_host
+        places = {"--triton-grpc-port": grpc_host, "--triton-metrics-port": metrics_host}
+        http, grpc, metrics = machine.choose_ports(wanted, places).values()
         urls = [http_server.base_url(listener, options.http) for listener in listeners]
-        yield Addresses(listeners, urls, http, grpc_host, grpc, metrics)
+        yield Addresses(listeners, urls, http, grpc_host, grpc, metrics_host, metrics)
 
 
 def _shared_memory() -> shared_memory.SharedMemoryPrefix:

@@ -30,6 +30,8 @@ from bagel_triton.serving.process import adopt_orphans, guarded
 from bagel_triton.telemetry import tracing
 
 EXIT_TIMEOUT_S = 2  # for requests in flight; one that was lost must not hold up a shutdown
+EMBEDDED_RELEASE = (24, 10)  # of the package nvidia-pytriton
+RELEASE_VARIABLE = "NVIDIA_TRITON_SERVER_VERSION"
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 HEADERS = f"(?i){'|'.join(tracing.HEADERS)}"
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 4.0  # its own timeout, and time to unload the models
@@ -39,9 +41,13 @@ REPORT_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class TritonServer:
-    """A tritonserver program; ``backends`` and ``libraries`` replace its defaults where they are given."""
+    """A tritonserver program; ``backends`` and ``libraries`` replace its defaults where they are given.
+
+    What depends on its ``release`` stands in :meth:`command`, behind a comparison.
+    """
 
     program: Path
+    release: tuple[int, int] = EMBEDDED_RELEASE
     backends: Path | None = None
     libraries: tuple[Path, ...] = ()
 
@@ -72,8 +78,9 @@ class TritonServer:
         shm_prefix: str,
         verbose: bool,
         grpc_host: str = LOOPBACK,
+        metrics_host: str = LOOPBACK,
     ) -> list[str]:
-        """The command line that serves ``models`` on the loopback address, but gRPC on ``grpc_host``."""
+        """The command line that serves ``models``: HTTP on the loopback address, the others where they are said."""
         return [
             str(self.program),
             f"--model-repository={model_repository}",
@@ -86,11 +93,13 @@ class TritonServer:
             f"--http-port={http_port}",
             f"--grpc-address={grpc_host}",
             f"--grpc-port={grpc_port}",
-            f"--metrics-address={LOOPBACK}",
+            f"--metrics-address={metrics_host}",
             f"--metrics-port={metrics_port}",
             # Over gRPC and HTTP: a request's parent span reaches the orchestrator as a parameter.
             *(f"--{protocol}-header-forward-pattern={HEADERS}" for protocol in ("grpc", "http")),
             f"--backend-config=python,shm-region-prefix-name={region_prefix(shm_prefix)}",
+            # 25.06 began to refuse bodies above 64 MiB, such as several images inline.
+            *([f"--http-max-input-size={2**31 - 1}"] if self.release >= (25, 6) else []),
             *(["--log-verbose=1"] if verbose else []),
         ]
 
@@ -109,8 +118,16 @@ def find(directory: Path) -> TritonServer:
     if package is not None and package.origin is not None:
         return _embedded(Path(package.origin).parent, directory)
     if program := shutil.which("tritonserver"):
-        return TritonServer(Path(program))
+        return TritonServer(Path(program), release_of(os.environ))
     raise CommandError("no tritonserver: install the package nvidia-pytriton, or put tritonserver on PATH")
+
+
+def release_of(environ: Mapping[str, str]) -> tuple[int, int]:
+    """The release, year and month, that a container names in ``environ``; that of the embedded server without one."""
+    year, _, month = environ.get(RELEASE_VARIABLE, "").partition(".")
+    if year.isdigit() and month[:2].isdigit():
+        return int(year), int(month[:2])
+    return EMBEDDED_RELEASE
 
 
 def _embedded(package: Path, directory: Path) -> TritonServer:
@@ -191,16 +208,14 @@ class StartupProgress:
 
     def __init__(self) -> None:
         self._began = self._reported = time.monotonic()
+        self.missing = "the server itself"
 
-    @property
-    def due(self) -> bool:
-        """Whether it is time for another report."""
-        return time.monotonic() - self._reported > REPORT_EVERY_S
-
-    def report(self, missing: str) -> None:
-        """Print the ``missing`` models, and for how long."""
-        self._reported = time.monotonic()
-        print(f"  waiting for {missing} ({self._reported - self._began:.0f} s)", flush=True)
+    def note(self, missing: str) -> None:
+        """Note what is still ``missing``; print it now and then, and since when."""
+        self.missing = missing
+        if time.monotonic() - self._reported > REPORT_EVERY_S:
+            self._reported = time.monotonic()
+            print(f"  waiting for {missing} ({self._reported - self._began:.0f} s)", flush=True)
 
 
 class TritonProcess:
@@ -249,18 +264,18 @@ class TritonProcess:
         """Whether it ended by a fault of its own, after it had served."""
         return self.loaded.is_set() and self._process.returncode in CRASHES
 
-    async def until_ready(self) -> None:
+    async def until_ready(self, progress: StartupProgress) -> None:
         """Wait for every model to be ready; prints now and then which are not."""
-        progress, waiting = StartupProgress(), list(self._models)
+        waiting = list(self._models)
         async with httpx.AsyncClient(base_url=self._url, trust_env=False) as client:
             while waiting:
                 # It does not listen before it has tried to load every model.
                 with contextlib.suppress(httpx.TransportError):
                     waiting = [model for model in waiting if not await _is_ready(client, model)]
-                if waiting and progress.due:
+                if waiting:
                     loaded = loaded_models(self._log)
                     missing = [model for model in waiting if model not in loaded]
-                    progress.report(", ".join(missing) or "the server itself")
+                    progress.note(", ".join(missing) or "the server itself")
                 await asyncio.sleep(START_S)
         self._scratch.claim()
         self.loaded.set()

@@ -44,6 +44,10 @@ _ORCHESTRATOR = (
     Metric("counter", "requests", "requests that ended, by HTTP status", {"status": STATUSES}),
     Metric("gauge", "requests_active", "requests in flight, in any stage"),
     Metric("histogram", "request_seconds", "time of a whole request, of those that succeeded"),
+    Metric("gauge", "replica_ready", "1 where a server of stage 1 takes requests, by its address", {"address": ()}),
+    Metric("gauge", "replica_draining", "1 where a server of stage 1 only finishes what it has", {"address": ()}),
+    Metric("gauge", "replica_requests", "requests of this server that a server of stage 1 denoises", {"address": ()}),
+    Metric("counter", "stage_retries", "requests tried at another server of stage 1, as the first one failed"),
 )
 _SUPERVISOR = (
     Metric(
@@ -92,7 +96,7 @@ SECONDS: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 10
 class Metrics(Protocol):
     """A sink for measurements. Names lack the server's prefix; calls must not block."""
 
-    def gauge(self, name: str, value: float) -> None:
+    def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set ``name`` to ``value``."""
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
@@ -105,7 +109,7 @@ class Metrics(Protocol):
 class NoMetrics:
     """Ignores everything."""
 
-    def gauge(self, name: str, value: float) -> None:
+    def gauge(self, name: str, value: float, **labels: str) -> None:
         """Do nothing."""
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
-from bagel_triton.deploy.topology import MODELS, ORCHESTRATOR
+from bagel_triton.deploy.topology import DIT, MODELS, ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, PartialImageEvent, decode_event
 from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.protocol.tensors import Arrays, to_tensors
+from bagel_triton.triton.tickets import Status, exchange
 
 # Triton is on this host or network: a restarted one is found within a second, and
 # http_proxy of the environment is not for it. The proxy and the models limit sizes themselves.
@@ -64,6 +65,14 @@ class StageResponse:
     image: NDArray[np.uint8] | None = None
 
 
+@dataclass(frozen=True)
+class Readiness:
+    """Whether each model is ready, and the state of each server of stage 1 by its address: ready, draining, down."""
+
+    models: dict[str, bool]
+    replicas: dict[str, str] = field(default_factory=dict)
+
+
 class ClientSettings(Protocol):
     """The client's part of the proxy's settings: Triton's address and the models that must be ready."""
 
@@ -78,7 +87,9 @@ class ClientSettings(Protocol):
     @property
     def shm_prefix(self) -> str | None: ...
     @property
-    def remote(self) -> Mapping[str, str]: ...
+    def remote(self) -> tuple[str, ...]: ...
+    @property
+    def remote_addresses(self) -> Callable[[], Sequence[str]]: ...
 
 
 class Client(Protocol):
@@ -95,8 +106,8 @@ class Client(Protocol):
             BagelError: a stage's error, or Triton is gone.
         """
 
-    async def readiness(self) -> dict[str, bool]:
-        """Whether each model is ready.
+    async def readiness(self) -> Readiness:
+        """Which models are ready.
 
         Raises:
             StageUnavailable: Triton cannot be reached.
@@ -173,19 +184,23 @@ class TritonClient:
             raise typed
         return _decode(InferResult(answer.infer_response))
 
-    async def readiness(self) -> dict[str, bool]:
+    async def readiness(self) -> Readiness:
         channel, remote, prefix = self._connected(), self._settings.remote, self._settings.shm_prefix
+        addresses = self._settings.remote_addresses() if remote else ()
         try:
             models = await self._loaded_models(channel) if self._settings.models is None else self._settings.models
-            states = await asyncio.gather(
-                *(self._is_ready(channel, model) for model in models),
-                *(self._is_ready_at(address, model) for model, address in remote.items()),
+            states, replicas = await asyncio.gather(
+                asyncio.gather(*(self._is_ready(channel, model) for model in models)),
+                asyncio.gather(*(self._replica(address) for address in addresses)),
             )
         except grpc.RpcError as error:
             raise rpc_failure(self._settings.triton_grpc, error)[0] from error
         dead = () if prefix is None else liveness.dead_stages(prefix)
-        found = zip((*models, *remote), states, strict=True)
-        return {model: ready and model not in dead for model, ready in found}
+        here = {model: ready and model not in dead for model, ready in zip(models, states, strict=True)}
+        elsewhere = {model: any(ready[model] for ready, _ in replicas) for model in remote}
+        if all(elsewhere.values()):  # requests go to servers that have every model, and do not drain
+            elsewhere = dict.fromkeys(remote, any(state == "ready" for _, state in replicas))
+        return Readiness(here | elsewhere, dict(zip(addresses, (state for _, state in replicas), strict=True)))
 
     async def _loaded_models(self, channel: grpc.aio.Channel) -> tuple[str, ...]:
         """Our models that this Triton loads, and :data:`ORCHESTRATOR` in any case.
@@ -202,13 +217,22 @@ class TritonClient:
         request = service_pb2.ModelReadyRequest(name=model)
         return bool((await stub.ModelReady(request, timeout=self._settings.ready_timeout_s)).ready)
 
-    async def _is_ready_at(self, address: str, model: str) -> bool:
+    async def _replica(self, address: str) -> tuple[dict[str, bool], str]:
+        """Which of the remote models a server has, and its state."""
         # By a connection of its own: an old one to a host that has gone and come back may stay silent.
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            try:
-                return await self._is_ready(channel, model)
-            except grpc.RpcError:
-                return False
+
+            async def is_ready(model: str) -> bool:
+                try:
+                    return await self._is_ready(channel, model)
+                except grpc.RpcError:
+                    return False
+
+            ready = {model: await is_ready(model) for model in self._settings.remote}
+        if not all(ready.values()):
+            return ready, "down"
+        drains = await asyncio.to_thread(_drains, address, self._settings.ready_timeout_s)
+        return ready, "draining" if drains else "ready"
 
     async def close(self) -> None:
         if self._channel is not None:
@@ -250,6 +274,16 @@ class TritonServer:
         result = InferResult(self._call("ModelInfer", message, timeout_s, metadata))
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
+    def model_call(self, model: str, timeout_s: float = CALL_S) -> Callable[..., Arrays]:
+        """Calls ``model``; see :class:`ModelCall`."""
+
+        def call(
+            arrays: Arrays, outputs: Sequence[str], request_id: str, headers: Mapping[str, str] | None = None
+        ) -> Arrays:
+            return self.infer(model, arrays, outputs, request_id, timeout_s, headers)
+
+        return call
+
     def is_ready(self, model: str, timeout_s: float = READY_S) -> bool:
         """Whether ``model`` is ready; False also where the server cannot be reached."""
         try:
@@ -286,23 +320,26 @@ class TritonServer:
             channel.close()
 
 
-class RemoteModels:
-    """Models on other hosts, by the gRPC address of the server of each.
+class RemoteServer:
+    """The Triton of another host, at ``address``, and the readiness of its ``models``.
 
     A process lock cannot be seen from another host, so the readiness of each model is checked a
     few times a second. That host's watchdog unloads a model whose process
-    died, so a death shows as well.
+    died, so a death shows as well. ``checked`` is called after each check, on the thread that made it.
     """
 
-    def __init__(self, addresses: Mapping[str, str]) -> None:
-        self.addresses = addresses
-        self._servers = {address: TritonServer(address) for address in set(addresses.values())}
+    def __init__(self, address: str, models: Sequence[str], checked: Callable[[], None] = lambda: None) -> None:
+        self.address, self._models, self._checked = address, tuple(models), checked
+        self._server = TritonServer(address)
         # When the last check began that found the model missing.
-        self._missed_at = dict.fromkeys(addresses, -math.inf)
-        self._missing: dict[str, list[str]] = {address: [] for address in self._servers}
+        self._missed_at = dict.fromkeys(models, -math.inf)
+        self._missing: list[str] = []
         self._closing = threading.Event()
-        for address in self._servers:
-            threading.Thread(target=self._check, args=(address,), name="remote-readiness", daemon=True).start()
+        self._thread = threading.Thread(target=self._check, name="remote-readiness", daemon=True)
+
+    def start(self) -> None:
+        """Begin to check."""
+        self._thread.start()
 
     def watch(self, model: str) -> Callable[[], bool]:
         """Whether ``model`` has been ready since this call, when called."""
@@ -311,34 +348,42 @@ class RemoteModels:
 
     def is_ready(self, model: str) -> bool:
         """Whether the last check found ``model`` ready."""
-        return model not in self._missing[self.addresses[model]]
+        return model not in self._missing
 
-    def model_call(self, model: str) -> Callable[..., Arrays]:
+    @property
+    def ready(self) -> bool:
+        """Whether the last check found every model ready."""
+        return not self._missing
+
+    def model_call(self, model: str, timeout_s: float = CALL_S) -> Callable[..., Arrays]:
         """Calls ``model``; see :class:`ModelCall`."""
-        server = self._servers[self.addresses[model]]
-
-        def call(
-            arrays: Arrays, outputs: Sequence[str], request_id: str, headers: Mapping[str, str] | None = None
-        ) -> Arrays:
-            return server.infer(model, arrays, outputs, request_id, headers=headers)
-
-        return call
+        return self._server.model_call(model, timeout_s)
 
     def close(self) -> None:
-        """Stop checking, and close the channels."""
+        """Stop checking, and close the channel."""
         self._closing.set()
-        for server in self._servers.values():
-            server.close()
+        self._server.close()
 
-    def _check(self, address: str) -> None:
-        server = self._servers[address]
-        models = [model for model, other in self.addresses.items() if other == address]
+    def _check(self) -> None:
         while not self._closing.is_set():
             began = time.monotonic()
-            missing = [model for model in models if not server.is_ready(model)]
+            missing = [model for model in self._models if not self._server.is_ready(model)]
             self._missed_at.update(dict.fromkeys(missing, began))
-            self._missing[address] = missing
+            self._missing = missing
+            self._checked()
             self._closing.wait(WATCH_S)
+
+
+def _drains(address: str, timeout_s: float) -> bool:
+    """Whether the DiT at ``address`` drains; False where it is too busy to answer."""
+    server = TritonServer(address)
+    try:
+        answer, _ = exchange(server.model_call(DIT, timeout_s), Status())
+        return answer.status is not None and answer.status.draining
+    except BagelError:
+        return False
+    finally:
+        server.close()
 
 
 async def _read(responses: Any) -> Any | None:

@@ -32,9 +32,9 @@ class TritonMetrics:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
-    def gauge(self, name: str, value: float) -> None:
+    def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set ``bagel_name`` to ``value``."""
-        self._updates.put(lambda: self._metric(name).set(value))
+        self._updates.put(lambda: self._metric(name, **labels).set(value))
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add ``amount`` to ``bagel_name_total``."""

@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
 from bagel_triton.triton.stages import StageConnections, TritonStages
+
+if TYPE_CHECKING:
+    from bagel_triton.triton.replicas import Replicas
 
 LAST_S = 0.5  # for requests that are being ended
 STREAM = "stream"  # input of ``bagel``: false for a single response
@@ -94,17 +98,21 @@ class Orchestrator:
         self._tracing = tracing.from_environment()
         self._closing = threading.Event()
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
-        control_file.start_watching(config.shm_prefix, self._metrics or _NoCounters(), self._closing)
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
-        self._connections = None if one_process else self._connect(config)
+        replicas = self._replicas(config)
+        connect = partial(StageConnections, triton_io.model_call, self._announcement, config.shm_prefix)
+        self._connections = None if one_process else connect(replicas)
+        set_addresses = None if replicas is None else replicas.set_addresses
+        counters = self._metrics or _NoCounters()
+        control_file.start_watching(config.shm_prefix, counters, self._closing, set_addresses)
 
-    def _connect(self, config: DeployConfig) -> StageConnections:
-        remote = None
-        if config.remote:
-            from bagel_triton.triton.client import RemoteModels  # gRPC, which one host does not need
+    def _replicas(self, config: DeployConfig) -> Replicas | None:
+        if not config.remote_models:
+            return None
+        from bagel_triton.triton.replicas import Replicas  # gRPC, which one host does not need
 
-            remote = RemoteModels(config.remote)
-        return StageConnections(triton_io.model_call, self._announcement, config.shm_prefix, remote)
+        metrics = self._metrics or NoMetrics()
+        return Replicas(config.remote_models, config.remote_addresses, config.bagel.lb_policy, metrics)
 
     def execute(self, requests: list[Any]) -> list[None] | None:
         """Follow every request from a thread of its own."""

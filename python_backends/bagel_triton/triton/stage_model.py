@@ -18,7 +18,18 @@ from bagel_triton.protocol.tensors import Arrays
 from bagel_triton.telemetry.metrics import SUPERVISOR
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
-from bagel_triton.triton.tickets import Fetch, News, Poll, Submit, TicketAnswer, TicketStore, Work, decode_call
+from bagel_triton.triton.tickets import (
+    Drain,
+    Fetch,
+    News,
+    Poll,
+    Status,
+    Submit,
+    TicketAnswer,
+    TicketStore,
+    Work,
+    decode_call,
+)
 
 
 class DisconnectWatcher:
@@ -155,8 +166,12 @@ class StageModel:
         outputs: Arrays = {}
         if isinstance(call, Poll):
             return self._answer_poll(call, token, request)
+        if isinstance(call, Status):
+            return triton_io.response(_ticket(TicketAnswer(token, status=self._tickets.status(call))))
         if isinstance(call, Fetch):
             outputs = self._tickets.fetch(call)
+        elif isinstance(call, Drain):
+            self._tickets.drain(call.on)
         else:
             self._submit(call, inputs, request.request_id())
         ticket = {"ticket": triton_io.message_array(TicketAnswer(token))}

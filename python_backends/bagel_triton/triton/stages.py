@@ -1,4 +1,4 @@
-"""The stages as ``bagel`` reaches them: its own server's by BLS, another host's over gRPC, both by tickets.
+"""The stages as ``bagel`` reaches them: its own server's by BLS, those of other hosts over gRPC, all by tickets.
 
 Two threads a stage, however many requests are in flight. One makes the short calls, in
 order: submit, fetch, abort. The other polls, woken by the stage's doorbell; a bell that is lost
@@ -19,18 +19,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import msgspec
 import numpy as np
 
 from bagel_triton.deploy.topology import DECODER, DIT, EXPANDER, THINKER
 from bagel_triton.engine.preprocess.image_input import is_heavy
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.liveness import Announcement
+from bagel_triton.pipeline.balancer import Assignment
 from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.errors import BagelError, Internal, StageUnavailable, from_exception, from_text
 from bagel_triton.protocol.events import Preview, Stage, StageStats, decode_stats
 from bagel_triton.protocol.intervals import WATCH_S
-from bagel_triton.protocol.messages import DenoiseJob, Message, Plan, SchedulingParams, ThinkerOutput, decode, encode
+from bagel_triton.protocol.messages import (
+    LATENT_STRIDE,
+    DenoiseJob,
+    FlowSettings,
+    Message,
+    Plan,
+    SchedulingParams,
+    ThinkerOutput,
+    decode,
+    encode,
+)
 from bagel_triton.protocol.tensors import Array, Arrays
 from bagel_triton.triton.tickets import (
     Failed,
@@ -40,15 +50,15 @@ from bagel_triton.triton.tickets import (
     Poll,
     Previewed,
     Progress,
+    Status,
     Submit,
-    TicketAnswer,
-    TicketCall,
     TicketEvent,
+    exchange,
     unpack,
 )
 
 if TYPE_CHECKING:
-    from bagel_triton.triton.client import RemoteModels
+    from bagel_triton.triton.replicas import Replica, Replicas
 
 # BLS calls that may wait at a time: these, and two for each stage with tickets. Triton has 32
 # threads for a model's BLS calls, which also send the model's own responses.
@@ -135,8 +145,12 @@ class TicketClient:
         result: Callable[[Arrays], Result],
         request_id: str,
         headers: Mapping[str, str] | None = None,
+        work: int = 0,
     ) -> None:
-        """Submit ``arrays`` as a job, and report its events and its end to ``call``. Returns at once."""
+        """Submit ``arrays`` as a job, and report its events and its end to ``call``. Returns at once.
+
+        ``work`` is what it costs, for the load that the stage reports.
+        """
         opened = _Open(call, tuple(outputs), result, request_id)
         with self._lock:
             self._newest += 1
@@ -151,9 +165,9 @@ class TicketClient:
             if not call.alive():
                 self._fail(number, StageUnavailable(f"{call.stage} died"))
                 return
-            message = Submit(self._owner, number, opened.outputs, self._doorbell_name, self._lock_name)
+            message = Submit(self._owner, number, opened.outputs, self._doorbell_name, self._lock_name, work)
             try:
-                self._exchange(message, [], arrays, request_id, headers)
+                exchange(self._call, message, [], arrays, request_id, headers)
             except Exception as error:
                 self._fail(number, error)
             else:
@@ -181,38 +195,22 @@ class TicketClient:
         self._calls.put(send)
 
     def close(self, timeout_s: float) -> None:
-        """Stop; waits up to ``timeout_s`` seconds for the calls that are queued."""
+        """Stop; waits up to ``timeout_s`` seconds for the calls that are queued, and fails what is still open."""
         self._closing.set()
         self._calls.put(None)
         self._busy.set()
         for thread in self._threads:
             thread.join(timeout_s)
+        with self._lock:
+            left = list(self._open)
+        for number in left:
+            self._fail(number, StageUnavailable("the stage's server was taken out"))
         if self._doorbell is not None:
             self._doorbell.close()
 
-    def _exchange(
-        self,
-        message: Submit | Poll | Fetch,
-        outputs: Sequence[str],
-        arrays: Arrays,
-        request_id: str = "",
-        headers: Mapping[str, str] | None = None,
-    ) -> tuple[TicketAnswer, Arrays]:
-        """One ticket call; its answer and the outputs beside it.
-
-        Raises:
-            BagelError: the call failed, or its answer belongs to another call.
-        """
-        token = secrets.randbits(62)
-        ticket = {"ticket": _bytes_array(encode(TicketCall(token, message)))}
-        answered = self._call({**arrays, **ticket}, ["ticket", *outputs], request_id, headers)
-        try:
-            answer = msgspec.msgpack.decode(bytes(answered.pop("ticket").reshape(-1)[0]), type=TicketAnswer)
-        except (KeyError, IndexError, msgspec.DecodeError) as error:
-            raise Internal(f"a stage's answer has no ticket: {error}") from error
-        if answer.token != token:
-            raise Internal("a stage's answer belongs to another call")
-        return answer, answered
+    def status_message(self) -> Status:
+        """The message that makes the stage report the load of all its owners but this one."""
+        return Status(self._owner)
 
     def _make_calls(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -232,7 +230,8 @@ class TicketClient:
             submitted = [number for number, one in opened.items() if one.submitted]
             wait_s = 0.0 if self._doorbell is not None else WATCH_S
             try:
-                answer, _ = self._exchange(Poll(self._owner, self._cursor, tuple(opened), newest, wait_s), [], {})
+                poll = Poll(self._owner, self._cursor, tuple(opened), newest, wait_s)
+                answer, _ = exchange(self._call, poll)
                 if answer.news is None:
                     raise Internal("a stage's answer to a poll has no news")
                 self._take(answer.news, submitted)
@@ -271,7 +270,7 @@ class TicketClient:
     def _fetch(self, event: Finished, opened: _Open) -> None:
         try:
             message = Fetch(self._owner, event.ticket)
-            _, arrays = self._exchange(message, opened.outputs, {}, opened.request_id)
+            _, arrays = exchange(self._call, message, opened.outputs, request_id=opened.request_id)
             self._finish(event.ticket, arrays, event.stats)
         except Exception as error:
             self._fail(event.ticket, error)
@@ -306,34 +305,30 @@ class StageConnections:
         bls: makes the unary call of a model of this server.
         announcement: this process; a stage drops its tickets when it has died.
         shm_prefix: the server's; its stages are announced under it.
-        remote: the stages of other hosts, if there are any.
+        replicas: the servers of the stages that are not this server's, if there are any.
     """
 
     def __init__(
-        self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, remote: RemoteModels | None
+        self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, replicas: Replicas | None
     ) -> None:
-        self._prefix, self._remote = shm_prefix, remote
+        self._prefix, self.replicas = shm_prefix, replicas
         self.expand_call = bls(EXPANDER)
         self._expanding = ThreadPoolExecutor(EXPANDER_CALLS, "cfg_expand-calls")
         # One at a time, so an instance is always free for a request whose images are soon decoded.
         self._expanding_heavy = ThreadPoolExecutor(1, "cfg_expand-heavy")
-        self.stages = {stage: self._connect(stage, bls, announcement) for stage in (THINKER, DIT, DECODER)}
-
-    def _connect(self, stage: str, bls: Callable[[str], ModelCall], announcement: Announcement) -> TicketClient:
-        if self._remote is not None and stage in self._remote.addresses:
-            return TicketClient(self._remote.model_call(stage))
-        return TicketClient(bls(stage), Doorbell(self._prefix), announcement.lock_name)
+        elsewhere = () if replicas is None else replicas.models
+        self.stages = {
+            stage: TicketClient(bls(stage), Doorbell(self._prefix), announcement.lock_name)
+            for stage in (THINKER, DIT, DECODER)
+            if stage not in elsewhere
+        }
 
     def watch(self, stage: str) -> Callable[[], bool]:
-        """Whether ``stage`` has lived on since this call, when called."""
-        if self._remote is not None and stage in self._remote.addresses:
-            return self._remote.watch(stage)
+        """Whether ``stage`` of this server has lived on since this call, when called."""
         return liveness.watch(self._prefix, stage)
 
     def is_alive(self, stage: str) -> bool:
-        """Whether ``stage`` can be called."""
-        if self._remote is not None and stage in self._remote.addresses:
-            return self._remote.is_ready(stage)
+        """Whether ``stage`` of this server can be called."""
         return self.watch(stage)()
 
     def expander_pool(self, request: Arrays) -> ThreadPoolExecutor:
@@ -347,15 +342,21 @@ class StageConnections:
             pool.shutdown(wait=False, cancel_futures=True)
         for client in self.stages.values():
             client.close(timeout_s)
-        if self._remote is not None:
-            self._remote.close()
+        if self.replicas is not None:
+            self.replicas.close(timeout_s)
 
 
 class TritonStages:
-    """The stages for one request; ``headers`` hold its trace context."""
+    """The stages for one request; ``headers`` hold its trace context.
+
+    Where stage 1 has servers of its own, the request stays with the one that denoises it.
+    """
 
     def __init__(self, connections: StageConnections, request_id: str, headers: Mapping[str, str]) -> None:
         self._connections, self._request_id, self._headers = connections, request_id, headers
+        self._replica: Replica | None = None
+        self._assignment: Assignment | None = None
+        self._failed: tuple[Replica, ...] = ()
 
     def expand(self, request: Arrays) -> StageCall[Plan]:
         """``cfg_expand``, with the client's own tensors."""
@@ -383,18 +384,35 @@ class TritonStages:
 
     def denoise(self, job: DenoiseJob) -> StageCall[list[Arrays]]:
         """``dit``, with progress."""
-        outputs = ["latents", "latent_grid"]
-        return self._submit(DIT, {"denoise_job": _message(job)}, outputs, _split_latents, job.request_id)
+        outputs, inputs = ["latents", "latent_grid"], {"denoise_job": _message(job)}
+        return self._submit(DIT, inputs, outputs, _split_latents, job.request_id, denoising_work(job.flow))
 
     def decode(self, latents: Arrays, request_id: str, scheduling: SchedulingParams) -> StageCall[Array]:
         """``vae_decode``."""
         name, inputs = "generated_image", {**latents, "scheduling": _message(scheduling)}
         return self._submit(DECODER, inputs, [name], lambda arrays: arrays[name], request_id)
 
+    def elsewhere(self) -> bool:
+        """Give the server up that failed; whether another takes the request, which is tried once."""
+        replicas, failed = self._connections.replicas, self._replica
+        if replicas is None or failed is None or self._failed:
+            return False
+        self._failed = (failed,)
+        self._give_back()
+        self._replica = None
+        if not replicas.balancer.has_other((failed.address,)):
+            return False
+        replicas.retried()
+        return True
+
     def abort(self, request_id: str) -> None:
         """Stop the request's work in every stage and revoke its leases."""
         for stage, client in self._connections.stages.items():
             client.abort(request_id, partial(self._connections.is_alive, stage))
+        self._give_back()
+        for replica in (*self._failed, *([] if self._replica is None else [self._replica])):
+            for model, client in replica.clients.items():
+                client.abort(request_id, partial(replica.server.is_ready, model))
 
     def _submit(
         self,
@@ -403,10 +421,41 @@ class TritonStages:
         outputs: Sequence[str],
         result: Callable[[Arrays], Any],
         request_id: str,
+        work: int = 0,
     ) -> StageCall[Any]:
-        call: StageCall[Any] = StageCall(stage, self._connections.watch(stage))
-        self._connections.stages[stage].submit(call, inputs, outputs, result, request_id, self._headers)
+        assignment: Assignment | None = None
+        if stage in self._connections.stages:
+            client, alive = self._connections.stages[stage], self._connections.watch(stage)
+        else:
+            replica, assignment = self._replica_for(work)
+            client, alive = replica.clients[stage], replica.server.watch(stage)
+        call: StageCall[Any] = StageCall(stage, alive)
+        if assignment is not None:
+            call.done.add_done_callback(lambda _: self._give_back())
+        client.submit(call, inputs, outputs, result, request_id, self._headers, work)
         return call
+
+    def _replica_for(self, work: int) -> tuple[Replica, Assignment | None]:
+        """The server of the request, and what it is assigned now: for denoising, or in place of one that is gone."""
+        replicas = self._connections.replicas
+        assert replicas is not None, "every stage is this server's"
+        if self._replica is not None and not work and replicas.balancer.state(self._replica.address) != "down":
+            return self._replica, None
+        self._give_back()
+        avoid = [replica.address for replica in self._failed]
+        self._replica, self._assignment = replicas.take(work, avoid)
+        return self._replica, self._assignment
+
+    def _give_back(self) -> None:
+        replicas, assignment = self._connections.replicas, self._assignment
+        if replicas is not None and assignment is not None:
+            replicas.balancer.give_back(assignment)
+
+
+def denoising_work(flow: FlowSettings) -> int:
+    """What the images of a request cost, in latent tokens times steps."""
+    tokens = (flow.height // LATENT_STRIDE) * (flow.width // LATENT_STRIDE)
+    return max(1, tokens * flow.num_inference_steps * flow.num_images)
 
 
 def _bytes(array: Array) -> bytes:

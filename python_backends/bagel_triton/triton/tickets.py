@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from bagel_triton.protocol.errors import BagelError, InvalidRequest, StageUnavailable, from_exception
+from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable, from_exception
 from bagel_triton.protocol.events import Event, PartialImageEvent, Preview, StageStats
 from bagel_triton.protocol.intervals import WATCH_S
-from bagel_triton.protocol.messages import Message, SchedulingParams
+from bagel_triton.protocol.messages import Message, SchedulingParams, encode
 from bagel_triton.protocol.tensors import Array, Arrays
 
 OWNER_SILENCE_S = 10.0  # an owner that has not polled for so long has given its tickets up
@@ -52,6 +52,7 @@ class Submit(Message, frozen=True, tag="submit"):
     ``owner`` is the caller's random name and ``ticket`` a number that it counts up.
     ``doorbell`` names the caller's abstract Unix datagram socket, ``lock`` the file in shared
     memory that the caller holds locked as long as it lives. A caller on another host has neither.
+    ``work`` is what the job costs, in the caller's own unit, for :class:`StageStatus`.
     """
 
     owner: str
@@ -59,6 +60,7 @@ class Submit(Message, frozen=True, tag="submit"):
     outputs: tuple[str, ...]
     doorbell: str | None = None
     lock: str | None = None
+    work: int = 0
 
 
 class Poll(Message, frozen=True, tag="poll"):
@@ -82,11 +84,23 @@ class Fetch(Message, frozen=True, tag="fetch"):
     ticket: int
 
 
+class Status(Message, frozen=True, tag="status"):
+    """Report the stage's load and whether it drains; ``owner`` is who asks."""
+
+    owner: str = ""
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Refuse new jobs from now on, and finish those that are there; with ``on`` false, take jobs again."""
+
+    on: bool
+
+
 class TicketCall(Message, frozen=True):
     """The input ``ticket`` of a stage; the answer repeats ``token``."""
 
     token: int
-    call: Submit | Poll | Fetch
+    call: Submit | Poll | Fetch | Status | Drain
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -130,11 +144,20 @@ class News(Message, frozen=True):
     unknown: tuple[int, ...] = ()
 
 
+class StageStatus(Message, frozen=True):
+    """A stage's load: jobs whose result has not been taken, and the work of all owners but the one that asks."""
+
+    draining: bool
+    jobs: int
+    work_of_others: int
+
+
 class TicketAnswer(Message, frozen=True):
     """The output ``ticket`` of a stage."""
 
     token: int
     news: News | None = None
+    status: StageStatus | None = None
 
 
 def pack(arrays: Arrays) -> tuple[PackedTensor, ...]:
@@ -181,8 +204,14 @@ class Work:
 
 @dataclass(eq=False)
 class _Ticket:
+    work: int = 0
     job: RunningJob | None = None  # None until the engine has it, or if it was refused
     result: Arrays | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether there is work or a result left."""
+        return self.result is not None or (self.job is not None and not self.job.done.done())
 
 
 @dataclass(eq=False)
@@ -214,6 +243,7 @@ class TicketStore:
         self._session = secrets.token_hex(4)  # cursors of a process before this one mean nothing
         self._numbers = itertools.count(1)
         self._owners: dict[str, _Owner] = {}
+        self._draining = False
         self._lock = threading.RLock()
         self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._closing, self._changed = threading.Event(), threading.Event()
@@ -225,7 +255,7 @@ class TicketStore:
 
         Whatever is wrong with the job becomes an event of the ticket.
         """
-        ticket = _Ticket()
+        ticket = _Ticket(message.work)
         with self._lock:
             owner = self._owner(message.owner, message.doorbell, message.lock)
             if message.ticket in owner.tickets:
@@ -247,6 +277,8 @@ class TicketStore:
                 tell(Progress(message.ticket, event))
 
         try:
+            if self._draining:
+                raise StageUnavailable("the stage drains and takes no more jobs")
             work, job = start(report)
         except Exception as error:
             tell(Failed(message.ticket, _text(error)))
@@ -308,6 +340,22 @@ class TicketStore:
             # The ticket stays until a poll leaves it out: until then the owner may still name it.
             result, ticket.result = ticket.result, None
             return result
+
+    def drain(self, on: bool) -> None:
+        """Refuse new jobs, or take them again."""
+        self._draining = on
+
+    def status(self, message: Status) -> StageStatus:
+        """The stage's load."""
+        with self._lock:
+            opened = [
+                (name, ticket)
+                for name, owner in self._owners.items()
+                for ticket in owner.tickets.values()
+                if ticket.open
+            ]
+        others = sum(ticket.work for name, ticket in opened if name != message.owner)
+        return StageStatus(self._draining, len(opened), others)
 
     def close(self) -> None:
         """Stop; jobs are the engine's to end."""
@@ -384,3 +432,28 @@ def decode_call(data: bytes) -> TicketCall:
         return msgspec.msgpack.decode(data, type=TicketCall)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"input ticket is not a TicketCall: {error}", "ticket") from error
+
+
+def exchange(
+    call: Callable[..., Arrays],
+    message: Submit | Poll | Fetch | Status | Drain,
+    outputs: Sequence[str] = (),
+    arrays: Arrays | None = None,
+    request_id: str = "",
+    headers: Mapping[str, str] | None = None,
+) -> tuple[TicketAnswer, Arrays]:
+    """One ticket call of a stage by ``call``; its answer and the outputs beside it.
+
+    Raises:
+        BagelError: the call failed, or its answer belongs to another call.
+    """
+    token = secrets.randbits(62)
+    ticket = {"ticket": np.array([encode(TicketCall(token, message))], dtype=np.object_)}
+    answered = call({**(arrays or {}), **ticket}, ["ticket", *outputs], request_id, headers)
+    try:
+        answer = msgspec.msgpack.decode(bytes(answered.pop("ticket").reshape(-1)[0]), type=TicketAnswer)
+    except (KeyError, IndexError, msgspec.DecodeError) as error:
+        raise Internal(f"a stage's answer has no ticket: {error}") from error
+    if answer.token != token:
+        raise Internal("a stage's answer belongs to another call")
+    return answer, answered

@@ -1,0 +1,111 @@
+"""The servers of stage 1 that one orchestrator calls: a connection to each, and which of them gets a request."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Sequence
+
+from bagel_triton.deploy.config import Policy
+from bagel_triton.deploy.topology import DIT
+from bagel_triton.pipeline.balancer import Assignment, Balancer, MemberStatus, State
+from bagel_triton.protocol.errors import BagelError
+from bagel_triton.telemetry.metrics import Metrics
+from bagel_triton.triton.client import READY_S, RemoteServer
+from bagel_triton.triton.stages import TicketClient
+from bagel_triton.triton.tickets import exchange
+
+LAST_S = 0.5  # for the aborts that are queued for a server that leaves
+
+
+class Replica:
+    """A server of stage 1: its readiness, and the tickets of each of its ``models``."""
+
+    def __init__(
+        self, address: str, models: Sequence[str], balancer: Balancer, reported: Callable[[], None] = lambda: None
+    ) -> None:
+        self.address, self._balancer, self._reported = address, balancer, reported
+        self.server = RemoteServer(address, models, self._report)
+        self.clients = {model: TicketClient(self.server.model_call(model)) for model in models}
+        self._ask = self.server.model_call(DIT, READY_S)
+        self.server.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Stop; aborts that are queued get up to ``timeout_s`` seconds a model."""
+        for client in self.clients.values():
+            client.close(timeout_s)
+        self.server.close()
+
+    def _report(self) -> None:
+        self._check()
+        self._reported()
+
+    def _check(self) -> None:
+        if not self.server.ready:
+            self._balancer.report(self.address, "down")
+            return
+        # A stage that is too busy to answer keeps the state that it had: its readiness decides whether it is there.
+        with contextlib.suppress(BagelError):
+            answer, _ = exchange(self._ask, self.clients[DIT].status_message())
+            if (status := answer.status) is not None:
+                state: State = "draining" if status.draining else "ready"
+                self._balancer.report(self.address, state, status.work_of_others)
+
+
+class Replicas:
+    """Every server of stage 1, by address; they come and go while requests run.
+
+    Args:
+        models: the Triton models of stage 1.
+        addresses: gRPC addresses, HOST:PORT, of the servers known at the start.
+        policy: how requests are shared among them.
+        metrics: gets the state of each.
+    """
+
+    def __init__(self, models: Sequence[str], addresses: Sequence[str], policy: Policy, metrics: Metrics) -> None:
+        self.models, self._metrics = tuple(models), metrics
+        self.balancer = Balancer(policy)
+        self._lock, self._replicas = threading.Lock(), dict[str, Replica]()
+        self._show_lock, self._shown = threading.Lock(), dict[str, tuple[float, ...]]()
+        self.set_addresses(addresses)
+
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        """Call these servers from now on, and no others."""
+        with self._lock:
+            left = [self._replicas.pop(address) for address in self._replicas.keys() - set(addresses)]
+            self.balancer.set_members(addresses)
+            for address in addresses:
+                if address not in self._replicas:
+                    self._replicas[address] = Replica(address, self.models, self.balancer, self._show)
+        for replica in left:
+            replica.close(LAST_S)
+        self._show()
+
+    def take(self, work: int, avoid: Collection[str] = ()) -> tuple[Replica, Assignment]:
+        """A server for ``work``; see :meth:`Balancer.take`."""
+        with self._lock:
+            assignment = self.balancer.take(work, avoid)
+            return self._replicas[assignment.address], assignment
+
+    def retried(self) -> None:
+        """Count a request that is tried at another server."""
+        self._metrics.count("stage_retries")
+
+    def close(self, timeout_s: float) -> None:
+        """Stop; aborts that are queued get up to ``timeout_s`` seconds a model."""
+        with self._lock:
+            replicas, self._replicas = list(self._replicas.values()), {}
+        for replica in replicas:
+            replica.close(timeout_s)
+
+    def _show(self) -> None:
+        """Bring the metrics up to date."""
+        with self._show_lock:
+            statuses = self.balancer.statuses()
+            for address in self._shown.keys() | statuses.keys():
+                status = statuses.get(address, MemberStatus("down", 0))
+                values = (float(status.state == "ready"), float(status.state == "draining"), float(status.requests))
+                if self._shown.get(address) != values:
+                    self._shown[address] = values
+                    for name, value in zip(("ready", "draining", "requests"), values, strict=True):
+                        self._metrics.gauge(f"replica_{name}", value, address=address)
