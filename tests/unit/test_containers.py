@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_the_two_hosts_are_the_preset_between_two_services(compose: dict[str, An
     assert compose["services"][host]["hostname"] == host
     del preset["stages"][1]["address"]
     assert ours == preset
+
+
+def test_hadolint_has_no_objections() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists():
+        pytest.skip("hadolint is not here: install the extra bagel-triton[charts]")
+    found = subprocess.run([program, ROOT / "build" / "Dockerfile"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "")
 
 
 def test_the_images_requirements_are_the_projects_without_a_second_tritonserver(tmp_path: Path) -> None:
