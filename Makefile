@@ -32,7 +32,7 @@ train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cor
 gpu-kit: setup ## .cache/gpu_kit.tar.xz, which bench/gpu_run.sh unpacks on a machine with a GPU
 	@build/gpu_kit.sh
 
-perf: setup ## throughput and latency of the server whose Triton gRPC address is PERF_ARGS (localhost:8001)
+perf: setup ## throughput and latency of the server whose Triton gRPC and HTTP addresses are PERF_ARGS (localhost:8001 localhost:8091)
 	build/perf/run.sh $(PERF_ARGS)
 
 lint: setup ## style, types, and which room may import which

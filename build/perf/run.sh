@@ -4,14 +4,15 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
-    cat <<EOF
-usage: build/perf/run.sh [HOST:PORT]
+    cat <<EOT
+usage: build/perf/run.sh [GRPC [HTTP]]
 
-HOST:PORT is the server's Triton gRPC address (localhost:8001). These variables are defaults:
-  TASKS        text2img img2img img2text text2text ensemble: the files here
+GRPC is the server's Triton gRPC address (localhost:8001), HTTP that of its OpenAI API (localhost:8091).
+These variables have defaults:
+  TASKS        text2img img2img img2text text2text bagel ensemble chat images: the files here
   CONCURRENCY  requests in flight (1 4 16)
   REQUESTS     requests at each concurrency (40)
-EOF
+EOT
 }
 
 case ${1:-} in -h | --help)
@@ -19,17 +20,22 @@ case ${1:-} in -h | --help)
     exit 0
     ;;
 esac
-address=${1:-localhost:8001}
-for task in ${TASKS:-text2img img2img img2text text2text ensemble}; do
-    model=bagel_infer
-    shape=()
-    [ "$task" = ensemble ] && model=bagel_text2img
-    [[ $task == img2* ]] && shape=(--shape image:1)
-    echo "== $task ($model)"
+grpc=${1:-localhost:8001}
+http=${2:-localhost:8091}
+for task in ${TASKS:-text2img img2img img2text text2text bagel ensemble chat images}; do
+    case $task in
+        chat) target=(-m bagel --service-kind openai --endpoint v1/chat/completions -u "$http") ;;
+        images) target=(-m bagel --service-kind openai --endpoint v1/images/generations -u "$http") ;;
+        ensemble) target=(-m bagel_text2img -i grpc -u "$grpc") ;;
+        bagel) target=(-m bagel -i grpc --streaming -u "$grpc") ;;
+        img2*) target=(-m bagel_infer -i grpc --shape image:1 -u "$grpc") ;;
+        *) target=(-m bagel_infer -i grpc -u "$grpc") ;;
+    esac
+    echo "== $task (${target[*]})"
     for concurrency in ${CONCURRENCY:-1 4 16}; do
         # Of its report, the last line, or all of it where it failed.
-        report=$("$here/../../.venv/bin/bagel-triton" perf-analyzer -- -m "$model" -i grpc -u "$address" \
-            --input-data "$here/$task.json" "${shape[@]}" --concurrency-range "$concurrency" \
+        report=$("$here/../../.venv/bin/bagel-triton" perf-analyzer -- "${target[@]}" \
+            --input-data "$here/$task.json" --concurrency-range "$concurrency" \
             --request-count "${REQUESTS:-40}" 2>&1) || {
             echo "$report" >&2
             exit 1

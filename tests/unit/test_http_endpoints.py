@@ -42,6 +42,11 @@ def test_it_is_ready_only_when_every_model_is(path: str) -> None:
     reply = api(FakeClient()).get(path)
     assert (reply.status_code, reply.json()["status"]) == (200, "ready")
     assert set(reply.json()["models"]) == set(BAGEL.models)
+    assert "replicas" not in reply.json()
+
+    client = FakeClient()
+    client.replicas = {"10.0.0.2:8093": "ready", "10.0.0.3:8093": "draining"}
+    assert api(client).get(path).json()["replicas"] == client.replicas
 
     reply = api(FakeClient(ready=dict.fromkeys(BAGEL.models, True) | {"dit": False})).get(path)
     assert (reply.status_code, reply.json()["message"]) == (503, "not ready: dit")
