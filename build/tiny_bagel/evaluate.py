@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.pipeline import offline
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.pipeline.pipeline import GeneratedImage
@@ -47,9 +47,10 @@ class Reply:
 
 
 @contextlib.contextmanager
-def opened(checkpoint: Path, dtype: str = "float32") -> Iterator[LocalStages]:
+def opened(checkpoint: Path, dtype: str = "float32", quantization: str | None = None) -> Iterator[LocalStages]:
     """The stages of ``checkpoint`` in this process."""
-    config = msgspec.structs.replace(DeployConfig(str(checkpoint)), dtype=dtype)
+    thinker = msgspec.structs.replace(ThinkerConfig(), quantization=quantization)
+    config = msgspec.structs.replace(DeployConfig(str(checkpoint)), dtype=dtype, thinker=thinker)
     with contextlib.closing(offline.load(config, LOAD_S)) as stages:
         yield stages
 

@@ -22,6 +22,7 @@ from bagel_triton.serving.memory_plan import Available, NotEnoughMemory
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
+from bench import gpu_sizes
 from bench.gpu import PUBLISHED
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
@@ -253,3 +254,10 @@ def test_the_pool_is_as_configured_without_a_part_and_on_a_cpu():
     thinker = ThinkerConfig(gpu_memory_utilization=0.5)
     config = config_of(CHECKPOINT, thinker=thinker)
     assert memory.sized(plan_of(thinker=thinker), config, Available(1, 1)) is config
+
+
+def test_the_readmes_table_is_the_plan(tmp_path: Path) -> None:
+    gpu_sizes.write_published(tmp_path / "published")
+    checkpoint = Checkpoint(tmp_path / "published")
+    assert checkpoint.config == PUBLISHED
+    assert gpu_sizes.table(checkpoint) in (Path(__file__).parents[2] / "README.md").read_text()

@@ -216,6 +216,12 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return TOPOLOGIES[self.pipeline]
 
     @property
+    def decoder(self) -> VaeDecodeConfig:
+        """The decoder's, which decodes no more images together than are denoised together."""
+        most = min(self.vae_decode.max_batch_size, self.dit.max_num_seqs)
+        return msgspec.structs.replace(self.vae_decode, max_batch_size=most)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The Triton models that this server loads."""
         return self.topology.models if self.stage_id is None else self.topology.models_of(self.stage_id)

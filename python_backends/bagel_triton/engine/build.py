@@ -97,9 +97,8 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
     """The decoder."""
-    return DecoderEngine(
-        resources.load_autoencoder(), resources.checkpoint.config.latent, resources.config.vae_decode, metrics
-    )
+    config = resources.config.decoder
+    return DecoderEngine(resources.load_autoencoder(), resources.checkpoint.config.latent, config, metrics)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class LocalStages:
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
         self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *pool, metrics)
-        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.vae_decode, metrics)
+        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
 
     def expand(self, request: GenerationRequest) -> StageCall[Plan]:
         """Plan at once, on the caller's thread."""

@@ -108,17 +108,16 @@ def plan(
     one_process = config.topology.one_process
     model, dtype = checkpoint.config, placement.torch_dtype
     quantization = config.thinker.quantization, config.thinker.quantization if one_process else config.dit.quantization
-    transformers = [checkpoint.bagel(dtype, form) for form in quantization]
     forms = [checkpoint.form(form) for form in quantization]
     with torch.device("meta"):
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
-    thinker_weights, dit_weights = (module_bytes(transformer) for transformer in transformers)
+    thinker_weights, dit_weights = (checkpoint.bagel_bytes(dtype, form) for form in quantization)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
     latents = latent_tokens(model, height, width)
     past = sum(context_tokens(model, height, width))
-    decoded = 1 if placement.torch_device.type == "cpu" else config.vae_decode.max_batch_size
+    decoded = 1 if placement.torch_device.type == "cpu" else config.decoder.max_batch_size
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = model.vae_resize.size(width, height)
     stages: tuple[StageMemory, ...] = (

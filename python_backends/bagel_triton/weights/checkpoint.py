@@ -62,6 +62,7 @@ class Checkpoint:
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
         self._stored = files.stored_form
+        self._bagel_bytes: dict[tuple[torch.dtype, str | None], int] = {}
         try:
             with torch.device("meta"):
                 bagel, autoencoder = Bagel(self.config), Autoencoder(self._autoencoder.shapes())
@@ -132,6 +133,14 @@ class Checkpoint:
             if form is not None:
                 quantize(module.language_model.model, form)
         return module
+
+    def bagel_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
+        """Bytes of the weights of :meth:`bagel`; errors as of :meth:`form`."""
+        key = dtype, quantization
+        if key not in self._bagel_bytes:
+            state = self.bagel(dtype, quantization).state_dict()
+            self._bagel_bytes[key] = sum(tensor.nbytes for tensor in state.values())
+        return self._bagel_bytes[key]
 
     def load_bagel(
         self,

@@ -1,0 +1,115 @@
+"""``python -m bench.gpu_sizes``: what fits a GPU of which size, by the geometry of the published checkpoint.
+
+The plan is the server's own. A checkpoint of the published shapes takes no disk: its files have headers alone, with
+holes in place of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+
+from bagel_triton.deploy.config import DeployConfig, DitConfig, Quantization, ThinkerConfig
+from bagel_triton.model.autoencoder import Autoencoder
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.device import Placement
+from bagel_triton.serving import memory_plan
+from bagel_triton.weights.checkpoint import Checkpoint, stored_tensors
+from bagel_triton.weights.folder import AUTOENCODER_FILE, INDEX_FILE, WEIGHTS_FILE
+from bench.gpu import AUTOENCODER_WIDTHS, PUBLISHED, autoencoder_shapes
+
+SIZES = (12, 16, 24, 32, 48, 80)  # GB as cards are sold: GiB of memory
+DRIVER = 0.03  # of a card's memory that no process gets
+FORMS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
+SIDES = (512, 1024)
+MOST = 4  # images; the default is 8
+LEAST_TOKENS, CHUNK = 16384, 2048  # of the KV cache pool, and of one prefill
+TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny-a"
+GPU = Placement(torch.device("cuda"), torch.bfloat16)
+
+
+def write_published(folder: Path) -> None:
+    """A checkpoint of the published shapes in ``folder``, without data."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
+    language, vit = PUBLISHED.language, PUBLISHED.vit
+    said: dict[str, dict[str, object]] = {
+        "llm_config.json": {
+            "hidden_size": language.hidden_size,
+            "intermediate_size": language.intermediate_size,
+            "num_hidden_layers": language.num_layers,
+            "num_attention_heads": language.num_heads,
+            "num_key_value_heads": language.num_kv_heads,
+            "vocab_size": language.vocab_size,
+        },
+        "vit_config.json": {
+            "hidden_size": vit.hidden_size,
+            "intermediate_size": vit.intermediate_size,
+            "num_hidden_layers": vit.num_layers + 1,
+            "num_attention_heads": vit.num_heads,
+        },
+    }
+    for name, fields in said.items():
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with torch.device("meta"):
+        bagel, autoencoder = Bagel(PUBLISHED), Autoencoder(autoencoder_shapes(PUBLISHED, AUTOENCODER_WIDTHS))
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, tensor in bagel.state_dict().items():
+        tensors |= stored_tensors(name, tuple(tensor.shape), language)
+    _write_sparse(folder / WEIGHTS_FILE, tensors, "BF16", 2)
+    shapes = {name: tuple(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
+    _write_sparse(folder / AUTOENCODER_FILE, shapes, "F32", 4)
+
+
+def _write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(file.tell() + end)
+
+
+def needed(checkpoint: Checkpoint, form: Quantization | None, side: int, images: int) -> int:
+    """Bytes that ``bagel_single_stage`` takes on a GPU with a small KV cache pool."""
+    thinker = ThinkerConfig(kv_tokens=LEAST_TOKENS, max_num_batched_tokens=CHUNK, quantization=form)
+    parts = {"thinker": thinker, "dit": DitConfig(max_num_seqs=images, quantization=form)}
+    config = DeployConfig(str(checkpoint.directory), pipeline="bagel_single_stage")
+    return memory_plan.plan(checkpoint, msgspec.structs.replace(config, **parts), GPU, side, side).total
+
+
+def most_images(checkpoint: Checkpoint, form: Quantization | None, side: int) -> list[int]:
+    """For each of ``SIZES``: how many images of ``side`` x ``side`` can be denoised together, at most ``MOST``."""
+    totals = [needed(checkpoint, form, side, count) for count in range(1, MOST + 1)]
+    return [sum(total <= int(size * (1 - DRIVER) * 2**30) for total in totals) for size in SIZES]
+
+
+def table(checkpoint: Checkpoint) -> str:
+    """In Markdown: for each size of a GPU, the images that each form leaves room for."""
+    names = ["bfloat16" if form is None else form for form in FORMS]
+    heads = [f"{name}, {side}x{side}" for name in names for side in SIDES]
+    rows = [["GPU", *heads], ["---"] * (1 + len(heads))]
+    columns = [most_images(checkpoint, form, side) for form in FORMS for side in SIDES]
+    for size, *counts in zip(SIZES, *columns, strict=True):
+        rows.append([f"{size} GB", *(str(count) if count else "-" for count in counts)])
+    return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows)
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory(prefix="bagel_triton_") as folder:
+        write_published(Path(folder) / "published")
+        print(table(Checkpoint(Path(folder) / "published")))
+
+
+if __name__ == "__main__":
+    main()
