@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from argparse import ArgumentTypeError
 from typing import Any, TextIO
@@ -48,6 +49,12 @@ def _parts(text: str, schemes: tuple[str, ...]) -> SplitResult | None:
 
 def _not_allowed(text: str, allowed: str) -> ArgumentTypeError:
     return ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
+
+
+def print_any_text() -> None:
+    """Let standard output take characters that the locale's encoding lacks, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class ProgressBar:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
-from common import ProgressBar
+from common import ProgressBar, print_any_text
 
 from bagel_triton.pipeline.pipeline import GeneratedImage, Item
 from bagel_triton.protocol.errors import BagelError, InvalidRequest
@@ -221,6 +221,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_text()
     args = arguments(argv)
     try:
         return run(args)

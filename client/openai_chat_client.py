@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common import ProgressBar, http_url, without_login
+from common import ProgressBar, http_url, print_any_text, without_login
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2text": "text"}
@@ -273,6 +273,7 @@ def summary(facts: dict[str, Any]) -> Iterable[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_text()
     args = arguments(argv)
     try:
         if not args.output.parent.is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import without_login
+from common import print_any_text, without_login
 from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException
@@ -117,6 +117,7 @@ def unwritable(output: Path) -> str | None:
 
 def run(args: argparse.Namespace, call: Callable[[GenerationRequest], Iterable[Result]]) -> int:
     """Send the request of ``args`` by ``call``, print texts and save the image; the exit status."""
+    print_any_text()
     if reason := unwritable(args.output):
         return fail(reason)
     try:

@@ -88,6 +88,15 @@ def test_a_closed_output_is_no_error():
     assert (run.returncode, run.stderr) == (0, "")
 
 
+def test_files_are_utf8_and_any_text_is_printed_in_any_locale(tmp_path: Path):
+    deploy = tmp_path / "deploy.yaml"
+    deploy.write_text('stages: [{stage_id: 1, default_sampling_params: {negative_prompt: "K\u00f6ln"}}]\n', "utf-8")
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "bagel_triton", "config", str(deploy)]
+    run = subprocess.run(command, env=ascii_only, capture_output=True, text=True, check=True)
+    assert '"K\\xf6ln"' in run.stdout
+
+
 @pytest.mark.parametrize("command", [["-V"], ["--version"], ["version"]])
 def test_the_version(command: list[str]):
     run = subprocess.run([sys.executable, "-m", "bagel_triton", *command], capture_output=True, text=True, check=True)

@@ -113,7 +113,7 @@ def read(path: Path) -> Node:
         ConfigError: it cannot be read or is no mapping; a line for each error.
     """
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

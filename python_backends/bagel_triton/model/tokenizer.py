@@ -91,7 +91,7 @@ class Tokenizer:
 
     def _check_added_tokens(self, path: Path, vocab_size: int | None) -> None:
         """Refuse ids that the model was not trained with: the library renumbers tokens where ids have a gap."""
-        said = json.loads(path.read_text()).get("added_tokens_decoder", {}) if path.is_file() else {}
+        said = json.loads(path.read_text("utf-8")).get("added_tokens_decoder", {}) if path.is_file() else {}
         for token_id, token in said.items():
             given = self.backend.token_to_id(token["content"])
             if given != int(token_id):

@@ -247,7 +247,7 @@ def _api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
         sources[f"${API_KEY_VARIABLE}"] = [variable]
     if file is not None:
         try:
-            lines = file.read_text().splitlines()
+            lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(f"--api-key-file={file} cannot be read: {error}") from error
         sources["--api-key-file"] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -66,7 +66,7 @@ def index_files(index: Path) -> list[str]:
         CheckpointError: it is no index, or it names something outside its folder.
     """
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} has no weight_map of tensors and their files") from error
@@ -82,7 +82,7 @@ def index_files(index: Path) -> list[str]:
 def _architectures(config: Path) -> list[str]:
     """The architectures in ``config``; none if it cannot be read, which another check reports."""
     try:
-        named = json.loads(config.read_text()).get("architectures") or []
+        named = json.loads(config.read_text("utf-8")).get("architectures") or []
         return [str(name) for name in named]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return []

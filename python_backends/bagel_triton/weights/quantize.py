@@ -80,7 +80,7 @@ def write(source: Path, target: Path, quantization: str) -> int:
         for name in copied:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        config = json.loads((source / "config.json").read_text())
+        config = json.loads((source / "config.json").read_text("utf-8"))
         packed = form.bits == 4
         config[FIELD] = config_of(StoredForm(form.name, form.group if packed else None))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
