@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import gzip
 import os
 import random
 import socket
@@ -185,12 +186,14 @@ IMAGES = [os.urandom(300_000), b"a small one", os.urandom(200_001)]
 LARGE = dataclasses.replace(SETTINGS, max_body_bytes=10_000_000)
 
 
-@pytest.mark.parametrize("alphabet", ["standard", "url-safe", "escaped"])
+@pytest.mark.parametrize("alphabet", ["standard", "url-safe", "escaped", "unpadded"])
 def test_large_images_arrive_whole_in_every_encoding(alphabet: str) -> None:
     backend = FakeClient()
     encoded = [base64.b64encode(image).decode() for image in IMAGES]
     if alphabet == "url-safe":
         encoded = [base64.urlsafe_b64encode(image).decode() for image in IMAGES]
+    if alphabet == "unpadded":
+        encoded = [text.rstrip("=") for text in encoded]
     parts = [image_part(f"data:image/png;base64,{text}") for text in encoded]
     body = httpx.Request("POST", "http://x", json=chat_body(messages=[{"role": "user", "content": parts}])).content
     if alphabet == "escaped":
@@ -199,13 +202,31 @@ def test_large_images_arrive_whole_in_every_encoding(alphabet: str) -> None:
     assert backend.requests[0].image == tuple(IMAGES)
 
 
-def test_a_large_image_that_is_damaged_is_refused_by_name() -> None:
+@pytest.mark.parametrize("at", [100_000, 2**17 - 2])
+@pytest.mark.parametrize("damage", ["!!", "==", "+_"])
+def test_a_large_image_that_is_damaged_is_refused_by_name(damage: str, at: int) -> None:
     text = base64.b64encode(IMAGES[0]).decode()
-    damaged = f"data:image/png;base64,{text[:100_000]}!!{text[100_002:]}"
+    damaged = f"data:image/png;base64,{text[:at]}{damage}{text[at + 2 :]}"
     body = chat_body(messages=[{"role": "user", "content": [image_part(damaged)]}])
     reply = TestClient(create_app(LARGE, FakeClient())).post(CHAT, json=body)
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "messages[0].content[0].image_url"
+
+
+def test_a_body_of_millions_of_values_is_refused_before_they_are_made() -> None:
+    client = TestClient(create_app(LARGE, FakeClient()))
+    long = chat_body(messages=[{"role": "user", "content": 'a[],{}\\"' * 60_000}])
+    assert client.post(CHAT, json=long).status_code == 200
+    reply = client.post(CHAT, content=b'{"metadata":[' + b"[]," * 300_000 + b"[]]}")
+    assert reply.status_code == 400
+    assert "bytes outside its texts; allowed: at most 524288" in reply.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused_by_name() -> None:
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    reply = TestClient(create_app(LARGE, FakeClient())).post(CHAT, content=gzip.compress(b"{}"), headers=headers)
+    assert reply.status_code == 415
+    assert reply.json()["error"]["param"] == "content-encoding"
 
 
 def test_only_large_data_urls_leave_the_body() -> None:

@@ -128,6 +128,7 @@ def test_the_apis_metrics_are_there_without_tritons() -> None:
         ("POST", "/v1/messages", "use POST /v1/chat/completions"),
         ("POST", "/api/chat", "use POST /v1/chat/completions"),
         ("GET", "/v1", "the endpoints are POST /v1/chat/completions"),
+        ("GET", "/healthz", "use GET /health"),
         ("GET", "/favicon.ico", "GET /docs lists the endpoints"),
     ],
 )

@@ -338,9 +338,12 @@ def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
         assert reply.status_code == 400, form
         assert reply.json()["error"]["param"] == param
         assert advice in reply.json()["error"]["message"]
-    broken = api(FakeClient()).post(EDITS, content=b"--x", headers={"content-type": "multipart/form-data"})
-    assert broken.status_code == 400
-    assert "the body is not a form" in broken.json()["error"]["message"]
+    cut = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nA ca'
+    for content, problem in ((b"--y", "Invalid multipart data"), (cut, "it ends before its last boundary")):
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        broken = api(FakeClient()).post(EDITS, content=content, headers=headers)
+        assert broken.status_code == 400
+        assert f"the body is not a form: {problem}" in broken.json()["error"]["message"]
     both = api(FakeClient()).post(EDITS, json={"prompt": "x", "image": URL, "images": [URL]})
     assert both.json()["error"]["param"] == "images"
 

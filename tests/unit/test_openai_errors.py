@@ -200,10 +200,14 @@ def test_a_reply_that_lacks_something_is_an_error_not_an_empty_reply(
     assert missing in reply.json()["error"]["message"]
 
 
-def test_a_body_that_is_not_json_is_refused() -> None:
-    reply = http(FakeClient()).post(CHAT, content=b"{nope")
+@pytest.mark.parametrize(
+    "content", [b"{nope", b'{"seed": ' + b"9" * 5000 + b"}", b'{"n": 1,}', b'{"n": "\xe9"}', b"[" * 9999]
+)
+def test_a_body_that_is_not_json_is_refused(content: bytes) -> None:
+    reply = http(FakeClient()).post(CHAT, content=content)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"].startswith("the body is not JSON")
+    assert "sys." not in reply.json()["error"]["message"]
 
 
 def _in_pieces() -> Iterator[bytes]:

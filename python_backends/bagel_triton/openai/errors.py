@@ -37,6 +37,12 @@ class NotFound(InvalidRequest):
     http_status = 404
 
 
+class UnsupportedEncoding(InvalidRequest):
+    """The request body is compressed."""
+
+    http_status = 415
+
+
 class RequestTimeout(InvalidRequest):
     """The client took too long to send the request."""
 
@@ -215,6 +221,12 @@ _INSTEAD = {
     "/v1/audio": f"this model has no audio; it reads and writes text and images: {CHAT}",
     "/v1/realtime": f"this model has no audio; use {CHAT} with stream=true",
     "/v1/images/variations": "this API has no variations; use POST /v1/images/edits with a prompt",
+    "/healthz": "use GET /health",
+    "/readyz": "use GET /health/ready",
+    "/livez": "use GET /health/live",
+    "/redoc": "use GET /docs",
+    "/tokenize": "this API counts no tokens by themselves; every reply has its usage",
+    "/sdapi": f"this is not A1111's API; use {IMAGES}",
     "/v1/files": "this server keeps no files; send an image as a data: URL",
     "/v1/batches": "this server has no batches; send requests at once, they are batched as they come",
     "/v1/assistants": f"this server keeps no state; use {CHAT}",

@@ -157,6 +157,9 @@ async def parse_form(headers: Headers, stream: AsyncGenerator[bytes, None]) -> t
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:
         raise InvalidRequest(f"the body is not a form: {getattr(error, 'message', error)}") from error
+    if not parser.ended:
+        await form.close()
+        raise InvalidRequest("the body is not a form: it ends before its last boundary")
     try:
         return await _from_form(form)
     finally:
@@ -184,6 +187,10 @@ class _FormParser(MultiPartParser):
     """Keeps files in memory: they are bounded by the body's limit, and a disk is slower than what reads them."""
 
     spool_max_size = sys.maxsize
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 def _no_file(name: str) -> InvalidRequest:

@@ -30,6 +30,7 @@ from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS,
 _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
 
 
+MAX_DIGITS = 4000  # of a number; Python itself stops a little later
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -192,7 +193,7 @@ def to_object(data: bytes) -> dict[str, Any]:
         InvalidRequest: not JSON, not an object, or a field that is there twice.
     """
     try:
-        body = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        body = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_to_int)
         if _SURROGATE.search(data):
             json.dumps(body, ensure_ascii=False).encode()  # half a character would break every reply that shows it
     except RecursionError as error:
@@ -202,6 +203,12 @@ def to_object(data: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest.value("body", body, "a JSON object")
     return body
+
+
+def _to_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits; allowed: at most {MAX_DIGITS}")
+    return int(digits)
 
 
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
