@@ -88,8 +88,14 @@ def test_a_size_that_cannot_be_drawn_is_quoted(
 
 @pytest.mark.parametrize("fields", [*THINKING, *NOT_THINKING], ids=str)
 def test_every_way_to_switch_thinking_does(api: TestClient, planning: PlanningClient, fields: dict[str, Any]) -> None:
-    assert api.post(CHAT, json=PLAIN | fields).status_code == 200
-    assert planning.thought[-1] is (fields in THINKING)
+    others: dict[str, dict[str, Any]] = {
+        "/v1/images/generations": {"prompt": "A cat"},
+        "/v1/responses": {"input": "Hi"},
+    }
+    everywhere = {CHAT: PLAIN} if fields.keys() & {"reasoning", "modalities"} else {CHAT: PLAIN} | others
+    for path, body in everywhere.items():
+        assert api.post(path, json=body | fields).status_code == 200
+        assert planning.thought[-1] is (fields in THINKING)
 
 
 JUNK: list[Any] = [

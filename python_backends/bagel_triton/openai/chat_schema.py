@@ -14,7 +14,16 @@ from pydantic import (
 )
 
 from bagel_triton.openai.errors import not_allowed, to_invalid_request
-from bagel_triton.openai.schema import FIELD_NAMES, Effort, GenerationFields, GivenFields, StrictModel, to_object
+from bagel_triton.openai.schema import (
+    FIELD_NAMES,
+    Effort,
+    GivenFields,
+    StrictModel,
+    Switch,
+    ThinkingFields,
+    thinks,
+    to_object,
+)
 from bagel_triton.protocol.errors import InvalidRequest, truncate
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES
 from bagel_triton.protocol.validation import MAX_MESSAGES
@@ -105,20 +114,6 @@ class StreamOptions(StrictModel):
     include_progress: bool = False
 
 
-class TemplateOptions(StrictModel):
-    """``chat_template_kwargs`` of other servers: both names switch thinking."""
-
-    enable_thinking: bool | None = None
-    thinking: bool | None = None
-
-
-class Thinking(StrictModel):
-    """``thinking`` as Anthropic's API has it."""
-
-    type: Literal["enabled", "disabled", "adaptive"] | None = None
-    budget_tokens: int | None = None
-
-
 class Reasoning(StrictModel):
     """``reasoning`` as OpenRouter's API has it."""
 
@@ -135,7 +130,7 @@ class UsageOptions(StrictModel):
     include: bool = False
 
 
-class ChatBody(GenerationFields):
+class ChatBody(ThinkingFields):
     """A request body. The members of ``extra_body`` are read as if they stood beside it."""
 
     place: ClassVar[str] = "body"
@@ -144,12 +139,8 @@ class ChatBody(GenerationFields):
     modalities: Annotated[list[str], Field(max_length=MAX_MODALITIES, fail_fast=True)] | None = None
     size: str | None = None
     logprobs: bool | None = None
-    reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = None
     include_reasoning: bool | None = None
-    enable_thinking: bool | None = None
-    thinking: Thinking | None = None
-    chat_template_kwargs: TemplateOptions | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     usage: UsageOptions | None = None
@@ -171,7 +162,7 @@ class ChatBody(GenerationFields):
         for alias, name in FIELD_NAMES.items():
             given.add(name, getattr(self, alias), self.param(alias))
         given.add_size(self.size, self.param("size"))
-        for name, alias, value in self._thinking():
+        for name, alias, value in [*self.thinking_switches(), *self._reasoning_switches()]:
             given.add(name, value, self.param(alias))
         if not self.logprobs:
             given.fields.pop("top_logprobs", None)
@@ -183,30 +174,14 @@ class ChatBody(GenerationFields):
         """``name`` as an error has it: with ``extra_body.`` before it, if the field was given there."""
         return f"extra_body.{name}" if name.partition(".")[0] in self._in_extra_body else name
 
-    def _thinking(self) -> list[tuple[str, str, bool | int | None]]:
-        """Every other way to switch thinking on or off or to bound it: the field, its name here, and its value."""
-        ways: list[tuple[str, str, bool | int | None]] = [("think", "enable_thinking", self.enable_thinking)]
-        if self.reasoning_effort is not None:
-            ways.append(("think", "reasoning_effort", _thinks(self.reasoning_effort)))
-        if self.reasoning is not None:
-            enabled = self.reasoning.enabled
-            if enabled is None and self.reasoning.effort is not None:
-                enabled = _thinks(self.reasoning.effort)
-            budget = self.reasoning.max_tokens
-            ways.append(("think", "reasoning", True if enabled is None and budget else enabled))
-            ways.append(("max_think_tokens", "reasoning.max_tokens", budget))
-        if self.thinking is not None:
-            on = None if self.thinking.type is None else self.thinking.type != "disabled"
-            ways.append(("think", "thinking", on))
-            ways.append(("max_think_tokens", "thinking.budget_tokens", self.thinking.budget_tokens))
-        if self.chat_template_kwargs is not None:
-            for name in ("enable_thinking", "thinking"):
-                ways.append(("think", f"chat_template_kwargs.{name}", getattr(self.chat_template_kwargs, name)))
-        return ways
-
-
-def _thinks(effort: str) -> bool:
-    return effort not in ("none", "minimal")
+    def _reasoning_switches(self) -> list[Switch]:
+        if self.reasoning is None:
+            return []
+        enabled, budget = self.reasoning.enabled, self.reasoning.max_tokens
+        if enabled is None and self.reasoning.effort is not None:
+            enabled = thinks(self.reasoning.effort)
+        think = True if enabled is None and budget else enabled
+        return [("think", "reasoning", think), ("max_think_tokens", "reasoning.max_tokens", budget)]
 
 
 def parse(data: bytes) -> ChatBody:

@@ -15,18 +15,19 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from bagel_triton.openai.errors import not_allowed, to_invalid_request
 from bagel_triton.openai.image_io import Format, ImageUpload, ImageUrl
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
-from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, GivenFields, StrictModel, to_object
+from bagel_triton.openai.schema import FIELD_NAMES, GivenFields, StrictModel, ThinkingFields, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
 Images = tuple[ImageUrl | ImageUpload, ...]
 B = TypeVar("B", bound="ImagesBody")
+_JSON_FIELDS = ("stream", "output_compression", "enable_thinking", "thinking", "chat_template_kwargs")
 _FREE_TEXTS = ("prompt", "negative_prompt", "stop")
 MAX_FORM_FIELDS = 300  # more than there are names
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
 
 
-class ImagesBody(GenerationFields):
+class ImagesBody(ThinkingFields):
     """The fields that both endpoints have. ``null`` means not given."""
 
     place: ClassVar[str] = "images"
@@ -74,6 +75,8 @@ class ImagesBody(GenerationFields):
         given = GivenFields(self.stream)
         for alias, name in FIELD_NAMES.items():
             given.add(name, getattr(self, alias), alias)
+        for name, alias, value in self.thinking_switches():
+            given.add(name, value, alias)
         given.add_size(self.size, "size")
         return given
 
@@ -233,7 +236,7 @@ def _kinds(name: str) -> set[type]:
     """The types that the field ``name`` takes; an unknown field is a text."""
     if name == "stop":
         return {tuple, str}
-    if name in ("stream", "output_compression") or name in NOOP["images"]:
+    if name in _JSON_FIELDS or name in NOOP["images"]:
         return {int}
     if name not in FIELD_NAMES:
         return {str}

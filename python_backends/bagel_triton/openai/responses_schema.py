@@ -10,7 +10,16 @@ from pydantic import BeforeValidator, Field, ValidationError
 from bagel_triton.openai.errors import not_allowed, to_invalid_request
 from bagel_triton.openai.image_io import Format, ImageUrl
 from bagel_triton.openai.images_schema import refuse_mask
-from bagel_triton.openai.schema import FIELD_NAMES, Effort, GenerationFields, GivenFields, StrictModel, to_object
+from bagel_triton.openai.schema import (
+    FIELD_NAMES,
+    Effort,
+    GenerationFields,
+    GivenFields,
+    StrictModel,
+    ThinkingFields,
+    thinks,
+    to_object,
+)
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, ImageRef, TextPart, Turn
 from bagel_triton.protocol.validation import MAX_MESSAGES
@@ -156,7 +165,7 @@ class ResponseStreamOptions(StrictModel):
     place: ClassVar[str] = "stream_options"
 
 
-class ResponsesBody(GenerationFields):
+class ResponsesBody(ThinkingFields):
     """A request body. ``null`` means not given."""
 
     place: ClassVar[str] = "responses"
@@ -195,8 +204,10 @@ class ResponsesBody(GenerationFields):
             for alias, name in FIELD_NAMES.items():
                 given.add(name, getattr(source, alias, None), f"{prefix}{alias}")
         given.add("max_tokens", self.max_output_tokens, "max_output_tokens")
+        for name, alias, value in self.thinking_switches():
+            given.add(name, value, alias)
         if self.reasoning is not None and self.reasoning.effort is not None:
-            given.add("think", self.reasoning.effort not in ("none", "minimal"), "reasoning.effort")
+            given.add("think", thinks(self.reasoning.effort), "reasoning.effort")
         if tool is not None:
             given.add_size(tool.size, "tools[0].size")
         return given

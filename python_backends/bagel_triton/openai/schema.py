@@ -126,6 +126,52 @@ else:
     )
 
 
+class TemplateOptions(StrictModel):
+    """``chat_template_kwargs`` of other servers: both names switch thinking."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+
+class Thinking(StrictModel):
+    """``thinking`` as Anthropic's API has it."""
+
+    type: Literal["enabled", "disabled", "adaptive"] | None = None
+    budget_tokens: int | None = None
+
+
+Switch = tuple[str, str, bool | int | None]  # a field, its name in the body, and its value
+
+
+class ThinkingFields(GenerationFields):
+    """The generation fields, and the names that other APIs have for the switch of thinking."""
+
+    reasoning_effort: Effort | None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+    def thinking_switches(self) -> list[Switch]:
+        """Each of these names that is given, or None for its value."""
+        switches: list[Switch] = [("think", "enable_thinking", self.enable_thinking)]
+        if self.reasoning_effort is not None:
+            switches.append(("think", "reasoning_effort", thinks(self.reasoning_effort)))
+        if self.thinking is not None:
+            on = None if self.thinking.type is None else self.thinking.type != "disabled"
+            switches.append(("think", "thinking", on))
+            switches.append(("max_think_tokens", "thinking.budget_tokens", self.thinking.budget_tokens))
+        if self.chat_template_kwargs is not None:
+            for name in ("enable_thinking", "thinking"):
+                value = getattr(self.chat_template_kwargs, name)
+                switches.append(("think", f"chat_template_kwargs.{name}", value))
+        return switches
+
+
+def thinks(effort: str) -> bool:
+    """Whether a reasoning effort of that name asks for thinking."""
+    return effort not in ("none", "minimal")
+
+
 class GivenFields:
     """The fields of ``GenerationRequest`` that a body gives.
 
