@@ -29,6 +29,7 @@ BEYOND_A_SCHEMA = {
     r"data:|base64|cannot be fetched|not an image|damaged|remote image": "what a URL leads to must be an image",
     r"its (height|width) is ": "a size is a text, and both its sides are multiples of 16",
     r"(height|width)=.* allowed: a multiple of 16": "the longest side is the checkpoint's",
+    r"allowed: .* in a message of role": "which parts a message may hold depends on its role",
     r"are both given": "a field and its other name",
     r"with stream=true$": "a stream carries its images",
     r"cfg_interval=.* allowed: \[low, high\]": "the first of two numbers is the smaller one",

@@ -62,7 +62,9 @@ _INSTEAD: dict[tuple[str, str], Json] = {
     ("InputImageCall", "result"): {**_TEXT, "examples": [_PIXEL]},
     ("ImageLink", "image_url"): _IMAGE,
     ("ResponsesBody", "top_logprobs"): {"enum": [0]},
-    ("ResponsesBody", "n"): {"enum": [1], "description": "The tool takes more."},
+} | {
+    ("ResponsesBody", name): {"enum": [1], "description": "The tool takes more."}
+    for name in ("n", *REQUEST_FIELDS["n"].aliases)
 }
 # What a field takes besides its declared type.
 _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {

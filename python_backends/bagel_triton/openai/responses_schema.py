@@ -329,11 +329,12 @@ def _parts_of(item: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_fields(body: ResponsesBody) -> None:
-    fields, tool = body.generation_fields().fields, body.image_tool
+    given, tool = body.generation_fields(), body.image_tool
+    fields = given.fields
     if fields.get("top_logprobs"):
         raise InvalidRequest(f"top_logprobs is not supported here; {_NO_LOGPROBS}", "top_logprobs")
     if tool is None and fields.get("n", 1) != 1:
-        raise InvalidRequest.value("n", fields["n"], "1 for text; POST /v1/chat/completions takes more")
+        raise InvalidRequest.value(given.written["n"], fields["n"], "1 for text; POST /v1/chat/completions takes more")
     if tool is None:
         return
     if isinstance(body.tool_choice, dict) and body.tool_choice.get("type") not in (IMAGE_TOOL, "allowed_tools"):
