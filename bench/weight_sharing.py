@@ -149,13 +149,13 @@ def _in_use(device: str) -> int:
 
 def _serve(pipe: Connection, stage: str, config: DeployConfig) -> None:
     started = time.perf_counter()
-    parts = StageResources.open(config)
-    engine, weights = BUILDERS[stage](parts), parts.weights
+    resources = StageResources.open(config)
+    engine, weights = BUILDERS[stage](resources), resources.weights
     build_s = time.perf_counter() - started
     started = time.perf_counter()
-    parts.load_bagel(None), parts.load_autoencoder()
+    resources.load_bagel(None), resources.load_autoencoder()
     again_s = time.perf_counter() - started
-    del parts  # and with it the mapped checkpoint
+    del resources  # and with it the mapped checkpoint
     for candidate in gc.get_objects():
         if type(candidate) in (Bagel, Autoencoder):
             for tensor in candidate.state_dict().values():

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
-from bagel_triton.telemetry.metrics import CATALOGUE, SECONDS, Metric
+from bagel_triton.telemetry.metrics import METRIC_DEFS, SECONDS, Metric
 from tests.serving.test_together import image_body
 from tests.support.killing import arguments, descendants, health, kill, until
 from tests.support.serving import Server
 
-METRICS = [metric for metrics in CATALOGUE.values() for metric in metrics]
+METRICS = [metric for metrics in METRIC_DEFS.values() for metric in metrics]
 IMAGE = image_body({"prompt": "A cute cat", "height": 64, "width": 64, "num_inference_steps": 4}, seed=1)
 TEXT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hello"}],

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from bagel_triton.openai.request_log import HttpMetrics
-from bagel_triton.telemetry.metrics import CATALOGUE
+from bagel_triton.telemetry.metrics import METRIC_DEFS
 
 DOCS = Path(__file__).parents[2] / "docs"
-METRICS = {metric.exposed: metric for metrics in CATALOGUE.values() for metric in metrics}
+METRICS = {metric.exposed: metric for metrics in METRIC_DEFS.values() for metric in metrics}
 # Triton's own, as it documents them; those of a GPU show only where there is one.
 TRITONS = {
     "nv_inference_request_success",

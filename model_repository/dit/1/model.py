@@ -28,9 +28,9 @@ def handle_of(inputs: Arrays) -> KVHandle:
 class TritonPythonModel(StageModel):
     """``denoise_job`` -> ``latents``, ``latent_grid``, ``seed``, ``scheduling``."""
 
-    def build(self, parts: StageResources) -> DitEngine:
+    def build(self, resources: StageResources) -> DitEngine:
         """The engine."""
-        return build_dit(parts, self.metrics)
+        return build_dit(resources, self.metrics)
 
     def work(self, inputs: Arrays, request_id: str) -> Work:
         """A request's images."""

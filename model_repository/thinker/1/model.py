@@ -20,9 +20,9 @@ def outputs(result: ThinkerOutput) -> Arrays:
 class TritonPythonModel(StageModel):
     """``plan`` -> ``thinker_output``, ``denoise_job``."""
 
-    def build(self, parts: StageResources) -> ThinkerEngine:
+    def build(self, resources: StageResources) -> ThinkerEngine:
         """The engine and its KV cache."""
-        return build_thinker(parts, self.metrics)
+        return build_thinker(resources, self.metrics)
 
     def work(self, inputs: Arrays, request_id: str) -> Work:
         """A plan's branches and text."""

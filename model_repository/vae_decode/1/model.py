@@ -16,11 +16,11 @@ from bagel_triton.triton.tickets import Work
 class TritonPythonModel(StageModel):
     """``latents``, ``latent_grid``, optional ``scheduling`` -> ``generated_image``."""
 
-    def build(self, parts: StageResources) -> DecoderEngine:
+    def build(self, resources: StageResources) -> DecoderEngine:
         """The engine."""
-        latent = parts.checkpoint.config.latent
+        latent = resources.checkpoint.config.latent
         self._channels, self._longest = latent.token_channels, latent.max_side // latent.stride
-        return build_decoder(parts, self.metrics)
+        return build_decoder(resources, self.metrics)
 
     def work(self, inputs: Arrays, request_id: str) -> Work:
         """One image's latents."""

@@ -35,15 +35,15 @@ class LocalStages:
     """
 
     def __init__(self, config: DeployConfig, metrics: Metrics | None = None, models: Models | None = None) -> None:
-        parts = StageResources.open(config)
-        place, tokenizer = parts.placement, parts.tokenizer()
-        models = Models.load(parts) if models is None else models
+        resources = StageResources.open(config)
+        place, tokenizer = resources.placement, resources.tokenizer()
+        models = Models.load(resources) if models is None else models
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
         defaults = config.topology.think_by_default, config.bagel.request_timeout_s, config.request_defaults
-        self.expander = RequestPlanner(model_config, tokenizer, *defaults)
+        self.planner = RequestPlanner(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         markers = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
@@ -54,7 +54,7 @@ class LocalStages:
         """Plan at once, on the caller's thread."""
         call: StageCall[Plan] = StageCall("cfg_expand")
         started = time.perf_counter()
-        plan = self.expander.expand(request)
+        plan = self.planner.expand(request)
         call.finish(plan, StageStats("cfg_expand", 0.0, time.perf_counter() - started))
         return call
 

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
+from collections.abc import Sequence
 
+from bagel_triton.deploy.topology import DECODER, DIT
+from bagel_triton.protocol.errors import BagelError, Internal
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.serving import CommandError, flags
+from bagel_triton.triton.client import READY_S, TritonServer
+from bagel_triton.triton.tickets import Drain, StageStatus, Status, exchange
+
+IDLE_S = 1.0  # between the end of a request's denoising and the call that has it decoded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,19 +35,14 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.timeout < math.inf:
         raise CommandError(f"--timeout={args.timeout:g} is not allowed; allowed: seconds >= 0")
     address = flags.host_port("HOST:PORT", args.address)
-
-    from bagel_triton.protocol.errors import BagelError
-    from bagel_triton.triton import draining
-    from bagel_triton.triton.client import TritonServer
-
     server = TritonServer(address)
     try:
-        draining.set_draining(server, not args.resume)
+        set_draining(server, not args.resume)
         if args.resume:
             print(f"{address} takes requests again")
             return 0
         print(f"{address} takes no more requests", flush=True)
-        if left := draining.until_idle(server, args.timeout):
+        if left := until_idle(server, args.timeout):
             raise CommandError(f"{left} jobs are left at {address} after {args.timeout:g} s; it still drains")
         print(f"{address} is idle")
     except BagelError as error:
@@ -46,3 +50,42 @@ def run(args: argparse.Namespace) -> int:
     finally:
         server.close()
     return 0
+
+
+def stage_status(server: TritonServer, model: str, timeout_s: float = READY_S) -> StageStatus:
+    """The load of ``model``.
+
+    Raises:
+        BagelError: it does not answer, or is no stage.
+    """
+    answer, _ = exchange(server.model_call(model, timeout_s), Status())
+    if answer.status is None:
+        raise Internal(f"{model} answered without its status")
+    return answer.status
+
+
+def set_draining(server: TritonServer, on: bool) -> None:
+    """Have the DiT refuse new jobs, or take them again.
+
+    Raises:
+        BagelError: it does not answer.
+    """
+    exchange(server.model_call(DIT, READY_S), Drain(on))
+
+
+def until_idle(server: TritonServer, timeout_s: float, models: Sequence[str] = (DIT, DECODER)) -> int:
+    """Wait until stage 1 has no work left, but no longer than ``timeout_s``; the jobs that are left.
+
+    Raises:
+        BagelError: it does not answer.
+    """
+    ends = time.monotonic() + timeout_s
+    idle_since = None
+    while True:
+        jobs, now = sum(stage_status(server, model).jobs for model in models), time.monotonic()
+        idle_since = None if jobs else (idle_since or now)
+        if idle_since is not None and now - idle_since >= IDLE_S:
+            return 0
+        if now > ends:
+            return jobs
+        time.sleep(WATCH_S)

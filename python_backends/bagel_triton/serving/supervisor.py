@@ -25,10 +25,10 @@ from bagel_triton.openai import http_server
 from bagel_triton.protocol.errors import BagelError, StageUnavailable
 from bagel_triton.protocol.intervals import START_S, WATCH_S
 from bagel_triton.serving import CommandError
+from bagel_triton.serving.drain import set_draining, until_idle
 from bagel_triton.serving.process import log_event
 from bagel_triton.serving.tritonserver import STOP_TIMEOUT_S, StartupProgress, TritonProcess, follow
 from bagel_triton.serving.watchdog import ModelRepository, RestartBudget, RestartNeeded, Watchdog
-from bagel_triton.triton import draining
 from bagel_triton.triton.client import TritonServer
 
 SELFTEST, SELFTEST_S = "selftest", 60.0
@@ -205,8 +205,8 @@ async def _finish_requests(launch: Launch, serving: asyncio.Task[None], triton: 
     elif triton.loaded.is_set():
         server = TritonServer(launch.grpc)
         try:
-            await asyncio.to_thread(draining.set_draining, server, True)
-            left = await asyncio.to_thread(draining.until_idle, server, launch.shutdown_timeout_s)
+            await asyncio.to_thread(set_draining, server, True)
+            left = await asyncio.to_thread(until_idle, server, launch.shutdown_timeout_s)
             log_event(f"{left} jobs are left after {launch.shutdown_timeout_s:g} s" if left else "all jobs have ended")
         except BagelError as error:  # it has ended, or hangs
             log_event(f"jobs in flight are not waited for: {error.message}")

@@ -80,7 +80,7 @@ _DIT = (
     Metric("counter", "images", "images denoised"),
 )
 # By the model that reports them; the orchestrator reports all if every engine runs in its process.
-CATALOGUE: Mapping[str, tuple[Metric, ...]] = {
+METRIC_DEFS: Mapping[str, tuple[Metric, ...]] = {
     ORCHESTRATOR: _ORCHESTRATOR,
     SUPERVISOR: _SUPERVISOR,
     THINKER: _of_engine(THINKER) + _THINKER,

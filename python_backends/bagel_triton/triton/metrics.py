@@ -11,13 +11,13 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from bagel_triton.telemetry.metrics import CATALOGUE, SECONDS, Metric
+from bagel_triton.telemetry.metrics import METRIC_DEFS, SECONDS, Metric
 
 log = logging.getLogger(__name__)
 
 
 class TritonMetrics:
-    """The metrics of ``measurers`` (names in the catalogue), created at once.
+    """The metrics of ``measurers`` (names in ``METRIC_DEFS``), created at once.
 
     Does nothing if Triton's metrics are switched off. Each update crosses a process boundary,
     so a thread of its own makes them and no step waits.
@@ -26,7 +26,7 @@ class TritonMetrics:
     def __init__(self, measurers: Sequence[str]) -> None:
         self._families: dict[str, Any] = {}  # kept: a metric vanishes when its family is collected
         self._metrics: dict[tuple[str, ...], Any] = {}
-        self._known = {metric.name: metric for name in measurers for metric in CATALOGUE[name]}
+        self._known = {metric.name: metric for name in measurers for metric in METRIC_DEFS[name]}
         self._updates: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._updates.put(self._make_all)
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)

@@ -21,7 +21,7 @@ from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
-from bagel_triton.telemetry.metrics import CATALOGUE, SUPERVISOR, Metrics, NoMetrics
+from bagel_triton.telemetry.metrics import METRIC_DEFS, SUPERVISOR, Metrics, NoMetrics
 from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
@@ -85,7 +85,7 @@ class Orchestrator:
         triton_io.use_triton_log()
         self._outbox, config = triton_io.Outbox(), from_environment()
         one_process = config.topology.one_process
-        own = tuple(CATALOGUE) if one_process else [args["model_name"], SUPERVISOR]
+        own = tuple(METRIC_DEFS) if one_process else [args["model_name"], SUPERVISOR]
         # Two models cannot share a metric of Triton's; of a unary one, Triton's own count whole requests.
         self._metrics = TritonMetrics(own) if self.streams else None
         self._config, self._local = config.bagel, None

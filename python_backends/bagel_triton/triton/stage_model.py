@@ -119,7 +119,7 @@ class StageModel:
         end_when(self.engine.lost)
         self._announcement = Announcement(config.shm_prefix, name)
 
-    def build(self, parts: StageResources) -> Engine:
+    def build(self, resources: StageResources) -> Engine:
         """This stage's engine, which reports to ``self.metrics``."""
         raise NotImplementedError
 
