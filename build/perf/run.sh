@@ -24,8 +24,8 @@ grpc=${1:-localhost:8001}
 http=${2:-localhost:8091}
 for task in ${TASKS:-text2img img2img img2text text2text bagel ensemble chat images}; do
     case $task in
-        chat) target=(-m bagel --service-kind openai --endpoint v1/chat/completions -u "$http") ;;
-        images) target=(-m bagel --service-kind openai --endpoint v1/images/generations -u "$http") ;;
+        chat) target=(-m bagel --async --service-kind openai --endpoint v1/chat/completions -u "$http") ;;
+        images) target=(-m bagel --async --service-kind openai --endpoint v1/images/generations -u "$http") ;;
         ensemble) target=(-m bagel_text2img -i grpc -u "$grpc") ;;
         bagel) target=(-m bagel -i grpc --streaming -u "$grpc") ;;
         img2*) target=(-m bagel_infer -i grpc --shape image:1 -u "$grpc") ;;
@@ -33,11 +33,11 @@ for task in ${TASKS:-text2img img2img img2text text2text bagel ensemble chat ima
     esac
     echo "== $task (${target[*]})"
     for concurrency in ${CONCURRENCY:-1 4 16}; do
-        # Of its report, the last line, or all of it where it failed.
+        # Of its report, the last line; its errors, without the usage that follows them, where it failed.
         report=$("$here/../../.venv/bin/bagel-triton" perf-analyzer -- "${target[@]}" \
             --input-data "$here/$task.json" --concurrency-range "$concurrency" \
             --request-count "${REQUESTS:-40}" 2>&1) || {
-            echo "$report" >&2
+            sed '/^Usage:/,$d' <<<"$report" >&2
             exit 1
         }
         grep '^Concurrency:' <<<"$report"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,3 +125,15 @@ def test_sixteen_requests_at_once_each_get_their_own(toy: Server, circle: Pixels
             "Two plus three is five.",
         ]
         assert [texts.parse(one.result()) for one in described] == [CIRCLE, CIRCLE]
+
+
+@pytest.mark.long
+def test_every_recipe_of_perf_analyzer_runs(toy: Server) -> None:
+    script = Path(__file__).parents[2] / "build" / "perf" / "run.sh"
+    environment = {**os.environ, "CONCURRENCY": "2", "REQUESTS": "2"}
+    command = [script, toy.grpc, toy.url.removeprefix("http://")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    titles = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("== ")]
+    assert set(titles) == {path.stem for path in script.parent.glob("*.json")}
+    assert ran.stdout.count("Concurrency: 2, throughput: ") == len(titles)
