@@ -21,8 +21,7 @@ from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.config import LanguageConfig, ModelConfig, segment_tokens
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
-from bagel_triton.model.cpu.projection import WEIGHTS
-from bagel_triton.model.cpu.row_stable import CACHED
+from bagel_triton.model.cpu.row_stable import CACHED, WEIGHTS
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.protocol.events import Stage

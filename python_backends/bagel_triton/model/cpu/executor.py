@@ -23,8 +23,7 @@ from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu.projection import add_projection, project
-from bagel_triton.model.cpu.row_stable import rms_norm, rotate, silu_product
+from bagel_triton.model.cpu.row_stable import add_projection, project, rms_norm, rotate, silu_product
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Transformer
 
