@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from bagel_triton.engine.preprocess.planner import RequestPlanner
+from bagel_triton.model.image import ResizeRule
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.messages import Branch, Plan, Segment, TextSegment, VitSegment
@@ -283,6 +285,16 @@ print(plan.flow.height, "torch" in sys.modules)
         [sys.executable, "-c", program, str(checkpoint_dir)], capture_output=True, text=True, check=False
     )
     assert (run.stdout, run.stderr) == ("512 False\n", "")
+
+
+def test_the_usual_size_is_what_the_checkpoint_was_trained_for(checkpoint_dir: Path, tokenizer: Tokenizer) -> None:
+    config = inspect(checkpoint_dir)
+    trained = ResizeRule(stride=16, longest=96, shortest=96)
+    planner = RequestPlanner(dataclasses.replace(config, vae_resize=trained), tokenizer)
+    usual, larger = (planner.expand(GenerationRequest("a cat", height=side)).flow for side in (None, 128))
+    assert usual is not None and larger is not None
+    assert (usual.height, usual.width) == (96, 96)
+    assert (larger.height, larger.width) == (128, 128)
 
 
 def test_the_deploy_files_defaults_are_for_what_a_request_leaves_out(checkpoint_dir: Path, tmp_path: Path) -> None:

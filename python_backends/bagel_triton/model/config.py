@@ -240,6 +240,11 @@ class ModelConfig:
     vae_resize: ResizeRule = VAE_RULE
     vit_resize: ResizeRule = VIT_RULE
 
+    @property
+    def drawn_side(self) -> int:
+        """Longest side in pixels of the images that training drew; the position table may go on beyond it."""
+        return min(self.latent.max_side, self.vae_resize.longest)
+
 
 VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|> around an image's tokens
 

@@ -160,7 +160,7 @@ _SIDE = RequestField(
     "INT32",
     "pixels; one side alone means a square",
     affects="image",
-    default=f"{TEXT2IMG.side}; editing the resized input's",
+    default=f"{TEXT2IMG.side}, or the side that the checkpoint was trained for below it; editing the resized input's",
     limits=f"a multiple of {LATENT_STRIDE} from {LATENT_STRIDE} to the checkpoint's limit (1024 for the published one)",
     ensemble=True,
 )

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", default=question, help="chat without an image (default: %(default)s)")
     parser.add_argument("--planned", default="A cute cat", help="image to draw after thinking (default: %(default)s)")
     parser.add_argument("--output", type=Path, default="bagel_demo.png", help="contact sheet (default: %(default)s)")
-    side = f"pixels (default: {SIDE}, or the checkpoint's largest side below it)"
+    side = f"pixels (default: {SIDE}, or the side of the checkpoint's images below it)"
     parser.add_argument("--height", type=int, help=side)
     parser.add_argument("--width", type=int, help=side)
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
@@ -162,8 +162,10 @@ def _resolve_image(args: argparse.Namespace, checkpoint: Path) -> None:
     from bagel_triton.weights.files import CheckpointFiles
 
     try:
-        max_side = CheckpointFiles(checkpoint).config.latent.max_side
-        args.height, args.width = (min(SIDE, max_side) if side is None else side for side in (args.height, args.width))
+        config = CheckpointFiles(checkpoint).config
+        max_side = config.latent.max_side
+        usual = min(SIDE, config.drawn_side)
+        args.height, args.width = (usual if side is None else side for side in (args.height, args.width))
         request = GenerationRequest(
             height=args.height, width=args.width, num_inference_steps=args.steps, seed=args.seed
         )

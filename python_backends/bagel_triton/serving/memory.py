@@ -200,7 +200,8 @@ def _placement(config: DeployConfig) -> tuple[Placement, bool]:
 def _size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tuple[int, int]:
     """The images' height and width in pixels, checked, with their defaults."""
     request = GenerationRequest(height=height, width=width)
-    flow = resolve_flow(request, checkpoint.config.latent.max_side, TEXT2IMG)
+    usual = min(TEXT2IMG.side, checkpoint.config.drawn_side)
+    flow = resolve_flow(request, checkpoint.config.latent.max_side, TEXT2IMG, (usual, usual))
     return flow.height, flow.width
 
 

@@ -283,7 +283,8 @@ class RequestPlanner:
     ) -> Plan:
         has_images = size is not None
         flow_defaults = IMG2IMG if has_images else TEXT2IMG
-        flow = resolve_flow(request, self._config.latent.max_side, flow_defaults, size)
+        usual = min(flow_defaults.side, self._config.drawn_side)
+        flow = resolve_flow(request, self._config.latent.max_side, flow_defaults, size or (usual, usual))
         opening = self._opening(THINK_BEFORE_IMAGE, request.think)
         gen = (*opening, *conversation.segments)
         negative = (self._negative(request.negative_prompt),) if request.negative_prompt else ()
