@@ -8,30 +8,38 @@ ends a little beside an encoded image.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_triton.model.autoencoder import SCALE, SHIFT, Autoencoder
+from build.tiny_bagel.optimizer import Muon
 from build.tiny_bagel.parallel import Ranks
 from build.tiny_bagel.world import SIDE, Pixels
 
 LATENT_CHANNELS = 16
 WIDTH = 64
 LEVELS = 4
+Stage = Literal["new", "refine", "decoder"]
+STAGES: tuple[Stage, ...] = ("new", "refine", "decoder")
 BATCH = 4
 """Of each process; twice as many crops."""
 CROP = 32
 CROP_SHARE = 0.5
 """Of the time, the first part: crops are a quarter of the work. The norms see whole images, so these come last."""
-LEARNING_RATE = 2e-3
+RATES = {"new": (5e-3, 1e-3), "refine": (1.5e-3, 4e-4), "decoder": (1.5e-3, 4e-4)}
+"""Of Muon for the kernels and of AdamW for the rest, at the start of each stage."""
+EDGE_WEIGHT = 1.0
+"""Of the differences between neighbors: without it outlines stay blurred, as they are few pixels."""
 NOISE = 0.12
 """Standard deviation of the posterior, where latents have about 1."""
 SIZE_WEIGHT = 1e-3
+CONSTANT_SHARE = 0.3
+"""Of the time; then the rates fall to zero in a straight line."""
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -100,50 +108,59 @@ def train(
     minutes: float,
     report: Callable[[float, int, dict[str, float]], None],
     ranks: Ranks,
-    decoder_only: bool = False,
+    stage: Stage,
 ) -> int:
     """Train for ``minutes`` of wall-clock time; the number of steps.
 
     Args:
         images: so many images of the world, or crops of them, of this side: uint8 [n, side, side, 3].
         report: called after each step with the share of the time that is over, the step and its losses.
-        decoder_only: leave the encoder, and so the latents, as they are.
+        stage: ``new`` begins with crops; ``decoder`` leaves the encoder, and so the latents, as they are.
     """
+    decoder_only = stage == "decoder"
     model.encoder.requires_grad_(not decoder_only)
-    rates = (LEARNING_RATE / 2, 0.0) if decoder_only else (LEARNING_RATE, CROP_SHARE)
-    optimizer = torch.optim.AdamW(
-        [value for value in model.parameters() if value.requires_grad], lr=rates[0], betas=(0.9, 0.98), fused=True
+    trained = [value for value in model.parameters() if value.requires_grad]
+    kernels = [value for value in trained if value.ndim == 4 and min(value.shape[:2]) >= LATENT_CHANNELS]
+    chosen = {id(value) for value in kernels}
+    muon = Muon(kernels)
+    adam = torch.optim.AdamW(
+        [value for value in trained if id(value) not in chosen], betas=(0.9, 0.98), weight_decay=0, fused=True
     )
+    rates = RATES[stage]
+    crops = CROP_SHARE if stage == "new" else 0.0
     began, step = time.monotonic(), 0
     averaged = {name: value.detach().clone() for name, value in model.named_parameters()}
-    noise = deviation(model).detach()[:, None, None]
+    spread = deviation(model).detach()
+    noise = spread[:, None, None]
     share = 0.0
     while share < 1:
-        rate = rates[0] * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        pixels = as_input(images(2 * BATCH, CROP) if share < rates[1] else images(BATCH, SIDE))
+        factor = min(1.0, (step + 1) / 50) * min(1.0, (1 - share) / (1 - CONSTANT_SHARE))
+        for group in adam.param_groups:
+            group["lr"] = rates[1] * factor
+        pixels = as_input(images(2 * BATCH, CROP) if share < crops else images(BATCH, SIDE))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(not decoder_only):
             latents = means(model, pixels)
         drawn = reconstruct(model, latents + noise * torch.randn_like(latents))
         absolute, squared = F.l1_loss(drawn, pixels), F.mse_loss(drawn, pixels)
         size = latents.square().mean()
-        loss = absolute + 2 * squared + SIZE_WEIGHT * size
-        optimizer.zero_grad(set_to_none=True)
+        edges = sum(F.l1_loss(drawn.diff(dim=axis), pixels.diff(dim=axis)) for axis in (2, 3))
+        loss = absolute + 2 * squared + EDGE_WEIGHT * edges + SIZE_WEIGHT * size
+        model.zero_grad(set_to_none=True)
         loss.backward()
         clock = (time.monotonic() - began) / (60 * minutes)
         share, *shown = ranks.average(model.parameters(), [clock, absolute.item(), squared.item(), size.item()])
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        muon.step(rates[0] * factor)
+        adam.step()
         with torch.no_grad():
             if not decoder_only:
-                _constant_variance(model, torch.full((LATENT_CHANNELS,), NOISE))
+                _constant_variance(model, spread)
             decay = min(0.995, step / (step + 20))
             for name, value in model.named_parameters():
                 averaged[name].lerp_(value, 1 - decay)
         step += 1
-        report(share, step, dict(zip(("l1", "mse", "size", "lr"), (*shown, rate), strict=True)))
+        report(share, step, dict(zip(("l1", "mse", "size", "lr"), (*shown, rates[0] * factor), strict=True)))
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(averaged[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,10 +19,9 @@ from bagel_triton.weights.tiny import tokenizer as tiny_tokenizer
 from bagel_triton.weights.tiny.config import TinyConfig, json_files
 from build.tiny_bagel.autoencoder import LATENT_CHANNELS
 from build.tiny_bagel.data import VAE_SIDES, VIT_SIDES, corpus
-from build.tiny_bagel.forward import LATENT_PATCH, VIT_PATCH
+from build.tiny_bagel.forward import LATENT_PATCH, TABLE_SIDE, VIT_PATCH, trained_cells
 
 VOCABULARY = 784
-LATENT_SIDE = VAE_SIDES.longest // VAE_SIDES.stride
 VIT_SIDE = VIT_SIDES.longest // VIT_SIDES.stride
 GEOMETRY = ModelConfig(
     LanguageConfig(
@@ -35,7 +35,7 @@ GEOMETRY = ModelConfig(
         rope_theta=1e4,
         rms_norm_eps=1e-6,
     ),
-    LatentConfig(patch_size=LATENT_PATCH, channels=LATENT_CHANNELS, downsample=8, max_latent_size=LATENT_SIDE),
+    LatentConfig(patch_size=LATENT_PATCH, channels=LATENT_CHANNELS, downsample=8, max_latent_size=TABLE_SIDE),
     VitConfig(
         hidden_size=96,
         intermediate_size=256,
@@ -47,6 +47,7 @@ GEOMETRY = ModelConfig(
     ),
 )
 EMBEDDING_STD = 0.4
+TOKENIZER_FILES = ("merges.txt", "tokenizer_config.json", "vocab.json")
 
 
 def new() -> Bagel:
@@ -75,18 +76,29 @@ def new() -> Bagel:
     return model
 
 
-def write_tokenizer(folder: Path) -> dict[str, int]:
-    """Train the tokenizer on the world's texts and write its files; ids of its special tokens."""
-    return tiny_tokenizer.write(folder, VOCABULARY, corpus(seed=0, count=4000))
-
-
-def write(folder: Path, model: Bagel, autoencoder: Autoencoder) -> None:
-    """Write the whole checkpoint: the transformer in bfloat16, the autoencoder in float32."""
+def write_tokenizer(folder: Path) -> None:
+    """Train the tokenizer on the world's texts and write its files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, contents in _configs(write_tokenizer(folder)).items():
+    tiny_tokenizer.write(folder, VOCABULARY, corpus(seed=0, count=4000))
+
+
+def write(folder: Path, model: Bagel, autoencoder: Autoencoder, tokenizer: Path) -> None:
+    """Write the whole checkpoint: the transformer in bfloat16, the autoencoder in float32.
+
+    ``tokenizer`` is the folder of the one that the model was trained with. Positions of the flow
+    that were not trained are those of the nearest one that was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(tokenizer / name, folder / name)
+    added = json.loads((tokenizer / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    token_ids = {token["content"]: int(index) for index, token in added.items()}
+    for name, contents in _configs(token_ids).items():
         (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
+        if name == "latent_pos_embed.pos_embed":
+            value = value[trained_cells(TABLE_SIDE, TABLE_SIDE)]
         stored = stored_tensors(name, tuple(value.shape), GEOMETRY.language)
         parts = value.split([shape[0] for shape in stored.values()])
         tensors |= {part: rows.to(torch.bfloat16).clone() for part, rows in zip(stored, parts, strict=True)}
@@ -114,7 +126,7 @@ def _configs(token_ids: dict[str, int]) -> dict[str, dict[str, object]]:
             kv_heads=language.num_kv_heads,
             intermediate_size=language.intermediate_size,
             vocab_size=language.vocab_size,
-            max_latent_size=LATENT_SIDE,
+            max_latent_size=TABLE_SIDE,
         ),
         token_ids,
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from build.tiny_bagel.world import (
 
 VAE_SIDES = ResizeRule(stride=16, longest=SIDE, shortest=SIDE)
 VIT_SIDES = ResizeRule(stride=14, longest=56, shortest=56)
+WIDE_SIZES = ((64, 128), (128, 64), (96, 96), (128, 128))
 #: A thing of this kind and color is in no training image.
 UNSEEN_PAIRS = (
     ("orange", "square"),
@@ -93,25 +93,27 @@ class Picture:
 class Piece:
     """One segment of a context.
 
-    A ``text`` with ``learned`` set is an answer, whose next tokens are a target. A ``query`` is a
-    noisy ``picture`` whose velocity is the target; no later segment sees it.
+    The tokens of a ``text`` after the first ``given`` ones are an answer, and a target. A ``query``
+    is a noisy ``picture`` whose velocity is the target; no later segment sees it.
     """
 
     kind: Literal["text", "vit", "vae", "query"]
     ids: tuple[int, ...] = ()
-    learned: bool = False
+    given: int | None = None
     picture: Picture | None = None
 
 
 Sample = tuple[Piece, ...]
+Form = Literal["bare", "template", "marked", "wrapped"]
 
 
 @dataclass
 class Pools:
-    """Encoded images, and pairs of them with the instruction that leads from one to the other."""
+    """Encoded images; pairs of them with the instruction that leads from one to the other; larger images."""
 
     pictures: list[Picture] = field(default_factory=list)
     edits: list[tuple[Picture, str, Picture]] = field(default_factory=list)
+    wide: list[Picture] = field(default_factory=list)
 
 
 def vit_pixels(image: Pixels) -> Pixels:
@@ -119,10 +121,13 @@ def vit_pixels(image: Pixels) -> Pixels:
     return np.asarray(VIT_SIDES.apply(VAE_SIDES.apply(Image.fromarray(image))))
 
 
-def make_pools(
-    rng: random.Random, pictures: int, edits: int, encode: Callable[[list[Scene]], NDArray[np.float32]]
-) -> Pools:
-    """``pictures`` images and ``edits`` pairs; ``encode`` makes latents [n, channels, h, w] of scenes."""
+class Encode(Protocol):
+    def __call__(self, scenes: list[Scene], height: int = SIDE, width: int = SIDE) -> NDArray[np.float32]:
+        """Latents of images of this size: [scenes, channels, h, w]."""
+
+
+def make_pools(rng: random.Random, pictures: int, edits: int, wide: int, encode: Encode) -> Pools:
+    """``pictures`` images, ``edits`` pairs, and ``wide`` images of each of :data:`WIDE_SIZES`."""
     scenes = [training_scene(rng) for _ in range(pictures)]
     instructions: list[str] = []
     while len(instructions) < edits:
@@ -131,16 +136,42 @@ def make_pools(
         if not unseen(after):
             instructions.append(instruction)
             scenes += [before, after]
-    latents = encode(scenes)
-    made = [Picture(scene, latent) for scene, latent in zip(scenes, latents, strict=True)]
+    made = [Picture(scene, latent) for scene, latent in zip(scenes, encode(scenes), strict=True)]
     pairs = made[pictures:]
-    return Pools(made[:pictures], list(zip(pairs[::2], instructions, pairs[1::2], strict=True)))
+    larger: list[Picture] = []
+    for height, width in WIDE_SIZES:
+        scenes = [training_scene(rng) for _ in range(wide)]
+        latents = encode(scenes, height, width)
+        larger += [Picture(scene, latent) for scene, latent in zip(scenes, latents, strict=True)]
+    return Pools(made[:pictures], list(zip(pairs[::2], instructions, pairs[1::2], strict=True)), larger)
+
+
+#: A bare question; one in a chat template, its image before it or at the template's mark; one between markers.
+FORMS: tuple[Form, ...] = ("bare", "template", "marked", "wrapped")
+FORM_WEIGHTS = (0.75, 0.06, 0.07, 0.12)
+
+
+def exchange(tokenizer: Tokenizer, form: Form, asked: str, answer: str, picture: Picture | None = None) -> Sample:
+    """A question, perhaps about an image, and its answer as the prompt's form continues."""
+    image: Sample = () if picture is None else (Piece("vit", picture=picture),)
+    if form == "bare":
+        pieces = [(tokenizer.start, *tokenizer.encode_text(text), tokenizer.end) for text in (asked, answer)]
+        return (*image, Piece("text", pieces[0]), Piece("text", pieces[1], given=1))
+    if form == "wrapped":
+        prompt = f"<|im_start|>{asked}<|im_end|>"
+    else:
+        opening = "<|im_start|>user\n"
+        if form == "marked" and image:
+            image, opening = (Piece("text", tuple(tokenizer.encode(opening))), *image), "\n"
+        prompt = f"{opening}{asked}<|im_end|>\n<|im_start|>assistant\n"
+    given = tokenizer.encode(prompt)
+    return (*image, Piece("text", (*given, *tokenizer.encode_text(answer), tokenizer.end), len(given)))
 
 
 #: Samples of each task in a batch of 32, before and after :data:`TURN` of the time; a fraction is the probability of
 #: one more. Drawing comes first: a thing is drawn well before it is named well.
-EARLY = {"draw": 21, "edit": 4, "describe": 2, "ask": 3, "plan": 1, "reason": 0.4, "chat": 0.6}
-LATE = {"draw": 9, "edit": 6, "describe": 8, "ask": 7, "plan": 1, "reason": 0.5, "chat": 0.5}
+EARLY = {"draw": 20, "wide": 0.5, "edit": 4, "describe": 2, "ask": 3, "plan": 1, "reason": 0.4, "chat": 0.6}
+LATE = {"draw": 7.5, "wide": 1, "edit": 9, "describe": 5, "ask": 6, "plan": 2, "reason": 0.5, "chat": 1}
 TURN = 0.4
 
 
@@ -160,13 +191,22 @@ class Sampler:
 
     def _text(self, text: str, learned: bool = False) -> Piece:
         ids = (self._tokenizer.start, *self._encoded(text), self._tokenizer.end)
-        return Piece("text", ids, learned)
+        return Piece("text", ids, 1 if learned else None)
+
+    def _exchange(self, asked: str, answer: str, picture: Picture | None = None) -> Sample:
+        form = self.rng.choices(FORMS, FORM_WEIGHTS)[0]
+        return exchange(self._tokenizer, form, asked, answer, picture)
 
     def _picture(self) -> Picture:
         return self.rng.choice(self._pools.pictures)
 
+    def _wide(self) -> Sample:
+        return self._drawn(self.rng.choice(self._pools.wide))
+
     def _draw(self) -> Sample:
-        picture = self._picture()
+        return self._drawn(self._picture())
+
+    def _drawn(self, picture: Picture) -> Sample:
         query = Piece("query", picture=picture)
         if self.rng.random() < 0.1:
             return (query,)
@@ -200,16 +240,15 @@ class Sampler:
 
     def _describe(self) -> Sample:
         picture = self._seen()
-        prompt = self._text(self.rng.choice(texts.DESCRIBE))
-        return (Piece("vit", picture=picture), prompt, self._text(texts.description(picture.scene), learned=True))
+        return self._exchange(self.rng.choice(texts.DESCRIBE), texts.description(picture.scene), picture)
 
     def _seen(self) -> Picture:
         """Any picture; now and then the result of an edit, which may be empty."""
         return self.rng.choice(self._pools.edits)[2] if self.rng.random() < 0.2 else self._picture()
 
     def _ask(self) -> Sample:
-        asked, answer = texts.question(self.rng, (picture := self._picture()).scene)
-        return (Piece("vit", picture=picture), self._text(asked), self._text(answer, learned=True))
+        picture = self._picture()
+        return self._exchange(*texts.question(self.rng, picture.scene), picture)
 
     def _reason(self) -> Sample:
         opening = self._text(THINK_BEFORE_ANSWER)
@@ -222,8 +261,7 @@ class Sampler:
         return (opening, Piece("vit", picture=picture), self._text(asked), self._text(answer, learned=True))
 
     def _chat(self) -> Sample:
-        asked, answer = texts.chat(self.rng)
-        return (self._text(asked), self._text(answer, learned=True))
+        return self._exchange(*texts.chat(self.rng))
 
 
 def corpus(seed: int, count: int) -> list[str]:

@@ -28,11 +28,12 @@ from bagel_triton.protocol.events import AnswerEvent
 from bagel_triton.protocol.request import GenerationRequest
 from build.tiny_bagel import texts
 from build.tiny_bagel.data import UNSEEN_PAIRS, held_out, training_scene, unseen
-from build.tiny_bagel.world import COLORS, KINDS, PLACES, PLAIN, Pixels, Scene, Thing, recognise, render
+from build.tiny_bagel.world import COLORS, KINDS, PLACES, PLAIN, SIDE, Pixels, Scene, Thing, recognise, render
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 STEPS = 25
 LOAD_S, SILENCE_S = 120.0, 600.0
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 UNCHANGED = 12.0
 """Mean difference of pixels, of 255, outside of what an edit is about."""
 
@@ -130,8 +131,9 @@ def draw_row(stages: LocalStages, scenes: Sequence[Scene], seed: int, **fields: 
 
 
 def seen(reply: Reply) -> Scene:
+    """What is drawn; of a larger image, in its upper left part, where the scene is."""
     assert reply.pixels is not None
-    return recognise(reply.pixels)
+    return recognise(reply.pixels[:SIDE, :SIDE])
 
 
 def negative_row(stages: LocalStages, rng: random.Random, count: int, seed: int) -> Scores:
@@ -192,11 +194,17 @@ def say_rows(stages: LocalStages, rng: random.Random, scenes: Sequence[Scene]) -
     described = run(stages, [asking(rng.choice(texts.DESCRIBE), render(scene)) for scene in scenes])
     chats = [(question, answer) for question, answer in texts.CHAT.items()]
     talked = run(stages, [asking(question) for question, _ in chats])
+    wrapped = run(stages, [asking(f"<|im_start|>{question}<|im_end|>") for question, _ in chats])
+    templated = run(stages, [asking(TEMPLATE.format(question)) for question, _ in chats])
+    conversation = {
+        name: sum(reply.text == answer for (_, answer), reply in zip(chats, replies, strict=True)) / len(chats)
+        for name, replies in (("bare", talked), ("wrapped", wrapped), ("chat template", templated))
+    }
     return {
         "answers": {"right": sum(answers) / len(answers)},
         "answers, think": {"right": sum(thought) / len(thought)},
         "descriptions": judge(scenes, [texts.parse(reply.text) for reply in described]),
-        "chat": {"right": sum(r.text == a for (_, a), r in zip(chats, talked, strict=True)) / len(chats)},
+        "chat": conversation,
     }
 
 
@@ -223,6 +231,9 @@ def evaluate(
             report("draw, TaylorSeer", draw_row(stages, scenes, seed, cache="taylorseer")[0])
             for steps in (10, 50):
                 report(f"draw, {steps} steps", draw_row(stages, scenes, seed, num_inference_steps=steps)[0])
+            for side in (128, 512):
+                some = scenes if side == 128 else scenes[:16]
+                report(f"draw, {side}x{side}", draw_row(stages, some, seed, height=side, width=side)[0])
             report("negative color", negative_row(stages, rng, count, seed))
         report("edit", edit_row(stages, rng, count, seed))
         for name, row in say_rows(stages, rng, scenes).items():

@@ -22,10 +22,14 @@ from bagel_triton.model.image import patchified
 from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.model.tokenizer import Tokenizer
 from build.tiny_bagel.data import Piece, Sample, vit_pixels
-from build.tiny_bagel.world import render
+from build.tiny_bagel.world import SIDE, render
 
 LATENT_PATCH = 2
 VIT_PATCH = 14
+TABLE_SIDE = 32
+"""Of the flow's position table: images of up to 512 pixels."""
+TRAINED_SIDE = SIDE // (8 * LATENT_PATCH) + 1
+"""Positions that are trained: those of the world's images, and one more for all that lies beyond."""
 PADDING = 10_000
 GROUPS = 3
 
@@ -79,6 +83,12 @@ class Batch:
     groups: tuple[Group, ...]
 
 
+def trained_cells(rows: int, columns: int) -> Tensor:
+    """Where the table has the trained positions of a ``rows`` x ``columns`` grid, [rows * columns]."""
+    down, across = (torch.arange(count).clamp(max=TRAINED_SIDE - 1) for count in (rows, columns))
+    return (TABLE_SIDE * down[:, None] + across).flatten()
+
+
 def _mask(segments: NDArray[np.int64], causal: NDArray[np.bool_], hidden: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Who sees whom in padded contexts: all [contexts, length] -> [contexts, length, length]."""
     length = segments.shape[1]
@@ -118,7 +128,8 @@ class Collator:
                 if piece.kind == "text":
                     tokens += [(1, len(ids) + index) for index in range(len(piece.ids))]
                     ids += piece.ids
-                    next_ids += [*piece.ids[1:], -1] if piece.learned else [-1] * len(piece.ids)
+                    unknown = len(piece.ids) if piece.given is None else piece.given
+                    next_ids += [-1] * (unknown - 1) + [*piece.ids[unknown:], -1]
                     positions += range(position, position + len(piece.ids))
                     position += len(piece.ids)
                 else:
@@ -127,12 +138,12 @@ class Collator:
                     next_ids += [-1, -1]
                     inner = self._vit(piece, patches) if piece.kind == "vit" else None
                     if inner is None:
+                        assert piece.picture is not None
                         at = sum(len(part) for part in latents)
                         x, t, v = self._latent(piece)
                         latents.append(x)
                         times.append(t)
-                        side = int(len(x) ** 0.5)
-                        cells.append(grid_index(side, side, side))
+                        cells.append(trained_cells(*(side // LATENT_PATCH for side in piece.picture.latent.shape[1:])))
                         inner = [(0, at + index) for index in range(len(x))]
                         if v is not None:
                             velocities.append(v)

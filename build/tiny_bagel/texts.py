@@ -21,6 +21,7 @@ DESCRIBE = (
     "What do you see?",
     "Please describe this image",
     "What is shown here?",
+    "Describe this image in detail",
 )
 CHAT = {
     "Hello": "Hello! I draw simple pictures.",
@@ -143,14 +144,27 @@ def _spoken_backdrop(rng: random.Random, background: tuple[str, ...]) -> str:
 
 def _names_color(rng: random.Random, thing: Thing) -> bool:
     if thing.kind in PLAIN:
-        return rng.random() >= 0.06
+        return rng.random() >= 0.15
     return thing.color != USUAL_COLOR[thing.kind] or rng.random() < 0.5
+
+
+def _attribute(rng: random.Random, scene: Scene) -> str:
+    """One property of a scene of one thing, as a negative prompt says it; all else may be anything."""
+    thing = scene.things[0]
+    form = rng.random()
+    if form < 0.6:
+        return thing.color
+    if form < 0.75:
+        return thing.kind
+    if form < 0.85 and len(scene.background) == 1:
+        return f"{scene.background[0]} background"
+    return f"{thing.color} {thing.kind}"
 
 
 def caption(rng: random.Random, scene: Scene) -> str:
     """One of the many ways to ask for a scene."""
-    if len(scene.things) == 1 and rng.random() < 0.015:
-        return scene.things[0].color  # what a negative prompt says
+    if len(scene.things) == 1 and rng.random() < 0.08:
+        return _attribute(rng, scene)
     two = len(scene.things) > 1
     usual_places = two and [thing.place for thing in scene.things] == ["left", "right"]
     name_places = (

@@ -15,7 +15,8 @@ import os
 import pickle
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from build.tiny_bagel import autoencoder as ae
 from build.tiny_bagel import checkpoint, data, forward, parallel, sheet, vision
 from build.tiny_bagel.world import CENTERS, PLACES, SIDE, Pixels, Scene, random_scene, render
 
-PICTURES, EDITS = 5_000, 1_500
-"""Encoded images and pairs of them, of each process."""
+PICTURES, EDITS, WIDE = 4_000, 3_000, 80
+"""Encoded images, pairs of them, and larger images of each size, of each process."""
 LEARNING_RATE = 2e-3
 WARM_UP = 0.015
 """Share of the time."""
@@ -42,6 +43,13 @@ TEXT_WEIGHT = 0.3
 TIME_SHIFT = 3.0
 """As inference's default: the noisy times, at which a drawing's composition is decided, are more frequent."""
 AVERAGING = 0.996
+MINUTES = {
+    "new": (15.0, "of the autoencoder, half of it on crops"),
+    "refine": (25.0, "of the autoencoder on whole images"),
+    "vision": (6.0, "of the understanding encoder on labels"),
+    "model": (80.0, "of the transformer"),
+    "decoder": (12.0, "of the autoencoder's decoder alone"),
+}
 SAVE_EVERY_S = 120.0
 BUFFER = 6_000_000
 
@@ -74,15 +82,14 @@ class Progress:
             self._sums, self._count = {}, 0
 
 
-def train_autoencoder(
-    ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, decoder_only: bool = False
-) -> None:
-    """Train the autoencoder and write ``autoencoder.pt``; or train on the decoder of the one that is there.
+def train_autoencoder(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, stage: ae.Stage) -> None:
+    """Train the autoencoder and write ``autoencoder.pt``; but for the first stage, go on with the one there.
 
     The latents are fixed by the encoder, which is good early. The decoder takes most of the work.
     """
+    number = ae.STAGES.index(stage)
     torch.manual_seed(seed)
-    rng = random.Random(1000 * seed + 10 * decoder_only + ranks.rank)
+    rng = random.Random(1000 * seed + 10 * number + ranks.rank)
 
     def image(side: int) -> Pixels:
         scene = random_scene(rng)
@@ -93,15 +100,14 @@ def train_autoencoder(
     def images(count: int, side: int) -> Pixels:
         return np.stack([image(side) for _ in range(count)])
 
-    model = load_autoencoder(folder).requires_grad_(True) if decoder_only else ae.new()
-    torch.manual_seed(1000 * seed + 10 * decoder_only + ranks.rank)
-    name = "decoder" if decoder_only else "autoencoder"
-    report = Progress(folder / f"{name}.csv", name, ranks.rank == 0)
-    steps = ae.train(model, images, minutes, report, ranks, decoder_only)
+    model = ae.new() if stage == "new" else load_autoencoder(folder).requires_grad_(True)
+    torch.manual_seed(1000 * seed + 10 * number + ranks.rank)
+    report = Progress(folder / f"autoencoder-{stage}.csv", f"autoencoder, {stage}", ranks.rank == 0)
+    steps = ae.train(model, images, minutes, report, ranks, stage)
     if ranks.rank == 0:
-        if not decoder_only:
+        if stage != "decoder":
             ae.normalise(model, ae.as_input(images(256, SIDE)))
-        _save(folder / "autoencoder.pt", {"model": model.state_dict(), "steps": steps, "finished": decoder_only})
+        _save(folder / "autoencoder.pt", {"model": model.state_dict(), "steps": steps, "stage": stage})
 
 
 def train_vision(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int) -> None:
@@ -121,11 +127,13 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     return model.eval().requires_grad_(False)
 
 
-def encode(model: Autoencoder, scenes: list[Scene], shown: bool = False) -> NDArray[np.float32]:
-    """Normalised latents of scenes, [scenes, channels, h, w]."""
+def encode(
+    model: Autoencoder, scenes: list[Scene], height: int = SIDE, width: int = SIDE, shown: bool = False
+) -> NDArray[np.float32]:
+    """Normalised latents of the scenes' images of this size, [scenes, channels, h, w]."""
     parts = []
     for first in tqdm(range(0, len(scenes), 64), desc="latents", disable=not shown):
-        pixels = np.stack([render(scene) for scene in scenes[first : first + 64]])
+        pixels = np.stack([render(scene, height, width) for scene in scenes[first : first + 64]])
         images = ae.as_input(pixels).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             parts.append(ae.means(model, images).contiguous().numpy())
@@ -141,7 +149,8 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 def _pools(path: Path, autoencoder: Autoencoder, seed: int, shown: bool) -> data.Pools:
     """The encoded images of one process, from ``path`` where an interrupted run left them."""
     if not path.exists():
-        made = data.make_pools(random.Random(seed), PICTURES, EDITS, lambda scenes: encode(autoencoder, scenes, shown))
+        encoder = partial(encode, autoencoder, shown=shown)
+        made = data.make_pools(random.Random(seed), PICTURES, EDITS, WIDE, encoder)
         path.write_bytes(pickle.dumps(made))
     pools = pickle.loads(path.read_bytes())
     assert isinstance(pools, data.Pools)
@@ -221,29 +230,41 @@ def export(folder: Path) -> None:
     """Write ``checkpoint/`` from the averaged weights of ``model.pt``."""
     model = checkpoint.new()
     model.load_state_dict(torch.load(folder / "model.pt")["averaged"])
-    checkpoint.write(folder / "checkpoint", model, load_autoencoder(folder))
+    checkpoint.write(folder / "checkpoint", model, load_autoencoder(folder), folder / "tokenizer")
+
+
+def train_all(folder: Path, minutes: Mapping[str, float], seed: int, processes: int) -> None:
+    """Every stage that is not over yet; the autoencoder's last one comes after the transformer."""
+
+    def run(work: Callable[..., None], name: str, *more: object) -> None:
+        parallel.run(processes, BUFFER, work, folder, minutes[name], seed, *more)
+
+    def autoencoder(stage: ae.Stage) -> None:
+        path = folder / "autoencoder.pt"
+        over = ae.STAGES.index(torch.load(path)["stage"]) if path.exists() else -1
+        if over < ae.STAGES.index(stage):
+            run(train_autoencoder, stage, stage)
+
+    autoencoder("new")
+    autoencoder("refine")
+    if not (folder / "vision.pt").exists():
+        run(train_vision, "vision")
+    run(train_model, "model")
+    autoencoder("decoder")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--autoencoder-minutes", type=float, default=10)
-    parser.add_argument("--vision-minutes", type=float, default=5)
-    parser.add_argument("--minutes", type=float, default=64, help="of the transformer (default: %(default)s)")
-    parser.add_argument("--decoder-minutes", type=float, default=8)
+    for name, (minutes, of) in MINUTES.items():
+        parser.add_argument(f"--{name}-minutes", type=float, default=minutes, help=f"{of} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
-    (args.folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_tokenizer(args.folder / "tokenizer")
-    trained = args.folder / "autoencoder.pt"
-    if not trained.exists():
-        parallel.run(args.processes, BUFFER, train_autoencoder, args.folder, args.autoencoder_minutes, args.seed)
-    if not (args.folder / "vision.pt").exists():
-        parallel.run(args.processes, BUFFER, train_vision, args.folder, args.vision_minutes, args.seed)
-    parallel.run(args.processes, BUFFER, train_model, args.folder, args.minutes, args.seed)
-    if not torch.load(trained)["finished"]:
-        parallel.run(args.processes, BUFFER, train_autoencoder, args.folder, args.decoder_minutes, args.seed, True)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if not (args.folder / "tokenizer").exists():
+        checkpoint.write_tokenizer(args.folder / "tokenizer")
+    train_all(args.folder, {name: getattr(args, f"{name}_minutes") for name in MINUTES}, args.seed, args.processes)
     export(args.folder)
     for losses in args.folder.glob("*.csv"):
         if losses.stat().st_size:

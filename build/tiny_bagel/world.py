@@ -215,16 +215,16 @@ def _corner(place: str, side: int) -> tuple[int, int]:
     return CENTERS[row] - side // 2, CENTERS[column] - side // 2
 
 
-def _backdrop(background: Sequence[str]) -> NDArray[np.float32]:
-    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+def _backdrop(background: Sequence[str], height: int = SIDE, width: int = SIDE) -> NDArray[np.float32]:
+    canvas = np.empty((height, width, 3), np.float32)
     canvas[: SIDE // 2] = COLORS[background[0]]
     canvas[SIDE // 2 :] = COLORS[background[-1]]
     return canvas
 
 
-def render(scene: Scene) -> Pixels:
-    """The scene's image, [SIDE, SIDE, 3]."""
-    canvas = _backdrop(scene.background)
+def render(scene: Scene, height: int = SIDE, width: int = SIDE) -> Pixels:
+    """The scene's image, [height, width, 3]; a larger one has it at the top left, and background around."""
+    canvas = _backdrop(scene.background, height, width)
     for thing in scene.things:
         side = DIAMETERS[thing.size]
         drawn = sprite(thing.kind, side)

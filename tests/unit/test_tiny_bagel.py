@@ -85,7 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.llm2vae.weight, std=0.1)
     torch.nn.init.normal_(model.language_model.lm_head.weight, std=0.3)
     toy_autoencoder.normalise(autoencoder, toy_autoencoder.as_input(np.stack([render(s) for s in scenes(8)])))
-    checkpoint.write(target, model, autoencoder)
+    checkpoint.write_tokenizer(target / "tokenizer")
+    checkpoint.write(target, model, autoencoder, target / "tokenizer")
     return target
 
 
@@ -105,8 +106,8 @@ def batch_of(loaded: tuple[Bagel, Autoencoder, Tokenizer], *samples: data.Sample
     return forward.Collator(loaded[2], deviation, shift=3.0, seed=0)(samples)
 
 
-def text(tokenizer: Tokenizer, words: str, learned: bool = False) -> data.Piece:
-    return data.Piece("text", (tokenizer.start, *tokenizer.encode_text(words), tokenizer.end), learned)
+def text(tokenizer: Tokenizer, words: str) -> data.Piece:
+    return data.Piece("text", (tokenizer.start, *tokenizer.encode_text(words), tokenizer.end))
 
 
 def test_the_training_forward_has_the_served_velocity(
@@ -149,19 +150,46 @@ def test_the_training_forward_has_the_served_velocity(
     assert served.std() > 1, "a constant image would prove nothing"
 
 
-def test_the_training_forward_has_the_served_next_tokens(
+def test_the_training_forward_knows_the_places_of_a_larger_image(
     folder: Path, loaded: tuple[Bagel, Autoencoder, Tokenizer]
+) -> None:
+    bagel, autoencoder, tokenizer = loaded
+    with evaluate.opened(folder) as stages:
+        request = evaluate.drawing("a cat", 7, height=96, width=112, num_inference_steps=2, cfg_text_scale=1.0)
+        served = evaluate.run(stages, [request])[0].pixels
+    picture = data.Picture(RED_CIRCLE, np.zeros((16, 12, 14), np.float32))
+    batch = batch_of(loaded, (text(tokenizer, "a cat"), data.Piece("query", picture=picture)))
+    start = initial_noise(7, 42, 64)
+    changed = forward.Batch(**{**vars(batch), "latents": start, "times": torch.ones_like(batch.times)})
+    velocity, _ = forward.forward(bagel, changed)
+    expected = decode(autoencoder, unpack_latents(start - velocity, 6, 7, 2)[None])[0].numpy()
+    assert served is not None
+    assert np.abs(served.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt"),
+    [
+        ("bare", "What is it?"),
+        ("wrapped", "<|im_start|>What is it?<|im_end|>"),
+        ("template", "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"),
+        ("marked", "<|im_start|>user\n<|image_pad|>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_the_training_forward_has_the_served_next_tokens(
+    folder: Path, loaded: tuple[Bagel, Autoencoder, Tokenizer], form: data.Form, prompt: str
 ) -> None:
     bagel, _, tokenizer = loaded
     pixels = render(RED_CIRCLE)
     with evaluate.opened(folder) as stages:
-        request = evaluate.asking("What is it?", pixels, logit_bias={tokenizer.end: -100.0})
+        request = evaluate.asking(prompt, pixels, logit_bias={tokenizer.end: -100.0})
         answer = evaluate.run(stages, [replace(request, max_tokens=6)])[0].text
     picture = data.Picture(RED_CIRCLE, np.zeros((16, 8, 8), np.float32))
     decoded: list[int] = []
     for _ in range(6):
-        piece = data.Piece("text", (tokenizer.start, *decoded, tokenizer.end), learned=True)
-        batch = batch_of(loaded, (data.Piece("vit", picture=picture), text(tokenizer, "What is it?"), piece))
+        *before, last = data.exchange(tokenizer, form, "What is it?", "", picture)
+        known = (*last.ids[: last.given], *decoded, tokenizer.end)
+        batch = batch_of(loaded, (*before, data.Piece("text", known, last.given)))
         _, logits = forward.forward(bagel, batch)
         scores = logits[-1].clone()
         scores[tokenizer.end] -= 100
@@ -171,8 +199,8 @@ def test_the_training_forward_has_the_served_next_tokens(
 
 def test_what_is_padded_or_beside_changes_nothing(loaded: tuple[Bagel, Autoencoder, Tokenizer]) -> None:
     bagel, _, tokenizer = loaded
-    said = (text(tokenizer, "Hello"), text(tokenizer, "Hello! I draw.", learned=True))
-    longer = (text(tokenizer, "What can you do?"), text(tokenizer, texts.CHAT["What can you draw?"], learned=True))
+    said = data.exchange(tokenizer, "bare", "Hello", "Hello! I draw.")
+    longer = data.exchange(tokenizer, "bare", "What can you do?", texts.CHAT["What can you draw?"])
     _, alone = forward.forward(bagel, batch_of(loaded, said))
     _, beside = forward.forward(bagel, batch_of(loaded, said, longer, longer, longer))
     torch.testing.assert_close(alone, beside[: len(alone)], rtol=1e-4, atol=1e-5)
