@@ -26,6 +26,7 @@ from bagel_triton.pipeline.pipeline import GeneratedImage
 from bagel_triton.protocol.errors import BagelError
 from bagel_triton.protocol.events import AnswerEvent
 from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.weights.files import CheckpointFiles
 from build.tiny_bagel import texts
 from build.tiny_bagel.data import UNSEEN_PAIRS, held_out, training_scene, unseen
 from build.tiny_bagel.world import COLORS, KINDS, PLACES, PLAIN, SIDE, Pixels, Scene, Thing, recognise, render
@@ -34,6 +35,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 STEPS = 25
 LOAD_S, SILENCE_S = 120.0, 600.0
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+LARGER = {128: 40, 512: 12}
+"""Sides of larger images, and how many of each are drawn."""
 UNCHANGED = 12.0
 """Mean difference of pixels, of 255, outside of what an edit is about."""
 
@@ -231,9 +234,10 @@ def evaluate(
             report("draw, TaylorSeer", draw_row(stages, scenes, seed, cache="taylorseer")[0])
             for steps in (10, 50):
                 report(f"draw, {steps} steps", draw_row(stages, scenes, seed, num_inference_steps=steps)[0])
-            for side in (128, 512):
-                some = scenes if side == 128 else scenes[:16]
-                report(f"draw, {side}x{side}", draw_row(stages, some, seed, height=side, width=side)[0])
+            for side, few in LARGER.items():
+                if side <= CheckpointFiles(checkpoint).config.latent.max_side:
+                    row = draw_row(stages, scenes[:few], seed, height=side, width=side)[0]
+                    report(f"draw, {side}x{side}, {few} scenes", row)
             report("negative color", negative_row(stages, rng, count, seed))
         report("edit", edit_row(stages, rng, count, seed))
         for name, row in say_rows(stages, rng, scenes).items():

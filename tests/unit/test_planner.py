@@ -292,7 +292,8 @@ def test_the_usual_size_is_what_the_checkpoint_was_trained_for(checkpoint_dir: P
     trained = ResizeRule(stride=16, longest=96, shortest=96)
     planner = RequestPlanner(dataclasses.replace(config, vae_resize=trained), tokenizer)
     usual, larger = (planner.expand(GenerationRequest("a cat", height=side)).flow for side in (None, 128))
-    assert usual is not None and larger is not None
+    assert usual is not None
+    assert larger is not None
     assert (usual.height, usual.width) == (96, 96)
     assert (larger.height, larger.width) == (128, 128)
 
