@@ -227,14 +227,18 @@ def render(scene: Scene, height: int = SIDE, width: int = SIDE) -> Pixels:
     canvas = _backdrop(scene.background, height, width)
     for thing in scene.things:
         side = DIAMETERS[thing.size]
-        drawn = sprite(thing.kind, side)
         top, left = _corner(thing.place, side)
-        window = canvas[top : top + side, left : left + side]
-        window += drawn.main[..., None] * (np.array(COLORS[thing.color], np.float32) - window)
-        for color, mask in drawn.details:
-            shown = _LIGHT if color == _DARK and thing.color == "black" else color
-            window += mask[..., None] * (np.array(shown, np.float32) - window)
+        _paint(canvas[top : top + side, left : left + side], thing.kind, thing.color)
     return (canvas + 0.5).astype(np.uint8)
+
+
+def _paint(window: NDArray[np.float32], kind: str, color: str) -> None:
+    """Paint a thing over ``window``, [side, side, 3]."""
+    drawn = sprite(kind, len(window))
+    window += drawn.main[..., None] * (np.array(COLORS[color], np.float32) - window)
+    for detail, mask in drawn.details:
+        shown = _LIGHT if detail == _DARK and color == "black" else detail
+        window += mask[..., None] * (np.array(shown, np.float32) - window)
 
 
 def far_apart(one: str, other: str) -> bool:
@@ -308,41 +312,68 @@ def _parts(found: Mask) -> list[tuple[NDArray[np.bool_], int]]:
     return sorted((area for area in areas if area[1] >= MIN_PIXELS), key=lambda area: -area[1])
 
 
-def _best_sprite(found: Mask, place: str) -> tuple[str, str, float]:
-    """Kind and size whose outline has the largest overlap with ``found``, moved by up to MAX_SHIFT pixels."""
-    best = ("", "", 0.0)
+def _nearest_thing(
+    image: NDArray[np.float32], behind: NDArray[np.float32], place: str, color: str
+) -> tuple[str, str, float]:
+    """Kind and size of the thing at ``place`` whose drawing is nearest to ``image``, and how near that is: 0..1.
+
+    The thing may be up to MAX_SHIFT pixels away. What is compared is the difference from what is
+    ``behind``: 1 says that the image's is the drawing's, 0 that they have nothing in common.
+    """
+    best = ("", "", -1.0)
+    room = MAX_SHIFT
+    seen, ground = (np.pad(part, ((room, room), (room, room), (0, 0)), "edge") for part in (image, behind))
+    differs = np.abs(seen - ground).sum(-1)
+    total = differs.sum()
     for (size, side), kind in itertools.product(DIAMETERS.items(), KINDS):
-        outline = sprite(kind, side).outline
         top, left = _corner(place, side)
-        for dy, dx in itertools.product(range(-MAX_SHIFT, MAX_SHIFT + 1), repeat=2):
-            canvas = np.zeros((SIDE + 2 * side,) * 2, np.float32)
-            y, x = side + top + dy, side + left + dx
-            canvas[y : y + side, x : x + side] = outline
-            drawn = canvas[side:-side, side:-side]
-            overlap = float(np.minimum(found, drawn).sum() / np.maximum(found, drawn).sum())
-            if overlap > best[2]:
-                best = (kind, size, overlap)
+        for dy, dx in itertools.product(range(2 * room + 1), repeat=2):
+            window = np.s_[top + dy : top + dy + side, left + dx : left + dx + side]
+            drawn = ground[window].copy()
+            _paint(drawn, kind, color)
+            missed = total - differs[window].sum() + np.abs(seen[window] - drawn).sum()
+            near = 1 - float(missed / (total + np.abs(drawn - ground[window]).sum()))
+            if near > best[2]:
+                best = (kind, size, near)
     return best
 
 
-def recognise(pixels: Pixels, min_overlap: float = 0.6) -> Scene:
+def recognise(pixels: Pixels, min_nearness: float = 0.6) -> Scene:
     """The scene in an image [SIDE, SIDE, 3]: what is drawn too unlike any thing has the kind ``?``.
 
     The background is what the left and right edges have. Connected areas of another color are
     things: the place is the nearest to the middle of the area's box, the color the most frequent
-    one, kind and size those of the sprite whose outline overlaps it most.
+    one, kind and size those of the thing whose drawing is nearest.
     """
     background = background_of(pixels)
-    found = _foreground(pixels, background)
-    things = []
-    for area, _ in _parts(found)[:2]:
+    image, behind = pixels.astype(np.float32), _backdrop(background)
+    areas = [area for area, _ in _parts(_foreground(pixels, background))[:2]]
+    things: list[Thing] = []
+    for area in areas:
+        if any(_holds(thing, area) for thing in things):
+            continue  # a part of it: a boat's sail, on a background of the mast's color
         rows, columns = np.flatnonzero(area.any(1)), np.flatnonzero(area.any(0))
         middle = [(edge[0] + edge[-1] + 1) / 2 for edge in (rows, columns)]
         row, column = (min(range(3), key=lambda index: abs(CENTERS[index] - at)) for at in middle)
         place = PLACES[3 * row + column]
-        only = np.where(area, found, 0).astype(np.float32)
-        kind, size, overlap = _best_sprite(only, place)
-        names = _nearest(pixels[area].astype(np.float32))
+        names = _nearest(image[area])
         color = _NAMES[np.bincount(names, minlength=len(_NAMES)).argmax()]
-        things.append(Thing(kind if overlap >= min_overlap else "?", color, place, size or "large"))
+        others = [other for other in areas if other is not area]
+        alone = np.where(_spread(others)[..., None], behind, image) if others else image
+        kind, size, nearness = _nearest_thing(alone, behind, place, color)
+        things.append(Thing(kind if nearness >= min_nearness else "?", color, place, size))
     return Scene(tuple(sorted(things, key=lambda thing: PLACES.index(thing.place))), background)
+
+
+def _holds(thing: Thing, area: NDArray[np.bool_]) -> bool:
+    side = DIAMETERS[thing.size]
+    top, left = _corner(thing.place, side)
+    return bool(area[top : top + side, left : left + side].sum() > 0.8 * area.sum())
+
+
+def _spread(areas: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """All of ``areas``, and what is within two pixels of them."""
+    padded = np.pad(np.logical_or.reduce(areas), 2)
+    moved = [padded[dy : dy + SIDE, dx : dx + SIDE] for dy, dx in itertools.product(range(5), repeat=2)]
+    covered: NDArray[np.bool_] = np.logical_or.reduce(moved)
+    return covered
