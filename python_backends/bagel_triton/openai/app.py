@@ -1,4 +1,4 @@
-"""The HTTP API as an ASGI application: its endpoints, and what surrounds them all."""
+"""The HTTP API as an ASGI application: its routes, models and health among them, and its middleware."""
 
 from __future__ import annotations
 
@@ -8,30 +8,42 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
+import httpx
 import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bagel_triton.openai import chat, images, openapi, page, request_log, responses, status
+import bagel_triton
+from bagel_triton.openai import chat, images, openapi, page, request_log, responses
 from bagel_triton.openai.endpoint import Api, ReceiveBuffer
 from bagel_triton.openai.errors import ErrorBody, error_detail, http_exception
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_io import ImageLoader
-from bagel_triton.openai.request_log import HttpMetrics, RequestLog
+from bagel_triton.openai.request_log import CONTENT_TYPE, HttpMetrics, RequestLog
 from bagel_triton.openai.settings import MIB, AllowedSources, HttpOptions, ProxySettings
+from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.triton.client import Client, TritonClient
 
 # Open without a key: the page and the API's description hold no secret (the page prompts for
 # the key), and the name of a generated file cannot be guessed.
-_OPEN_PATHS = ("/", "/docs", "/openapi.json", "/version", *status.OPEN_PATHS)
+_OPEN_PATHS = ("/", "/docs", "/openapi.json", "/version", "/health", "/health/live", "/health/ready", "/ping")
 _OPEN_PREFIXES = ("/page/", images.FILES)
+MODALITIES = ("text", "image")
+ARCHITECTURE = {
+    "modality": "text+image->text+image",
+    "input_modalities": list(MODALITIES),
+    "output_modalities": list(MODALITIES),
+}
+METRICS_TIMEOUT_S = 5.0
 
 
 def is_open(path: str) -> bool:
@@ -49,7 +61,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
         *chat.routes(api),
         *images.routes(api),
         *responses.routes(api),
-        *status.routes(api, metrics),
+        *status_routes(api, metrics),
         *openapi.routes(api, is_open),
         *page.routes(),
     ]
@@ -132,3 +144,81 @@ class ApiKeys:
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
         return found
+
+
+def status_routes(api: Api, metrics: HttpMetrics) -> list[Route]:
+    """The endpoints' routes."""
+    return [*_model_routes(api), *_health_routes(api, metrics)]
+
+
+def _model_routes(api: Api) -> list[Route]:
+    def entry(name: str) -> dict[str, Any]:
+        canonical, *aliases = api.settings.served_model_names
+        return {
+            "id": name,
+            "object": "model",
+            "created": api.created,
+            "owned_by": "bagel-triton",
+            "root": canonical,
+            "aliases": aliases,
+            "architecture": ARCHITECTURE,
+        }
+
+    @api.endpoint
+    async def models(request: Request) -> Response:
+        # One entry: a client that shows the list would show one model under each of its names.
+        return JSONResponse({"object": "list", "data": [entry(api.settings.served_model_names[0])]})
+
+    @api.endpoint
+    async def model(request: Request) -> Response:
+        return JSONResponse(entry(api.served_model(request.path_params["model"])))
+
+    async def version(request: Request) -> Response:
+        return JSONResponse({"version": bagel_triton.__version__})
+
+    return [
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{model:path}", model, methods=["GET"]),  # a name may hold a slash
+        Route("/version", version, methods=["GET"]),
+    ]
+
+
+def _health_routes(api: Api, metrics: HttpMetrics) -> list[Route]:
+    async def ready(request: Request) -> Response:
+        try:
+            found = await api.client.readiness()
+        except StageUnavailable as error:
+            models = dict.fromkeys(api.settings.models or ("bagel",), False)
+            return JSONResponse({"status": "not ready", "models": models, "message": error.message}, 503)
+        waiting = [name for name, is_ready in found.models.items() if not is_ready]
+        body = {"models": found.models, **({"replicas": found.replicas} if found.replicas else {})}
+        if waiting:
+            return JSONResponse({"status": "not ready", **body, "message": f"not ready: {', '.join(waiting)}"}, 503)
+        return JSONResponse({"status": "ready", **body})
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def all_metrics(request: Request) -> Response:
+        return Response(await _triton_metrics(api.settings.metrics_url) + metrics.page(), media_type=CONTENT_TYPE)
+
+    return [
+        Route("/health", ready, methods=["GET"]),
+        Route("/health/ready", ready, methods=["GET"]),
+        Route("/health/live", live, methods=["GET"]),
+        Route("/ping", ready, methods=["GET", "POST"]),
+        Route("/metrics", all_metrics, methods=["GET"]),
+    ]
+
+
+async def _triton_metrics(url: str | None) -> bytes:
+    """Triton's page; a comment that says why where it cannot be had, so that the proxy's own are still there."""
+    if url is None:
+        return b"# Triton's metrics are left out: --triton-metrics says where they are\n"
+    try:
+        async with httpx.AsyncClient(trust_env=False, timeout=METRICS_TIMEOUT_S) as client:
+            page = (await client.get(url)).raise_for_status().content
+    except httpx.HTTPError as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"# Triton's metrics at {url} cannot be had: {reason}\n".encode()
+    return page if page.endswith(b"\n") else page + b"\n"
