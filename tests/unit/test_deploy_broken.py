@@ -118,7 +118,14 @@ ONE_LINE = [
         "stages: [{stage_id: 0, quantization: gptq}]",
         ":1: stages[0].quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8",
     ),
-    ("stages: [{stage_id: 0, lora_path: x}]", ":1: stages[0].lora_path='x' is not supported: merge the adapter into"),
+    (
+        "stages: [{stage_id: 0, lora_modules: x}]",
+        ":1: stages[0].lora_modules='x' is not supported: name one",
+    ),
+    (
+        "lora_path: x\nstages: [{stage_id: 1, lora_path: y}]",
+        ":2: stages[0].lora_path='y' is not that of all",
+    ),
     (
         "stages: [{stage_id: 0, enable_cpu_offload: true}]",
         ":1: stages[0].enable_cpu_offload=true is not supported: wei",

@@ -185,6 +185,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
     leftovers can be found and removed. ``connector`` carries keys and values from stage to stage.
+    ``lora_path`` is the folder of a LoRA adapter that is merged into the weights, times ``lora_scale``; empty for none.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
     stages that have their own, by stage id. ``text_defaults`` and ``image_defaults`` are values of request fields for
     requests of that kind that leave them out.
@@ -195,6 +196,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shm_prefix: str = "bagel_triton"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora_path: str = ""
+    lora_scale: float = 1.0
     connector: Literal["auto", "shm", "cuda_ipc", "mooncake", "mooncake_store"] = "auto"
     mooncake: MooncakeConfig = MooncakeConfig()
     mooncake_store: MooncakeStoreConfig = MooncakeStoreConfig()
@@ -214,6 +217,11 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def topology(self) -> Topology:
         """The topology that ``pipeline`` names."""
         return TOPOLOGIES[self.pipeline]
+
+    @property
+    def adapter(self) -> tuple[str, float] | None:
+        """The LoRA adapter's folder and scale; None for none."""
+        return (self.lora_path, self.lora_scale) if self.lora_path else None
 
     @property
     def decoder(self) -> VaeDecodeConfig:

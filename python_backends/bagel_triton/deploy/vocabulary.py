@@ -88,7 +88,7 @@ def converts(value: Any, kind: Any) -> bool:
 # --- the two tables that several levels share ---
 
 ONE_DEVICE = "a stage runs on one device today; for more, serve several copies behind a balancer"
-UNSUPPORTED_LORA = "merge the adapter into the checkpoint, and serve that"
+ONE_LORA = "name one adapter in `lora_path`, which is merged into the weights of all stages"
 NAMED_QUANTIZATION = "name a form in `quantization`; a checkpoint's own is read from its config.json"
 QUANTIZATIONS = ("auto", *get_args(Quantization))
 UNSUPPORTED_OFFLOAD = (
@@ -157,11 +157,11 @@ ENGINE: Fields = {
         type=dict[Literal["image", "img2img", "video", "audio"], Annotated[int, Meta(ge=0)]],
     ),
     "load_format": Neutral("weights are read from safetensors files", ("auto", "safetensors", "default")),
-    "lora_backend": Neutral(UNSUPPORTED_LORA, ("auto",)),
-    "lora_path": Neutral(UNSUPPORTED_LORA),
-    "lora_scale": Neutral(UNSUPPORTED_LORA, (1, 1.0)),
-    "enable_lora": Neutral(UNSUPPORTED_LORA, _OFF),
-    "lora_modules": Neutral(UNSUPPORTED_LORA),
+    "lora_backend": Neutral(ONE_LORA, ("auto",)),
+    "lora_path": Setting(str, "a folder", "a LoRA adapter (PEFT) that is merged into the weights of all stages"),
+    "lora_scale": Setting(float, "a number", "factor of what the adapter adds"),
+    "enable_lora": Neutral(ONE_LORA, _OFF),
+    "lora_modules": Neutral(ONE_LORA),
     "max_generated_image_size": Neutral(
         "pixels, at least 1048576: images are bounded by the checkpoint, at 1024x1024",
         type=Annotated[int, Meta(ge=2**20)],

@@ -133,6 +133,8 @@ class _Builder:
         stages = self._stages(top, topology)
         fields = self._top_fields(top)
         fields |= self._device(top, stages)
+        for name in ("lora_path", "lora_scale"):
+            fields |= self._of_all_stages(name, top, stages)
         fields |= self._connector(top, stages, topology)
         first = stages.get(THINKER_STAGE, {})
         second = first if topology.one_process else stages.get(DIT_STAGE, {})
@@ -315,23 +317,23 @@ class _Builder:
         return values
 
     def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
-        fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline", "dtype") if name in top}
+        fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline",) if name in top}
         if "request_timeout_s" in top:
             timeout = self._value("bagel.request_timeout_s", top["request_timeout_s"])
             fields["bagel"] = BagelConfig(request_timeout_s=timeout)
         return fields
 
+    def _of_all_stages(self, name: str, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
+        """The field ``name`` where the top or a stage has it, which must be the same for all."""
+        nodes = [found[name] for found in (top, *stages.values()) if name in found]
+        for node in nodes[1:]:
+            if node.value != nodes[0].value:
+                self._problems.add(node, f"={node.value!r} is not that of all stages, {nodes[0].value!r}")
+        return {name: self._value(name, nodes[0])} if nodes else {}
+
     def _device(self, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
         """The device and dtype that stages name, which must be the same for all."""
-        fields: dict[str, Any] = {}
-        dtypes = [found["dtype"] for found in stages.values() if "dtype" in found]
-        for node in dtypes:
-            if node.value != top.get("dtype", dtypes[0]).value:
-                self._problems.add(
-                    node, f"={node.value!r} is not that of all stages, {top.get('dtype', dtypes[0]).value!r}"
-                )
-        if dtypes and "dtype" not in top:
-            fields["dtype"] = self._value("dtype", dtypes[0])
+        fields = self._of_all_stages("dtype", top, stages)
         device = top.get("device")
         named = [found["devices"] for found in stages.values() if "devices" in found]
         if not named or (device is not None and device.origin.source.startswith("--")):

@@ -51,7 +51,7 @@ class StageResources:
                 raise ConfigError("quantization='auto' is chosen by bagel-triton serve; name a form, or leave it out")
         placement = resolve(config.device, config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
-        return cls(config, Checkpoint(config.checkpoint), placement, weights)
+        return cls(config, Checkpoint(config.checkpoint, config.adapter), placement, weights)
 
     def load_bagel(self, quantization: str | None) -> Bagel:
         """The transformer, its weights shared with the server's other processes that quantise them alike."""

@@ -35,7 +35,7 @@ SCALE = "weight_scale"
 INT8_ROWS = 1024  # that a product of integers takes at once: its sums are four bytes each
 
 # The layers that are quantised: those of both experts in every layer of the transformer, 90 % of all weights.
-# All others keep the dtype of the network. docs/quantization.md has the measurements behind this choice.
+# All others keep the dtype of the network. docs/quantization.md measures what that costs.
 QUANTIZED = ("qkv_proj", "o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 

@@ -35,6 +35,8 @@ LISTED = {
     "enable_prefix_caching": "",
     "vae_use_tiling": "",
     "quantization": "FORM",
+    "lora_path": "DIR",
+    "lora_scale": "F",
 }
 _UNLISTED = (
     "block_tokens",

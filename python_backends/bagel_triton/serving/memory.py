@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _configuration(args, folder)
         placement, here = _placement(config)
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, config.adapter)
         height, width = _size(checkpoint, args.height, args.width)
         free = available(placement) if here else None
         private = None if free is None else free.private_weights
@@ -89,7 +89,7 @@ def require(config: DeployConfig) -> DeployConfig:
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
-        checkpoint, placement = Checkpoint(config.checkpoint), resolve(config.device, config.dtype)
+        checkpoint, placement = Checkpoint(config.checkpoint, config.adapter), resolve(config.device, config.dtype)
         free = available(placement)
         # A GPU that runs out fails requests of others, too: the largest images that are admitted have to fit.
         side = None if free.device is None else checkpoint.config.latent.max_side

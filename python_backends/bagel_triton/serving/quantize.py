@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", choices=get_args(Quantization), default="int8", help="its form (default: %(default)s)"
     )
+    parser.add_argument("--lora-path", metavar="DIR", help="a LoRA adapter (PEFT) to merge into the weights first")
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="factor of what it adds (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from bagel_triton.weights.quantize import write
 
     try:
-        size = write(folder, args.output, args.quantization)
+        adapter = None if args.lora_path is None else (args.lora_path, args.lora_scale)
+        size = write(folder, args.output, args.quantization, adapter)
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
     print(f"wrote {args.output}: the transformer in {args.quantization} takes {size / 1e9:.2f} GB")

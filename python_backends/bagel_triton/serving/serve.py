@@ -210,6 +210,8 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     deployment = _configuration(options)  # before a download, which takes long
     checkpoint = flags.checkpoint(options.checkpoint, options.revision)
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
+    if config.lora_path:
+        config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).resolve()))
     if options.omni_lb_policy is not None:
         bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
         config = msgspec.structs.replace(config, bagel=bagel)
@@ -244,6 +246,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "device": _reason(placement.device, config.device),
                 "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
                 "quantization": _quantization(config, deploy),
+                **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
                 "attention": placement.attention,
                 "KV connector": connector,
                 **_request_defaults(deploy),

@@ -21,8 +21,9 @@ from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConf
 from bagel_triton.model.cpu.row_stable import make_row_stable
 from bagel_triton.model.quantization import FORMS, SCALE, Form, QuantizedLinear, quantize
 from bagel_triton.weights import validation
-from bagel_triton.weights.files import CheckpointFiles, TensorFiles
-from bagel_triton.weights.layout import Dense, Quantized, Source
+from bagel_triton.weights.files import CheckpointFiles, FileIdentity, TensorFiles
+from bagel_triton.weights.layout import Dense, Part, Quantized, Source, stored_of
+from bagel_triton.weights.lora import Adapter
 from bagel_triton.weights.sharing import SharedWeights, on_device
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -53,11 +54,13 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 class Checkpoint:
     """A checkpoint folder whose files, names and shapes were checked on opening.
 
+    With an ``adapter``, a LoRA adapter's folder and scale, its transformer is loaded with that merged into it.
+
     Raises:
         CheckpointError: names the file, field or tensor that is wrong.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, adapter: tuple[str, float] | None = None) -> None:
         files = CheckpointFiles(directory)
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
@@ -85,6 +88,14 @@ class Checkpoint:
                     coded |= dict.fromkeys(found, dtypes)
                 expected |= found
             validation.check_tensors(tensors, expected, coded)
+        self._adapter = None if adapter is None else Adapter(*adapter)
+        if self._adapter is not None:
+            if self._stored is not None:
+                raise CheckpointError(
+                    f"{self.directory} is quantised, as {self._stored.form}, and takes no adapter; "
+                    "quantise the weights it was made from with the adapter: --quantization with --lora-path"
+                )
+            self._adapter.check(self._weights.shapes())
         latent = self.config.latent
         if (autoencoder.latent_channels, autoencoder.downsample) != (latent.channels, latent.downsample):
             raise CheckpointError(
@@ -92,8 +103,8 @@ class Checkpoint:
                 f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
             )
 
-    def tensor(self, name: str) -> Tensor:
-        """The transformer's stored tensor ``name``, every value of which was read.
+    def tensor(self, name: str) -> Part:
+        """The transformer's stored tensor ``name``, every value of which was read, and what an adapter adds to it.
 
         Raises:
             CheckpointError: one is NaN or infinite.
@@ -101,7 +112,7 @@ class Checkpoint:
         tensor = self._weights.tensor(name)
         if not validation.is_finite(tensor):
             raise _not_finite(self._weights, [name])
-        return tensor
+        return tensor if self._adapter is None else self._adapter.apply(name, tensor)
 
     def form(self, quantization: str | None) -> Form | None:
         """The form of the transformer's weights where ``quantization`` is wanted; None for weights in its dtype.
@@ -190,6 +201,8 @@ class Checkpoint:
 
             def in_file(name: str, tensor: Tensor, files: TensorFiles = files) -> bool:
                 names = [*stored_tensors(name, tuple(tensor.shape), self.config.language)]
+                if self._adapted(files, names):
+                    return False
                 return files.adjoin(names) and files.dtypes(names) == {SAFETENSORS_DTYPES[tensor.dtype]}
 
             for name, tensor in state.items():
@@ -219,14 +232,14 @@ class Checkpoint:
             layer, _, kind = name.rpartition(".")
             names = [*stored_tensors(name, tuple(tensor.shape), self.config.language)]
             if layer not in layers or kind == "bias":
-                sources[name] = _source(files, names)
+                sources[name] = self._source(files, names)
             elif kind == "weight":
                 sources[name] = self._quantized(layers[layer], files, names)
         try:
             state = (
                 on_device(sources, device, dtype)
                 if shared is None
-                else shared.converted(sources, dtype, files.identity)
+                else shared.converted(sources, dtype, files.identity + self._adapters_identity)
             )
         except validation.NotFinite as error:
             shape = tuple(module.state_dict()[error.parameter].shape)
@@ -237,10 +250,24 @@ class Checkpoint:
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False).eval()
 
+    @property
+    def _adapters_identity(self) -> tuple[FileIdentity, ...]:
+        return () if self._adapter is None else self._adapter.identity
+
+    def _adapted(self, files: TensorFiles, names: Sequence[str]) -> bool:
+        """Whether an adapter changes one of the tensors ``names`` of ``files``."""
+        return self._adapter is not None and files is self._weights and any(map(self._adapter.adapts, names))
+
+    def _source(self, files: TensorFiles, names: Sequence[str]) -> Dense:
+        """The tensors ``names`` with what an adapter adds to them."""
+        if self._adapter is None or not self._adapted(files, names):
+            return _source(files, names)
+        return tuple(self._adapter.apply(name, files.tensor(name)) for name in names)
+
     def _quantized(self, form: Form, files: TensorFiles, names: Sequence[str]) -> Quantized:
         """The source of a quantised weight, whose tensors are called ``names`` in other checkpoints."""
         if self._stored is None:
-            return Quantized(form, _source(files, names))
+            return Quantized(form, self._source(files, names))
         codes = _source(files, [self._coded(name) for name in names])
         return Quantized(form, _as_bytes(codes) if self._stored.packed else codes, _source(files, _scales(names)))
 
@@ -282,9 +309,8 @@ def _scales(names: Sequence[str]) -> list[str]:
 
 
 def _as_bytes(source: Dense) -> Dense:
-    if isinstance(source, Tensor):
-        return source.view(torch.uint8)
-    return tuple(part.view(torch.uint8) for part in source)
+    found = tuple(part.view(torch.uint8) for part in stored_of(source))
+    return found if isinstance(source, tuple) else found[0]
 
 
 def inspect(directory: str | Path) -> ModelConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,8 +21,35 @@ from bagel_triton.weights.files import FileIdentity
 from bagel_triton.weights.validation import NotFinite, is_finite
 
 AT_ONCE = 1 << 22  # weights that are quantised at once, with some intermediates in float32
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A stored tensor [rows, inner] with an update of low rank: ``weight + up @ down``, computed in float32.
+
+    ``down`` is [rank, inner] and ``up`` [rows, rank], float32 both.
+    """
+
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the weight."""
+        return self.weight.shape
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def rows(self, rows: slice) -> Tensor:
+        """The sum's ``rows``."""
+        return torch.addmm(self.weight[rows].float(), self.up[rows], self.down)
+
+
+Part = Tensor | Adapted
 #: What a parameter is read from: a stored tensor, or several, the second's rows below the first's and so on.
-Dense = Tensor | tuple[Tensor, ...]
+Dense = Part | tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -37,18 +64,22 @@ class Quantized:
 Source = Dense | Quantized
 
 
-def parts_of(source: Source) -> tuple[Tensor, ...]:
-    """The stored tensors of ``source``."""
+def parts_of(source: Dense) -> tuple[Part, ...]:
+    """The parts of ``source``, top to bottom."""
+    return source if isinstance(source, tuple) else (source,)
+
+
+def stored_of(source: Source) -> list[Tensor]:
+    """The tensors of the checkpoint that ``source`` is read from."""
     if isinstance(source, Quantized):
-        return (*parts_of(source.weight), *(() if source.scale is None else parts_of(source.scale)))
-    return (source,) if isinstance(source, Tensor) else source
+        return [*stored_of(source.weight), *([] if source.scale is None else stored_of(source.scale))]
+    return [part.weight if isinstance(part, Adapted) else part for part in parts_of(source)]
 
 
 def shape_of(source: Dense) -> tuple[int, ...]:
     """The shape of the parameter that is read from ``source``."""
-    if isinstance(source, Tensor):
-        return tuple(source.shape)
-    return (sum(len(part) for part in source), *source[0].shape[1:])
+    parts = parts_of(source)
+    return tuple(parts[0].shape) if len(parts) == 1 else (sum(map(len, parts)), *parts[0].shape[1:])
 
 
 def tensors_of(name: str, source: Source, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -83,7 +114,7 @@ def check_finite(parameter: str, source: Source) -> None:
     Raises:
         NotFinite: one is NaN or infinite.
     """
-    if not all(is_finite(part) for part in parts_of(source)):
+    if not all(is_finite(part) for part in stored_of(source)):
         raise NotFinite(parameter)
 
 
@@ -97,18 +128,28 @@ def read_into(targets: Sequence[Tensor], source: Source) -> None:
         _copy(weight, source.weight)
         _copy(scale, source.scale)
         return
-    row = 0
-    for part in parts_of(source.weight):
-        for rows in part.split(max(AT_ONCE // part.shape[1], 1)):
-            place = slice(row, row + len(rows))
-            weight[place], scale[place] = source.form.encode(rows.to(weight.device, torch.float32))
-            row = place.stop
+    for place, rows in _pieces(source.weight):
+        weight[place], scale[place] = source.form.encode(rows.to(weight.device, torch.float32))
 
 
 def _copy(target: Tensor, source: Dense) -> None:
-    parts = parts_of(source)
-    for part, rows in zip(parts, target.split([len(part) for part in parts]) if parts[1:] else (target,), strict=True):
-        rows.copy_(part)
+    if isinstance(source, Tensor):
+        target.copy_(source)
+        return
+    for place, rows in _pieces(source):
+        target[place].copy_(rows)
+
+
+def _pieces(source: Dense) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of ``source``, about ``AT_ONCE`` numbers at a time, and their place in the parameter."""
+    start = 0
+    for part in parts_of(source):
+        step = max(AT_ONCE // math.prod(part.shape[1:]), 1)
+        for first in range(0, len(part), step):
+            rows = slice(first, min(first + step, len(part)))
+            place = slice(start + rows.start, start + rows.stop)
+            yield place, part.rows(rows) if isinstance(part, Adapted) else part[rows]
+        start += len(part)
 
 
 @dataclass(frozen=True)

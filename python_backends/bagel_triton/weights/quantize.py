@@ -20,7 +20,7 @@ from bagel_triton.model.config import CheckpointError
 from bagel_triton.model.quantization import FORMS, SCALE, Form
 from bagel_triton.weights.checkpoint import Checkpoint, quantized_layers, stored_tensors
 from bagel_triton.weights.folder import AUTOENCODER_FILE, CONFIG_FILES, TOKENIZER_FILES, WEIGHTS_FILE
-from bagel_triton.weights.layout import Quantized, Source, read_into
+from bagel_triton.weights.layout import Quantized, Source, read_into, stored_of
 from bagel_triton.weights.quantized_files import FIELD, StoredForm, config_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,7 +54,7 @@ class _Entry:
         return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + self.nbytes]}
 
 
-def write(source: Path, target: Path, quantization: str) -> int:
+def write(source: Path, target: Path, quantization: str, adapter: tuple[str, float] | None = None) -> int:
     """Write the checkpoint in ``source``, its transformer quantised, to ``target``; bytes of the weights' file.
 
     ``target`` is new or empty, and appears complete or not at all. One layer's rows are in memory at a time.
@@ -64,7 +64,7 @@ def write(source: Path, target: Path, quantization: str) -> int:
         FileExistsError: ``target`` holds something.
         OSError: it cannot be written.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, adapter)
     form = FORMS[quantization]
     if (stored := checkpoint.form(None)) is not None:
         raise CheckpointError(f"{source} is quantised already, as {stored.name}; take the weights it was made from")
@@ -128,7 +128,7 @@ def _parts(checkpoint: Checkpoint, form: Form) -> Iterator[tuple[Source, list[_E
         for name, shape in stored_tensors(parameter, tuple(tensor.shape), language).items():
             values = checkpoint.tensor(name)
             if layer not in layers or kind != "weight":
-                yield values, [_Entry(name, shape, values.dtype)]
+                yield values, [_Entry(name, shape, stored_of(values)[0].dtype)]
                 continue
             (codes, codes_dtype), (scales, scale_dtype) = form.tensors(*shape).values()
             prefix = name.removesuffix("weight")

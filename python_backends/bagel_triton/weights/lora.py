@@ -1,0 +1,118 @@
+"""A LoRA adapter in PEFT's layout, which is merged into the weights while they are loaded.
+
+PEFT names a tensor ``base_model.model.MODULE.lora_A.weight``; a module is called here as in the checkpoint, so each
+expert has its own (``self_attn.q_proj`` and ``self_attn.q_proj_moe_gen``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bagel_triton.model.config import CheckpointError
+from bagel_triton.weights.files import FileIdentity, TensorFiles
+from bagel_triton.weights.layout import Adapted
+from bagel_triton.weights.validation import DTYPES, is_finite
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+# Fields of an adapter's configuration that have to be off.
+_OFF = ("use_dora", "modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias", "trainable_token_indices")
+
+
+class Adapter:
+    """The adapter in the folder ``directory``, with all that it does times ``scale``.
+
+    Raises:
+        CheckpointError: names the file, field or tensor that is wrong.
+    """
+
+    def __init__(self, directory: str | Path, scale: float = 1.0) -> None:
+        self.directory = Path(directory)
+        self._config = _read_config(self.directory / CONFIG_FILE)
+        files = TensorFiles([self.directory / TENSORS_FILE])
+        pairs: dict[str, dict[str, Tensor]] = {}
+        for name in files.shapes():
+            found = _TENSOR.fullmatch(name)
+            if found is None or files.dtype(name) not in DTYPES:
+                raise CheckpointError(
+                    f"{files.file(name)}: tensor {name} ({files.dtype(name)}) is not allowed; "
+                    "allowed: base_model.model.MODULE.lora_A.weight and lora_B.weight, of floating-point numbers"
+                )
+            tensor = files.tensor(name)
+            if not is_finite(tensor):
+                raise CheckpointError(f"{files.file(name)}: tensor {name} has NaN or infinite values")
+            pairs.setdefault(found[1], {})[found[2]] = tensor.float()
+        if not pairs:
+            raise CheckpointError(f"{files.file()} has no tensors")
+        self._updates: dict[str, tuple[Tensor, Tensor]] = {}
+        for module, pair in pairs.items():
+            shapes = [tuple(pair[side].shape) for side in sorted(pair)]
+            if len(pair) != 2 or any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
+                raise CheckpointError(
+                    f"{files.file()}: lora_A and lora_B of {module} have the shapes {shapes}; "
+                    "allowed: [rank, in] and [out, rank]"
+                )
+            down, up = pair["A"], pair["B"]
+            self._updates[f"{module}.weight"] = down * (scale * self._scaling(module, len(down))), up
+        self.identity = (*files.identity, FileIdentity(f"scale {scale!r}", 0, 0))
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse an adapter for other weights than those of ``shapes``, by name.
+
+        Raises:
+            CheckpointError: names a module that is not there, or has another shape.
+        """
+        for name, (down, up) in self._updates.items():
+            shape = (up.shape[0], down.shape[1])
+            if name not in shapes:
+                module = name.removesuffix(".weight")
+                raise CheckpointError(f"{self.directory} adapts {module}, which is no module of the checkpoint")
+            if shapes[name] != shape:
+                raise CheckpointError(
+                    f"{self.directory} adapts {name} of shape {list(shape)}; the checkpoint's is {list(shapes[name])}"
+                )
+
+    def adapts(self, name: str) -> bool:
+        """Whether it changes the stored tensor ``name``."""
+        return name in self._updates
+
+    def apply(self, name: str, weight: Tensor) -> Tensor | Adapted:
+        """The stored tensor ``name`` with its update, if there is one; nothing is computed yet."""
+        return Adapted(weight, *self._updates[name]) if name in self._updates else weight
+
+    def _scaling(self, module: str, rank: int) -> float:
+        alpha = _matching(self._config.get("alpha_pattern"), module) or self._config.get("lora_alpha", rank)
+        return float(alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
+
+
+def _matching(patterns: Any, module: str) -> Any:
+    """The value of the first of PEFT's ``patterns`` that is the end of a ``module``'s name."""
+    return next(
+        (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", module)), None
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as a LoRA adapter's configuration: {error}") from error
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: peft_type={kind!r} is not allowed; allowed: 'LORA'")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{path}: bias={config['bias']!r} is not allowed; allowed: 'none'")
+    for name in _OFF:
+        if config.get(name):
+            raise CheckpointError(f"{path}: {name}={config[name]!r} is not allowed; allowed: null, false")
+    alpha = config.get("lora_alpha", 1)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not allowed; allowed: a number")
+    return dict(config)
