@@ -37,7 +37,7 @@ def check_folder(directory: Path) -> None:
     missing = missing_files(directory)
     if missing and (directory / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{directory} holds an adapter (adapter_config.json): name it in --lora-path, beside the checkpoint it adapts"
+            f"{directory} holds an adapter (adapter_config.json): name it in --lora-path, beside a checkpoint"
         )
     if missing and (gguf := sorted(path.name for path in directory.glob("*.gguf"))):
         raise CheckpointError(f"{directory} holds GGUF files ({gguf[0]}), which are not read; {how_to_get(HUB_NAME)}")
