@@ -60,6 +60,6 @@ def run(setting: Setting, side: int = SIDE) -> list[Figure]:
 
 def step_seconds(stages: LocalStages, job: DenoiseJob) -> float:
     """Seconds of a step, the median over one request without others."""
-    told: list[float] = []
-    stages.dit.submit(job, job.request_id, lambda event: told.append(time.perf_counter())).done.result()
-    return statistics.median(after - before for before, after in pairwise(told))
+    stepped_at: list[float] = []
+    stages.dit.submit(job, job.request_id, lambda event: stepped_at.append(time.perf_counter())).done.result()
+    return statistics.median(after - before for before, after in pairwise(stepped_at))

@@ -43,7 +43,7 @@ UNCHANGED = 12.0
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a request: an image, or an answer."""
+    """The result of a request: an image, or an answer."""
 
     pixels: Pixels | None = None
     text: str = ""

@@ -167,10 +167,10 @@ def _is_single(stages: Node) -> bool:
         return False
     stage = stages.items[0].mapping
     engine = stage["engine_args"].mapping if "engine_args" in stage else {}
-    told = {**engine, **stage}
-    if "stage_id" in told and told["stage_id"].value != 0:
+    given = {**engine, **stage}
+    if "stage_id" in given and given["stage_id"].value != 0:
         return False
     return any(
-        name in told and told[name].value == value
+        name in given and given[name].value == value
         for name, value in (("model_stage", "dit"), ("stage_type", "diffusion"))
     )

@@ -82,7 +82,7 @@ def on_this_host(
 
 
 def _own_address(config: DeployConfig, stage_id: int, host_address: str | None) -> str | None:
-    """Where the server of ``stage_id`` on this host listens, of the addresses that its stage has.
+    """The address of the server of ``stage_id`` on this host, among those of its stage.
 
     Raises:
         ConfigError: it has several, and none or more than one is this host's.

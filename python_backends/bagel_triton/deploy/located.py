@@ -39,7 +39,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A scalar, a mapping or a list of nodes; ``path`` is its name as written, whatever it is merged into."""
+    """A scalar, a mapping or a list of nodes; ``path`` is its name as written, also after a merge."""
 
     value: Any
     origin: Origin

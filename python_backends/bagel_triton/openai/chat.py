@@ -65,7 +65,7 @@ class Task:
         """Load the images, then relay what ``client`` answers; closing it cancels the request.
 
         Raises:
-            BagelError: whatever went wrong, in the body's names.
+            BagelError: any failure, in the body's names.
         """
         try:
             request = GenerationRequest(
@@ -131,7 +131,7 @@ def reply_options(
 
 
 def _for_client(body: ChatBody, headers: Mapping[str, str]) -> ImageReply:
-    """Where the client that sent ``body`` finds an image.
+    """The place of images in the reply to the client that sent ``body``.
 
     No one form serves them all. vLLM-Omni's clients and LangChain read a list in ``content``,
     which LiteLLM and aiperf refuse to parse; they, Open WebUI and OpenRouter's clients read

@@ -138,7 +138,7 @@ def _no_password() -> str:
 
 
 def config(app: Starlette, options: HttpOptions, grace_s: int) -> uvicorn.Config:
-    """How uvicorn serves ``app``; at a shutdown, requests have ``grace_s`` seconds to end."""
+    """uvicorn's configuration for ``app``; at a shutdown, requests have ``grace_s`` seconds to end."""
     return uvicorn.Config(
         app,
         http=_protocol(options),

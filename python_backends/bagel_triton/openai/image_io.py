@@ -29,7 +29,7 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 @dataclass(frozen=True)
 class ImageUrl:
-    """Where an image is, and ``param``, the field of the body that says so."""
+    """The URL of an image, and ``param``, its field of the body."""
 
     url: str
     param: str

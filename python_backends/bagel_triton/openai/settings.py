@@ -1,4 +1,4 @@
-"""What the HTTP API needs to know to run, and the options that say it.
+"""Settings of the HTTP API, and their command-line options.
 
 Nothing heavy is imported here: every command that starts the API declares its options with
 :func:`add_arguments`, and ``--help`` must not wait for a web framework.
@@ -52,7 +52,7 @@ class AllowedSources:
 
 @dataclass(frozen=True)
 class HttpOptions:
-    """How the API is served, whatever Triton is behind it.
+    """Settings of the HTTP server, which do not depend on Triton.
 
     With ``api_keys`` a request must carry one of them. ``cors_origins`` are the origins whose
     pages may call the API, ``*`` for any. Times are in seconds: a connection has
@@ -87,7 +87,7 @@ class HttpOptions:
 
 @dataclass(frozen=True)
 class ProxySettings:
-    """Where Triton is, which names requests may use, and the proxy's own limits.
+    """Triton's address, the model's names, and the proxy's own limits.
 
     ``triton_grpc`` is ``host:port``. A request for any of ``served_model_names`` is served;
     replies to requests that name none carry the first. A stream that stays silent for
@@ -198,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def http_options(args: argparse.Namespace) -> HttpOptions:
-    """What the options of :func:`add_arguments` say, with the keys of the environment.
+    """The settings in the options of :func:`add_arguments`, with the keys of the environment.
 
     Raises:
         OptionError: a value is not allowed, or a file cannot be read.

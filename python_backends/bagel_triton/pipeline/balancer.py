@@ -1,4 +1,4 @@
-"""Which of several servers of a stage gets the next request: the accounts and the policies, without any connection."""
+"""Choice among the servers of a stage: accounts of their work, and policies, without any connection."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Balancer:
             return bool(self._ready(avoid))
 
     def state(self, address: str) -> State:
-        """What the last check found; "down" for a server that is no member."""
+        """The state at the last check; "down" for a server that is no member."""
         with self._lock:
             member = self._members.get(address)
             return "down" if member is None else member.state

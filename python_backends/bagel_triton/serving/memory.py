@@ -239,7 +239,7 @@ def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
             root, limit_file, usage_file = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # A container sees its own group at the root, whatever the path says.
+        # A container sees its own group at the root, not at this path.
         own = root / path.lstrip("/")
         for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(root))):
             if not (folder / limit_file).is_file() or (limit := (folder / limit_file).read_text().strip()) == "max":

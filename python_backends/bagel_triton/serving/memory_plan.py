@@ -180,7 +180,7 @@ def _pool_is_shared(config: DeployConfig, placement: Placement) -> bool:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights, on whatever device."""
+    """Bytes of a module's weights, on any device."""
     return sum(tensor.nbytes for tensor in module.state_dict().values())
 
 

@@ -1,4 +1,4 @@
-"""How the server of stage 0 learns where stage 1 listens: each server of stage 1 registers with it.
+"""Registration: each server of stage 1 tells stage 0 its address.
 
 Stage 1 connects to stage 0's ``--omni-master-address`` and ``-port``, retrying until that is there, and sends its own
 gRPC address in a line of JSON. The connection stays open, so stage 1 notices a stage 0 that starts again and registers
@@ -145,7 +145,7 @@ class Registrations:
 
 
 def _refused(line: bytes) -> str:
-    """Why a registration is not taken; empty if it is."""
+    """The reason that a registration is refused; empty if it is accepted."""
     try:
         said = json.loads(line)
         version, stage, address = said["version"], said["stage"], said["address"]
@@ -197,12 +197,12 @@ def _resolved(master: tuple[str, int]) -> set[tuple[str, int]]:
 
 def _register(master: tuple[str, int], address: str, ended: threading.Event) -> None:
     line = json.dumps({"version": bagel_triton.__version__, "stage": 1, "address": address}).encode() + b"\n"
-    told = ""
+    shown = ""
     while not ended.is_set():
         news = _registered(master, line, ended)
-        if news and news != told:
+        if news and news != shown:
             log_event(f"stage 0 at {master[0]}:{master[1]} {news}")
-        told = news or told
+        shown = news or shown
         ended.wait(RETRY_S)
 
 

@@ -77,7 +77,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a server listens; ``listeners`` are the HTTP API's sockets, none for a headless server."""
+    """Addresses of a server; ``listeners`` are the HTTP API's sockets, none for a headless server."""
 
     listeners: list[socket.socket]
     urls: list[str]
@@ -93,7 +93,7 @@ class Addresses:
 
     @property
     def url(self) -> str:
-        """Where the server is reached: the HTTP API, or Triton's gRPC where there is none."""
+        """The server's address: the HTTP API, or Triton's gRPC if there is none."""
         return self.urls[0] if self.urls else self.grpc
 
     @property
@@ -345,7 +345,7 @@ def _registered(
     if master is None:
         yield config, None
     elif options.stage_id == 0:
-        _placement(config)  # what is wrong with the checkpoint is told before anything is waited for
+        _placement(config)  # a bad checkpoint is an error before any wait
         with rendezvous.listening(*master) as registrations:
             try:
                 first = registrations.wait(ready_by)
@@ -404,7 +404,7 @@ def _shared_memory() -> shared_memory.SharedMemoryPrefix:
 
 
 def _placement(config: DeployConfig) -> Placement:
-    """Where the checkpoint will run, once its tensors and tokenizer are known to be good."""
+    """The device and dtype of the checkpoint, after a check of its tensors and tokenizer."""
     from bagel_triton.model.device import resolve
     from bagel_triton.model.tokenizer import Tokenizer
     from bagel_triton.weights.checkpoint import inspect

@@ -107,7 +107,7 @@ class Client(Protocol):
         """
 
     async def readiness(self) -> Readiness:
-        """Which models are ready.
+        """The readiness of each model.
 
         Raises:
             StageUnavailable: Triton cannot be reached.
@@ -218,7 +218,7 @@ class TritonClient:
         return bool((await stub.ModelReady(request, timeout=self._settings.ready_timeout_s)).ready)
 
     async def _replica(self, address: str) -> tuple[dict[str, bool], str]:
-        """Which of the remote models a server has, and its state."""
+        """The remote models that a server has, and its state."""
         # By a connection of its own: an old one to a host that has gone and come back may stay silent.
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
 

@@ -195,9 +195,9 @@ class StageModel:
             reply = triton_io.Reply(request, self._outbox)
             self._tickets.poll(call, lambda news: reply.finish(_ticket(TicketAnswer(token, news))))
             return None
-        told: list[News] = []
-        self._tickets.poll(call, told.append)
-        return triton_io.response(_ticket(TicketAnswer(token, told[0])))
+        news: list[News] = []
+        self._tickets.poll(call, news.append)
+        return triton_io.response(_ticket(TicketAnswer(token, news[0])))
 
     def finalize(self) -> None:
         """Stop the engine, then send the last answers."""

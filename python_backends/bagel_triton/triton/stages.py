@@ -453,7 +453,7 @@ class TritonStages:
 
 
 def denoising_work(flow: FlowSettings) -> int:
-    """What the images of a request cost, in latent tokens times steps."""
+    """The cost of a request's images, in latent tokens times steps."""
     tokens = (flow.height // LATENT_STRIDE) * (flow.width // LATENT_STRIDE)
     return max(1, tokens * flow.num_inference_steps * flow.num_images)
 

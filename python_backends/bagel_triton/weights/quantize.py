@@ -48,7 +48,7 @@ class _Entry:
         return 4 if self.packed else self.dtype.itemsize
 
     def header(self, start: int) -> dict[str, Any]:
-        """What the file's header says of it, with its data at ``start``."""
+        """Its entry in the file's header, with its data at ``start``."""
         shape = [*self.shape[:-1], self.shape[-1] // 4] if self.packed else [*self.shape]
         dtype = "I32" if self.packed else _NAMES[self.dtype]
         return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + self.nbytes]}

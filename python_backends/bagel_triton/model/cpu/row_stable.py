@@ -215,7 +215,7 @@ def _products(x: Tensor, layer: QuantizedLinear, start: int, stop: int) -> Itera
             yield place, linear(x, layer.dense(x.dtype, rows))
             continue
         weight = layer.weight[rows]
-        if form.storage == "int8":  # sums of integers are exact, in whatever order
+        if form.storage == "int8":  # sums of integers are exact in any order
             product = torch._int_mm(codes, weight.t()).float()
         else:
             product = linear(codes, form.codes(weight, torch.float32))
