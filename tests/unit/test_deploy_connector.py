@@ -56,6 +56,25 @@ def test_the_choice_and_its_reason(config: DeployConfig, device: str, chosen: st
     assert str(choose(config, device)) == chosen
 
 
+@pytest.mark.parametrize(
+    ("thinker", "dit", "chosen"),
+    [
+        ("cpu", "cpu", "shm (auto: the stages run on a CPU)"),
+        ("cuda:0", "cuda:0", "cuda_ipc (auto: the stages share cuda:0)"),
+        ("cuda:0", "cuda:1", "cuda_ipc (auto: from cuda:0 to cuda:1)"),
+        ("cpu", "cuda:0", "shm (auto: from cpu to cuda:0)"),
+        ("cuda:1", "cpu", "cuda_ipc (auto: from cuda:1 to cpu)"),
+    ],
+)
+def test_the_thinkers_device_decides_as_the_pool_is_there(thinker: str, dit: str, chosen: str) -> None:
+    assert str(choose(DeployConfig("c"), thinker, dit)) == chosen
+
+
+def test_between_hosts_both_stages_are_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="'mooncake' is for stages on a CPU; they are on cpu and cuda:0"):
+        choose(DeployConfig("c", connector="mooncake"), "cpu", "cuda:0")
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("name", ["bagel", "bagel_think", "bagel_single_stage"])
 def test_the_files_to_start_from_serve_on_either_device(name: str, device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, MooncakeConfig, read
@@ -46,6 +47,12 @@ def test_stage_1_may_have_several_servers(tmp_path: Path) -> None:
         on_this_host(config, 1, "192.0.2.9", headless=True)
     with pytest.raises(ConfigError, match=r"stages\[0\].address\[1\]='x' is not allowed; allowed: HOST:PORT"):
         _load(tmp_path, TWO.replace("'127.0.0.2:8001'", "['127.0.0.2:8001', 'x']"))
+
+
+def test_a_server_of_one_stage_is_on_that_stages_device(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(_load(tmp_path, TWO), device="cpu", dit_device="cuda:0")
+    found = [on_this_host(config, stage, headless=stage > 0) for stage in (0, 1)]
+    assert [(one.device, one.dit_device) for one in found] == [("cpu", None), ("cuda:0", None)]
 
 
 def test_a_connector_that_is_left_to_the_server_reaches_the_other_host(tmp_path: Path) -> None:

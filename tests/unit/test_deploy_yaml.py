@@ -10,6 +10,7 @@ import pytest
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.yaml import Deployment, Flags, Platform
+from bagel_triton.serving.memory import by_device
 
 SEEDS = Path(__file__).parents[1] / "data" / "seeds" / "deploy"
 
@@ -118,9 +119,28 @@ def test_a_number_is_that_of_a_cuda_device_where_there_is_one(
     assert read(tmp_path, text, platform).config.device == device
 
 
-def test_stages_on_two_cuda_devices_are_refused(tmp_path: Path) -> None:
-    (line,) = refusal(tmp_path, "stages:\n- {stage_id: 0, devices: '0'}\n- {stage_id: 1, devices: '1'}", "cuda")
-    assert line.startswith("deploy.yaml:3: stages[1].devices='1' is another device than stages[0].devices='0'; all st")
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (("'0'", "'1'"), ("cuda:0", "cuda:1")),
+        (("'1'", "'0'"), ("cuda:1", "cuda:0")),
+        (("cpu", "'0'"), ("cpu", "cuda:0")),
+        (("'2'", "'2'"), ("cuda:2", None)),
+    ],
+)
+def test_each_stage_may_have_a_device_of_its_own(
+    tmp_path: Path, devices: tuple[str, str], expected: tuple[str, str | None]
+) -> None:
+    stages = [f"- {{stage_id: {number}, devices: {device}}}" for number, device in enumerate(devices)]
+    config = read(tmp_path, "\n".join(["stages:", *stages[::-1]]), "cuda").config
+    assert (config.device, config.dit_device) == expected
+    here = [config.device_of(model) for model in ("cfg_expand", "thinker", "dit", "vae_decode")]
+    assert here == [expected[0], expected[0], *[expected[1] or expected[0]] * 2]
+    assert [(half.device, half.models[-1]) for half in by_device(config)] == (
+        [(expected[0], "bagel_infer"), (expected[1], "vae_decode")]
+        if expected[1]
+        else [(expected[0], "bagel_text2img")]
+    )
 
 
 PLATFORMS = """

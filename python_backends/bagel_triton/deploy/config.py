@@ -187,14 +187,15 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     leftovers can be found and removed. ``connector`` carries keys and values from stage to stage.
     ``lora_path`` is the folder of a LoRA adapter that is merged into the weights, times ``lora_scale``; empty for none.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
-    stages that have their own, by stage id. ``text_defaults`` and ``image_defaults`` are values of request fields for
-    requests of that kind that leave them out.
+    stages that have their own, by stage id. ``dit_device`` is the device of stage 1 where that is not ``device``.
+    ``text_defaults`` and ``image_defaults`` are values of request fields for requests of that kind that leave them out.
     """
 
     checkpoint: str
     pipeline: str = "bagel"
     shm_prefix: str = "bagel_triton"
     device: str = "auto"
+    dit_device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_path: str = ""
     lora_scale: float = 1.0
@@ -233,6 +234,11 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def models(self) -> tuple[str, ...]:
         """The Triton models that this server loads."""
         return self.topology.models if self.stage_id is None else self.topology.models_of(self.stage_id)
+
+    def device_of(self, model: str) -> str:
+        """The device of a Triton model."""
+        on_stage_1 = not self.topology.one_process and model in self.topology.stages[1]
+        return self.dit_device if on_stage_1 and self.dit_device is not None else self.device
 
     @property
     def control_model(self) -> str:

@@ -113,21 +113,28 @@ def connector_fields(connector: Node, problems: Problems, notes: list[str]) -> t
     return {"connector": kind, kind: msgspec.convert(values, config)}, nodes
 
 
-def choose(config: DeployConfig, device: str) -> ConnectorChoice:
-    """The connector of a server whose stages run on ``device`` ("cpu", "cuda:0").
+def choose(config: DeployConfig, device: str, dit_device: str | None = None) -> ConnectorChoice:
+    """The connector of a server whose stages run on ``device`` ("cpu", "cuda:0"), the DiT on ``dit_device``.
+
+    The KV pool is the thinker's, so its device decides; the DiT copies from there to its own, whatever that is.
 
     Raises:
-        ConfigError: the configured one does not work on that device.
+        ConfigError: the configured one does not work on these devices.
     """
     on_gpu = device.partition(":")[0] == "cuda"
+    other = device if dit_device is None else dit_device
     if config.topology.one_process:
         if config.connector != "auto":
             raise ConfigError(f"connector={config.connector!r}: pipeline {config.pipeline} is one process; use auto")
         return ConnectorChoice("local", f"pipeline {config.pipeline} is one process")
     if config.connector == "auto":
+        if other != device:
+            return ConnectorChoice("cuda_ipc" if on_gpu else "shm", f"auto: from {device} to {other}")
         if on_gpu:
             return ConnectorChoice("cuda_ipc", f"auto: the stages share {device}")
         return ConnectorChoice("shm", "auto: the stages run on a CPU")
+    if config.connector in ("mooncake", "mooncake_store") and other != device:
+        raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; they are on {device} and {other}")
     if on_gpu and config.connector != "cuda_ipc":
         raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; {device} needs cuda_ipc")
     if not on_gpu and config.connector == "cuda_ipc":

@@ -75,6 +75,8 @@ def on_this_host(
     host = host_address or given or (facing(other) if own is None else split_address(own)[0])
     return msgspec.structs.replace(
         config,
+        device=config.device_of(stages[stage_id][-1]),
+        dit_device=None,
         stage_id=stage_id,
         addresses=addresses,
         **{config.connector: msgspec.structs.replace(options, host=host)},

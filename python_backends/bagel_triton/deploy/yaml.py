@@ -332,7 +332,7 @@ class _Builder:
         return {name: self._value(name, nodes[0])} if nodes else {}
 
     def _device(self, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
-        """The device and dtype that stages name, which must be the same for all."""
+        """The device and dtype that stages name; the dtype must be the same for all."""
         fields = self._of_all_stages("dtype", top, stages)
         device = top.get("device")
         named = [found["devices"] for found in stages.values() if "devices" in found]
@@ -347,13 +347,17 @@ class _Builder:
                 )
             return fields if device is None else {**fields, "device": self._value("device", device)}
         names = [f"cuda:{node.value}" if str(node.value).isdigit() else str(node.value) for node in named]
-        first = f"{named[0].path}={format_value(named[0].value)}"
-        for name, node in zip(names, named, strict=True):
-            if name != names[0]:
-                other = f"={format_value(node.value)} is another device than {first}"
-                self._problems.add(node, f"{other}; all stages run on one device today")
         self._origins["device"] = named[0].origin
-        return {**fields, "device": names[0]}
+        if len(set(names)) == 1:
+            return {**fields, "device": names[0]}
+        by_stage = {
+            stage_id: (name, found["devices"].origin)
+            for name, (stage_id, found) in zip(
+                names, ((number, found) for number, found in stages.items() if "devices" in found), strict=True
+            )
+        }
+        self._origins["device"], self._origins["dit_device"] = by_stage[THINKER_STAGE][1], by_stage[DIT_STAGE][1]
+        return {**fields, "device": by_stage[THINKER_STAGE][0], "dit_device": by_stage[DIT_STAGE][0]}
 
     def _connector(
         self, top: dict[str, Node], stages: dict[int, dict[str, Node]], topology: Topology

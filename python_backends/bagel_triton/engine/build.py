@@ -11,6 +11,7 @@ import torch
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import choose
+from bagel_triton.deploy.topology import THINKER
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
@@ -44,12 +45,12 @@ class StageResources:
     weights: SharedWeights
 
     @classmethod
-    def open(cls, config: DeployConfig) -> StageResources:
-        """Check the checkpoint and resolve the placement; loads no weights."""
+    def open(cls, config: DeployConfig, model: str = THINKER) -> StageResources:
+        """Check the checkpoint and resolve the placement of the Triton model ``model``; loads no weights."""
         for stage in (config.thinker, config.dit):
             if stage.quantization == "auto":
                 raise ConfigError("quantization='auto' is chosen by bagel-triton serve; name a form, or leave it out")
-        placement = resolve(config.device, config.dtype)
+        placement = resolve(config.device_of(model), config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
         return cls(config, Checkpoint(config.checkpoint, config.adapter), placement, weights)
 
@@ -132,7 +133,7 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
         MemoryError: the pool does not fit.
     """
     blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
-    match choose(config, str(device)).name:
+    match choose(config, str(device), config.dit_device).name:
         case "local":
             return LocalProducer(geometry, blocks, device)
         case "shm":
@@ -155,7 +156,8 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
 
 def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:
     """The DiT's end; errors as for :func:`open_producer`."""
-    match choose(config, str(device)).name:
+    thinkers = str(device) if config.dit_device is None else config.device
+    match choose(config, thinkers, str(device)).name:
         case "local":
             return LocalConsumer()
         case "shm":

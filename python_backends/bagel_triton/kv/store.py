@@ -57,6 +57,8 @@ def gather(store: Tensor, slots: slice | Tensor, out: Tensor) -> None:
     """Copy the tokens at ``slots`` of a store into ``out`` [layers, 2, tokens, kv_heads, head_dim]."""
     if isinstance(slots, slice):
         out.copy_(store[:, :, slots])
+    elif out.device != store.device:
+        out.copy_(store.index_select(2, slots.to(store.device)))
     else:
         # Directly into ``out``: one pass over the bytes, without an intermediate.
         torch.index_select(store, 2, slots.to(store.device), out=out)

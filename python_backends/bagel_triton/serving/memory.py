@@ -52,19 +52,24 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the checkpoint or an argument is wrong, or the device does not answer.
     """
     folder = flags.checkpoint(args.checkpoint, args.revision)
-
-    from bagel_triton.weights.checkpoint import Checkpoint
-
     try:
-        config = _configuration(args, folder)
-        placement, here = _placement(config)
-        checkpoint = Checkpoint(folder, config.adapter)
-        height, width = _size(checkpoint, args.height, args.width)
-        free = available(placement) if here else None
-        private = None if free is None else free.private_weights
-        config, need, problem = _planned(checkpoint, config, placement, (height, width), free)
+        for half in by_device(_configuration(args, folder)):
+            _show(half, folder, args)
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
+    return 0
+
+
+def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
+    """Print the table of the stages on one device."""
+    from bagel_triton.weights.checkpoint import Checkpoint
+
+    placement, here = _placement(config)
+    checkpoint = Checkpoint(folder, config.adapter)
+    height, width = _size(checkpoint, args.height, args.width)
+    free = available(placement) if here else None
+    private = None if free is None else free.private_weights
+    config, need, problem = _planned(checkpoint, config, placement, (height, width), free)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"images of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
     print(f"KV cache pool of {config.thinker.kv_tokens} tokens; {together}")
@@ -76,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"They cannot on {placement.device}: {private}.")
     if free is not None:
         print("This machine has it." if problem is None else f"This machine does not have it: {problem}")
-    return 0
 
 
 def require(config: DeployConfig) -> DeployConfig:
@@ -85,6 +89,24 @@ def require(config: DeployConfig) -> DeployConfig:
     Raises:
         CommandError: what is needed, what there is, and what to lower.
     """
+    if config.dit_device is None:
+        return _required(config)
+    first, second = (_required(half) for half in by_device(config))
+    return msgspec.structs.replace(config, thinker=first.thinker, dit=second.dit)
+
+
+def by_device(config: DeployConfig) -> list[DeployConfig]:
+    """``config``; of stages on two devices, what each device has of it."""
+    if config.dit_device is None:
+        return [config]
+    devices = (config.device, config.dit_device)
+    return [
+        msgspec.structs.replace(config, stage_id=stage_id, device=device, dit_device=None)
+        for stage_id, device in enumerate(devices)
+    ]
+
+
+def _required(config: DeployConfig) -> DeployConfig:
     from bagel_triton.model.device import resolve
     from bagel_triton.weights.checkpoint import Checkpoint
 

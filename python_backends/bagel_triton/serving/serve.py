@@ -222,7 +222,8 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         machine.run_directory() as directory,
     ):
         placement = _placement(config)
-        connector = _connector(config, placement)
+        dit_device = _dit_device(config, placement)
+        connector = _connector(config, placement.device, dit_device)
 
         from bagel_triton.openai import http_server
         from bagel_triton.openai.app import create_app
@@ -233,7 +234,11 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         with _shared_memory() as shared:
             server = tritonserver.find(directory)
             deploy = msgspec.structs.replace(
-                config, shm_prefix=shared.prefix, device=placement.device, dtype=placement.dtype_name
+                config,
+                shm_prefix=shared.prefix,
+                device=placement.device,
+                dit_device=dit_device,
+                dtype=placement.dtype_name,
             )
             deploy = memory.require(deploy)
             deploy.write(directory / "deploy.yaml")
@@ -243,7 +248,8 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "pipeline": f"{deploy.pipeline} ({_source(options)})",
                 **hosts.stage_summary(deploy),
                 "model names": ", ".join(names),
-                "device": _reason(placement.device, config.device),
+                "device": _reason(placement.device, config.device)
+                + (f", stage 1 on {dit_device}" if dit_device is not None else ""),
                 "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
                 "quantization": _quantization(config, deploy),
                 **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
@@ -426,10 +432,23 @@ def _quantization(config: DeployConfig, deploy: DeployConfig) -> str:
     return f"{chosen} (auto: the first of {', '.join(map(str, memory.AUTO)).lower()} that fits)" if auto else chosen
 
 
-def _connector(config: DeployConfig, placement: Placement) -> ConnectorChoice:
-    """The connector for that device, refused here before a stage that cannot use it has loaded anything."""
+def _dit_device(config: DeployConfig, placement: Placement) -> str | None:
+    """The device of stage 1 where it is not that of ``placement``."""
+    from bagel_triton.model.device import resolve
+
+    if config.dit_device is None:
+        return None
     try:
-        return choose(config, placement.device)
+        found = resolve(config.dit_device, placement.dtype_name).device
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return None if found == placement.device else found
+
+
+def _connector(config: DeployConfig, device: str, dit_device: str | None) -> ConnectorChoice:
+    """The connector for these devices, refused here before a stage that cannot use it has loaded anything."""
+    try:
+        return choose(config, device, dit_device)
     except ConfigError as error:
         raise CommandError(str(error)) from error
 

@@ -109,7 +109,7 @@ class StageModel:
         config, name = from_environment(), args["model_name"]
         controlled = name == config.control_model
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if controlled else [])])
-        resources = StageResources.open(config)
+        resources = StageResources.open(config, name)
         self.engine, self._weights = self.build(resources), resources.weights
         self._disconnects = DisconnectWatcher(self.engine.abort_job)
         self._tickets = TicketStore(self.engine.abort_job, liveness.holds_lock, config.shm_prefix)
