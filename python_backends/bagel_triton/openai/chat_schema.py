@@ -48,7 +48,7 @@ class RefusalPart(StrictModel):
 
     @property
     def text(self) -> str:
-        """What was said."""
+        """The text of this part."""
         return self.refusal
 
 
@@ -60,7 +60,7 @@ class ThoughtPart(StrictModel):
 
 
 class ImageUrl(StrictModel):
-    """Where an image is."""
+    """The URL of an image."""
 
     place: ClassVar[str] = "image_url"
     url: str

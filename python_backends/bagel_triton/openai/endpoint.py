@@ -1,4 +1,4 @@
-"""What every endpoint does with a request: read it within limits, run it, and answer errors in one shape."""
+"""Common work of the endpoints: read a request within limits, run it, and answer errors in one shape."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True)
 class Api:
-    """What the endpoints share: the connection to Triton, the image loader and the settings."""
+    """State shared by the endpoints: the connection to Triton, the image loader and the settings."""
 
     settings: ProxySettings
     client: Client
@@ -93,7 +93,7 @@ class Api:
         return answer
 
     async def parse(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        """What ``parse`` makes of the whole body; a large one is parsed in a thread.
+        """The whole body, parsed by ``parse``; a large one is parsed in a thread.
 
         Raises:
             InvalidRequest: the body is too large, or is not what ``parse`` takes.
@@ -177,7 +177,7 @@ class Api:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns; it is cancelled if the client leaves before it does.
+    """The result of ``work``, which is cancelled if the client leaves first.
 
     Raises:
         Cancelled: the client left.
@@ -201,7 +201,7 @@ async def _disconnected(request: Request) -> None:
 
 
 # A JSON parser and a base64 decoder hold the interpreter's lock for as long as a string is long:
-# an image of 45 MiB stops every other request for most of a second, whatever thread it is in.
+# an image of 45 MiB stops every other request for most of a second, from any thread.
 # So large images are taken out of the body by a search, and decoded in pieces between which
 # other threads run; the parser then sees a few kilobytes.
 MIN_LENGTH = 128 * 1024  # characters of base64; shorter ones are left to the parser

@@ -1,6 +1,6 @@
 """Errors as OpenAI clients know them: one JSON shape, one HTTP status per kind.
 
-Pydantic's findings become the same errors, and a wrong path is told where to go.
+Pydantic's findings become the same errors, and the error for a wrong path names the right one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """What a client receives instead of a reply."""
+    """The body of an error reply."""
 
     error: ErrorDetail
 
@@ -242,7 +242,7 @@ _INSTEAD = {
 
 
 def hint(path: str, known: Iterable[str]) -> str:
-    """Where a request for ``path``, which is none of the ``known`` paths, should go."""
+    """The path that a request for ``path``, which is none of the ``known`` ones, should have."""
     paths = frozenset(known)
     found = next((near for near in _candidates(path) if near in paths), None)
     if found is not None:

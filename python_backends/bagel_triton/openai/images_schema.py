@@ -82,7 +82,7 @@ class ImagesBody(ThinkingFields):
 
 
 class EditsBody(ImagesBody):
-    """The body of an edit: its images are not here but beside it, whatever they came as."""
+    """The body of an edit: its images are kept beside it, in whichever form they came."""
 
     input_fidelity: Literal["high", "low"] | None = Field(
         None, description="Accepted without effect: the model always sees the images in full."

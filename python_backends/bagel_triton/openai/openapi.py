@@ -73,7 +73,7 @@ _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
     ("InputMessage", "content"): [_TEXT],
     ("ResponsesBody", "input"): [{**_TEXT, "pattern": r"\S"}],
 }
-# The requests that a body makes unless it says otherwise: fields for others have no effect, whatever their value.
+# The requests that a body makes unless it says otherwise: fields for others have no effect with any value.
 _EFFECTIVE = {"ChatBody": _FOR_TEXT, "ResponsesBody": _FOR_TEXT}
 
 
@@ -150,7 +150,7 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
     if name == "ChatBody":
         extra = {"type": ["object", "null"], "description": "Fields of the body, read as if they stood beside it."}
         properties["extra_body"] = extra
-    # null means "not given", whatever the field is called
+    # null means "not given" for every field
     return {**schema, "properties": properties, "additionalProperties": _NULL}
 
 

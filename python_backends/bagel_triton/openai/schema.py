@@ -35,7 +35,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StrictModel(BaseModel):
-    """No coercion and no NaN. ``null`` means not given, whatever the field's name.
+    """No coercion and no NaN. ``null`` means not given for every field.
 
     ``place`` names the tables of :mod:`noop_fields` that apply; any other unknown field is
     refused with the names of the known ones.
