@@ -12,6 +12,8 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bagel_triton.deploy.topology import MODELS
+from bagel_triton.protocol.messages import encode
+from bagel_triton.triton.tickets import StageStatus, TicketAnswer, decode_call
 
 
 class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -23,6 +25,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self.unloaded: set[str] = set()
         self.answers: dict[str, str | ValueError] = {}
         self.answers_after_s = 0.0
+        self.draining, self.work_of_others = False, 0  # what a stage reports of itself
         self.asked: list[tuple[str, str]] = []
 
     def ModelReady(self, request: Any, context: Any) -> Any:
@@ -37,8 +40,18 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             index.models.add(name=model, state=states.get(model, ""))
         return index
 
+    def _status(self, request: Any) -> Any:
+        called = decode_call(request.raw_input_contents[0][4:])
+        answer = encode(TicketAnswer(called.token, status=StageStatus(self.draining, 0, self.work_of_others)))
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        response.outputs.add(name="ticket", datatype="BYTES", shape=[1])
+        response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)
+        return response
+
     def ModelInfer(self, request: Any, context: Any) -> Any:
         """The model's answer; one without outputs where the test has none."""
+        if [tensor.name for tensor in request.inputs] == ["ticket"]:
+            return self._status(request)
         self.asked.append((request.model_name, request.raw_input_contents[0][4:].decode()))
         time.sleep(self.answers_after_s)
         answer = self.answers.get(request.model_name)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import time
 from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import bagel_triton
-from bagel_triton.serving import CommandError, rendezvous
+from bagel_triton.serving import CommandError, cli, rendezvous, supervisor
 from bagel_triton.serving.machine import free_port
+from bagel_triton.serving.tritonserver import StartupProgress
 from tests.support.waiting import soon
 
 HOST = "127.0.0.1"
@@ -135,3 +141,25 @@ def test_the_port_has_a_default_and_a_busy_one_is_said_so() -> None:
         rendezvous.listening(HOST, taken.getsockname()[1]),
     ):
         pass
+
+
+def test_a_start_without_stage_1_ends_when_its_time_is_up(
+    port: int, checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage_0 = ["serve", str(checkpoint_dir), "--stage-id", "0", "-oma", HOST, "-omp", str(port), "--device", "cpu"]
+    assert cli.main([*stage_0, "--init-timeout", "0.2"]) == 1
+    said = f"--init-timeout=0.2 has passed: no stage 1 has registered at {HOST}:{port}"
+    assert said in capsys.readouterr().err
+
+
+def test_models_that_do_not_load_in_time_are_named() -> None:
+    class Loading:
+        async def until_ready(self, progress: StartupProgress) -> None:
+            progress.note("dit, vae_decode")
+            await asyncio.Event().wait()
+
+    launch: Any = SimpleNamespace(ready_by=time.monotonic() + 0.05)
+    loading: Any = Loading()
+    control: Any = None
+    with pytest.raises(CommandError, match="--init-timeout has passed: still waiting for dit, vae_decode"):
+        asyncio.run(supervisor._until_ready(loading, launch, control))

@@ -16,6 +16,8 @@ from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
 from tests.support.triton_service import TritonService, serving
 from tests.support.waiting import soon
 
+REMOTE = ("dit", "vae_decode")
+
 
 def readiness(triton: TritonService, **settings: Any) -> dict[str, bool]:
     """What a proxy of these settings says before ``triton``."""
@@ -65,6 +67,18 @@ def test_models_elsewhere_are_counted_by_their_own_address() -> None:
     assert states == {"bagel": True, "dit": True, "vae_decode": False}
     gone = readiness(triton_with("bagel"), models=("bagel",), remote=("dit",), remote_addresses=lambda: (address,))
     assert gone == {"bagel": True, "dit": False}
+
+
+def test_a_server_that_drains_counts_as_none() -> None:
+    service = triton_with("dit", "vae_decode")
+    service.draining = True
+    with serving(service) as draining, serving(triton_with("dit", "vae_decode")) as other:
+        alone = readiness(triton_with("bagel"), models=("bagel",), remote=REMOTE, remote_addresses=lambda: (draining,))
+        assert alone == {"bagel": True, "dit": False, "vae_decode": False}
+        both = readiness(
+            triton_with("bagel"), models=("bagel",), remote=REMOTE, remote_addresses=lambda: (draining, other)
+        )
+    assert both == {"bagel": True, "dit": True, "vae_decode": True}
 
 
 def test_a_model_whose_process_died_is_not_ready_even_if_triton_says_so(
