@@ -90,10 +90,10 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     """The DiT, reading the thinker's KV cache."""
     tokenizer = resources.tokenizer()
     consumer = open_consumer(resources.config, resources.placement.torch_device)
-    markers = (tokenizer.vision_start, tokenizer.vision_end)
+    vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
     model = resources.load_bagel(resources.config.dit.quantization)
-    return DitEngine(model, consumer, resources.config.dit, markers, *kv_pool, metrics)
+    return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:

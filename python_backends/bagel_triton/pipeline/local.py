@@ -45,9 +45,9 @@ class LocalStages:
         defaults = config.topology.think_by_default, config.bagel.request_timeout_s, config.request_defaults
         self.planner = RequestPlanner(model_config, tokenizer, *defaults)
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
-        markers = (tokenizer.vision_start, tokenizer.vision_end)
+        vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
-        self.dit = DitEngine(model, LocalConsumer(), config.dit, markers, *pool, metrics)
+        self.dit = DitEngine(model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
 
     def expand(self, request: GenerationRequest) -> StageCall[Plan]:

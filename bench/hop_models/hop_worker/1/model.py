@@ -23,9 +23,9 @@ class EchoEngine:
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(
-        self, task: Any, request_id: str, progress: Callable[[Event], None], schedule: SchedulingParams
+        self, task: Any, request_id: str, progress: Callable[[Event], None], scheduling: SchedulingParams
     ) -> Job[Any, Any]:
-        job: Job[Any, Any] = Job(request_id, task, progress, schedule)
+        job: Job[Any, Any] = Job(request_id, task, progress, scheduling)
         self._jobs.put(job)
         return job
 

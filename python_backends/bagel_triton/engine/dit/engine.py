@@ -43,7 +43,7 @@ class BranchItem(NamedTuple):
 class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     """Denoises images on contexts claimed from the thinker; owns its workspaces, from one thread.
 
-    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
+    ``vision_tokens`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
     and ``kv_tokens`` are the thinker's KV cache's.
     """
 
@@ -54,7 +54,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         model: Bagel,
         consumer: Consumer,
         config: DitConfig,
-        vision_markers: tuple[int, int],
+        vision_tokens: tuple[int, int],
         geometry: KVGeometry,
         kv_tokens: int,
         metrics: Metrics | None = None,
@@ -67,7 +67,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         self._packed: tuple[list[BranchItem], PackedBatch, WorkspaceStep | WorkspaceVarlenStep] | None = None
         self._upload, self._paced = Upload(model.device), Paced(model.device)
         with torch.inference_mode():
-            self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
+            self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
         self.start()
 
     @property
@@ -187,13 +187,13 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             self._report(run)
 
     def _embed(self, items: Sequence[BranchItem]) -> Tensor:
-        """This step's embeddings, [latents of every item | markers of every item]."""
+        """This step's embeddings, [latents of every item | vision tokens of every item]."""
         latents: dict[tuple[int, int], Tensor] = {}
         for run, image, _ in items:
             if (id(run), image) not in latents:
                 time = run.time_embeddings[run.step : run.step + 1]
                 latents[id(run), image] = self._model.embed_latents(run.x[image], time, run.positions)
-        return torch.cat([latents[id(run), image] for run, image, _ in items] + [self._markers] * len(items))
+        return torch.cat([latents[id(run), image] for run, image, _ in items] + [self._vision_embeddings] * len(items))
 
     def _pack(self, items: list[BranchItem]) -> tuple[PackedBatch, WorkspaceStep | WorkspaceVarlenStep]:
         """The batch of this step; built anew only when images or their branches change."""
@@ -206,13 +206,16 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         spans: list[QuerySpan] = []
         writes, start = [], 0
         for number, (run, _, context) in enumerate(items):
-            markers, past = gen_rows + VISION_TOKENS * number, run.stores[context].shape[2] - run.tokens - VISION_TOKENS
-            rows = ((start, start + run.tokens, past), (markers, markers + VISION_TOKENS, past + run.tokens))
+            und, past = gen_rows + VISION_TOKENS * number, run.stores[context].shape[2] - run.tokens - VISION_TOKENS
+            rows = (
+                (start, start + run.tokens, past),
+                (und, und + VISION_TOKENS, past + run.tokens),
+            )
             # Both spans of a sequence are adjacent, so its new KV is written once for both.
             spans.extend(QuerySpan(first, last, number, causal=False) for first, last, _ in rows)
             writes.append(rows)
             start += run.tokens
-        # One position for a whole image, latents and markers alike.
+        # One position for a whole image, latents and vision tokens alike.
         repeats = torch.tensor([item.run.tokens for item in items] + [VISION_TOKENS] * len(items))
         positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
         rows_at = positions.repeat_interleave(repeats)

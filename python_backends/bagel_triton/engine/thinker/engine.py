@@ -221,10 +221,10 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config = config
-        markers = (tokenizer.vision_start, tokenizer.vision_end)
+        vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
         graphs = not config.enforce_eager
-        self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, markers, self._pool, graphs)
+        self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, vision_tokens, self._pool, graphs)
         self._prefixes = PrefixCache(producer.pool)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0

@@ -77,7 +77,7 @@ class _Rows:
 class Prefiller:
     """Appends chunks to their contexts.
 
-    ``vision_markers`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``pool`` shares
+    ``vision_tokens`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``pool`` shares
     the forwards, and is the caller's. With ``graphs``, a GPU decodes by CUDA graphs.
     """
 
@@ -87,7 +87,7 @@ class Prefiller:
         autoencoder: Autoencoder,
         kv_pool: KVCachePool,
         encodings: EncodingCache,
-        vision_markers: tuple[int, int],
+        vision_tokens: tuple[int, int],
         pool: ThreadPool,
         graphs: bool = True,
     ) -> None:
@@ -98,7 +98,7 @@ class Prefiller:
         self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
         self._pool, self._forward = pool, forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
-            self._markers = model.embed_text(torch.tensor(vision_markers, device=model.device))  # [2, hidden]
+            self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
             self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
 
     @torch.inference_mode()
@@ -162,13 +162,13 @@ class Prefiller:
                 positions: Sequence[int] = range(position, context.next_position)
             else:
                 context.next_position += 1  # one position for the whole image
-                embeddings, body = self._markers, [position] * chunk.tokens
+                embeddings, body = self._vision_embeddings, [position] * chunk.tokens
                 if _is_vae(chunk):
                     start, stop = gen.add(self._vae_tokens(chunk), slots[1:-1], body[VISION_TOKENS:])
                     spans.append(QuerySpan(start, stop, sequence, causal=False))
                     slots, positions = slots[[0, -1]], body[:VISION_TOKENS]
                 else:
-                    start_marker, end_marker = self._markers.split(1)
+                    start_marker, end_marker = self._vision_embeddings.split(1)
                     embeddings, positions = torch.cat((start_marker, self._vit_tokens(chunk), end_marker)), body
             start, stop = und.add(embeddings, slots, positions)
             spans.append(QuerySpan(gen_rows + start, gen_rows + stop, sequence, causal=isinstance(chunk, TextChunk)))
