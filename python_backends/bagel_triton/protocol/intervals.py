@@ -18,4 +18,7 @@ RELOAD_S = 0.05  # whether Triton has unloaded a model
 REAP_S = 0.02  # whether processes that were killed are gone
 FOLLOW_S = 0.2  # new lines of tritonserver's log
 RETRY_S = 1.0  # a host that is not there yet
+RESOLVE_S = 5.0  # the addresses of a name that stands for several servers of stage 1
+RETEST_S = 10.0  # a server of stage 1 that has failed its self-test
+SWEEP_S = 0.05  # files that threads of an interrupted download still open
 TURN_S = 0.01  # another process that is loading the same weights

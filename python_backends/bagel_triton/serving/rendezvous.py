@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterator
 
 import bagel_triton
-from bagel_triton.protocol.intervals import RETRY_S, WATCH_S
+from bagel_triton.protocol.intervals import RESOLVE_S, RETRY_S, WATCH_S
 from bagel_triton.serving import CommandError, machine
 from bagel_triton.serving.process import log_event
 
 DEFAULT_PORT = 8092
 REPORT_S, REPLY_S = 10.0, 10.0
-FORGET_S, RESOLVE_S = 60.0, 5.0
+FORGET_S = 60.0
 KEEPALIVE_S = 10
 MAX_LINE = 4096
 FLAG = "--omni-master-port"

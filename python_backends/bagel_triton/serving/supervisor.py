@@ -23,7 +23,7 @@ from bagel_triton.ipc.control_file import SERVER, ControlFile
 from bagel_triton.ipc.shm import SharedMemoryPrefix
 from bagel_triton.openai import http_server
 from bagel_triton.protocol.errors import BagelError, StageUnavailable
-from bagel_triton.protocol.intervals import START_S, WATCH_S
+from bagel_triton.protocol.intervals import RETEST_S, START_S, WATCH_S
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.drain import set_draining, until_idle
 from bagel_triton.serving.process import log_event
@@ -33,7 +33,6 @@ from bagel_triton.triton.client import TritonServer
 
 SELFTEST, SELFTEST_S = "selftest", 60.0
 LAST_S = 1  # for their last responses, before Triton ends
-RETEST_S = 10.0  # between two tests of a server of stage 1 that has failed one
 
 
 class StageServers:

@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any
 
 from bagel_triton.model.config import CheckpointError
+from bagel_triton.protocol.intervals import SWEEP_S
 from bagel_triton.weights.folder import (
     AUTOENCODER_FILE,
     CONFIG_FILES,
@@ -43,7 +44,7 @@ from bagel_triton.weights.folder import (
 REQUIRED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, AUTOENCODER_FILE)
 # Read where a repository has them.
 OPTIONAL_FILES = (INDEX_FILE, "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
-SWEEPS, SWEEP_S = 20, 0.05
+SWEEPS = 20
 INTERRUPTED = 128 + signal.SIGINT
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
