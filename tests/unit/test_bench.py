@@ -102,8 +102,9 @@ def test_the_denoising_benches_run(setting: Setting):
 
 
 def test_the_thinkers_benches_run(setting: Setting):
-    one, two, gain = decode_tokens_per_s.run(setting, counts=(1, 2), tokens=3)
+    one, two, gain, generate, over = decode_tokens_per_s.run(setting, counts=(1, 2), tokens=3)
     assert gain.trials == (two.trials[0] / one.trials[0],)
+    assert over.trials == (one.trials[0] / generate.trials[0],)
     first, second, ratio = prefix_reuse_speedup.run(setting, side=64)
     assert ratio.trials == (first.trials[0] / second.trials[0],)
 
