@@ -100,6 +100,13 @@ def test_selectors_select_the_pods_that_they_are_for() -> None:
         assert target["name"] == f"bagel-stage{n}"
 
 
+def test_prometheus_gets_the_key_that_the_api_wants() -> None:
+    objects = render(WITH_ALL)
+    [api], [stage1] = (objects[f"ServiceMonitor/bagel-stage{n}"]["spec"]["endpoints"] for n in (0, 1))
+    assert api["authorization"]["credentials"] == {"name": "bagel-key", "key": "api-key"}
+    assert "authorization" not in stage1
+
+
 def test_a_chart_without_a_checkpoint_says_what_is_missing() -> None:
     with pytest.raises(Exception, match=r"checkpoint\.claim: name the PersistentVolumeClaim"):
         render({})
