@@ -229,7 +229,9 @@ def test_the_image_tool_draws() -> None:
     assert backend.requests == [
         GenerationRequest(messages=(user("A cat"),), modality="image", width=48, height=32, seed=7)
     ]
-    [call] = reply.output
+    call, message = reply.output
+    assert message.type == "message"  # without one OpenAI's Agents SDK takes the turn for unfinished
+    assert reply.output_text == ""
     assert call.type == "image_generation_call"
     np.testing.assert_array_equal(pixels_of(call.result), PIXELS)
     assert (call.status, call.size, call.output_format, call.action) == ("completed", "48x32", "png", "generate")
@@ -258,6 +260,11 @@ def test_the_streams_helper_reads_previews_and_the_image() -> None:
         f"{call}.partial_image",
         f"{call}.completed",
         "response.output_item.done",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
         "response.completed",
     ]
     assert backend.requests[0].partial_images == 1
@@ -271,7 +278,7 @@ def test_several_images_after_a_thought_are_calls_of_their_own() -> None:
         events: list[Any] = list(
             client.responses.create(model="bagel", input="A cat", tools=[TOOL], stream=True, extra_body={"n": 2})
         )
-    reasoning, first, second = events[-1].response.output
+    reasoning, first, second, _ = events[-1].response.output
     assert reasoning.content[0].text == first.revised_prompt == "A cat, in snow."
     np.testing.assert_array_equal(pixels_of(first.result), PIXELS)
     np.testing.assert_array_equal(pixels_of(second.result), PIXELS[::-1])

@@ -180,6 +180,8 @@ class _Reply:
         unfinished = any(item["status"] == "in_progress" for item in self.response["output"])
         if self._done is None or not wanted or unfinished:
             raise incomplete(self._header, "image" if self._body.image_tool else "text")
+        # OpenAI's Agents SDK takes calls without a message for half a turn, and asks for the image again.
+        last = [*self._open_message(), *self._close_message("", "completed")] if self._body.image_tool else []
         is_whole = self._reason != "length"
         self.response |= {
             "status": "completed" if is_whole else "incomplete",
@@ -189,7 +191,8 @@ class _Reply:
             "seed": self._done.seed,
             "metrics": metrics(self._done, self._header),
         }
-        return [self._event("response.completed" if is_whole else "response.incomplete", response=self.response)]
+        kind = "response.completed" if is_whole else "response.incomplete"
+        return [*last, self._event(kind, response=self.response)]
 
     def fail(self, error: Exception) -> list[Json]:
         """The last event of a stream that failed."""
@@ -236,14 +239,18 @@ class _Reply:
             data["content_index"] = 0
         return self._event(name, **self._place(self._reasoning), **data)
 
+    def _open_message(self) -> Iterator[Json]:
+        self._message = {"id": _id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
+        self._message["content"] = []
+        yield self._item_added(self._message)
+        part = {"type": "output_text", "text": "", "annotations": []}
+        yield self._event("response.content_part.added", **self._place(self._message), content_index=0, part=part)
+
     def _add_text(self, text: str) -> Iterator[Json]:
         if self._message is None:
             yield from self._close_thought("")
-            self._message = {"id": _id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
-            self._message["content"] = []
-            yield self._item_added(self._message)
-            part = {"type": "output_text", "text": "", "annotations": []}
-            yield self._event("response.content_part.added", **self._place(self._message), content_index=0, part=part)
+            yield from self._open_message()
+        assert self._message is not None
         yield self._event(
             "response.output_text.delta", **self._place(self._message), content_index=0, delta=text, logprobs=[]
         )
@@ -257,15 +264,17 @@ class _Reply:
             return
         if self._message is None:
             yield from self._add_text(answer.content)
+        yield from self._close_message(answer.content, "incomplete" if answer.finish_reason == "length" else "completed")
+        self._reason = answer.finish_reason
+
+    def _close_message(self, text: str, status: str) -> Iterator[Json]:
         assert self._message is not None
         place = {**self._place(self._message), "content_index": 0}
-        part = {"type": "output_text", "text": answer.content, "annotations": [], "logprobs": []}
-        yield self._event("response.output_text.done", **place, text=answer.content, logprobs=[])
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        yield self._event("response.output_text.done", **place, text=text, logprobs=[])
         yield self._event("response.content_part.done", **place, part=part)
-        status = "incomplete" if answer.finish_reason == "length" else "completed"
         self._message |= {"content": [part], "status": status}
         yield self._item_done(self._message)
-        self._reason = answer.finish_reason
 
     # Images
 
