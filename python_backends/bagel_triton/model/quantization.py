@@ -32,6 +32,7 @@ NF4 = (
 INT4 = tuple(float(code) for code in range(-8, 8))
 CODEBOOKS: dict[Storage, tuple[float, ...]] = {"int4": INT4, "nf4": NF4}
 SCALE = "weight_scale"
+NF4_BINS = 32  # of each half of NF4's range
 INT8_ROWS = 1024  # that a product of integers takes at once: its sums are four bytes each
 
 # The layers that are quantised: those of both experts in every layer of the transformer, 90 % of all weights.
@@ -78,13 +79,11 @@ class Form:
         if self.storage == "fp8":
             return encode_fp8(weight)
         grouped = weight.unflatten(1, (-1, self.group_size(weight.shape[1])))
-        codebook = CODEBOOKS[self.storage]
         # The scale is rounded first, so that the codes make up for its rounding.
         largest = 7.5 if self.storage == "int4" else 1.0
         scale = _positive(grouped.abs().amax(-1) / largest).bfloat16()
-        levels = torch.tensor(codebook, device=weight.device)
-        middles = (levels[1:] + levels[:-1]) / 2
-        codes = torch.bucketize(grouped / scale.float().unsqueeze(-1), middles).flatten(1).to(torch.uint8)
+        scaled = (grouped / scale.float().unsqueeze(-1)).flatten(1)
+        codes = _nearest_int4(scaled) if self.storage == "int4" else _nearest_nf4(scaled)
         return codes[:, ::2] | codes[:, 1::2] << 4, scale  # the first of two in the low bits
 
     def decode(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,6 +131,34 @@ def encode_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of x [rows, inner] in float8 (e4m3), and the rows' scales, float32 [rows, 1]."""
     scale = _positive(x.float().abs().amax(1, keepdim=True) / FP8_MAX)
     return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def _nearest_int4(x: Tensor) -> Tensor:
+    return x.round_().add_(8).clamp_(0, 15).to(torch.uint8)
+
+
+def _nearest_nf4(x: Tensor) -> Tensor:
+    """The number of the level that is nearest to each of x [rows, inner], which are from -1 to about 1.
+
+    A search takes 40 ns a weight on a CPU, 15 comparisons 30 ns. So the range is cut into bins with at most one
+    boundary of levels in each.
+    """
+    below, boundary = _nf4_bins(x.device)
+    bins = x.mul(NF4_BINS).add_(NF4_BINS).clamp_(0, 2 * NF4_BINS).to(torch.int32).flatten()
+    above = x.flatten() > boundary.index_select(0, bins)
+    return below.index_select(0, bins).add_(above).view(x.shape)
+
+
+@cache
+def _nf4_bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each bin, the level below its boundary, and that boundary; infinity where it has none."""
+    levels = torch.tensor(NF4)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    starts = torch.arange(-NF4_BINS, NF4_BINS + 1) / NF4_BINS
+    below = torch.bucketize(starts, boundaries)  # boundaries below each start
+    padded = torch.cat((boundaries, torch.tensor([torch.inf])))[below]
+    inside = padded < starts + 1 / NF4_BINS
+    return below.to(device, torch.uint8), torch.where(inside, padded, torch.inf).to(device)
 
 
 def _positive(scale: Tensor) -> Tensor:

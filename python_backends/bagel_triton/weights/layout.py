@@ -20,7 +20,7 @@ from bagel_triton.model.quantization import Form
 from bagel_triton.weights.files import FileIdentity
 from bagel_triton.weights.validation import NotFinite, is_finite
 
-AT_ONCE = 1 << 22  # weights that are quantised at once, with some intermediates in float32
+AT_ONCE = 1 << 20  # weights that are quantised at once, with some intermediates in float32
 
 
 @dataclass(frozen=True)
