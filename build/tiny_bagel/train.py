@@ -33,8 +33,8 @@ from build.tiny_bagel import autoencoder as ae
 from build.tiny_bagel import checkpoint, data, forward, parallel, sheet, vision
 from build.tiny_bagel.world import CENTERS, PLACES, SIDE, Pixels, Scene, random_scene, render
 
-PICTURES, EDITS, WIDE = 4_000, 3_000, 80
-"""Encoded images, pairs of them, and larger images of each size, of each process."""
+PICTURES, EDIT_SHARE, WIDE_SHARE = 4_000, 0.75, 0.02
+"""Encoded images of each process; pairs of them, and larger images of each size, to each of these."""
 LEARNING_RATE = 2e-3
 WARM_UP = 0.015
 """Share of the time."""
@@ -146,11 +146,12 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _pools(path: Path, autoencoder: Autoencoder, seed: int, shown: bool) -> data.Pools:
+def _pools(path: Path, autoencoder: Autoencoder, pictures: int, seed: int, shown: bool) -> data.Pools:
     """The encoded images of one process, from ``path`` where an interrupted run left them."""
     if not path.exists():
         encoder = partial(encode, autoencoder, shown=shown)
-        made = data.make_pools(random.Random(seed), PICTURES, EDITS, WIDE, encoder)
+        edits, wide = (int(share * pictures) for share in (EDIT_SHARE, WIDE_SHARE))
+        made = data.make_pools(random.Random(seed), pictures, edits, wide, encoder)
         path.write_bytes(pickle.dumps(made))
     pools = pickle.loads(path.read_bytes())
     assert isinstance(pools, data.Pools)
@@ -171,12 +172,12 @@ def _optimizer(model: Bagel) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
 
 
-def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int) -> None:
+def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, pictures: int = PICTURES) -> None:
     """Train the transformer; write ``model.pt`` while at it."""
     first = ranks.rank == 0
     autoencoder = load_autoencoder(folder)
     tokenizer = Tokenizer(folder / "tokenizer", checkpoint.VOCABULARY)
-    pools = _pools(folder / f"pools-{ranks.rank}.pickle", autoencoder, 1000 * seed + ranks.rank, first)
+    pools = _pools(folder / f"pools-{ranks.rank}.pickle", autoencoder, pictures, 1000 * seed + ranks.rank, first)
     torch.manual_seed(seed)
     model = checkpoint.new()
     for name, state in torch.load(folder / "vision.pt").items():
@@ -233,7 +234,7 @@ def export(folder: Path) -> None:
     checkpoint.write(folder / "checkpoint", model, load_autoencoder(folder), folder / "tokenizer")
 
 
-def train_all(folder: Path, minutes: Mapping[str, float], seed: int, processes: int) -> None:
+def train_all(folder: Path, minutes: Mapping[str, float], pictures: int, seed: int, processes: int) -> None:
     """Every stage that is not over yet; the autoencoder's last one comes after the transformer."""
 
     def run(work: Callable[..., None], name: str, *more: object) -> None:
@@ -249,22 +250,29 @@ def train_all(folder: Path, minutes: Mapping[str, float], seed: int, processes: 
     autoencoder("refine")
     if not (folder / "vision.pt").exists():
         run(train_vision, "vision")
-    run(train_model, "model")
+    run(train_model, "model", pictures)
     autoencoder("decoder")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name, (minutes, of) in MINUTES.items():
-        parser.add_argument(f"--{name}-minutes", type=float, default=minutes, help=f"{of} (default: %(default)s)")
+    for name, (usual, of) in MINUTES.items():
+        parser.add_argument(f"--{name}-minutes", type=float, default=usual, help=f"{of} (default: %(default)s)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=PICTURES,
+        help="encoded for the transformer, by each process (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "tokenizer").exists():
         checkpoint.write_tokenizer(args.folder / "tokenizer")
-    train_all(args.folder, {name: getattr(args, f"{name}_minutes") for name in MINUTES}, args.seed, args.processes)
+    minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
+    train_all(args.folder, minutes, args.pictures, args.seed, args.processes)
     export(args.folder)
     for losses in args.folder.glob("*.csv"):
         if losses.stat().st_size:

@@ -264,7 +264,8 @@ class _Reply:
             return
         if self._message is None:
             yield from self._add_text(answer.content)
-        yield from self._close_message(answer.content, "incomplete" if answer.finish_reason == "length" else "completed")
+        status = "incomplete" if answer.finish_reason == "length" else "completed"
+        yield from self._close_message(answer.content, status)
         self._reason = answer.finish_reason
 
     def _close_message(self, text: str, status: str) -> Iterator[Json]:
