@@ -71,6 +71,18 @@ def test_a_server_is_out_while_a_model_of_it_is_missing_and_in_again(
     assert soon(lambda: gauges.seen["replica_ready", first] == 1)
 
 
+def test_a_request_that_comes_just_as_a_server_is_back_is_taken(
+    replicas: Replicas, services: list[TritonService], addresses: list[str]
+) -> None:
+    for service in services:
+        service.ready = set()
+    assert soon(lambda: {replicas.balancer.state(address) for address in addresses} == {"down"})
+    with pytest.raises(StageUnavailable, match=f"{addresses[0]} is down"):
+        replicas.take(1)
+    services[1].ready = set(MODELS)
+    assert replicas.take(1)[0].address == addresses[1]
+
+
 def test_a_server_that_drains_gets_no_more(
     replicas: Replicas, services: list[TritonService], addresses: list[str], gauges: Gauges
 ) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 
 from bagel_triton.deploy.config import Policy
 from bagel_triton.deploy.topology import DIT
 from bagel_triton.pipeline.balancer import Assignment, Balancer, MemberStatus, State
-from bagel_triton.protocol.errors import BagelError
+from bagel_triton.protocol.errors import BagelError, StageUnavailable
+from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.triton.client import READY_S, RemoteServer
 from bagel_triton.triton.stages import TicketClient
 from bagel_triton.triton.tickets import exchange
 
 LAST_S = 0.5  # for the aborts that are queued for a server that leaves
+# A server that has just come back is in after its next check; /health, which asks it, is sooner.
+SETTLE_S = 4 * WATCH_S
 
 
 class Replica:
@@ -66,6 +70,7 @@ class Replicas:
         self.models, self._metrics = tuple(models), metrics
         self.balancer = Balancer(policy)
         self._lock, self._replicas = threading.Lock(), dict[str, Replica]()
+        self._checked = threading.Condition(self._lock)
         self._show_lock, self._shown = threading.Lock(), dict[str, tuple[float, ...]]()
         self.set_addresses(addresses)
 
@@ -76,16 +81,23 @@ class Replicas:
             self.balancer.set_members(addresses)
             for address in addresses:
                 if address not in self._replicas:
-                    self._replicas[address] = Replica(address, self.models, self.balancer, self._show)
+                    self._replicas[address] = Replica(address, self.models, self.balancer, self._note)
         for replica in left:
             replica.close(LAST_S)
         self._show()
 
     def take(self, work: int, avoid: Collection[str] = ()) -> tuple[Replica, Assignment]:
-        """A server for ``work``; see :meth:`Balancer.take`."""
+        """A server for ``work``; see :meth:`Balancer.take`. Waits up to ``SETTLE_S`` where none is ready."""
+        until = time.monotonic() + SETTLE_S
         with self._lock:
-            assignment = self.balancer.take(work, avoid)
-            return self._replicas[assignment.address], assignment
+            while True:
+                try:
+                    assignment = self.balancer.take(work, avoid)
+                except StageUnavailable:
+                    if not self._checked.wait(max(0.0, until - time.monotonic())):
+                        raise
+                else:
+                    return self._replicas[assignment.address], assignment
 
     def retried(self) -> None:
         """Count a request that is tried at another server."""
@@ -97,6 +109,11 @@ class Replicas:
             replicas, self._replicas = list(self._replicas.values()), {}
         for replica in replicas:
             replica.close(timeout_s)
+
+    def _note(self) -> None:
+        with self._lock:
+            self._checked.notify_all()
+        self._show()
 
     def _show(self) -> None:
         """Bring the metrics up to date."""
