@@ -70,7 +70,7 @@ class FakeStage:
         self.restart()
 
     def restart(self) -> None:
-        self.store = TicketStore(self.aborted.append, lambda name: name in self.locks, self.rings)
+        self.store = TicketStore(self.aborted.append, lambda name: name in self.locks, self.rings, "dit")
 
     def start(self, progress: Callable[[Any], None]) -> tuple[Work, FakeJob]:
         if self.refuse is not None:
@@ -345,6 +345,9 @@ def test_a_stage_that_drains_finishes_its_jobs_and_refuses_others(stage: FakeSta
     stage.jobs[0].finish(LARGE)
     following.end()
     assert stage.store.status(Status()).jobs == 0  # the result was taken
+    stage.store.close()
+    stage.restart()
+    assert stage.store.status(Status()).draining
     stage.store.drain(False)
     later = Following(client)
     assert soon(lambda: len(stage.jobs) == 2)

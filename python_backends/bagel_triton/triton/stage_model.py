@@ -112,7 +112,7 @@ class StageModel:
         resources = StageResources.open(config, name)
         self.engine, self._weights = self.build(resources), resources.weights
         self._disconnects = DisconnectWatcher(self.engine.abort_job)
-        self._tickets = TicketStore(self.engine.abort_job, liveness.holds_lock, config.shm_prefix)
+        self._tickets = TicketStore(self.engine.abort_job, liveness.holds_lock, config.shm_prefix, name)
         self._closing = threading.Event()
         if controlled:
             control_file.start_watching(config.shm_prefix, self.metrics, self._closing)

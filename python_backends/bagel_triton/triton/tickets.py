@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable, from_exception
 from bagel_triton.protocol.events import Event, PartialImageEvent, Preview, StageStats
 from bagel_triton.protocol.intervals import WATCH_S
@@ -232,18 +233,19 @@ class _WaitingPoll:
 
 
 class TicketStore:
-    """A stage's tickets, by owner; every method is safe from any thread.
+    """The tickets of the stage ``model``, by owner; every method is safe from any thread.
 
     ``abort`` makes the engine drop a job. ``alive`` says whether the owner's lock is held.
     A doorbell is rung only where its name starts with ``prefix``, the server's own.
     """
 
-    def __init__(self, abort: Callable[[Any], None], alive: Callable[[str], bool], prefix: str) -> None:
+    def __init__(self, abort: Callable[[Any], None], alive: Callable[[str], bool], prefix: str, model: str) -> None:
         self._abort, self._alive, self._prefix = abort, alive, prefix
         self._session = secrets.token_hex(4)  # cursors of a process before this one mean nothing
         self._numbers = itertools.count(1)
         self._owners: dict[str, _Owner] = {}
-        self._draining = False
+        # A file, as a stage's process that is started again goes on draining.
+        self._draining = SHM_DIRECTORY / f"{prefix}_{model}_draining"
         self._lock = threading.RLock()
         self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._closing, self._changed = threading.Event(), threading.Event()
@@ -277,7 +279,7 @@ class TicketStore:
                 tell(Progress(message.ticket, event))
 
         try:
-            if self._draining:
+            if self._draining.exists():
                 raise StageUnavailable("the stage drains and takes no more jobs")
             work, job = start(report)
         except Exception as error:
@@ -343,7 +345,10 @@ class TicketStore:
 
     def drain(self, on: bool) -> None:
         """Refuse new jobs, or take them again."""
-        self._draining = on
+        if on:
+            self._draining.touch()
+        else:
+            self._draining.unlink(missing_ok=True)
 
     def status(self, message: Status) -> StageStatus:
         """The stage's load."""
@@ -355,7 +360,7 @@ class TicketStore:
                 if ticket.open
             ]
         others = sum(ticket.work for name, ticket in opened if name != message.owner)
-        return StageStatus(self._draining, len(opened), others)
+        return StageStatus(self._draining.exists(), len(opened), others)
 
     def close(self) -> None:
         """Stop; jobs are the engine's to end."""
