@@ -5,7 +5,7 @@ SERVE_ARGS ?=
 BENCH_ARGS ?=
 TRAIN_ARGS ?=
 
-.PHONY: setup demo serve test test-all bench perf rehearsal gpu-kit lint wheel train-tiny
+.PHONY: setup demo serve test test-all bench perf rehearsal gpu-kit gpu-report lint wheel train-tiny
 
 setup: ## make .venv (does nothing when it is up to date)
 	@build/setup_env.sh
@@ -29,8 +29,14 @@ bench: setup ## every measurement, on a random checkpoint; bench/results.json an
 train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cores in two hours and a half
 	OMP_NUM_THREADS=1 $(BIN)/python -m build.tiny_bagel.train .cache/tiny_bagel $(TRAIN_ARGS)
 
+rehearsal: setup ## steps of the published size on a GPU of shapes alone; the table of docs/benchmarks.md
+	$(BIN)/python -m tests.rehearsal.budgets
+
 gpu-kit: setup ## .cache/gpu_kit.tar.xz, which bench/gpu_run.sh unpacks on a machine with a GPU
 	@build/gpu_kit.sh
+
+gpu-report: setup ## what bench/gpu_run.sh left in OUT, into docs/benchmarks.md with the device's name
+	$(BIN)/python -m bench.gpu_report $(OUT)
 
 perf: setup ## throughput and latency of the server whose Triton gRPC and HTTP addresses are PERF_ARGS (localhost:8001 localhost:8091)
 	build/perf/run.sh $(PERF_ARGS)

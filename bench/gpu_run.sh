@@ -2,27 +2,38 @@
 # Ten minutes on a GPU, most valuable first: bash bench/gpu_run.sh [--dry-run], from the repository's root.
 # It needs .cache/gpu_kit.tar.xz (make gpu-kit) where the machine lacks this project's packages. Every step has its own
 # limit and log under $OUT, so one that hangs costs its limit; all together at most 560 s. A machine without a GPU
-# runs the same with --dry-run, where the GPU's steps are skipped by themselves or say that there is none. The Python is
-# .venv's or else the machine's; PY=... chooses another.
+# runs the same with --dry-run, where each step for a GPU is skipped and says why. The Python is .venv's or else the
+# machine's; PY=... chooses another. python -m bench.gpu_report $OUT writes the results into docs/benchmarks.md.
 started=$SECONDS
 total=560
 OUT=${OUT:-/tmp/gpu_run}
 mkdir -p "$OUT"
+: >"$OUT/steps.tsv" # a step's name, outcome and seconds a line
 PY=${PY:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || command -v python3)}
 dry=
 [ "${1:-}" = --dry-run ] && dry=--cpu
+
+skip() { # name reason
+    echo "== $1 skipped: $2"
+    printf '%s\tskipped: %s\t0\n' "$1" "$2" >>"$OUT/steps.tsv"
+}
 
 step() { # name limit command...: its last lines are shown, all of it is in $OUT/name.log
     local name=$1 limit=$2 from=$SECONDS rc left=$((total - (SECONDS - started)))
     shift 2
     if [ "$left" -lt 10 ]; then
-        echo "== $name: no time left"
+        skip "$name" "no time left"
         return
     fi
     timeout -k 5 "$((limit < left ? limit : left))" "$@" >"$OUT/$name.log" 2>&1
     rc=$?
     echo "== $name rc=$rc $((SECONDS - from)) s (at $((SECONDS - started)) s)"
+    printf '%s\trc=%s\t%s\n' "$name" "$rc" "$((SECONDS - from))" >>"$OUT/steps.tsv"
     tail -n "${TAIL:-4}" "$OUT/$name.log" | cut -c1-300
+}
+
+on_gpu() { # a step that cannot skip itself
+    if [ -n "$dry" ]; then skip "$1" "there is no GPU (--dry-run)"; else step "$@"; fi
 }
 
 kit=
@@ -36,7 +47,7 @@ if [ -f .cache/gpu_kit.tar.xz ] && [ -z "$dry" ]; then
     done
 fi
 export PYTHONPATH=$PWD/python_backends:$PWD${kit:+:$kit.path} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-tests=("$PY" -m pytest -q -p no:cacheprovider -o filterwarnings=default --timeout 90)
+tests=("$PY" -m pytest -q -rs -p no:cacheprovider -o filterwarnings=default --timeout 90)
 
 df -h /dev/shm | tail -1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | head -1
@@ -44,9 +55,9 @@ TAIL=60 step probe 90 "$PY" -m bench.gpu_probe $dry
 step weights 100 "${tests[@]}" tests/gpu/test_cuda_weights.py
 step ipc 100 "${tests[@]}" tests/gpu/test_cuda_ipc.py
 TAIL=10 step attention 60 "${tests[@]}" tests/gpu/test_engines.py -k attention
-[ -n "$dry" ] || TAIL=20 step bench 120 "$PY" -m bench --device cuda --only published_on_gpu --trials 1 --out "$OUT/bench.json"
+TAIL=20 on_gpu bench 120 "$PY" -m bench --device cuda --only published_on_gpu --trials 1 --out "$OUT/bench.json"
 TAIL=8 step engines 120 "${tests[@]}" --maxfail 6 tests/gpu/test_engines.py
-[ -n "$dry" ] || TAIL=6 step handoff 40 "$PY" -m bench.kv_handoff --connectors cuda_ipc --megabytes 64 256 --trials 5
+TAIL=6 on_gpu handoff 40 "$PY" -m bench.kv_handoff --connectors cuda_ipc --megabytes 64 256 --trials 5
 # Triton's stubs take packages from site-packages and not from PYTHONPATH, and need the kit's numpy: a .pth line puts
 # both first, until the end of this script.
 if [ -n "$kit" ]; then
