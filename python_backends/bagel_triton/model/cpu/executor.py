@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu.row_stable import add_projection, project, rms_norm, rotate, silu_product
+from bagel_triton.model.cpu.row_stable import add_projection, project, rms_norm, rms_scale, rotate, silu_product
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Transformer
 
@@ -146,23 +146,45 @@ class _Run:
         expert, rows = tile.expert(self._layers[index]), tile.rows
         normed = rms_norm(self._x[rows], expert.input_layernorm)
         places = [part[rows] for part in self._scratch.qkv]
+        if tile.few:
+            self._project_few(expert, normed, rows, places)
+            self._kv.write_rows(index, *self._scratch.qkv[1:], rows)
+            return
         # Row slices of the packed weight. One product of all three would need their results copied apart.
         ends = [*accumulate((place[0].numel() for place in places), initial=0)]
         query_rows, key_rows, value_rows = (slice(*edges) for edges in pairwise(ends))
-        project(normed, expert.qkv_proj, value_rows, places[2].flatten(1), tile.few)
+        project(normed, expert.qkv_proj, value_rows, places[2].flatten(1))
         for place, part, norm in zip(places, (query_rows, key_rows), (expert.q_norm, expert.k_norm), strict=False):
-            heads = project(normed, expert.qkv_proj, part, few=tile.few).view_as(place)
+            heads = project(normed, expert.qkv_proj, part).view_as(place)
             rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
         _, key, value = self._scratch.qkv
         self._kv.write_rows(index, key, value, rows)
+
+    def _project_few(self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor]) -> None:
+        """:meth:`_project` of few rows, where an operation's start costs more than a copy: in as few as there are."""
+        query, key, value = places
+        packed = project(normed, expert.qkv_proj, few=True).unflatten(1, (-1, query.shape[2]))
+        *turned, values = packed.split([query.shape[1], key.shape[1], value.shape[1]], dim=1)
+        both = packed[:, : -value.shape[1]]  # [tokens, heads + kv_heads, head_dim]
+        both *= rms_scale(both, expert.q_norm.eps)
+        for part, norm in zip(turned, (expert.q_norm, expert.k_norm), strict=True):
+            part *= norm.weight
+        rotated = torch.empty_like(both)
+        rotate(both, self._batch.cos[rows], self._batch.sin[rows], rotated)
+        for place, part in zip(places, (*rotated.split([query.shape[1], key.shape[1]], dim=1), values), strict=True):
+            place.copy_(part)
 
     def _finish(self, index: int, tile: RowTile) -> None:
         """Replace a tile of the residual by the layer's output, as of :meth:`Expert.finish`."""
         expert, residual = tile.expert(self._layers[index]), self._x[tile.rows]
         add_projection(self._scratch.attended[tile.rows].flatten(1), expert.o_proj, residual, tile.few)
         normed = rms_norm(residual, expert.post_attention_layernorm)
+        if tile.few:
+            gate, up = project(normed, expert.mlp.gate_up_proj, few=True).chunk(2, dim=1)
+            add_projection(silu_product(gate, up), expert.mlp.down_proj, residual, few=True)
+            return
         inner = self._scratch.inner.pop()
-        _add_mlp(expert.mlp, normed, residual, inner, tile.few)
+        _add_mlp(expert.mlp, normed, residual, inner)
         self._scratch.inner.append(inner)
 
     def _attend(self, index: int, spans: list[QuerySpan]) -> None:
@@ -192,10 +214,10 @@ class _Run:
             yield span, slice(head, head + 1), slice(kv_head, kv_head + 1)
 
 
-def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...], few: bool) -> None:
+def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...]) -> None:
     """Add the feed-forward of x [rows, hidden] to ``residual``; ``inner`` is twice [rows or more, intermediate]."""
     gate, up = (whole[: len(x)] for whole in inner)
     size = gate.shape[1]
     for start, out in ((0, gate), (size, up)):
-        project(x, mlp.gate_up_proj, slice(start, start + size), out, few)
-    add_projection(silu_product(gate, up), mlp.down_proj, residual, few)
+        project(x, mlp.gate_up_proj, slice(start, start + size), out)
+    add_projection(silu_product(gate, up), mlp.down_proj, residual)

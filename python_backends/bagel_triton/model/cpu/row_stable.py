@@ -111,9 +111,13 @@ def rms_norm(x: Tensor, norm: RMSNorm, out: Tensor | None = None) -> Tensor:
 
     Three passes over the rows; torch's own takes six on a CPU.
     """
+    return torch.mul(x, rms_scale(x, norm.eps), out=torch.empty_like(x) if out is None else out).mul_(norm.weight)
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """The factor of each row's norm before its weights: x [..., size] -> [..., 1] float32."""
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = (length.square_() / x.shape[-1]).add_(norm.eps).rsqrt_()
-    return torch.mul(x, scale, out=torch.empty_like(x) if out is None else out).mul_(norm.weight)
+    return (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
