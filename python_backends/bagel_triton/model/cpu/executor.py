@@ -146,10 +146,11 @@ class _Run:
         expert, rows = tile.expert(self._layers[index]), tile.rows
         normed = rms_norm(self._x[rows], expert.input_layernorm)
         places = [part[rows] for part in self._scratch.qkv]
-        if tile.few:
-            self._project_few(expert, normed, rows, places)
-            self._kv.write_rows(index, *self._scratch.qkv[1:], rows)
-            return
+        (self._project_few if tile.few else self._project_many)(expert, normed, rows, places)
+        _, key, value = self._scratch.qkv
+        self._kv.write_rows(index, key, value, rows)
+
+    def _project_many(self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor]) -> None:
         # Row slices of the packed weight. One product of all three would need their results copied apart.
         ends = [*accumulate((place[0].numel() for place in places), initial=0)]
         query_rows, key_rows, value_rows = (slice(*edges) for edges in pairwise(ends))
@@ -157,11 +158,9 @@ class _Run:
         for place, part, norm in zip(places, (query_rows, key_rows), (expert.q_norm, expert.k_norm), strict=False):
             heads = project(normed, expert.qkv_proj, part).view_as(place)
             rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
-        _, key, value = self._scratch.qkv
-        self._kv.write_rows(index, key, value, rows)
 
     def _project_few(self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor]) -> None:
-        """:meth:`_project` of few rows, where an operation's start costs more than a copy: in as few as there are."""
+        """:meth:`_project_many` in fewer operations: for few rows, to start one costs more than a copy."""
         query, key, value = places
         packed = project(normed, expert.qkv_proj, few=True).unflatten(1, (-1, query.shape[2]))
         *turned, values = packed.split([query.shape[1], key.shape[1], value.shape[1]], dim=1)
