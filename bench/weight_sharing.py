@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -153,9 +153,10 @@ def _serve(pipe: Connection, stage: str, config: DeployConfig) -> None:
     engine, weights = BUILDERS[stage](resources), resources.weights
     build_s = time.perf_counter() - started
     started = time.perf_counter()
-    resources.load_bagel(None), resources.load_autoencoder()
+    anew = replace(resources, _loaded={})
+    anew.load_bagel(None), anew.load_autoencoder()
     again_s = time.perf_counter() - started
-    del resources  # and with it the mapped checkpoint
+    del anew, resources  # and with it the mapped checkpoint
     for candidate in gc.get_objects():
         if type(candidate) in (Bagel, Autoencoder):
             for tensor in candidate.state_dict().values():
@@ -167,7 +168,8 @@ def _serve(pipe: Connection, stage: str, config: DeployConfig) -> None:
         pipe.recv()
     except EOFError:
         engine.close()
-        weights.close()
+        if weights is not None:
+            weights.close()
 
 
 def report(sharing: Sharing) -> str:

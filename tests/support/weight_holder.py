@@ -47,6 +47,9 @@ class CountedWeights:
     def close(self) -> None:
         self._weights.close()
 
+    def free(self) -> None:
+        self._weights.free()
+
 
 class WeightHolder:
     """The transformer of ``checkpoint``, in the weights that ``make`` makes."""

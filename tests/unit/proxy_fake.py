@@ -36,6 +36,7 @@ from bagel_triton.protocol.events import (
 )
 from bagel_triton.protocol.messages import Usage
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
+from bagel_triton.protocol.sleep import SleepCall, SleepState
 from bagel_triton.triton.client import Readiness, StageResponse
 
 NAMES = ("bagel", "ByteDance-Seed/BAGEL-7B-MoT")
@@ -99,6 +100,9 @@ class FakeClient:
         self.script = script or SCRIPT
         self.ready = ready or dict.fromkeys(BAGEL.models, True)
         self.replicas: dict[str, str] = {}
+        self.asleep: SleepState | None = None
+        self.while_asleep: Literal["wait", "refuse"] = "wait"
+        self.sleeps: list[SleepCall] = []
         self.requests: list[GenerationRequest] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled = threading.Event()
@@ -124,7 +128,13 @@ class FakeClient:
     async def readiness(self) -> Readiness:
         if isinstance(self.ready, Exception):
             raise self.ready
-        return Readiness(self.ready, self.replicas)
+        return Readiness(self.ready, self.replicas, self.asleep)
+
+    async def sleep(self, call: SleepCall) -> SleepState:
+        self.sleeps.append(call)
+        if call.action != "state":
+            self.asleep = SleepState("asleep", call.level, self.while_asleep) if call.action == "sleep" else None
+        return self.asleep or SleepState("awake", 0, self.while_asleep)
 
     async def close(self) -> None:
         self.closed = True

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from bagel_triton.openai import http_server
 from bagel_triton.openai.app import create_app
 from bagel_triton.openai.settings import HttpOptions, OptionError, add_arguments, http_options
+from bagel_triton.protocol.errors import Asleep
 from tests.support.proxy_process import proxy_process
 
 KEYS = ("first-key", "second-key")
@@ -182,3 +183,64 @@ def test_a_certificate_without_its_key_is_refused(certificate: Path) -> None:
     alone = certificate.parent / "cert.pem"
     with pytest.raises(OptionError, match="--ssl-certfile"):
         http_server.check_tls(HttpOptions(ssl_certfile=str(alone)))
+
+
+ADMIN = {"Authorization": "Bearer admin"}
+WITH_ADMIN = HttpOptions(api_keys=KEYS, admin_api_keys=("admin",))
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/sleep"), ("POST", "/v1/wake"), ("GET", "/v1/sleep"), ("POST", "/sleep"), ("POST", "/wake_up")],
+)
+def test_only_an_admin_key_opens_sleep_and_wake(method: str, path: str) -> None:
+    client = api(WITH_ADMIN)
+    for headers in ({}, {"Authorization": "Bearer first-key"}):
+        assert client.request(method, path, headers=headers).status_code == 401
+    assert client.request(method, path, headers=ADMIN).status_code == 200
+    assert client.get("/v1/models", headers=ADMIN).status_code == 401  # it opens nothing else
+    closed = api(HttpOptions()).request(method, path)
+    assert closed.status_code == 403
+    assert "start it with --admin-api-key" in closed.json()["error"]["message"]
+
+
+def test_sleep_wake_and_health_in_between() -> None:
+    fake = FakeClient()
+    client = TestClient(create_app(dataclasses.replace(SETTINGS, http=WITH_ADMIN), fake))
+    asleep = {"state": "asleep", "level": 2, "while_asleep": "wait"}
+    for given in ({"json": {"level": 2}}, {"params": {"level": "2"}}):
+        assert client.post("/v1/sleep", headers=ADMIN, **given).json() == asleep  # type: ignore[arg-type]
+    assert client.get("/is_sleeping", headers=ADMIN).json() == {"is_sleeping": True}
+    reply = client.get("/health/ready")
+    assert (reply.status_code, reply.json()["status"]) == (200, "asleep")
+    fake.while_asleep = "refuse"
+    client.post("/sleep", headers=ADMIN)
+    statuses = [client.get(path).status_code for path in ("/health", "/health/ready", "/health/live")]
+    assert statuses == [200, 503, 200]
+    assert client.post("/wake_up", headers=ADMIN).json()["state"] == "awake"
+    assert client.get("/health/ready").json()["status"] == "ready"
+    assert [(call.action, call.level) for call in fake.sleeps if call.action == "sleep"] == [
+        ("sleep", 2), ("sleep", 2), ("sleep", 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"level": 3}', "level=3 is not allowed; allowed: 1"),
+        ('{"level": true}', "level=true is not allowed"),
+        ('{"levle": 1}', "levle is not a known field; did you mean level?"),
+        ("[]", "body=[] is not allowed; allowed: a JSON object"),
+        ("{", "the body is not JSON"),
+    ],
+)
+def test_other_bodies_of_a_sleep_are_refused(body: str, message: str) -> None:
+    reply = api(WITH_ADMIN).post("/v1/sleep", headers=ADMIN, content=body)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+def test_a_sleeping_server_that_refuses_says_when_to_try_again() -> None:
+    client = TestClient(create_app(SETTINGS, FakeClient(Asleep("the server is asleep; try again later"))))
+    reply = client.post(CHAT, json=chat_body())
+    assert (reply.status_code, reply.headers["retry-after"], reply.json()["error"]["code"]) == (503, "1", "asleep")

@@ -122,12 +122,14 @@ class BagelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A stage silent for ``stage_timeout_s`` is treated as dead; ``request_timeout_s`` is for requests
     without a ``timeout``. ``lb_policy`` shares requests among the servers of stage 1, where it has several.
+    ``while_asleep`` is what becomes of requests that come while the server sleeps.
     """
 
     max_inflight: int = 256
     stage_timeout_s: float = 600.0
     request_timeout_s: float = 3600.0
     lb_policy: Policy = "least-outstanding-tokens"
+    while_asleep: Literal["wait", "refuse"] = "wait"
 
     def __post_init__(self) -> None:
         _require("bagel.max_inflight", self.max_inflight, self.max_inflight >= 1, "an integer >= 1")

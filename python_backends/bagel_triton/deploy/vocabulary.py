@@ -145,7 +145,7 @@ ENGINE: Fields = {
     "enable_diffusion_pipeline_profiler": Neutral("traces and /metrics have each stage's times", _OFF),
     "enable_distributed_layerwise_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
     "enable_layerwise_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
-    "enable_sleep_mode": Neutral("a server cannot give its memory back and go on; stop it", _OFF),
+    "enable_sleep_mode": Neutral("", _EITHER),
     "engine_extras": Neutral("write the fields directly under the stage", ({},)),
     "hf_overrides": Neutral(
         "the checkpoint's config.json decides",
@@ -188,6 +188,9 @@ TOP: Fields = {
     ),
     "dtype": Setting(Literal["auto", "float32", "bfloat16"], "auto, float32, bfloat16", "of weights and KV"),
     "request_timeout_s": Setting(Seconds, SECONDS, "time of a request that sets no `timeout`"),
+    "while_asleep": Setting(
+        Literal["wait", "refuse"], "wait, refuse", "what becomes of requests while the server sleeps"
+    ),
     "stages": Setting(list, "a list of stages, each with a stage_id", "the stages' limits"),
     "connectors": Setting(dict, "a mapping of names to {name, extra}", "what carries KV from stage to stage"),
     "platforms": Setting(dict, "a mapping with cpu or cuda", "changes for machines without or with CUDA"),

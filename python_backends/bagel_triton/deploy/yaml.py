@@ -318,9 +318,8 @@ class _Builder:
 
     def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
         fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline",) if name in top}
-        if "request_timeout_s" in top:
-            timeout = self._value("bagel.request_timeout_s", top["request_timeout_s"])
-            fields["bagel"] = BagelConfig(request_timeout_s=timeout)
+        names = [name for name in ("request_timeout_s", "while_asleep") if name in top]
+        fields["bagel"] = BagelConfig(**{name: self._value(f"bagel.{name}", top[name]) for name in names})
         return fields
 
     def _of_all_stages(self, name: str, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:

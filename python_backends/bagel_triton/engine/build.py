@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,15 +25,14 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.cpu.thread_pool import release_intraop_threads
-from bagel_triton.model.device import Placement, resolve
+from bagel_triton.model.device import Placement, on_gpu, resolve
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import SharedWeights, shared_weights
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+Module = TypeVar("Module", bound=torch.nn.Module)
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +43,8 @@ class StageResources:
     config: DeployConfig
     checkpoint: Checkpoint
     placement: Placement
-    weights: SharedWeights
+    weights: SharedWeights | None  # None for weights of this process alone
+    _loaded: dict[str, torch.nn.Module] = field(default_factory=dict)
 
     @classmethod
     def open(cls, config: DeployConfig, model: str = THINKER) -> StageResources:
@@ -56,16 +58,37 @@ class StageResources:
 
     def load_bagel(self, quantization: str | None) -> Bagel:
         """The transformer, its weights shared with the server's other processes that quantise them alike."""
-        place = self.placement
-        model = self.checkpoint.load_bagel(place.torch_device, place.torch_dtype, self.weights, quantization)
-        release_intraop_threads()  # the engine computes on other threads
-        return model
+        place, weights = self.placement, self.weights
+        load = self.checkpoint.load_bagel
+        return self._once("bagel", lambda: load(place.torch_device, place.torch_dtype, weights, quantization))
 
     def load_autoencoder(self) -> Autoencoder:
         """The autoencoder, shared likewise; it always computes in float32."""
-        autoencoder = self.checkpoint.load_autoencoder(self.placement.torch_device, torch.float32, self.weights)
-        release_intraop_threads()
-        return autoencoder
+        device, load = self.placement.torch_device, self.checkpoint.load_autoencoder
+        return self._once("autoencoder", lambda: load(device, torch.float32, self.weights))
+
+    def rest(self, level: int) -> bool:
+        """Let a sleep of ``level`` begin, once no engine uses the weights; whether they stay loaded.
+
+        They do at level 1 on a CPU. What stays of a GPU's are the checkpoint's pages in the host's page cache.
+        """
+        if level == 1 and self.placement.torch_device.type == "cpu":
+            return True
+        self._loaded.clear()
+        gc.collect()
+        if self.weights is not None:
+            self.weights.close()
+            self.weights.free()
+        if on_gpu(self.placement.torch_device):
+            torch.cuda.empty_cache()
+        return False
+
+    def _once(self, name: str, load: Callable[[], Module]) -> Module:
+        module = self._loaded.get(name)
+        if module is None:
+            module = self._loaded[name] = load()
+            release_intraop_threads()  # the engine computes on other threads
+        return module  # type: ignore[return-value]
 
     @property
     def kv_geometry(self) -> KVGeometry:
@@ -113,12 +136,9 @@ class Models:
     @classmethod
     def load(cls, resources: StageResources) -> Models:
         """Load them for this process alone."""
-        place, checkpoint = resources.placement, resources.checkpoint
-        form = resources.config.thinker.quantization
-        bagel = checkpoint.load_bagel(place.torch_device, place.torch_dtype, quantization=form)
-        models = cls(checkpoint.config, bagel, checkpoint.load_autoencoder(place.torch_device, torch.float32))
-        release_intraop_threads()
-        return models
+        alone = replace(resources, weights=None)
+        bagel = alone.load_bagel(resources.config.thinker.quantization)
+        return cls(resources.checkpoint.config, bagel, alone.load_autoencoder())
 
 
 # A connector's library is imported only where that connector is chosen.

@@ -200,6 +200,15 @@ class EngineLoop(ABC, Generic[Task, Result]):
                 self._inbox.put(call.run)
         return call.future
 
+    def idle(self) -> Future[bool]:
+        """Whether there is no job, waiting or active, among those submitted before this call."""
+        return self.call(lambda: not self._jobs)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this process can no longer use the engine's device."""
+        return self.lost.is_set()
+
     def abort(self, request_id: str) -> None:
         """Abort every job of ``request_id``, waiting or active, and revoke its leases."""
         self._inbox.put(lambda: self._abort_request(request_id, self._jobs))

@@ -23,15 +23,17 @@ from pathlib import Path
 import msgspec
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY, is_locked, open_locked
+from bagel_triton.protocol.intervals import WATCH_S
 
 LAST_WORDS_S = 3.0
 
 
-def end_when(lost: threading.Event) -> None:
-    """End this process soon after ``lost`` is set, so that the watchdog starts another."""
+def end_when(lost: Callable[[], bool]) -> None:
+    """End this process soon after ``lost`` is true, so that the watchdog starts another."""
 
     def watch() -> None:
-        lost.wait()
+        while not lost():
+            time.sleep(WATCH_S)
         time.sleep(LAST_WORDS_S)
         os._exit(1)
 

@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bagel_triton
-from bagel_triton.openai import chat, images, openapi, page, request_log, responses
+from bagel_triton.openai import chat, images, openapi, page, request_log, responses, sleep
 from bagel_triton.openai.endpoint import Api, ReceiveBuffer
 from bagel_triton.openai.errors import ErrorBody, error_detail, http_exception
 from bagel_triton.openai.image_fetch import RemoteImages
@@ -62,6 +62,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
         *images.routes(api),
         *responses.routes(api),
         *status_routes(api, metrics),
+        *sleep.routes(api),
         *openapi.routes(api, is_open),
         *page.routes(),
     ]
@@ -99,7 +100,9 @@ def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
             )
         )
     if options.api_keys:
-        around.append(Middleware(ApiKeys, options.api_keys, is_open))
+        around.append(Middleware(ApiKeys, options.api_keys, lambda path: is_open(path) or path in sleep.PATHS))
+    if options.admin_api_keys:
+        around.append(Middleware(ApiKeys, options.admin_api_keys, lambda path: path not in sleep.PATHS))
     return around
 
 
@@ -194,6 +197,10 @@ def _health_routes(api: Api, metrics: HttpMetrics) -> list[Route]:
         body = {"models": found.models, **({"replicas": found.replicas} if found.replicas else {})}
         if waiting:
             return JSONResponse({"status": "not ready", **body, "message": f"not ready: {', '.join(waiting)}"}, 503)
+        if found.asleep is not None:
+            # vLLM's /health is 200 while it sleeps. A balancer must not choose a server that refuses.
+            refuses = found.asleep.while_asleep == "refuse" and request.url.path == "/health/ready"
+            return JSONResponse({"status": "asleep", **body}, 503 if refuses else 200)
         return JSONResponse({"status": "ready", **body})
 
     async def live(request: Request) -> Response:

@@ -19,7 +19,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bagel_triton.openai import request_log
-from bagel_triton.protocol.errors import BagelError, InvalidRequest, Overloaded, format_value, from_exception, truncate
+from bagel_triton.protocol.errors import (
+    Asleep,
+    BagelError,
+    InvalidRequest,
+    Overloaded,
+    format_value,
+    from_exception,
+    truncate,
+)
 
 log = logging.getLogger(__name__)
 MAX_LOGGED = 1000  # characters
@@ -94,7 +102,7 @@ def to_bagel_error(error: Exception) -> BagelError:
 
 def error_response(error: BagelError, retry_after_s: int) -> Response:
     """The HTTP response for ``error``."""
-    headers = {"Retry-After": str(retry_after_s)} if isinstance(error, Overloaded) else None
+    headers = {"Retry-After": str(retry_after_s)} if isinstance(error, Overloaded | Asleep) else None
     return _json(error_body(error), error.http_status, headers)
 
 

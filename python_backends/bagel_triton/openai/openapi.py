@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import bagel_triton
+from bagel_triton.openai import sleep
 from bagel_triton.openai.chat_schema import MAX_MODALITIES, ChatBody
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.openai.errors import ErrorBody
@@ -119,9 +120,18 @@ def describe(api: Api, is_open: Callable[[str], bool]) -> Json:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
         for path in filter(is_open, document["paths"]):
-            for operation in document["paths"][path].values():
-                operation["security"] = []
+            _secure(document["paths"][path], [])
+    if api.settings.http.admin_api_keys:
+        schemes = document["components"].setdefault("securitySchemes", {})
+        schemes["admin"] = {"type": "http", "scheme": "bearer"}
+    for path in sleep.PATHS:
+        _secure(document["paths"][path], [{"admin": []}] if api.settings.http.admin_api_keys else [])
     return document
+
+
+def _secure(operations: Json, security: list[Json]) -> None:
+    for operation in operations.values():
+        operation["security"] = security
 
 
 def _accepted(name: str, schema: Json, api: Api) -> Json:
@@ -237,6 +247,7 @@ def _paths() -> Json:
         return {"get": {"summary": summary, "parameters": named, "responses": {**found, "default": error}}}
 
     json_body, form_body = "application/json", "multipart/form-data"
+    awake = reply("Its state", any_json)
     unready = {"503": reply("Not ready", any_json)}
     image = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "jpeg", "webp")}
     text = {"200": {"description": "The page", "content": {"text/plain": {"schema": _TEXT}}}}
@@ -258,6 +269,11 @@ def _paths() -> Json:
         "/v1/responses": post("Text, thinking and images as items", "Response", (json_body, "ResponsesBody")),
         "/v1/models": get("The model, once"),
         "/v1/models/{model}": get("The model, by any of its names", ("model",)),
+        "/v1/sleep": {**get("Whether the server sleeps"), **_sleep(any_json, error)},
+        "/v1/wake": {"post": {"summary": "Wake the server", "responses": {"200": awake, "default": error}}},
+        "/sleep": _sleep(any_json, error),
+        "/wake_up": {"post": {"summary": "As /v1/wake", "responses": {"200": awake, "default": error}}},
+        "/is_sleeping": get("Whether the server sleeps, as vLLM has it"),
         "/health": get("Whether every stage is ready", answers=unready),
         "/health/ready": get("The same", answers=unready),
         "/health/live": get("That this process answers"),
@@ -267,6 +283,13 @@ def _paths() -> Json:
         "/openapi.json": get("This document"),
         "/docs": get("This document, to read", answers=page),
     }
+
+
+def _sleep(state: Json, error: Json) -> Json:
+    level = {"name": "level", "in": "query", "schema": {"enum": [1, 2], "default": 1}}
+    done = {"description": "Its state", "content": {"application/json": state}}
+    operation = {"summary": "Free the server's memory", "parameters": [level]}
+    return {"post": {**operation, "responses": {"200": done, "default": error}}}
 
 
 def _page(document: Json) -> str:

@@ -17,6 +17,7 @@ from typing import Literal
 
 MIB = 1024 * 1024
 API_KEY_VARIABLE = "BAGEL_API_KEY"
+ADMIN_KEY_VARIABLE = "BAGEL_ADMIN_API_KEY"
 
 
 class OptionError(ValueError):
@@ -54,7 +55,8 @@ class AllowedSources:
 class HttpOptions:
     """Settings of the HTTP server, which do not depend on Triton.
 
-    With ``api_keys`` a request must carry one of them. ``cors_origins`` are the origins whose
+    With ``api_keys`` a request must carry one of them, and a sleep or wake one of ``admin_api_keys``.
+    ``cors_origins`` are the origins whose
     pages may call the API, ``*`` for any. Times are in seconds: a connection has
     ``header_timeout_s`` to send a request's header, ``body_timeout_s`` to send its body,
     ``write_timeout_s`` to read on once the send buffer is full, and stays open for
@@ -66,6 +68,7 @@ class HttpOptions:
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
@@ -148,6 +151,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file", type=Path, metavar="FILE", help="more keys, a line each; empty lines and # lines are skipped"
     )
     group.add_argument(
+        "--admin-api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key for /v1/sleep and /v1/wake, which no other key opens; without one they are closed; may be "
+        f"repeated; or ${ADMIN_KEY_VARIABLE}",
+    )
+    group.add_argument("--admin-api-key-file", type=Path, metavar="FILE", help="more of them, as --api-key-file")
+    group.add_argument(
         "--cors-origin",
         action="append",
         default=[],
@@ -224,7 +236,8 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
     except ValueError as error:
         raise OptionError(f"--allow-image-host={error}") from error
     return HttpOptions(
-        api_keys=_api_keys(args.api_key, args.api_key_file),
+        api_keys=_api_keys("--api-key", API_KEY_VARIABLE, args.api_key, args.api_key_file),
+        admin_api_keys=_api_keys("--admin-api-key", ADMIN_KEY_VARIABLE, args.admin_api_key, args.admin_api_key_file),
         cors_origins=tuple(_origin(origin) for origin in args.cors_origin),
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
@@ -240,19 +253,19 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
     )
 
 
-def _api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+def _api_keys(flag: str, variable: str, given: Sequence[str], file: Path | None) -> tuple[str, ...]:
     """Every key, from the flags, the environment and the file; an error never shows one."""
-    sources = {"--api-key": list(given)}
-    if variable := os.environ.get(API_KEY_VARIABLE):
-        sources[f"${API_KEY_VARIABLE}"] = [variable]
+    sources = {flag: list(given)}
+    if key := os.environ.get(variable):
+        sources[f"${variable}"] = [key]
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"--api-key-file={file} cannot be read: {error}") from error
-        sources["--api-key-file"] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not sources["--api-key-file"]:
-            raise OptionError(f"--api-key-file={file} holds no key; allowed: a key a line")
+            raise OptionError(f"{flag}-file={file} cannot be read: {error}") from error
+        sources[f"{flag}-file"] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not sources[f"{flag}-file"]:
+            raise OptionError(f"{flag}-file={file} holds no key; allowed: a key a line")
     for source, keys in sources.items():
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
             raise OptionError(f"{source} holds an empty key or a blank; allowed: printable ASCII without blanks")

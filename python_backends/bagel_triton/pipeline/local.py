@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import Models, StageResources
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.dit.run import Latents
-from bagel_triton.engine.loop import Job
+from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
@@ -31,11 +31,18 @@ Result = TypeVar("Result")
 class LocalStages:
     """All stages in this process over one copy of the weights; KV by the ``local`` connector.
 
-    ``models`` are run instead of the checkpoint's, whose tokenizer is still used.
+    ``models`` are run instead of the checkpoint's, whose tokenizer is still used. ``resources`` are those of
+    ``config``, where they are open already.
     """
 
-    def __init__(self, config: DeployConfig, metrics: Metrics | None = None, models: Models | None = None) -> None:
-        resources = StageResources.open(config)
+    def __init__(
+        self,
+        config: DeployConfig,
+        metrics: Metrics | None = None,
+        models: Models | None = None,
+        resources: StageResources | None = None,
+    ) -> None:
+        resources = resources or StageResources.open(config)
         place, tokenizer = resources.placement, resources.tokenizer()
         models = Models.load(resources) if models is None else models
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
@@ -49,6 +56,7 @@ class LocalStages:
         pool = geometry, config.thinker.kv_tokens
         self.dit = DitEngine(model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
+        self._engines: tuple[EngineLoop[Any, Any], ...] = (self.decoder, self.dit, self.thinker)
 
     def expand(self, request: GenerationRequest) -> StageCall[Plan]:
         """Plan at once, on the caller's thread."""
@@ -79,12 +87,28 @@ class LocalStages:
 
     def abort(self, request_id: str) -> None:
         """Abort in every engine."""
-        for engine in (self.decoder, self.dit, self.thinker):
+        for engine in self._engines:
             engine.abort(request_id)
+
+    def abort_job(self, job: Job[Any, Any]) -> None:
+        """Abort ``job``, whichever engine has it."""
+        for engine in self._engines:
+            engine.abort_job(job)
+
+    def idle(self) -> Future[bool]:
+        """Whether no engine has a job."""
+        idle = Future[bool]()
+        idle.set_result(all(engine.idle().result() for engine in self._engines))
+        return idle
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether an engine has lost its device."""
+        return any(engine.is_lost for engine in self._engines)
 
     def close(self) -> None:
         """Stop every engine."""
-        for engine in (self.decoder, self.dit, self.thinker):
+        for engine in self._engines:
             engine.close()
 
 

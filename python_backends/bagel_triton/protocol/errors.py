@@ -110,6 +110,10 @@ class StageUnavailable(BagelError):
     grpc_status = "UNAVAILABLE"
 
 
+class Asleep(StageUnavailable):
+    """The server sleeps, and refuses requests meanwhile; the client may retry."""
+
+
 class LeaseError(BagelError):
     """A KV lease was stale, expired, released or did not match its contents.
 
@@ -134,6 +138,7 @@ _KINDS: dict[str, type[BagelError]] = {
         DeadlineExceeded,
         Cancelled,
         StageUnavailable,
+        Asleep,
         LeaseError,
         Internal,
     )

@@ -26,7 +26,7 @@ INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 PASSED_ON = "perf-analyzer"
 SHELLS = ("bash", "zsh", "tcsh")
 FOLDERS = ("checkpoint", "directory", "model_repository")  # arguments that name one, for completion
-FILES = ("api_key_file", "deploy_config", "file", "output", "ssl_certfile", "ssl_keyfile")
+FILES = ("admin_api_key_file", "api_key_file", "deploy_config", "file", "output", "ssl_certfile", "ssl_keyfile")
 
 
 class Command(NamedTuple):

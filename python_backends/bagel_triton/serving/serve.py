@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -62,6 +62,7 @@ class ServeOptions:
     omni_master_address: str | None = None
     omni_master_port: int | None = None
     omni_lb_policy: Policy | None = None
+    while_asleep: Literal["wait", "refuse"] | None = None
     init_timeout: float | None = None
     shutdown_timeout: float = GRACE_S
     http: HttpOptions = field(default_factory=HttpOptions)
@@ -142,6 +143,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how stage 0 shares requests among the servers of stage 1 (default: {POLICIES[0]})",
     )
     parser.add_argument(
+        "--while-asleep",
+        choices=("wait", "refuse"),
+        help="what becomes of requests while the server sleeps: they wait, or get 503 (default: wait)",
+    )
+    parser.add_argument(
         "--init-timeout", metavar="S", type=_seconds, help="give up a start that takes longer (default: never)"
     )
     parser.add_argument(
@@ -215,6 +221,10 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     if options.omni_lb_policy is not None:
         bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
         config = msgspec.structs.replace(config, bagel=bagel)
+    if options.while_asleep is not None:
+        config = msgspec.structs.replace(
+            config, bagel=msgspec.structs.replace(config.bagel, while_asleep=options.while_asleep)
+        )
     ready_by = math.inf if options.init_timeout is None else time.monotonic() + options.init_timeout
     with (
         _registered(options, config, ready_by) as (config, registrations),

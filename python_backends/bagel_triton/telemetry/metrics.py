@@ -43,6 +43,7 @@ def _of_engine(stage: str) -> tuple[Metric, ...]:
 _ORCHESTRATOR = (
     Metric("counter", "requests", "requests that ended, by HTTP status", {"status": STATUSES}),
     Metric("gauge", "requests_active", "requests in flight, in any stage"),
+    Metric("gauge", "asleep", "1 while the server sleeps: its weights and KV cache are freed"),
     Metric("histogram", "request_seconds", "time of a whole request, of those that succeeded"),
     Metric("gauge", "replica_ready", "1 where a server of stage 1 takes requests, by its address", {"address": ()}),
     Metric("gauge", "replica_draining", "1 where a server of stage 1 only finishes what it has", {"address": ()}),

@@ -23,10 +23,12 @@ from tritonclient.utils import np_to_triton_dtype
 
 from bagel_triton.deploy.topology import DIT, MODELS, ORCHESTRATOR
 from bagel_triton.ipc import liveness
+from bagel_triton.ipc.sleep_gate import SleepGate
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, PartialImageEvent, decode_event
 from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.sleep import SleepCall, SleepState
 from bagel_triton.protocol.tensors import Arrays, to_tensors
 from bagel_triton.triton.tickets import Status, exchange
 
@@ -67,10 +69,14 @@ class StageResponse:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether each model is ready, and the state of each server of stage 1 by its address: ready, draining, down."""
+    """Whether each model is ready, and the state of each server of stage 1 by its address: ready, draining, down.
+
+    ``asleep`` is the state of a server that sleeps.
+    """
 
     models: dict[str, bool]
     replicas: dict[str, str] = field(default_factory=dict)
+    asleep: SleepState | None = None
 
 
 class ClientSettings(Protocol):
@@ -111,6 +117,13 @@ class Client(Protocol):
 
         Raises:
             StageUnavailable: Triton cannot be reached.
+        """
+
+    async def sleep(self, call: SleepCall) -> SleepState:
+        """Change the server's state, or find it out.
+
+        Raises:
+            BagelError: it could not be changed, or Triton is gone.
         """
 
     async def close(self) -> None:
@@ -200,7 +213,44 @@ class TritonClient:
         elsewhere = {model: any(ready[model] for ready, _ in replicas) for model in remote}
         if all(elsewhere.values()):  # requests go to servers that have every model, and do not drain
             elsewhere = dict.fromkeys(remote, any(state == "ready" for _, state in replicas))
-        return Readiness(here | elsewhere, dict(zip(addresses, (state for _, state in replicas), strict=True)))
+        asleep = await self._asleep() if here.get(ORCHESTRATOR) else None
+        states_of = dict(zip(addresses, (state for _, state in replicas), strict=True))
+        return Readiness(here | elsewhere, states_of, asleep)
+
+    async def _asleep(self) -> SleepState | None:
+        """The state of the server where it sleeps; where its processes run on this host a file says that it does."""
+        prefix = self._settings.shm_prefix
+        if prefix is not None and not SleepGate(prefix).level:
+            return None
+        try:
+            async with asyncio.timeout(self._settings.ready_timeout_s):
+                found = await self.sleep(SleepCall("state"))
+        except TimeoutError as error:
+            raise StageUnavailable(f"{ORCHESTRATOR} does not answer") from error
+        return None if found.state == "awake" else found
+
+    async def sleep(self, call: SleepCall) -> SleepState:
+        stream = self._connected().stream_stream(
+            _STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
+        )
+        arrays: Arrays = {"sleep": np.array([msgspec.json.encode(call)], dtype=np.object_)}
+        message, contents = _message(ORCHESTRATOR, "", arrays)
+        message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)
+        responses = stream(_once(message.SerializeToString()))
+        try:
+            answer = await _read(responses)
+        except grpc.RpcError as broken:
+            raise rpc_failure(self._settings.triton_grpc, broken)[0] from broken
+        finally:
+            responses.cancel()
+        if answer is None:
+            raise StageUnavailable(f"{ORCHESTRATOR} ended before it answered")
+        if answer.error_message:
+            raise from_text(answer.error_message)
+        events = InferResult(answer.infer_response).as_numpy("event")
+        if events is None or events.size != 1:
+            raise Internal(f"a response of {ORCHESTRATOR} carries no state")
+        return msgspec.json.decode(events.reshape(-1)[0], type=SleepState)
 
     async def _loaded_models(self, channel: grpc.aio.Channel) -> tuple[str, ...]:
         """Our models that this Triton loads, and :data:`ORCHESTRATOR` in any case.

@@ -10,21 +10,26 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from bagel_triton.deploy.config import DeployConfig, from_environment
 from bagel_triton.ipc import control_file
 from bagel_triton.ipc.liveness import Announcement, end_when
+from bagel_triton.ipc.sleep_gate import SleepGate
 from bagel_triton.pipeline.pipeline import GeneratedImage, Item, PartialImage, Pipeline
 from bagel_triton.protocol.errors import Cancelled, Overloaded, StageUnavailable, from_exception
 from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
+from bagel_triton.protocol.intervals import REQUEST_S
 from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.sleep import decode_sleep_call
 from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
 from bagel_triton.telemetry.metrics import METRIC_DEFS, SUPERVISOR, Metrics, NoMetrics
 from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
+from bagel_triton.triton.sleep import ServerSleep, Sleeper, StageSleeper
 from bagel_triton.triton.stages import StageConnections, TritonStages
 
 if TYPE_CHECKING:
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 LAST_S = 0.5  # for requests that are being ended
 STREAM = "stream"  # input of ``bagel``: false for a single response
+SLEEP = "sleep"  # input of ``bagel``: a change of the server's state, see :mod:`bagel_triton.protocol.sleep`
 
 
 class InFlight:
@@ -88,13 +94,19 @@ class Orchestrator:
         own = tuple(METRIC_DEFS) if one_process else [args["model_name"], SUPERVISOR]
         # Two models cannot share a metric of Triton's; of a unary one, Triton's own count whole requests.
         self._metrics = TritonMetrics(own) if self.streams else None
-        self._config, self._local = config.bagel, None
+        gate = SleepGate(config.shm_prefix)
+        self._config, self._local, self._gate = config.bagel, None, gate
         if one_process:
-            from bagel_triton.pipeline.local import LocalStages  # otherwise this process needs no torch
+            from bagel_triton.engine.build import Models, StageResources  # otherwise this process needs no torch
+            from bagel_triton.engine.sleep import SleepingEngine
+            from bagel_triton.pipeline.local import LocalStages
 
-            self._local = LocalStages(config, self._metrics)
-            for engine in (self._local.thinker, self._local.dit, self._local.decoder):
-                end_when(engine.lost)
+            def build(resources: StageResources) -> LocalStages:
+                return LocalStages(config, self._metrics, Models.load(resources), resources)
+
+            local = SleepingEngine(lambda: StageResources.open(config), build, gate.level)
+            self._local = local
+            end_when(lambda: local.is_lost)
         self._tracing = tracing.from_environment()
         self._closing = threading.Event()
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
@@ -103,6 +115,7 @@ class Orchestrator:
         connect = partial(StageConnections, triton_io.model_call, self._announcement, config.shm_prefix)
         self._connections = None if one_process else connect(replicas)
         set_addresses = None if replicas is None else replicas.set_addresses
+        self._sleep = ServerSleep(gate, config.bagel.while_asleep, self._sleepers, self._metrics or NoMetrics())
         counters = self._metrics or _NoCounters()
         control_file.start_watching(config.shm_prefix, counters, self._closing, set_addresses)
 
@@ -113,6 +126,13 @@ class Orchestrator:
 
         metrics = self._metrics or NoMetrics()
         return Replicas(config.remote_models, config.remote_addresses, config.bagel.lb_policy, metrics)
+
+    def _sleepers(self) -> dict[str, Sleeper]:
+        """Every stage, wherever it is."""
+        if self._local is not None:
+            return {"bagel": self._local}
+        assert self._connections is not None, "the stages are elsewhere"
+        return {name: StageSleeper(call) for name, call in self._connections.stage_calls().items()}
 
     def execute(self, requests: list[Any]) -> list[None] | None:
         """Follow every request from a thread of its own."""
@@ -139,9 +159,29 @@ class Orchestrator:
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
         triton_io.refuse_parameters(request, REQUEST_FIELDS)
         inputs: Any = triton_io.arrays_of(request)
+        if SLEEP in inputs:
+            call = decode_sleep_call(bytes(inputs[SLEEP].reshape(-1)[0]))
+            state = self._sleep.answer(call, lambda: self._gone(reply))
+            reply.finish({"event": triton_io.bytes_array(msgspec.json.encode(state))})
+            return
         streams = bool(inputs.pop(STREAM, np.array([True])).reshape(-1)[0]) and self.streams
         timeout_s = timeout_of(inputs)
-        stages: Any = self._local
+
+        def waiting() -> None:
+            if streams:
+                reply.send(_response(ProgressEvent("thinker", 0, 0)))
+
+        limit_s = timeout_s or self._config.request_timeout_s
+        with self._sleep.request(lambda: self._gone(reply), limit_s, waiting) as waited_s:
+            if timeout_s is not None and waited_s > REQUEST_S:
+                timeout_s = max(timeout_s - waited_s, REQUEST_S)
+                inputs["timeout"] = np.array([timeout_s])
+            self._run(request, inputs, streams, timeout_s, reply, span)
+
+    def _run(
+        self, request: Any, inputs: Any, streams: bool, timeout_s: float | None, reply: triton_io.Reply, span: Span
+    ) -> None:
+        stages: Any = None if self._local is None else self._local.engine
         if self._connections is not None:
             headers = tracing.headers_of(triton_io.parameters_of(request))
             stages = TritonStages(self._connections, reply.request_id, headers)
@@ -165,8 +205,10 @@ class Orchestrator:
         self._in_flight.drain(LAST_S)
         if self._connections is not None:
             self._connections.close(LAST_S)
-        if self._local:
+        if self._local is not None:
             self._local.close()
+        if self.streams:
+            self._gate.open()
         self._outbox.close()
         self._tracing.close()
         if self._metrics is not None:

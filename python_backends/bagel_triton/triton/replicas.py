@@ -14,7 +14,7 @@ from bagel_triton.protocol.errors import BagelError, StageUnavailable
 from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.triton.client import READY_S, RemoteServer
-from bagel_triton.triton.stages import TicketClient
+from bagel_triton.triton.stages import ModelCall, TicketClient
 from bagel_triton.triton.tickets import exchange
 
 LAST_S = 0.5  # for the aborts that are queued for a server that leaves
@@ -98,6 +98,16 @@ class Replicas:
                         raise
                 else:
                     return self._replicas[assignment.address], assignment
+
+    def stage_calls(self) -> dict[str, ModelCall]:
+        """The call of every model of every server."""
+        with self._lock:
+            replicas = list(self._replicas.values())
+        return {
+            f"{model} at {replica.address}": replica.server.model_call(model, READY_S)
+            for replica in replicas
+            for model in self.models
+        }
 
     def retried(self) -> None:
         """Count a request that is tried at another server."""

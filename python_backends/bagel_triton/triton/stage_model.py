@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
+
+import msgspec
 
 from bagel_triton.deploy.config import from_environment
 from bagel_triton.engine.build import StageResources
 from bagel_triton.engine.loop import Job
+from bagel_triton.engine.sleep import Engine, SleepingEngine
 from bagel_triton.ipc import control_file, liveness
 from bagel_triton.ipc.liveness import Announcement, end_when
+from bagel_triton.ipc.sleep_gate import SleepGate
 from bagel_triton.protocol.events import Event, Preview
 from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.tensors import Arrays
@@ -23,6 +27,8 @@ from bagel_triton.triton.tickets import (
     Fetch,
     News,
     Poll,
+    Sleep,
+    StageStatus,
     Status,
     Submit,
     TicketAnswer,
@@ -75,21 +81,6 @@ class DisconnectWatcher:
             self._closing.wait(WATCH_S)
 
 
-class Engine(Protocol):
-    """The part of an engine that a stage model uses."""
-
-    lost: threading.Event
-
-    def abort(self, request_id: str) -> None:
-        """Abort a request's work here."""
-
-    def abort_job(self, job: Job[Any, Any]) -> None:
-        """Abort this job."""
-
-    def close(self) -> None:
-        """Stop."""
-
-
 class StageModel:
     """A model around an engine; ``execute`` never waits for the engine.
 
@@ -100,7 +91,10 @@ class StageModel:
     A model sets :meth:`build` and :meth:`work`, and :meth:`selftest` if it takes part in one.
     """
 
-    engine: Any
+    @property
+    def engine(self) -> Any:
+        """The engine; raises :class:`Asleep` where it sleeps."""
+        return self._engine.engine
 
     def initialize(self, args: dict[str, str]) -> None:
         """Build the engine; an error here is the reason Triton reports."""
@@ -109,14 +103,14 @@ class StageModel:
         config, name = from_environment(), args["model_name"]
         controlled = name == config.control_model
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if controlled else [])])
-        resources = StageResources.open(config, name)
-        self.engine, self._weights = self.build(resources), resources.weights
-        self._disconnects = DisconnectWatcher(self.engine.abort_job)
-        self._tickets = TicketStore(self.engine.abort_job, liveness.holds_lock, config.shm_prefix, name)
+        level = SleepGate(config.shm_prefix).level  # of a sleep during which this process is started
+        self._engine = SleepingEngine(lambda: StageResources.open(config, name), self.build, level)
+        self._disconnects = DisconnectWatcher(self._engine.abort_job)
+        self._tickets = TicketStore(self._engine.abort_job, liveness.holds_lock, config.shm_prefix, name)
         self._closing = threading.Event()
         if controlled:
             control_file.start_watching(config.shm_prefix, self.metrics, self._closing)
-        end_when(self.engine.lost)
+        end_when(lambda: self._engine.is_lost)
         self._announcement = Announcement(config.shm_prefix, name)
 
     def build(self, resources: StageResources) -> Engine:
@@ -145,7 +139,7 @@ class StageModel:
             if "ticket" in inputs:
                 return self._answer_ticket(inputs, request)
             if "abort" in inputs:
-                self.engine.abort(triton_io.text_of(inputs, "abort"))
+                self._engine.abort(triton_io.text_of(inputs, "abort"))
                 return triton_io.response({})
             if "selftest" in inputs:
                 tested = self.selftest(inputs)
@@ -167,15 +161,22 @@ class StageModel:
         if isinstance(call, Poll):
             return self._answer_poll(call, token, request)
         if isinstance(call, Status):
-            return triton_io.response(_ticket(TicketAnswer(token, status=self._tickets.status(call))))
+            return triton_io.response(_ticket(TicketAnswer(token, status=self._status(call))))
         if isinstance(call, Fetch):
             outputs = self._tickets.fetch(call)
         elif isinstance(call, Drain):
             self._tickets.drain(call.on)
+        elif isinstance(call, Sleep):
+            self._engine.change(call.level)
         else:
             self._submit(call, inputs, request.request_id())
         ticket = {"ticket": triton_io.message_array(TicketAnswer(token))}
         return triton_io.response({**ticket, **outputs}, request.requested_output_names())
+
+    def _status(self, call: Status) -> StageStatus:
+        level, changing, failure = self._engine.state()
+        status = self._tickets.status(call)
+        return msgspec.structs.replace(status, asleep=level, changing=changing, failure=failure)
 
     def _submit(self, call: Submit, inputs: Arrays, request_id: str) -> None:
         def start(progress: Any) -> tuple[Work, Job[Any, Any]]:
@@ -203,9 +204,8 @@ class StageModel:
         """Stop the engine, then send the last answers."""
         self._closing.set()
         self._disconnects.close()
-        self.engine.close()
+        self._engine.close()
         self._tickets.close()
-        self._weights.close()
         self._outbox.close()
         self.metrics.close()
         self._announcement.withdraw()

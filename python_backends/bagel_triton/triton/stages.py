@@ -311,7 +311,7 @@ class StageConnections:
     def __init__(
         self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, replicas: Replicas | None
     ) -> None:
-        self._prefix, self.replicas = shm_prefix, replicas
+        self._prefix, self.replicas, self._bls = shm_prefix, replicas, bls
         self.expand_call = bls(EXPANDER)
         self._expanding = ThreadPoolExecutor(EXPANDER_CALLS, "cfg_expand-calls")
         # One at a time, so an instance is always free for a request whose images are soon decoded.
@@ -322,6 +322,11 @@ class StageConnections:
             for stage in (THINKER, DIT, DECODER)
             if stage not in elsewhere
         }
+
+    def stage_calls(self) -> dict[str, ModelCall]:
+        """The call of every stage there is now, by its name; with its address where it is elsewhere."""
+        calls = {str(stage): self._bls(stage) for stage in self.stages}
+        return calls if self.replicas is None else calls | self.replicas.stage_calls()
 
     def watch(self, stage: str) -> Callable[[], bool]:
         """Whether ``stage`` of this server has lived on since this call, when called."""

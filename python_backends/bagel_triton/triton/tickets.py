@@ -97,11 +97,17 @@ class Drain(Message, frozen=True, tag="drain"):
     on: bool
 
 
+class Sleep(Message, frozen=True, tag="sleep"):
+    """Begin to sleep at ``level``, or to wake with 0; :class:`StageStatus` says when it is done."""
+
+    level: int
+
+
 class TicketCall(Message, frozen=True):
     """The input ``ticket`` of a stage; the answer repeats ``token``."""
 
     token: int
-    call: Submit | Poll | Fetch | Status | Drain
+    call: Submit | Poll | Fetch | Status | Drain | Sleep
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -146,11 +152,18 @@ class News(Message, frozen=True):
 
 
 class StageStatus(Message, frozen=True):
-    """A stage's load: jobs whose result has not been taken, and the work of all owners but the one that asks."""
+    """A stage's load: jobs whose result has not been taken, and the work of all owners but the one that asks.
+
+    ``asleep`` is the level of its sleep, ``changing`` whether that is about to change, and ``failure`` the text form
+    of the error that the last change ended with.
+    """
 
     draining: bool
     jobs: int
     work_of_others: int
+    asleep: int = 0
+    changing: bool = False
+    failure: str = ""
 
 
 class TicketAnswer(Message, frozen=True):
@@ -441,7 +454,7 @@ def decode_call(data: bytes) -> TicketCall:
 
 def exchange(
     call: Callable[..., Arrays],
-    message: Submit | Poll | Fetch | Status | Drain,
+    message: Submit | Poll | Fetch | Status | Drain | Sleep,
     outputs: Sequence[str] = (),
     arrays: Arrays | None = None,
     request_id: str = "",

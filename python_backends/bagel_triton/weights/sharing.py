@@ -51,6 +51,9 @@ class SharedWeights(Protocol):
     def close(self) -> None:
         """Stop sharing with processes that start later; tensors of this process stay."""
 
+    def free(self) -> None:
+        """Free what no process uses any more, after :meth:`close`; it is read from the checkpoint when needed."""
+
 
 def shared_weights(prefix: str, device: torch.device) -> SharedWeights:
     """The weights of the server with ``prefix`` on ``device``; nothing is opened until weights are loaded."""
@@ -119,21 +122,8 @@ class WeightStore:
     def close(self) -> None:
         """Do nothing: the files stay for stages that start later."""
 
-    def _write(self, path: Path, layout: Layout, sources: Mapping[str, Source]) -> None:
-        """Write the file at ``path``, or wait until another process has."""
-        lock = path.with_name(f"{path.name}_writing")
-        descriptor = open_locked(lock, create=True, wait=True)
-        if descriptor is None:  # the process that was waited for has finished, or given up
-            return
-        try:
-            if not path.exists():
-                self._remove_unused()
-                _create(path, layout, sources)
-        finally:
-            lock.unlink()
-            os.close(descriptor)
-
-    def _remove_unused(self) -> None:
+    def free(self) -> None:
+        """Remove files that no process maps."""
         for path in self._directory.glob(f"{self._prefix}_weights_*"):
             try:
                 descriptor = open_locked(path)
@@ -142,6 +132,20 @@ class WeightStore:
             if descriptor is not None:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
+
+    def _write(self, path: Path, layout: Layout, sources: Mapping[str, Source]) -> None:
+        """Write the file at ``path``, or wait until another process has."""
+        lock = path.with_name(f"{path.name}_writing")
+        descriptor = open_locked(lock, create=True, wait=True)
+        if descriptor is None:  # the process that was waited for has finished, or given up
+            return
+        try:
+            if not path.exists():
+                self.free()
+                _create(path, layout, sources)
+        finally:
+            lock.unlink()
+            os.close(descriptor)
 
 
 def _open_shared(path: Path) -> int | None:
@@ -248,6 +252,9 @@ class DeviceWeights:
         """Stop handing the weights to other processes."""
         while self._held:
             self._held.popitem()[1].close()
+
+    def free(self) -> None:
+        """Do nothing: the memory ends with its last tensor."""
 
     def _contents(self, layout: Layout, sources: Mapping[str, Source], files: tuple[FileIdentity, ...]) -> Tensor:
         # With the user's id: all users see each other's names, and share nothing.

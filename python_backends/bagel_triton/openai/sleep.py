@@ -1,0 +1,91 @@
+"""Sleep and wake over HTTP, behind an admin key; under vLLM's paths too."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bagel_triton.openai.endpoint import Api
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.sleep import Level, SleepCall, SleepState
+
+#: Paths that need an admin key, and no other.
+PATHS = ("/v1/sleep", "/v1/wake", "/sleep", "/wake_up", "/is_sleeping")
+MAX_BODY = 1024
+
+
+class AdminKeyNeeded(InvalidRequest):
+    """The server has no admin key, so that nobody may change its state."""
+
+    http_status = 403
+
+
+def routes(api: Api) -> list[Route]:
+    """The routes."""
+
+    async def change(call: SleepCall) -> SleepState:
+        if not api.settings.http.admin_api_keys:
+            flags = "--admin-api-key, --admin-api-key-file or $BAGEL_ADMIN_API_KEY"
+            raise AdminKeyNeeded(f"this server has no admin key; start it with {flags}")
+        return await api.client.sleep(call)
+
+    @api.endpoint
+    async def state(request: Request) -> Response:
+        return _json(await change(SleepCall("state")))
+
+    @api.endpoint
+    async def sleep(request: Request) -> Response:
+        return _json(await change(SleepCall("sleep", await _level(request))))
+
+    @api.endpoint
+    async def wake(request: Request) -> Response:
+        return _json(await change(SleepCall("wake")))
+
+    @api.endpoint
+    async def is_sleeping(request: Request) -> Response:
+        found = await change(SleepCall("state"))
+        return JSONResponse({"is_sleeping": found.level > 0})
+
+    return [
+        Route("/v1/sleep", state, methods=["GET"]),
+        Route("/v1/sleep", sleep, methods=["POST"]),
+        Route("/v1/wake", wake, methods=["POST"]),
+        Route("/sleep", sleep, methods=["POST"]),
+        Route("/wake_up", wake, methods=["POST"]),
+        Route("/is_sleeping", is_sleeping, methods=["GET"]),
+    ]
+
+
+async def _level(request: Request) -> Level:
+    """The level in the query or in a JSON body; 1 without one.
+
+    Raises:
+        InvalidRequest: it is neither 1 nor 2, or the body is none.
+    """
+    given: object = request.query_params.get("level")
+    if given is None:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise InvalidRequest(f'the body has more than {MAX_BODY} bytes; allowed: {{"level": 1}} or 2')
+        try:
+            found = msgspec.json.decode(bytes(body) or b"{}")
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f"the body is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise InvalidRequest.value("body", found, "a JSON object")
+        for name in found:
+            if name != "level":
+                raise InvalidRequest.unknown(name, name, ["level"])
+        given = found.get("level", 1)
+    levels: dict[object, Level] = {1: 1, 2: 2, "1": 1, "2": 2}
+    if isinstance(given, bool) or not isinstance(given, int | str) or given not in levels:
+        raise InvalidRequest.value("level", given, "1 (weights stay in host memory) or 2 (weights are dropped)")
+    return levels[given]
+
+
+def _json(state: SleepState) -> Response:
+    return Response(msgspec.json.encode(state), media_type="application/json")
