@@ -32,10 +32,11 @@ class Budget:
 
 
 BUDGETS = (
-    Budget("guided step, 512", lambda stage: step_of(stage, image(512)), 699, 1, cheap=True),
-    Budget("guided step, 1024", lambda stage: step_of(stage, image(1024)), 699, 1),
-    Budget("guided step, edit, 512", lambda stage: step_of(stage, edit(512)), 710, 1),
-    Budget("guided step, 4 images, 512", lambda stage: step_of(stage, image(512, n=4)), 1400, 1),
+    Budget("guided step, 512", lambda stage: step_of(stage, image(512)), 40, 1, cheap=True),
+    Budget("guided step, 1024", lambda stage: step_of(stage, image(1024)), 40, 1),
+    Budget("guided step, edit, 512", lambda stage: step_of(stage, edit(512)), 50, 1),
+    Budget("guided step, 4 images, 512", lambda stage: step_of(stage, image(512, n=4)), 120, 1),
+    Budget("guided step, 512, no graph", lambda stage: step_of(stage, image(512), graphs=False), 699, 1, cheap=True),
     Budget("decode, 1 text", lambda stage: decode_of(stage, 1), 10, 1),
     Budget("decode, 8 texts", lambda stage: decode_of(stage, 8), 10, 1),
     Budget("decode, 32 texts", lambda stage: decode_of(stage, 32), 10, 1, cheap=True),

@@ -396,6 +396,7 @@ def fake_gpu() -> Iterator[Counting]:
         "stream": lambda one: one,
         "CUDAGraph": graph,
         "graph": lambda captured, **options: captured.capture(),
+        "graph_pool_handle": lambda: (0, 0),
         "current_stream": lambda device=None: current,
         "synchronize": synchronize,
         "get_device_capability": lambda device=None: (9, 0),

@@ -117,12 +117,14 @@ def edit(side: int) -> GenerationRequest:
     return image(side, image=(encoded.getvalue(),), cfg_img_scale=2.0)
 
 
-def step_of(scene: Stage, request: GenerationRequest) -> Tally:
-    """The second denoising step of ``request``: its layout is built by then."""
+def step_of(scene: Stage, request: GenerationRequest, graphs: bool = True) -> Tally:
+    """The third denoising step of ``request``: the second has captured its graph."""
     job = scene.lent(request)
     dit = scene.stages.dit
+    if not graphs:
+        dit._steps._graphs = None  # type: ignore[union-attr]
     dit.submit(job, job.request_id, lambda event: None)
-    return [scene.turn(dit) for _ in range(2)][-1]
+    return [scene.turn(dit) for _ in range(3)][-1]
 
 
 def decode_of(scene: Stage, texts: int, graphs: bool = True, **sampling: Any) -> Tally:
@@ -137,4 +139,4 @@ def decode_of(scene: Stage, texts: int, graphs: bool = True, **sampling: Any) ->
     thinker = scene.stages.thinker
     scene.until(thinker, lambda: all(run.decoders for run in thinker._running) and len(thinker._running) == texts)
     assert not any(job.done.done() for job in jobs)
-    return [scene.turn(thinker) for _ in range(3)][-1]
+    return [scene.turn(thinker) for _ in range(4)][-1]

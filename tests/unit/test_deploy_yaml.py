@@ -245,8 +245,8 @@ OLD = {
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("bagel", {**OLD, "thinker.max_num_seqs": 3, "connector": "shm"}),
-        ("bagel_two_devices", {**OLD, "thinker.max_num_seqs": 3, "connector": "shm"}),
+        ("bagel", {**OLD, "thinker.max_num_seqs": 3, "dit.enforce_eager": True, "connector": "shm"}),
+        ("bagel_two_devices", {**OLD, "thinker.max_num_seqs": 3, "dit.enforce_eager": True, "connector": "shm"}),
         (
             "bagel_single_stage",
             {
@@ -255,16 +255,18 @@ OLD = {
                 "thinker.enable_prefix_caching": False,
                 "dit.max_num_seqs": 1,
                 "thinker.enforce_eager": True,
+                "dit.enforce_eager": True,
                 "text_defaults": {"seed": 52},
                 "image_defaults": {"seed": 52},
             },
         ),
-        ("stage_configs_bagel", {**OLD, "connector": "shm", "thinker.enforce_eager": True}),
+        ("stage_configs_bagel", {**OLD, "connector": "shm", "thinker.enforce_eager": True, "dit.enforce_eager": True}),
         (
             "stage_configs_bagel_multiconnector",
             {
                 **OLD,
                 "thinker.enforce_eager": True,
+                "dit.enforce_eager": True,
                 "connector": "mooncake_store",
                 "mooncake_store.master": "10.90.67.86:50051",
                 "mooncake_store.metadata_server": "http://10.90.67.86:8080/metadata",

@@ -5,23 +5,28 @@ The kernels are torch's plain ones; page tables, lengths, layouts and the order 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.dit.steps import DeviceSteps
+from bagel_triton.engine.dit.workspace import WorkspacePool
 from bagel_triton.kv.store import PagedKeys
 from bagel_triton.model.attention import AttentionKernel, QuerySpan, attend
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of, varlen_attention
 from bagel_triton.model.cuda.executor import CudaExecutor
-from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, _Graph, filled
+from bagel_triton.model.cuda.graphs import DecodeInputs, GraphCache, filled
 from bagel_triton.pipeline.local import LocalStages
+from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.cases import Case, load_cases
 from tests.support.nearness import relative_rms
-from tests.support.runs import generate, generate_together, result_of
+from tests.support.runs import generate, generate_together, result_of, think
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = load_cases(DATA / "cases-a")
@@ -31,18 +36,26 @@ RMS = 1e-3  # rounding of float32 over a whole flow
 class Replayed:
     """A graph that computes its step anew from its inputs, into the same outputs."""
 
-    def __init__(self, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._step, self.outputs = step, step()
+    def __init__(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+        self._step, self.graph = step, self
+        self.outputs: tuple[torch.Tensor, ...] = ()
+        self.replays = 0
 
     def replay(self) -> None:
-        for kept, new in zip(self.outputs, self._step(), strict=True):
-            kept.copy_(new)
+        self.replays += 1
+        new = self._step()
+        self.outputs = self.outputs or new
+        for kept, one in zip(self.outputs, new, strict=True):
+            kept.copy_(one)
 
 
-def _captured(self: DecodeGraphs, numbers: Sequence[int], texts: int, blocks: int) -> _Graph:
-    inputs = torch.tensor(numbers)
-    replayed = Replayed(lambda: self._on(inputs, texts, blocks))
-    return _Graph(replayed, inputs, *replayed.outputs)  # type: ignore[arg-type]
+def _captured(self: GraphCache[Any], key: Any, inputs: torch.Tensor) -> Replayed:
+    return Replayed(lambda: self._step(key, inputs))
+
+
+def _replays(cache: GraphCache[Any]) -> list[int]:
+    """How often each key's graph has run."""
+    return [met.graph.replays for met in cache._met.values() if isinstance(met.graph, Replayed)]
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +64,22 @@ def stages() -> Iterator[LocalStages]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("model.device", "engine.thinker.prefill", "engine.dit.engine"):
             patch.setattr(f"bagel_triton.{module}.on_gpu", lambda device: True)
-        flash = AttentionKernel("torch-flash", "so texts are decoded by graphs")
-        patch.setattr("bagel_triton.engine.thinker.prefill.attention_kernel", lambda device, dtype: flash)
-        patch.setattr(DecodeGraphs, "_capture", _captured)
+        flash = AttentionKernel("torch-flash", "so steps are graphs")
+        for module in ("engine.thinker.prefill", "engine.dit.steps"):
+            patch.setattr(f"bagel_triton.{module}.attention_kernel", lambda device, dtype: flash)
+        patch.setattr(GraphCache, "_capture", _captured)
         stages = LocalStages(DeployConfig(str(DATA / "tiny-a"), device="cpu", dtype="float32"))
-        assert isinstance(stages.dit._forward, CudaExecutor)
+        steps, decode = stages.dit._steps, stages.thinker._prefiller._graphs
+        assert isinstance(steps, DeviceSteps)
+        assert isinstance(steps._forward, CudaExecutor)
         yield stages
-        assert stages.thinker._prefiller._graphs is not None
-        assert len(stages.thinker._prefiller._graphs._graphs) > 1
+        assert decode is not None
+        assert steps._graphs is not None
+        assert len(_replays(decode._cache)) > 1
+        assert len(_replays(steps._graphs)) > 1
         stages.close()
     assert stages.producer.pool.blocks.used == 0
+    assert steps.workspace.take([steps.workspace.slots]) is not None  # all came back
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.height], ids=lambda case: case.name)
@@ -85,6 +104,40 @@ def test_images_of_several_requests_share_a_forward(stages: LocalStages) -> None
     for ours, expected in zip(generate_together(stages, requests), alone, strict=True):
         for latents, before in zip(ours.latents, expected.latents, strict=True):
             assert relative_rms(latents.tokens, before.tokens) < RMS
+
+
+def test_a_full_workspace_makes_a_request_wait_and_one_too_long_for_it_is_refused(stages: LocalStages) -> None:
+    requests = [GenerationRequest("A cat", height=96, width=96, seed=seed, num_inference_steps=5) for seed in range(3)]
+    alone = [generate(stages, request) for request in requests]
+    steps = stages.dit._steps
+    assert isinstance(steps, DeviceSteps)
+    pool = steps.workspace
+    plan, job = think(stages, requests[0])
+    needed = sum(stages.dit._sizes(job))
+    stages.thinker.abort(plan.request_id)
+    held = pool.take([pool.slots - needed - 1])  # there is room for one at a time
+    assert held is not None
+    try:
+        together = generate_together(stages, requests)
+    finally:
+        pool.give_back(held)
+    for ours, expected in zip(together, alone, strict=True):
+        assert torch.equal(ours.latents[0].tokens, expected.latents[0].tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "slots", needed - 1)
+        with pytest.raises(InvalidRequest, match=rf"{needed} slots .* has {needed - 1} for dit.max_num_seqs="):
+            generate(stages, requests[0])
+
+
+def test_a_workspace_gives_runs_that_fit_and_joins_what_comes_back() -> None:
+    pool = WorkspacePool(KVGeometry(1, 1, 2, 16, "float32"), 10, torch.float32, torch.device("cpu"))
+    first, second = pool.take([3, 4]) or [], pool.take([2]) or []
+    assert (first, second) == ([slice(0, 3), slice(3, 7)], [slice(7, 9)])
+    assert pool.take([1, 1]) is None
+    pool.give_back(first)
+    assert pool.take([8]) is None  # seven and one, apart
+    pool.give_back(second)
+    assert pool.take([10]) == [slice(0, 10)]
 
 
 def test_texts_in_a_graph_with_rows_to_spare_are_those_of_one_alone(stages: LocalStages) -> None:

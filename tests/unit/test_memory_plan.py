@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, MooncakeStoreConfig, ThinkerConfig
+from bagel_triton.engine.dit import workspace
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import segment_tokens
@@ -126,16 +127,22 @@ def test_contexts_are_those_of_an_edit(height: int, width: int):
     branches = RequestPlanner.open(config).expand(request).branches
     model = Checkpoint(CHECKPOINT).config
     gen, cfg_text, cfg_img = (sum(segment_tokens(part, model) for part in branch.segments) for branch in branches)
-    longer = memory.PROMPT_TOKENS - cfg_img  # the prompt that is planned for is a long one
-    assert memory.context_tokens(model, height, width) == (gen + longer, cfg_text, cfg_img + longer)
+    longer = workspace.PROMPT_TOKENS - cfg_img  # the prompt that is planned for is a long one
+    assert workspace.context_tokens(model, height, width) == (gen + longer, cfg_text, cfg_img + longer)
 
 
 def test_the_dit_copies_three_contexts_for_every_image():
     one, four = (plan_of(dit=DitConfig(max_num_seqs=images)).stages[1] for images in (1, 4))
     model = Checkpoint(CHECKPOINT).config
     new = 3 * ((64 // 16) ** 2 + 2)
-    assert one.kv == (sum(memory.context_tokens(model, 64, 64)) + new) * plan_of().kv_token
+    assert one.kv == (sum(workspace.context_tokens(model, 64, 64)) + new) * plan_of().kv_token
     assert (four.kv, four.activations) == (4 * one.kv, 4 * one.activations)
+
+
+def test_a_gpus_workspace_is_made_for_the_largest_images():
+    small, large = (plan_of(placement=Placement(CUDA, torch.bfloat16), side=side).stages[1].kv for side in (64, 128))
+    model = Checkpoint(CHECKPOINT).config
+    assert small == large == plan_of(placement=BFLOAT16, side=model.latent.max_side).stages[1].kv
 
 
 def refusal(need: memory.MemoryPlan, available: Available, placement: Placement = FLOAT32, **changes: object) -> str:

@@ -51,9 +51,10 @@ def test_a_flag_is_for_every_stage_that_has_the_field(tmp_path: Path) -> None:
     assert str(found.origins["dit.max_num_seqs"]) == "--max-num-seqs"
 
 
-def test_graphs_are_switched_off_for_the_thinker(tmp_path: Path) -> None:
-    assert resolve(tmp_path, "--enforce-eager").config.thinker.enforce_eager
-    assert not resolve(tmp_path).config.thinker.enforce_eager
+def test_graphs_are_switched_off_for_both_stages(tmp_path: Path) -> None:
+    for arguments, off in ((("--enforce-eager",), True), ((), False)):
+        config = resolve(tmp_path, *arguments).config
+        assert (config.thinker.enforce_eager, config.dit.enforce_eager) == (off, off)
 
 
 def test_with_a_stage_id_a_flag_is_for_that_stage(tmp_path: Path) -> None:

@@ -80,13 +80,15 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_num_seqs`` bounds the images denoised together, ``max_num_batched_tokens`` the
     tokens of a step over all their branches (a request that is alone may exceed both),
     ``max_waiting`` the queued requests. ``gpu_memory_utilization`` is the part of a GPU that this
-    stage and the decoder may take. Stages with the same ``quantization`` share their weights.
+    stage and the decoder may take. With ``enforce_eager`` a GPU denoises without CUDA graphs. Stages with the same
+    ``quantization`` share their weights.
     """
 
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 65536
     max_waiting: int = 256
     gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
     quantization: Quantization | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:

@@ -236,7 +236,7 @@ STAGE: Fields = {
     "block_tokens": Setting(Count, COUNT, "tokens per KV block", _THINKER),
     "lease_ttl_s": Setting(Seconds, SECONDS, "until a lease that is not renewed expires", _THINKER),
     "enable_prefix_caching": Setting(bool, BOOLEAN, "keep prefixes for later requests", _THINKER),
-    "enforce_eager": Setting(bool, BOOLEAN, "thinker: decode without CUDA graphs; the DiT has none"),
+    "enforce_eager": Setting(bool, BOOLEAN, "on a GPU, decode and denoise without CUDA graphs"),
     "encoder_cache_mb": Setting(
         Annotated[int, Meta(ge=0, le=2**31 - 1)], "an integer >= 0", "megabytes of cached image encodings", _THINKER
     ),

@@ -37,7 +37,7 @@ _THINKER_FIELDS = (
     "gpu_memory_utilization",
     "quantization",
 )
-_DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization", "quantization")
+_DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization", "enforce_eager", "quantization")
 
 
 @dataclass(frozen=True)

@@ -217,25 +217,21 @@ class PoolStep:
 
 @dataclass(frozen=True)
 class WorkspacePart:
-    """Adjacent rows of one image's branches: where ``store`` takes their keys and values, and which keys they see.
+    """Adjacent rows: the slots that take their keys and values, [rows] int64, and which keys they see."""
 
-    ``slots`` [rows] int64.
-    """
-
-    store: Tensor
     slots: Tensor
     call: VarlenCall
 
 
 class WorkspaceVarlenStep:
-    """One forward's view of requests' workspaces, whose past never moves.
+    """One forward's view of the DiT's workspace, ``store``, where no past ever moves.
 
-    Images of one request share a workspace, and the slots behind each branch's past. So the parts of a ``turn``
+    Images of one request share the slots behind each branch's past. So the parts of a ``turn``
     are written just before they attend; every turn but one waits for that.
     """
 
-    def __init__(self, turns: Sequence[Sequence[WorkspacePart]]) -> None:
-        self._turns = turns
+    def __init__(self, store: Tensor, turns: Sequence[Sequence[WorkspacePart]]) -> None:
+        self._store, self._turns = store, turns
         self._new: tuple[Tensor, Tensor] | None = None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -245,13 +241,13 @@ class WorkspaceVarlenStep:
     def attend(self, layer: int, query: Tensor) -> Tensor:
         """query [tokens, heads, head_dim], same shape out."""
         assert self._new is not None, "a step is written before it is read"
+        key, value = self._store[layer]
         found: dict[int, Tensor] = {}
         for parts in self._turns:
             for part in parts:
-                for target, new in zip(part.store[layer], self._new, strict=True):
+                for target, new in zip((key, value), self._new, strict=True):
                     target.index_copy_(0, part.slots, new[part.call.rows])
             for part in parts:
-                key, value = part.store[layer]
                 found[part.call.rows.start] = varlen_attention(query[part.call.rows], key, value, part.call)
         return _joined([found[start] for start in sorted(found)])
 

@@ -15,23 +15,21 @@ import torch
 from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.dit.workspace import BRANCHES, latent_tokens, workspace_tokens
 from bagel_triton.engine.thinker.engine import kv_geometry
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
-from bagel_triton.model.config import LanguageConfig, ModelConfig, segment_tokens
+from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
 from bagel_triton.model.cpu.row_stable import CACHED, WEIGHTS
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.protocol.events import Stage
-from bagel_triton.protocol.messages import VaeSegment, VitSegment
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.folder import AUTOENCODER_FILE
 
-PROMPT_TOKENS = 256  # of a long prompt
-BRANCHES = 3
 CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
 
 
@@ -115,7 +113,9 @@ def plan(
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
     latents = latent_tokens(model, height, width)
-    past = sum(context_tokens(model, height, width))
+    on_gpu = placement.torch_device.type == "cuda"
+    side = model.latent.max_side  # a GPU's workspace is made once, for the largest
+    workspace = workspace_tokens(model, images, *((side, side) if on_gpu else (height, width)))
     decoded = 1 if placement.torch_device.type == "cpu" else config.decoder.max_batch_size
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = model.vae_resize.size(width, height)
@@ -133,7 +133,7 @@ def plan(
         StageMemory(
             "dit",
             weights=dit_weights,
-            kv=images * (past + BRANCHES * latents) * token,
+            kv=workspace * token,
             activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
             + dense_bytes(model.language, forms[1], placement),
         ),
@@ -156,7 +156,6 @@ def plan(
         weights = sum(sizes[form] for form in loaded) + module_bytes(autoencoder)
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
-    on_gpu = placement.torch_device.type == "cuda"
     processes = 1 if one_process or config.stage_id is not None else len(stages)
     return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0)
 
@@ -187,20 +186,6 @@ def module_bytes(module: nn.Module) -> int:
 def kv_token_bytes(config: LanguageConfig, dtype: str) -> int:
     """Bytes of one token's keys and values."""
     return token_bytes(kv_geometry(config, 1, dtype))
-
-
-def latent_tokens(config: ModelConfig, height: int, width: int) -> int:
-    """Tokens of an image that is being made, with its markers."""
-    return segment_tokens(VaeSegment(height, width, bytes(height * width * 3)), config)
-
-
-def context_tokens(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:
-    """Tokens of the contexts ``gen``, ``cfg_text`` and ``cfg_img`` of editing an image with a long prompt."""
-    resized_width, resized_height = config.vae_resize.size(width, height)
-    seen_width, seen_height = config.vit_resize.size(resized_width, resized_height)
-    image = latent_tokens(config, resized_height, resized_width)
-    image += segment_tokens(VitSegment(seen_height, seen_width, bytes(seen_height * seen_width * 3)), config)
-    return image + PROMPT_TOKENS, image, PROMPT_TOKENS
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import DitConfig
+from bagel_triton.engine.dit.batch import BranchItem
 from bagel_triton.engine.dit.run import FlowRun, Latents
+from bagel_triton.engine.dit.steps import DeviceSteps, HostSteps
+from bagel_triton.engine.dit.workspace import WorkspacePool
 from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.kv.connectors.base import Consumer, read_pattern
-from bagel_triton.kv.store import WorkspacePart, WorkspaceStep, WorkspaceVarlenStep, store_shape
-from bagel_triton.model.attention import QuerySpan
+from bagel_triton.kv.store import store_shape
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
-from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
-from bagel_triton.model.cuda.upload import Upload
 from bagel_triton.model.device import Paced, forward_on, on_gpu, wait_for_stream
 from bagel_triton.model.flow import get_timesteps, initial_noise
-from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.errors import InvalidRequest, LeaseError
 from bagel_triton.protocol.events import PartialImageEvent, Preview, ProgressEvent
 from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry, KVHandle
@@ -32,16 +30,8 @@ from bagel_triton.telemetry.metrics import Metrics
 DitJob = Job[DenoiseJob, Sequence[Latents]]
 
 
-class BranchItem(NamedTuple):
-    """An image in one of its contexts, the unit of a step's batch."""
-
-    run: FlowRun
-    image: int
-    context: int
-
-
 class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
-    """Denoises images on contexts claimed from the thinker; owns its workspaces, from one thread.
+    """Denoises images on contexts claimed from the thinker; owns its workspace, from one thread.
 
     ``vision_tokens`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
     and ``kv_tokens`` are the thinker's KV cache's.
@@ -61,11 +51,15 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._consumer, self._config = model, consumer, config
-        self._forward = forward_on(model.device, model.language_model.model, self._pool)
         self._geometry, self._kv_tokens = geometry, kv_tokens
         self._runs: list[FlowRun] = []
-        self._packed: tuple[list[BranchItem], PackedBatch, WorkspaceStep | WorkspaceVarlenStep] | None = None
-        self._upload, self._paced = Upload(model.device), Paced(model.device)
+        self._paced = Paced(model.device)
+        forward = forward_on(model.device, model.language_model.model, self._pool)
+        self._workspace: WorkspacePool | None = None
+        self._steps: HostSteps | DeviceSteps = HostSteps(model, forward)
+        if on_gpu(model.device):
+            self._steps = DeviceSteps(model, forward, config, geometry)
+            self._workspace = self._steps.workspace
         with torch.inference_mode():
             self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
         self.start()
@@ -87,6 +81,19 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         self._grid(task.flow)
         for handle in task.handles:
             self._check_handle(handle)
+        if self._workspace is not None:
+            needed, slots = sum(self._sizes(task)), self._workspace.slots
+            if needed > slots:  # it would wait for ever
+                raise InvalidRequest(
+                    f"the request is too long: its contexts and a step's tokens need {needed} slots of the DiT's "
+                    f"workspace, which has {slots} for dit.max_num_seqs={self._config.max_num_seqs}",
+                    "messages",
+                )
+
+    def _sizes(self, task: DenoiseJob) -> list[int]:
+        """Slots for each context and a step's tokens behind it."""
+        rows, columns = self._grid(task.flow)
+        return [handle.tokens + rows * columns + VISION_TOKENS for handle in task.handles]
 
     def _check_handle(self, handle: KVHandle) -> None:
         """Refuse a handle that is not the thinker's: its first handle decides how its KV cache is mapped."""
@@ -104,8 +111,19 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         within = images <= self._config.max_num_seqs and tokens <= self._config.max_num_batched_tokens
         if self._runs and not within:  # a single request may exceed both
             return False
-        self._runs.append(self._begin(job, rows, columns))
+        slots = [] if self._workspace is None else self._workspace.take(self._sizes(job.task))
+        if slots is None:  # it waits for the running ones
+            return False
+        try:
+            self._runs.append(self._begin(job, rows, columns, slots))
+        except Exception:
+            self._give_back(slots)
+            raise
         return True
+
+    def _give_back(self, slots: Sequence[slice]) -> None:
+        if self._workspace is not None:
+            self._workspace.give_back(slots)
 
     def _grid(self, flow: FlowSettings) -> tuple[int, int]:
         """Rows and columns of an image's latent tokens."""
@@ -116,9 +134,9 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         return flow.height // latent.stride, flow.width // latent.stride
 
     @torch.inference_mode()
-    def _begin(self, job: DitJob, rows: int, columns: int) -> FlowRun:
+    def _begin(self, job: DitJob, rows: int, columns: int, slots: list[slice]) -> FlowRun:
         model, task, settings = self._model, job.task, job.task.flow
-        workspace, stores = self._claim(task.handles, rows * columns + VISION_TOKENS)
+        stores = self._claim(task, slots)
         channels = model.config.latent.token_channels
         times = get_timesteps(settings.num_inference_steps, settings.timestep_shift)
         return FlowRun(
@@ -129,39 +147,33 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             times=times,
             time_embeddings=model.time_embedder(times.to(model.device)),
             positions=model.latent_pos_embed(rows, columns),
-            workspace=workspace,
             stores=stores,
+            slots=slots,
             next_positions=[handle.next_position for handle in task.handles],
             context_of={context.branch: context.handle for context in task.branches},
         )
 
-    def _claim(self, handles: Sequence[KVHandle], new_tokens: int) -> tuple[Tensor | None, list[Tensor]]:
-        """Copy each context to the front of a store that has room for ``new_tokens`` behind it.
+    def _claim(self, task: DenoiseJob, slots: Sequence[slice]) -> list[Tensor]:
+        """Copy each context to the front of a store that has room for a step's tokens behind it.
 
-        On a GPU the stores are parts of one tensor, which comes first. Every lease is released, even if some could
-        not be claimed.
+        On a GPU the stores are ``slots`` of the workspace. Every lease is released, even if some could not be claimed.
         """
         stores: list[Tensor] = []
-        started, workspace = time.monotonic(), None
+        started = time.monotonic()
         try:
-            sizes = [handle.tokens + new_tokens for handle in handles]
-            if on_gpu(self._model.device):
-                workspace = self._workspace(sum(sizes))
-                stores.extend(workspace.split(sizes, dim=2))
-            for number, (handle, size) in enumerate(zip(handles, sizes, strict=True)):
-                if workspace is None:
-                    stores.append(self._workspace(size))
+            for number, (handle, size) in enumerate(zip(task.handles, self._sizes(task), strict=True)):
+                if self._workspace is not None:
+                    stores.append(self._workspace.store[:, :, slots[number]])
+                else:
+                    shape = store_shape(self._geometry, size)
+                    stores.append(torch.empty(shape, dtype=self._model.dtype, device=self._model.device))
                 self._consumer.claim(handle, stores[number][:, :, : handle.tokens])
         except Exception:
-            for handle in handles:
+            for handle in task.handles:
                 self._consumer.release(handle)
             raise
         self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
-        return workspace, stores
-
-    def _workspace(self, tokens: int) -> Tensor:
-        shape = store_shape(self._geometry, tokens)
-        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+        return stores
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -174,8 +186,9 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         ]
         computed: dict[tuple[int, int, int], Tensor] = {}
         if items:
-            hidden = self._forward(self._embed(items), *self._pack(items))
-            start = 0
+            hidden, start = self._steps.run(items, self._embed(items)), 0
+            if any(run.seers for run in self._runs):
+                hidden = hidden.clone()  # TaylorSeer keeps its states, and a GPU's next step overwrites these
             for run, image, context in items:
                 computed[id(run), image, context] = hidden[start : start + run.tokens]
                 start += run.tokens
@@ -186,81 +199,14 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
                 run.update(image, own, self._model.velocity)
             self._report(run)
 
-    def _embed(self, items: Sequence[BranchItem]) -> Tensor:
+    def _embed(self, items: Sequence[BranchItem]) -> list[Tensor]:
         """This step's embeddings, [latents of every item | vision tokens of every item]."""
         latents: dict[tuple[int, int], Tensor] = {}
         for run, image, _ in items:
             if (id(run), image) not in latents:
                 time = run.time_embeddings[run.step : run.step + 1]
                 latents[id(run), image] = self._model.embed_latents(run.x[image], time, run.positions)
-        return torch.cat([latents[id(run), image] for run, image, _ in items] + [self._vision_embeddings] * len(items))
-
-    def _pack(self, items: list[BranchItem]) -> tuple[PackedBatch, WorkspaceStep | WorkspaceVarlenStep]:
-        """The batch of this step; built anew only when images or their branches change."""
-        if self._packed is None or self._packed[0] != items:
-            self._packed = (items, *self._build(items))
-        return self._packed[1:]
-
-    def _build(self, items: Sequence[BranchItem]) -> tuple[PackedBatch, WorkspaceStep | WorkspaceVarlenStep]:
-        gen_rows = sum(item.run.tokens for item in items)
-        spans: list[QuerySpan] = []
-        writes, start = [], 0
-        for number, (run, _, context) in enumerate(items):
-            und, past = gen_rows + VISION_TOKENS * number, run.stores[context].shape[2] - run.tokens - VISION_TOKENS
-            rows = (
-                (start, start + run.tokens, past),
-                (und, und + VISION_TOKENS, past + run.tokens),
-            )
-            # Both spans of a sequence are adjacent, so its new KV is written once for both.
-            spans.extend(QuerySpan(first, last, number, causal=False) for first, last, _ in rows)
-            writes.append(rows)
-            start += run.tokens
-        # One position for a whole image, latents and vision tokens alike.
-        repeats = torch.tensor([item.run.tokens for item in items] + [VISION_TOKENS] * len(items))
-        positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
-        rows_at = positions.repeat_interleave(repeats)
-        kv: WorkspaceStep | WorkspaceVarlenStep
-        if on_gpu(self._model.device):
-            rows_at, kv = self._placed(items, writes, rows_at)
-        else:
-            kv = WorkspaceStep(spans, [run.stores[c] for run, _, c in items], writes)
-        cos, sin = rotary_tables(rows_at, self._model.config.language, self._model.dtype)
-        return PackedBatch(gen_rows, cos, sin, wanted=slice(0, gen_rows)), kv
-
-    def _placed(
-        self, items: Sequence[BranchItem], writes: Sequence[Sequence[tuple[int, int, int]]], rows_at: Tensor
-    ) -> tuple[Tensor, WorkspaceVarlenStep]:
-        """The rows' positions on the device, and their keys and values: an image of each request at a time."""
-        turns: dict[int, dict[int, list[tuple[KeySpan, int]]]] = {}  # by image and run; a span and its first slot
-        for (run, image, context), rows in zip(items, writes, strict=True):
-            at = sum(store.shape[2] for store in run.stores[:context])
-            length = run.stores[context].shape[2]
-            spans = [(KeySpan(first, stop, at, length, causal=False), at + slot) for first, stop, slot in rows]
-            turns.setdefault(image, {}).setdefault(id(run), []).extend(spans)
-        workspaces = {id(item.run): item.run.workspace for item in items}
-        longs: list[Tensor] = [rows_at]
-        ints: list[list[int]] = []
-        parts: list[list[tuple[Tensor, tuple[KeySpan, ...]]]] = []
-        for by_run in turns.values():
-            parts.append([])
-            for run_id, pairs in by_run.items():
-                slot_of = {span.start: slot for span, slot in pairs}
-                workspace = workspaces[run_id]
-                assert workspace is not None, "a GPU's stores are parts of one workspace"
-                for group in grouped([span for span, _ in pairs]):
-                    slots = [torch.arange(span.stop - span.start) + slot_of[span.start] for span in group]
-                    longs.append(torch.cat(slots))
-                    ints.append(numbers_of(group))
-                    parts[-1].append((workspace, group))
-        (on_device, *slots_at), numbers = self._upload(longs, ints)
-        tensors = iter(zip(slots_at, numbers, strict=True))
-        steps: list[list[WorkspacePart]] = []
-        for turn in parts:
-            steps.append([])
-            for workspace, group in turn:
-                slots_of, own = next(tensors)
-                steps[-1].append(WorkspacePart(workspace, slots_of, call_of(group, own)))
-        return on_device, WorkspaceVarlenStep(steps)
+        return [latents[id(run), image] for run, image, _ in items] + [self._vision_embeddings] * len(items)
 
     def _report(self, run: FlowRun) -> None:
         """Count the step, send progress and previews, and finish a run that is complete."""
@@ -290,8 +236,11 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             self._consumer.release(handle)
 
     def _free(self, job: DitJob) -> None:
+        for run in self._runs:
+            if run.job is job:
+                self._give_back(run.slots)
         self._runs = [run for run in self._runs if run.job is not job]
-        self._packed = None
+        self._steps.forget()
 
     def close(self) -> None:
         """Stop the thread and close the connector."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bagel_triton.engine.loop import Job
+from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.flow import TaylorSeer, combine, guidance_branches
 from bagel_triton.protocol.messages import Branch, DenoiseJob, FlowSettings
 
@@ -35,8 +36,8 @@ class FlowRun:
     times: Tensor  # [steps] float32, on the CPU
     time_embeddings: Tensor  # [steps, hidden]
     positions: Tensor  # [tokens, hidden]
-    workspace: Tensor | None  # on a GPU, the memory of all stores
     stores: list[Tensor]  # one per context: past keys and values, then a step's
+    slots: list[slice]  # on a GPU, those of each store in the workspace
     next_positions: list[int]  # a RoPE position per context
     context_of: dict[Branch, int]
     step: int = 0
@@ -51,6 +52,11 @@ class FlowRun:
     def tokens(self) -> int:
         """Latent tokens of an image."""
         return self.rows * self.columns
+
+    @property
+    def past(self) -> list[int]:
+        """Tokens of each context."""
+        return [store.shape[2] - self.tokens - VISION_TOKENS for store in self.stores]
 
     @property
     def updates(self) -> int:

@@ -122,7 +122,7 @@ class Prefiller:
         """A token more for each of many texts, by a CUDA graph; None where there is none for so many."""
         assert self._graphs is not None, "the caller has looked"
         contexts = [chunk.context for chunk in chunks]
-        if not self._graphs.takes(len(contexts), sum(self._kv_pool.blocks_for(one.tokens + 1) for one in contexts)):
+        if not self._graphs.takes(len(contexts)):
             return None
         slots = torch.cat([context.extend(1) for context in contexts]).tolist()
         positions = [context.next_position for context in contexts]

@@ -2,11 +2,14 @@
 
 Every operation is a launch, which takes the host longer than small ones take the GPU. So both experts write their
 rows into one tensor, queries and keys are normed and rotated together, and products add to the residual themselves.
+A few rows of one expert, such as an image's vision tokens, take as long as their weights take to be read, while many
+of the other take as long as they are computed: they run beside each other, in two streams.
 Hidden states are those of :meth:`Transformer.forward` to rounding. No GPU has run this yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 from bagel_triton.model.attention import StepKV
 from bagel_triton.model.mot import Expert, Layer, PackedBatch, Transformer
 from bagel_triton.model.quantization import QuantizedLinear
+
+FEW_ROWS = 64  # of one expert, which run beside the other's
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class CudaExecutor:
     def __init__(self, transformer: Transformer) -> None:
         self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
         self._config = transformer.config
+        device = transformer.norm.weight.device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.inference_mode():
             self._head_norms = {
                 expert: _head_norms(expert) for layer in self._layers for expert in (layer.gen, layer.und)
@@ -47,19 +54,41 @@ class CudaExecutor:
             query = self._project(x, parts, batch, kv, number)
             wanted = [part for part in parts if not last or batch.wants(part.rows)]
             if wanted:
-                _finish(x, kv.attend(number, query), wanted)
+                self._finish(x, kv.attend(number, query), wanted)
         return x
+
+    def _each(self, parts: list[_Part], work: Callable[[_Part], None]) -> None:
+        """``work`` on every part; one of a few rows beside the others.
+
+        Tensors made inside belong to one stream alone: the others' memory is not reused before both have joined.
+        """
+        few = [part for part in parts if part.rows.stop - part.rows.start <= FEW_ROWS]
+        if self._side is None or len(parts) == 1 or not few:
+            for part in parts:
+                work(part)
+            return
+        beside, main = few[-1], torch.cuda.current_stream(self._side.device)
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            work(beside)
+        for part in parts:
+            if part is not beside:
+                work(part)
+        main.wait_stream(self._side)
 
     def _project(self, x: Tensor, parts: list[_Part], batch: PackedBatch, kv: StepKV, number: int) -> Tensor:
         """Write the keys and values of x to ``kv``; the queries, [tokens, heads, head_dim]."""
         width = parts[0].expert.qkv_proj.out_features
         packed = x.new_empty(len(x), width)
-        for part in parts:
+
+        def project(part: _Part) -> None:
             projection, normed = part.expert.qkv_proj, part.expert.input_layernorm(x[part.rows])
             if isinstance(projection, QuantizedLinear):
                 packed[part.rows] = projection(normed)
             else:
                 torch.addmm(projection.bias, normed, projection.weight.t(), out=packed[part.rows])
+
+        self._each(parts, project)
         heads = packed.unflatten(-1, (-1, self._config.head_dim))
         kv_heads = heads.shape[1] // (parts[0].expert.queries_per_key + 2)
         # The values are normed for nothing: of a part of the heads alone the kernel would take a copy first.
@@ -72,31 +101,36 @@ class CudaExecutor:
         kv.write(number, normed[:, -kv_heads:], heads[:, -kv_heads:])
         return normed[:, :-kv_heads]
 
+    def _finish(self, x: Tensor, attended: Tensor, parts: list[_Part]) -> None:
+        """Add to x what follows from the attention, [tokens, heads, head_dim], for the rows of ``parts``."""
+        first, stop = parts[0].rows.start, parts[-1].rows.stop
+        inner = x.new_empty(stop - first, parts[0].expert.mlp.gate_up_proj.out_features)
+
+        def expand(part: _Part) -> None:
+            expert, residual = part.expert, x[part.rows]
+            _add_product(attended[part.rows].flatten(1), expert.o_proj, residual)
+            own = inner[part.rows.start - first : part.rows.stop - first]
+            normed = expert.post_attention_layernorm(residual)
+            if isinstance(expert.mlp.gate_up_proj, QuantizedLinear):
+                own.copy_(expert.mlp.gate_up_proj(normed))
+            else:
+                torch.mm(normed, expert.mlp.gate_up_proj.weight.t(), out=own)
+
+        self._each(parts, expand)
+        gate, up = inner.chunk(2, dim=-1)
+        active = F.silu(gate).mul_(up)
+
+        def contract(part: _Part) -> None:
+            own = active[part.rows.start - first : part.rows.stop - first]
+            _add_product(own, part.expert.mlp.down_proj, x[part.rows])
+
+        self._each(parts, contract)
+
 
 def _head_norms(expert: Expert) -> Tensor:
     kv_heads = expert.qkv_proj.out_features // expert.head_dim // (expert.queries_per_key + 2)
     weights = (expert.q_norm.weight, expert.queries_per_key * kv_heads), (expert.k_norm.weight, kv_heads)
     return torch.cat([weight.expand(heads, -1) for weight, heads in weights])
-
-
-def _finish(x: Tensor, attended: Tensor, parts: list[_Part]) -> None:
-    """Add to x what follows from the attention, [tokens, heads, head_dim], for the rows of ``parts``."""
-    first, stop = parts[0].rows.start, parts[-1].rows.stop
-    inner = x.new_empty(stop - first, parts[0].expert.mlp.gate_up_proj.out_features)
-    for part in parts:
-        expert, residual = part.expert, x[part.rows]
-        _add_product(attended[part.rows].flatten(1), expert.o_proj, residual)
-        own = inner[part.rows.start - first : part.rows.stop - first]
-        normed = expert.post_attention_layernorm(residual)
-        if isinstance(expert.mlp.gate_up_proj, QuantizedLinear):
-            own.copy_(expert.mlp.gate_up_proj(normed))
-        else:
-            torch.mm(normed, expert.mlp.gate_up_proj.weight.t(), out=own)
-    gate, up = inner.chunk(2, dim=-1)
-    active = F.silu(gate).mul_(up)
-    for part in parts:
-        own = active[part.rows.start - first : part.rows.stop - first]
-        _add_product(own, part.expert.mlp.down_proj, x[part.rows])
 
 
 def _add_product(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor) -> None:

@@ -1,23 +1,96 @@
-"""CUDA graphs of decoding: a step of a few hundred kernels as one launch.
+"""CUDA graphs: a step of a few hundred kernels as one launch.
 
-A graph replays the same kernels on the same memory, so it has a number of texts and of blocks: both are rounded up,
-and a graph is captured when a pair is met for the first time. Rows that fill up repeat the last text, whose token
-is then written to its slot twice; blocks that fill up are read and not used. No GPU has run this yet.
+A graph replays the same kernels on the same memory, so it belongs to a key: all that decides which kernels run. What
+else varies is numbers in one tensor. The first step of a key runs as it is, and sets up the libraries; the second is
+captured. All graphs of an engine share their memory, as one runs at a time. No GPU has run this yet.
+
+For decoding the key is a number of texts and of blocks, both rounded up. Rows that fill up repeat the last text,
+whose token is then written to its slot twice; blocks that fill up are read and not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from bagel_triton.model.cuda.upload import Upload
+from bagel_triton.model.cuda.upload import Numbers, Upload
 
 TEXTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MIN_BLOCKS = 64
 MAX_GRAPHS = 48
+Key = TypeVar("Key", bound=Hashable)
+Outputs = tuple[Tensor, ...]
+log = logging.getLogger(__name__)
+
+
+class Graph(NamedTuple):
+    """A captured step and where it leaves its outputs."""
+
+    graph: Any  # a torch.cuda.CUDAGraph
+    outputs: Outputs
+
+
+@dataclass
+class _Met:
+    """A key that has been met."""
+
+    inputs: Tensor
+    numbers: Numbers | None = None  # what the inputs hold
+    graph: Graph | None = None
+
+
+class GraphCache(Generic[Key]):
+    """Runs ``step`` of a key and its numbers, int64 on the device.
+
+    Outputs are overwritten by the next run. ``step`` must neither wait for the device nor depend on numbers that are
+    not in its inputs. If a capture fails, steps run without graphs from then on.
+    """
+
+    def __init__(self, device: torch.device, step: Callable[[Key, Tensor], Outputs]) -> None:
+        self._device, self._step = device, step
+        self._upload = Upload(device)
+        self._met: OrderedDict[Key, _Met] = OrderedDict()  # the least recently used first
+        self._works = True
+        self._memory: Any = None
+
+    def run(self, key: Key, numbers: Numbers) -> Outputs:
+        """The step's outputs. The same object as the last ``numbers`` of its key is not uploaded again."""
+        met = self._met.get(key)
+        again = met is not None
+        if met is None:
+            if len(self._met) >= MAX_GRAPHS:
+                torch.cuda.current_stream(self._device).synchronize()  # it may be running
+                self._met.popitem(last=False)
+            met = self._met[key] = _Met(torch.empty(len(numbers), dtype=torch.int64, device=self._device))
+        self._met.move_to_end(key)
+        if met.numbers is not numbers:
+            self._upload.into(met.inputs, numbers)
+            met.numbers = numbers
+        if again and met.graph is None and self._works:
+            try:
+                met.graph = self._capture(key, met.inputs)
+            except RuntimeError as error:
+                self._works = False
+                log.warning("no CUDA graphs: a step cannot be captured: %s", error)
+        if met.graph is None:
+            return self._step(key, met.inputs)
+        met.graph.graph.replay()
+        return met.graph.outputs
+
+    def _capture(self, key: Key, inputs: Tensor) -> Graph:
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        # Engines of other threads go on working.
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+            outputs = self._step(key, inputs)
+        return Graph(graph, outputs)
 
 
 @dataclass(frozen=True)
@@ -50,72 +123,37 @@ class StaticInputs:
     max_length: int
 
 
-Step = Callable[[StaticInputs], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    inputs: Tensor
-    logits: Tensor
-    best: Tensor
-
-
 class DecodeGraphs:
-    """Runs ``step`` as a graph: from inputs to logits [texts, vocabulary] and the best token ids [texts].
+    """Runs ``step`` as a graph: from inputs to logits [texts, vocabulary] and the best token ids [texts]."""
 
-    Outputs are overwritten by the next replay. ``step`` must neither wait for the device nor depend on numbers that
-    are not in its inputs. If a capture fails, so does its step, and none is tried again.
-    """
+    def __init__(
+        self, device: torch.device, block_tokens: int, step: Callable[[StaticInputs], tuple[Tensor, Tensor]]
+    ) -> None:
+        self._block_tokens, self._step = block_tokens, step
+        self._cache: GraphCache[tuple[int, int]] = GraphCache(device, self._on)
 
-    def __init__(self, device: torch.device, block_tokens: int, step: Step) -> None:
-        self._device, self._block_tokens, self._step = device, block_tokens, step
-        self._upload = Upload(device)
-        self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._works = True
-
-    def takes(self, texts: int, blocks: int) -> bool:
-        """Whether there is a graph for so many texts and blocks, or can be one."""
-        sizes = _sizes(texts, blocks)
-        return self._works and sizes is not None and (sizes in self._graphs or len(self._graphs) < MAX_GRAPHS)
+    def takes(self, texts: int) -> bool:
+        """Whether there can be a graph for so many texts."""
+        return texts <= TEXTS[-1]
 
     def run(self, inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
-        """Logits and best tokens, of inputs that it takes."""
+        """Logits and best tokens, of as many texts as it takes."""
         count = len(inputs.token_ids)
         sizes = _sizes(count, len(inputs.blocks))
-        assert sizes is not None, "the caller has asked whether there is a graph"
-        numbers = filled(inputs, *sizes)
-        graph = self._graphs.get(sizes)
-        if graph is None:
-            self._works = False  # until it has turned out well
-            graph = self._graphs[sizes] = self._capture(numbers, *sizes)
-            self._works = True
-        self._upload.into(graph.inputs, numbers)
-        graph.graph.replay()
-        return graph.logits[:count], graph.best[:count]
+        logits, best = self._cache.run(sizes, filled(inputs, *sizes))
+        return logits[:count], best[:count]
 
-    def _capture(self, numbers: Sequence[int], texts: int, blocks: int) -> _Graph:
-        inputs = torch.empty(len(numbers), dtype=torch.int64, device=self._device)
-        self._upload.into(inputs, numbers)
-        self._on(inputs, texts, blocks)  # libraries set themselves up outside the capture
-        torch.cuda.current_stream(self._device).synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Engines of other threads go on working.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self._device), capture_error_mode="thread_local"):
-            logits, best = self._on(inputs, texts, blocks)
-        return _Graph(graph, inputs, logits, best)
-
-    def _on(self, inputs: Tensor, texts: int, blocks: int) -> tuple[Tensor, Tensor]:
+    def _on(self, sizes: tuple[int, int], inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The step on what :func:`filled` makes."""
+        texts, blocks = sizes
         token_ids, positions, slots, at, call = inputs.split((texts, texts, texts, blocks, 3 * texts + 2))
         longest = blocks * self._block_tokens
         return self._step(StaticInputs(token_ids, positions, slots, at, call.to(torch.int32), longest))
 
 
-def _sizes(texts: int, blocks: int) -> tuple[int, int] | None:
-    """Texts and blocks of the smallest graph for so many; None where they are too many."""
-    rows = next((size for size in TEXTS if size >= texts), None)
-    return None if rows is None else (rows, max(MIN_BLOCKS, 1 << (blocks - 1).bit_length()))
+def _sizes(texts: int, blocks: int) -> tuple[int, int]:
+    """Texts and blocks of the smallest graph for so many."""
+    return next(size for size in TEXTS if size >= texts), max(MIN_BLOCKS, 1 << (blocks - 1).bit_length())
 
 
 def filled(inputs: DecodeInputs, texts: int, blocks: int) -> list[int]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Numbers = Sequence[int] | Tensor  # on the CPU, int64
+Numbers = Sequence[int] | Tensor | NDArray[np.int64]  # on the CPU, int64
 MIN_NUMBERS = 1 << 12
 
 
@@ -36,14 +37,15 @@ class Upload:
             return torch.from_numpy(numbers)
         return self._copy(numbers, torch.empty(total, dtype=torch.int64, device=self._device))
 
-    def into(self, out: Tensor, numbers: Sequence[int]) -> None:
+    def into(self, out: Tensor, numbers: Numbers) -> None:
         """Overwrite ``out`` [numbers] int64 on the device."""
+        whole = np.asarray(numbers, dtype=np.int64)
         if self._device.type == "cpu":
-            out.copy_(torch.tensor(numbers))
+            out.copy_(torch.from_numpy(whole))
         else:
-            self._copy(np.asarray(numbers, dtype=np.int64), out)
+            self._copy(whole, out)
 
-    def _copy(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]], out: Tensor) -> Tensor:
+    def _copy(self, numbers: NDArray[np.int64], out: Tensor) -> Tensor:
         self._turn = 1 - self._turn
         buffer, copied = self._buffers[self._turn]
         if copied is not None and not copied.query():
