@@ -18,6 +18,15 @@ BANDWIDTH = {"H100": 2.8e12, "H200": 4.0e12}
 BETWEEN_KERNELS_S = 1e-6
 LAUNCH_S = 12e-6  # of Python, torch and the driver
 WAIT_S = 20e-6  # from the end of a kernel to the next launch
+EVERY = {
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.2,
+    "top_logprobs": 5,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ BUDGETS = (
     Budget("decode, 1 text", lambda stage: decode_of(stage, 1), 10, 1),
     Budget("decode, 8 texts", lambda stage: decode_of(stage, 8), 10, 1),
     Budget("decode, 32 texts", lambda stage: decode_of(stage, 32), 10, 1, cheap=True),
-    Budget("decode, 8 sampled texts", lambda stage: decode_of(stage, 8, temperature=1.0), 10, 2),
+    Budget("decode, 8 sampled texts", lambda stage: decode_of(stage, 8, temperature=1.0), 20, 1),
+    Budget("decode, 32 texts, every setting", lambda stage: decode_of(stage, 32, **EVERY), 60, 1, cheap=True),
     Budget("decode, 32 texts, no graph", lambda stage: decode_of(stage, 32, graphs=False), 500, 1, cheap=True),
 )
 

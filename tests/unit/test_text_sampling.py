@@ -11,6 +11,7 @@ import torch
 
 from bagel_triton.engine.thinker.detokenizer import IncrementalDetokenizer
 from bagel_triton.engine.thinker.run import TextDecoder
+from bagel_triton.model.sampling import Sampler
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.pipeline.pipeline import Pipeline
@@ -139,8 +140,9 @@ def test_a_text_follows_the_definitions_step_by_step(checkpoint_dir: Path, field
     )
     chosen = []
     for _ in range(12):
-        chosen.append(decoder.choose(logits, int(logits.argmax())))
-        decoder.take(chosen[-1], logits)
+        (choice,) = Sampler(logits.device)(logits[None], logits.argmax()[None], [decoder.state])
+        chosen.append(choice.token_id)
+        decoder.take(choice)
     assert chosen == _greedy_by_formula(logits.tolist(), {1, 2, 3}, how, 12)
 
 

@@ -22,6 +22,7 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import wait_for_stream
+from bagel_triton.model.sampling import Sampler
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
 from bagel_triton.protocol.intervals import WATCH_S
@@ -225,6 +226,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
         graphs = not config.enforce_eager
         self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, vision_tokens, self._pool, graphs)
+        self._sampler = Sampler(model.device)
         self._prefixes = PrefixCache(producer.pool)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
         self._counted_at = 0.0
@@ -287,14 +289,12 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
                 self._fail(active.job, error)
 
     def _decode(self, decoders: Sequence[tuple[ThinkerRun, TextDecoder]], logits: Tensor, best: Tensor) -> None:
-        best_ids = best.cpu().tolist()  # of all at once: each transfer from a GPU waits for the device
-        if any(decoder.reads_scores for _, decoder in decoders):
-            logits = logits.cpu()
-        for (active, decoder), scores, token_id in zip(decoders, logits, best_ids, strict=True):
+        choices = self._sampler(logits, best, [decoder.state for _, decoder in decoders])
+        for (active, decoder), choice in zip(decoders, choices, strict=True):
             if active.job.done.done():  # another of its texts has failed
                 continue
             try:
-                events = decoder.take(decoder.choose(scores, token_id), scores)
+                events = decoder.take(choice)
             except Exception as error:  # this request's failure, not that of the others in the step
                 self._device_lost(error)
                 self._fail(active.job, error)

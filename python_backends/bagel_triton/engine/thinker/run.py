@@ -8,20 +8,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
-from torch import Tensor
 
 from bagel_triton.engine.loop import Job
 from bagel_triton.engine.thinker.branch_state import BranchState, TextChunk
 from bagel_triton.engine.thinker.detokenizer import IncrementalDetokenizer
 from bagel_triton.kv.block_pool import KVSequence
-from bagel_triton.model.sampling import (
-    add_bias,
-    distribution,
-    log_probabilities,
-    penalise_counts,
-    penalise_repetition,
-    sample,
-)
+from bagel_triton.model.sampling import Choice, TextState
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.events import TextEvent
 from bagel_triton.protocol.messages import Decoding, Plan, ThinkerOutput, TokenLogprob
@@ -49,49 +41,32 @@ class TextDecoder:
         return TextChunk(self.context, (self.last_token,), scored=True)
 
     @property
-    def reads_scores(self) -> bool:
-        """Whether choosing a token, or telling of it, takes more than the number of the largest score."""
-        how = self.decoding
-        shaped = how.logit_bias or how.repetition_penalty != 1.0 or how.frequency_penalty or how.presence_penalty
-        return bool(shaped) or how.temperature != 0.0 or how.top_logprobs is not None
+    def state(self) -> TextState:
+        """What the next token is chosen by, beside the scores."""
+        return TextState(self.decoding, self.generator, self.seen, self.counts)
 
-    def take(self, token_id: int, logits: Tensor) -> list[TextEvent]:
-        """Add the token chosen for ``logits`` [vocabulary]; the text that became certain."""
+    def take(self, choice: Choice) -> list[TextEvent]:
+        """Add the chosen token; the text that became certain.
+
+        Raises:
+            ArithmeticError: there is none.
+        """
+        token_id = choice.token_id
+        if token_id < 0:
+            raise ArithmeticError("the model's scores are not finite, so no token can be drawn")
         self.last_token = token_id
         self.seen.add(token_id)
         self.counts[token_id] += 1
         self.last_at = time.monotonic()
         self.first_at = self.first_at or self.last_at
-        return list(self.detokenizer.push(token_id, self._logprob(token_id, logits)))
+        return list(self.detokenizer.push(token_id, self._logprob(choice)))
 
-    def choose(self, logits: Tensor, best: int) -> int:
-        """The next token for ``logits`` [vocabulary], whose largest is number ``best``."""
-        how = self.decoding
-        shaped = self._shaped(logits)
-        if how.temperature == 0.0:
-            return best if shaped is logits else int(shaped.argmax())
-        chances = distribution(shaped.float(), how.temperature, how.top_k, how.top_p, how.min_p)
-        return sample(chances, self.generator)
-
-    def _shaped(self, logits: Tensor) -> Tensor:
-        """``logits`` with bias and penalties, in float32; themselves where there are none."""
-        how = self.decoding
-        if how.logit_bias:
-            logits = add_bias(logits.float(), how.logit_bias)
-        if how.repetition_penalty != 1.0:
-            logits = penalise_repetition(logits.float(), self.seen, how.repetition_penalty)
-        if self.counts and (how.frequency_penalty or how.presence_penalty):
-            logits = penalise_counts(logits.float(), self.counts, how.frequency_penalty, how.presence_penalty)
-        return logits
-
-    def _logprob(self, token_id: int, logits: Tensor) -> TokenLogprob | None:
+    def _logprob(self, choice: Choice) -> TokenLogprob | None:
         """The requested log-probabilities of a token."""
-        top = self.decoding.top_logprobs
-        if top is None or token_id == self.tokenizer.end:
+        if self.decoding.top_logprobs is None or choice.token_id == self.tokenizer.end:
             return None
-        own, best = log_probabilities(logits, token_id, top)
-        alternatives = tuple(self._described(token, value) for token, value in best)
-        return msgspec.structs.replace(self._described(token_id, own), top=alternatives)
+        alternatives = tuple(self._described(token, value) for token, value in choice.top)
+        return msgspec.structs.replace(self._described(choice.token_id, choice.logprob), top=alternatives)
 
     def _described(self, token_id: int, logprob: float) -> TokenLogprob:
         data = self.tokenizer.token_bytes(token_id)
