@@ -132,9 +132,9 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     # modalities
     ({"modalities": "image"}, "modalities", "modalities='image' is not allowed; allowed: a list"),
     (
-        {"modalities": []},
+        {"modalities": ["sound"]},
         "modalities",
-        'modalities=[] is not allowed; allowed: ["text"], ["image"], ["image", "text"]',
+        'modalities=["sound"] is not allowed; allowed: ["text"], ["image"], ["image", "text"]',
     ),
     ({"modalities": ["video"]}, "modalities", 'modalities=["video"] is not allowed; allowed: ["text"], '),
     ({"modalities": ["text", "audio"]}, "modalities", 'modalities=["text", "audio"] is not allowed'),
@@ -162,7 +162,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"messages": [message("tool")]}, "messages[0].role", "'user', 'system', 'assistant' or 'developer'"),
     ({"messages": [message(size=1)]}, "messages[0].size", "is not a known field; allowed: content, images, role"),
     ({"messages": [message(content=5)]}, "messages[0].content", "allowed: a text or a list of parts"),
-    ({"messages": [message(content=["x"])]}, "messages[0].content[0]", "allowed: an object"),
+    ({"messages": [message(content=[5])]}, "messages[0].content[0]", "allowed: an object"),
     ({"messages": [message(content=[{"text": "x"}])]}, "messages[0].content[0].type", "is required"),
     (
         {"messages": [message(content=[{"type": "text", "text": "x"}, {"type": "audio"}])]},

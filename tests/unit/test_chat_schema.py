@@ -35,6 +35,8 @@ EVERY_FIELD: dict[str, Any] = {
     "presence_penalty": -1,
     "logit_bias": {"5": -100},
     "top_logprobs": 2,
+    "ignore_eos": True,
+    "min_tokens": 5,
     "partial_images": 3,
     "stop": ["\n", "END"],
     "priority": -1,

@@ -60,6 +60,16 @@ def test_a_bias_forces_and_forbids_tokens(local_stages: LocalStages, checkpoint_
     assert len(usual) > 20
 
 
+@pytest.mark.parametrize(("fields", "tokens"), [({}, 0), ({"min_tokens": 5}, 5), ({"ignore_eos": True}, 12)], ids=str)
+def test_a_text_goes_on_for_as_long_as_it_must(
+    local_stages: LocalStages, checkpoint_dir: Path, fields: dict[str, Any], tokens: int
+) -> None:
+    always_ends = {"logit_bias": {Tokenizer(checkpoint_dir).end: 100.0}}
+    _, (answer,) = _answers(local_stages, **always_ends, top_logprobs=0, **fields)
+    assert len(answer.logprobs) == tokens
+    assert answer.finish_reason == ("length" if tokens == 12 else "stop")
+
+
 def test_a_min_p_of_one_is_greedy(local_stages: LocalStages) -> None:
     assert _content(local_stages, min_p=1.0, temperature=2.0) == _content(local_stages)
 

@@ -297,7 +297,6 @@ OTHER_PLATFORMS = ("rocm", "npu", "xpu", "musa", "tpu", "hpu")
 _SAMPLING: Fields = {
     "detokenize": Neutral("an answer is always text", (True,)),
     "extra_args": Setting(dict[str, Any], "a mapping of request fields", "more of them"),
-    "ignore_eos": Neutral("an answer ends where the model ends it", (False,)),
     "include_stop_str_in_output": Neutral("a text ends before its stop text", (False,)),
     "logprobs": Neutral("ask for top_logprobs in a request"),
     "prompt_logprobs": Neutral("log-probabilities of a prompt are not computed"),

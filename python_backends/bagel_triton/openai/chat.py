@@ -148,7 +148,7 @@ def _for_client(body: ChatBody, headers: Mapping[str, str]) -> ImageReply:
 
 def _modality(given: list[str] | None, param: str) -> Modality:
     """The kind of output; for an image and a text it is an image, with its thought if there is one."""
-    if given is None:
+    if not given:
         return "text"
     modality = _MODALITIES.get(tuple(sorted(set(given))))
     if modality is None:

@@ -83,12 +83,12 @@ Part = Annotated[TextPart | ImagePart | RefusalPart | ThoughtPart, Field(discrim
 
 
 def _to_parts(content: Any) -> Any:
-    """A plain text is a list of one text part."""
+    """A plain text is a text part, alone or in a list."""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        content = [content]
     if not isinstance(content, list):
         raise not_allowed("a text or a list of parts")
-    return content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
 
 
 class ChatMessage(StrictModel):
@@ -117,7 +117,7 @@ class StreamOptions(StrictModel):
 class Reasoning(StrictModel):
     """``reasoning`` as OpenRouter's API has it."""
 
-    effort: Effort | None = None
+    effort: Effort = None
     enabled: bool | None = None
     max_tokens: int | None = None
     exclude: bool | None = None

@@ -29,7 +29,9 @@ IGNORED: dict[str, frozenset[str]] = {
             *("service_tier", "store", "metadata", "parallel_tool_calls", "tool_choice", "prediction", "verbosity"),
             # routing of gateways and agents
             *("provider", "models", "route", "session_id", "chat_id", "trace", "request_id", "rid", "cache_salt"),
-            *("litellm_metadata", "client_metadata"),
+            *("litellm_metadata", "client_metadata", "litellm_session_id", "litellm_trace_id", "litellm_call_id", "id"),
+            # how much of the thinking a reply tells: it is there whole
+            "reasoning_summary",
             # how another server would hold its model, cache its prompt or make its noise
             *("keep_alive", "cache_prompt", "id_slot", "generator_device", "vae_use_slicing", "vae_use_tiling"),
             *("timings_per_token", "return_progress", "rollout_sde_type"),
@@ -46,6 +48,7 @@ IGNORED: dict[str, frozenset[str]] = {
             *("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "reasoning_items"),
             *("name", "id", "annotations", "provider_specific_fields", "cache_control", "prompt_cache_breakpoint"),
             *("prefix", "partial", "seed", "index", "tool_call_id", "model", "metadata", "created_at", "timestamp"),
+            "createdAt",
         }
     ),
     "part": frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "id", "uuid", "index", "seed"}),
@@ -58,8 +61,10 @@ IGNORED: dict[str, frozenset[str]] = {
     "image_url": frozenset({"detail", "format", "media_type", "mime_type"}),
     "stream_options": frozenset({"include_obfuscation"}),
 }
+_IN_PARTS = "put images into content, as parts of type image_url"
 _TEXT_ONLY = "ask for it in the prompt, and read the answer's text"
 _NO_TOOLS = "this model calls no tools: leave them out, and send their results as text"
+_NO_SEARCH = "this model cannot search: put what it should know into the prompt"
 _NO_SAMPLER = "temperature, top_p, top_k, min_p and the penalties are the sampling there is"
 NOOP: dict[str, dict[str, Noop]] = {
     "body": {
@@ -75,7 +80,7 @@ NOOP: dict[str, dict[str, Noop]] = {
         "grammar": Noop(("",), _TEXT_ONLY),
         "json_schema": Noop(({},), _TEXT_ONLY),
         "audio": Noop((), "this model makes no sound: leave it out"),
-        "web_search_options": Noop((), "this model cannot search: put what it should know into the prompt"),
+        "web_search_options": Noop((), _NO_SEARCH),
         "plugins": Noop(([],), "put what the model should know into the prompt"),
         "documents": Noop(([],), "put what the model should know into the prompt"),
         "best_of": Noop((1,), "use n, and choose from the results"),
@@ -83,10 +88,8 @@ NOOP: dict[str, dict[str, Noop]] = {
         "use_beam_search": Noop((False,), _NO_SAMPLER),
         "early_stopping": Noop((False,), "use stop or max_tokens"),
         "length_penalty": Noop((1, 0), _NO_SAMPLER),
-        "ignore_eos": Noop((False,), "a text ends where the model ends it, or at max_tokens"),
-        "min_tokens": Noop((0,), "a text ends where the model ends it, or at max_tokens"),
-        "min_length": Noop((0,), "a text ends where the model ends it, or at max_tokens"),
-        "ban_eos_token": Noop((False,), "a text ends where the model ends it, or at max_tokens"),
+        "min_length": Noop((0,), "use min_tokens"),
+        "ban_eos_token": Noop((False,), "use ignore_eos"),
         "stop_token_ids": Noop(([],), "use stop, with their texts"),
         "bad_words": Noop(([],), "use logit_bias, with their tokens"),
         "allowed_token_ids": Noop(([],), "use logit_bias"),
@@ -153,12 +156,33 @@ NOOP: dict[str, dict[str, Noop]] = {
         "no_repeat_ngram_size": Noop((0,), "use the penalties"),
         "penalty_alpha": Noop((0,), _NO_SAMPLER),
         "image_config": Noop(({},), "use height and width"),
+        "num_images": Noop((1,), "use n"),
+        "num_return_sequences": Noop((1,), "use n"),
+        "quality": Noop(("auto", "low", "medium", "high", "standard", "hd"), "use num_inference_steps"),
+        "style": Noop(("vivid", "natural"), "describe the style in the prompt"),
+        "moderation": Noop(("auto", "low"), "this server moderates nothing"),
+        "background": Noop(("auto", "opaque"), "images are opaque"),
+        "output_format": Noop(("png",), "POST /v1/images/generations makes jpeg and webp"),
+        # switches of other vendors' services
+        "safe_prompt": Noop((False,), "write it into a system message"),
+        "safety_settings": Noop(([],), "this server moderates nothing"),
+        "enable_search": Noop((False,), _NO_SEARCH),
+        "search_parameters": Noop(({}, {"mode": "off"}), _NO_SEARCH),
+        "return_images": Noop((False,), _NO_SEARCH),
+        "return_related_questions": Noop((False,)),
+        "incremental_output": Noop((True,), "a stream has what is new"),
+        "result_format": Noop(("message",)),
+        "tool_stream": Noop((False,), _NO_TOOLS),
     },
     "message": {
         "refusal": Noop(("",), "put it into content"),
         "audio": Noop((), "put its transcript into content"),
         "function_call": Noop(({},), _NO_TOOLS),
         "tool_calls": Noop(([],), _NO_TOOLS),
+        "toolInvocations": Noop(([],), _NO_TOOLS),
+        "files": Noop(([],), _IN_PARTS),
+        "attachments": Noop(([],), _IN_PARTS),
+        "experimental_attachments": Noop(([],), _IN_PARTS),
     },
     "part": {},
     "image_url": {},

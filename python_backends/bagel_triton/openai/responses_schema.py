@@ -140,7 +140,7 @@ class ReasoningOptions(StrictModel):
     """Whether to think, and the form in which the reply carries the thought."""
 
     place: ClassVar[str] = "reasoning"
-    effort: Effort | None = None
+    effort: Effort = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 

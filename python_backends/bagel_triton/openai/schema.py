@@ -31,7 +31,11 @@ _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body'
 
 
 MAX_DIGITS = 4000  # of a number; Python itself stops a little later
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+# Some clients write a choice that was not made as an empty text.
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "auto", "default"] | None,
+    BeforeValidator(lambda effort: effort or None),
+]
 
 
 class StrictModel(BaseModel):
@@ -136,7 +140,7 @@ class TemplateOptions(StrictModel):
 class Thinking(StrictModel):
     """``thinking`` as Anthropic's API has it."""
 
-    type: Literal["enabled", "disabled", "adaptive"] | None = None
+    type: Literal["enabled", "disabled", "adaptive", "auto"] | None = None
     budget_tokens: int | None = None
 
 
@@ -146,7 +150,7 @@ Switch = tuple[str, str, bool | int | None]  # a field, its name in the body, an
 class ThinkingFields(GenerationFields):
     """The generation fields, and the names that other APIs have for the switch of thinking."""
 
-    reasoning_effort: Effort | None = None
+    reasoning_effort: Effort = None
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateOptions | None = None

@@ -147,13 +147,15 @@ class Decoding(Message, frozen=True):
     context, which is lent afterwards; with "answer" it is the result, once per seed.
     ``temperature`` 0 is greedy. ``frequency_penalty`` and ``presence_penalty`` concern the
     decoded tokens, ``repetition_penalty`` the context's as well. ``top_logprobs`` asks for
-    each token's log-probability and those of this many alternatives. ``max_think_tokens``
+    each token's log-probability and those of this many alternatives. The end token is not
+    chosen before ``min_new_tokens``. ``max_think_tokens``
     bounds the tokens before a ``</think>`` where ``split_thinking`` is set.
     """
 
     purpose: Literal["answer", "think"]
     first_token: Index
     max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_NEW_TOKENS)]
+    min_new_tokens: Annotated[int, Meta(ge=0, le=MAX_NEW_TOKENS)] = 0
     temperature: Annotated[float, Meta(ge=0)] = 0.0
     top_p: Annotated[float, Meta(gt=0)] = 1.0
     top_k: Index = 0

@@ -449,6 +449,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             bounds=(0, MAX_TOP_LOGPROBS),
         ),
     ] = None
+    ignore_eos: Annotated[
+        bool | None,
+        RequestField(
+            "BOOL", "the text runs to max_tokens: its end token is never chosen", affects="text", default="false"
+        ),
+    ] = None
+    min_tokens: Annotated[
+        int | None,
+        RequestField(
+            "INT32",
+            "its end token is not chosen before so many new tokens",
+            affects="text",
+            default="0",
+            bounds=(0, MAX_NEW_TOKENS),
+        ),
+    ] = None
     stop: Annotated[
         tuple[str, ...] | None,
         RequestField(

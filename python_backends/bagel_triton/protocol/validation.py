@@ -127,12 +127,13 @@ def resolve_decoding(request: GenerationRequest, first_token: int, wanted: Modal
     stop = () if thinking or request.stop is None else request.stop
     _require("stop", list(stop), len(stop) <= MAX_STOPS and all(stop), REQUEST_FIELDS["stop"].allowed)
     base = resolve_seed(request)
+    limit = think_tokens or TEXT.max_think_tokens if thinking else _resolve(request, "max_tokens", TEXT.max_tokens)
+    least = 0 if thinking else limit if request.ignore_eos else _resolve(request, "min_tokens", 0)
     return Decoding(
         purpose="think" if thinking else "answer",
         first_token=first_token,
-        max_new_tokens=think_tokens or TEXT.max_think_tokens
-        if thinking
-        else _resolve(request, "max_tokens", TEXT.max_tokens),
+        max_new_tokens=limit,
+        min_new_tokens=least,
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_p=top_p,
         top_k=max(top_k, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -43,7 +44,10 @@ class TextDecoder:
     @property
     def state(self) -> TextState:
         """What the next token is chosen by, beside the scores."""
-        return TextState(self.decoding, self.generator, self.seen, self.counts)
+        how = self.decoding
+        if len(self.detokenizer.tokens) < how.min_new_tokens:  # it must not end yet
+            how = msgspec.structs.replace(how, logit_bias={**how.logit_bias, self.tokenizer.end: -math.inf})
+        return TextState(how, self.generator, self.seen, self.counts)
 
     def take(self, choice: Choice) -> list[TextEvent]:
         """Add the chosen token; the text that became certain.
