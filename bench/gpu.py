@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
+from bagel_triton.deploy.config import DeployConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.engine.build import Models
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
@@ -52,7 +52,11 @@ def run(setting: Setting) -> list[Figure]:
         directory = Path(folder) / "tokenizer"
         tiny_checkpoint.write(directory, TinyConfig())
         config = DeployConfig(
-            str(directory), device=setting.device, dtype="bfloat16", thinker=ThinkerConfig(lease_ttl_s=WAIT_S)
+            str(directory),
+            device=setting.device,
+            dtype="bfloat16",
+            thinker=ThinkerConfig(lease_ttl_s=WAIT_S),
+            vae_decode=VaeDecodeConfig(use_tiling=False),  # as serve chooses where there is room
         )
         stages = LocalStages(config, models=models)
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.rehearsal.fake_gpu import Tally
-from tests.rehearsal.scenes import Stage, at_full_depth, decode_of, edit, image, step_of
+from tests.rehearsal.scenes import Stage, at_full_depth, decode_of, edit, image, pixels_of, step_of
 
 # Rates a kernel reaches, not the data sheet's: products and flash-2 attention in bfloat16, and memory.
 PRODUCTS, ATTENTION = 650e12, 330e12
@@ -52,6 +52,7 @@ BUDGETS = (
     Budget("decode, 8 sampled texts", lambda stage: decode_of(stage, 8, temperature=1.0), 20, 1),
     Budget("decode, 32 texts, every setting", lambda stage: decode_of(stage, 32, **EVERY), 60, 1, cheap=True),
     Budget("decode, 32 texts, no graph", lambda stage: decode_of(stage, 32, graphs=False), 500, 1, cheap=True),
+    Budget("pixels, 1024", lambda stage: pixels_of(stage, 1024), 300, 1, cheap=True),
 )
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import torch
 from PIL import Image
 from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import Models
+from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
@@ -140,3 +142,12 @@ def decode_of(scene: Stage, texts: int, graphs: bool = True, **sampling: Any) ->
     scene.until(thinker, lambda: all(run.decoders for run in thinker._running) and len(thinker._running) == texts)
     assert not any(job.done.done() for job in jobs)
     return [scene.turn(thinker) for _ in range(4)][-1]
+
+
+def pixels_of(scene: Stage, side: int) -> Tally:
+    """Decoding an image whole."""
+    decoder = scene.stages.decoder
+    decoder._config = msgspec.structs.replace(decoder._config, use_tiling=False)
+    latents = Latents(torch.empty((side // 16) ** 2, 64, device=GPU), side // 16, side // 16)
+    decoder.submit(latents, "image", lambda event: None)
+    return scene.turn(decoder)

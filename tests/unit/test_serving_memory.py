@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.model.device import Placement
 from bagel_triton.serving import CommandError, cli, memory
 from bagel_triton.serving.memory import _ask_device
@@ -56,6 +56,21 @@ def test_a_gpus_processes_have_contexts_of_their_own() -> None:
 
 
 # --- what the machine has ---
+
+
+def test_a_gpu_decodes_whole_where_the_plan_has_room_and_else_in_strips() -> None:
+    checkpoint, place = Checkpoint(CHECKPOINT), Placement(torch.device("cuda:0"), torch.bfloat16)
+
+    def planned(use_tiling: bool | None, free: int) -> bool | None:
+        config = DeployConfig(str(CHECKPOINT), vae_decode=VaeDecodeConfig(use_tiling=use_tiling))
+        found, _, problem = memory._planned(checkpoint, config, place, (1024, 1024), Available(1, 1, free))
+        assert problem is None
+        return found.vae_decode.use_tiling
+
+    whole = DeployConfig(str(CHECKPOINT), vae_decode=VaeDecodeConfig(use_tiling=False))
+    needed = plan(checkpoint, whole, place, 1024, 1024).total
+    assert (planned(None, needed), planned(None, needed - 1)) == (False, True)
+    assert planned(True, needed) is True  # as it is told
 
 
 def write(path: Path, text: str) -> None:

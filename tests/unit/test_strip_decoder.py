@@ -83,9 +83,11 @@ def test_a_strip_is_dropped_once_it_is_of_no_more_use() -> None:
     assert not list(rows.take())
 
 
-@pytest.mark.parametrize(("side", "tiling", "in_strips"), [(512, True, False), (528, True, True), (528, False, False)])
+@pytest.mark.parametrize(
+    ("side", "tiling", "in_strips"), [(512, True, False), (528, True, True), (528, None, True), (528, False, False)]
+)
 def test_the_stage_tiles_above_a_size(
-    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, side: int, tiling: bool, in_strips: bool
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, side: int, tiling: bool | None, in_strips: bool
 ) -> None:
     calls: list[int] = []
     real = strips.decode_in_strips
@@ -110,7 +112,8 @@ def test_the_deploy_yaml_says_whether(tmp_path: Path) -> None:
         path.write_text(text)
         return load(path, "checkpoint")
 
-    assert config("pipeline: bagel").vae_decode.use_tiling
+    assert config("pipeline: bagel").vae_decode.use_tiling is None
+    assert config("stages: [{stage_id: 1, vae_use_tiling: true}]").vae_decode.use_tiling
     assert not config("stages: [{stage_id: 1, vae_use_tiling: false}]").vae_decode.use_tiling
     single = "pipeline: bagel_single_stage\nstages: [{stage_id: 0, vae_use_tiling: false}]"
     assert not config(single).vae_decode.use_tiling

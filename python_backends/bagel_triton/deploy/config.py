@@ -102,12 +102,13 @@ class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``max_batch_size`` bounds images of one size decoded together, ``max_waiting`` the
     queued images. With ``use_tiling`` an image above 512x512 pixels is decoded strip by
-    strip, in a fraction of the memory.
+    strip, in a fraction of the memory. None leaves that to the server: it decodes whole on a
+    GPU whose memory has room for it by the plan at the start, and in strips elsewhere.
     """
 
     max_batch_size: int = 4
     max_waiting: int = 1024
-    use_tiling: bool = True
+    use_tiling: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_waiting"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,11 +13,11 @@ from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
 from bagel_triton.model.config import LatentConfig
 from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.model.cuda.decoder import whole_decoder
 from bagel_triton.protocol.errors import Cancelled
 from bagel_triton.telemetry.metrics import Metrics
 
 DecodeJob = Job[Latents, Tensor]
-WHOLE_BYTES = 5000  # of a pixel at the peak of decoding an image whole, in float32; calculated: 3.8 GiB at 1024x1024
 
 
 class DecoderEngine(EngineLoop[Latents, Tensor]):
@@ -36,8 +35,9 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
         super().__init__(metrics, config.max_waiting, device=device)
         self._autoencoder, self._latent, self._config = autoencoder, latent, config
         # On a CPU batching gains nothing, and a convolution's rounding depends on the batch.
-        on_cpu = device.type == "cpu"
-        self._limit = 1 if on_cpu else config.max_batch_size
+        self._limit = 1 if device.type == "cpu" else config.max_batch_size
+        self._in_strips = partial(strips.decode_in_strips, autoencoder.decoder)
+        self._whole = whole_decoder(autoencoder.decoder, device)
         self._batch: list[DecodeJob] = []
         self.start()
 
@@ -69,27 +69,15 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
                 for job in self._batch
             ]
         )
-        images = decode(self._autoencoder, latents, self._decoder(latents)).cpu()
+        pixels = latents.shape[2] * latents.shape[3] * self._latent.downsample**2
+        large = pixels > strips.WORTH_IT
+        decoder = self._in_strips if large and self._config.use_tiling is not False else self._whole
+        # Large images fill a GPU alone, and together only take more of its memory.
+        parts = latents.split(1 if large else len(latents))
+        images = torch.cat([decode(self._autoencoder, part, decoder) for part in parts]).cpu()
         batch, self._batch = self._batch, []
         for job, image in zip(batch, images, strict=True):
             job.finish(image, self.stage)
 
-    def _decoder(self, latents: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The strip decoder for large latents [batch, channels, height, width], else None.
-
-        On a CPU only their size decides. A GPU decodes them whole where it has the memory, in far fewer kernels.
-        """
-        pixels = latents.shape[2] * latents.shape[3] * self._latent.downsample**2
-        whole = not self._config.use_tiling or pixels <= strips.WORTH_IT
-        if not whole and latents.device.type == "cuda":
-            whole = len(latents) * pixels * WHOLE_BYTES <= _free(latents.device)
-        return None if whole else partial(strips.decode_in_strips, self._autoencoder.decoder)
-
     def _free(self, job: DecodeJob) -> None:
         self._batch.remove(job)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that torch can still allocate on a GPU, those that it keeps among them."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept

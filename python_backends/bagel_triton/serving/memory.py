@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def require(config: DeployConfig) -> DeployConfig:
     if config.dit_device is None:
         return _required(config)
     first, second = (_required(half) for half in by_device(config))
-    return msgspec.structs.replace(config, thinker=first.thinker, dit=second.dit)
+    return msgspec.structs.replace(config, thinker=first.thinker, dit=second.dit, vae_decode=second.vae_decode)
 
 
 def by_device(config: DeployConfig) -> list[DeployConfig]:
@@ -130,8 +131,10 @@ AUTO: tuple[Quantization | None, ...] = (None, "int8", "nf4")  # what ``auto`` t
 def _planned(
     checkpoint: Checkpoint, config: DeployConfig, placement: Placement, size: tuple[int, int], free: Available | None
 ) -> tuple[DeployConfig, MemoryPlan, NotEnoughMemory | None]:
-    """``config`` with the form of weights and the KV pool that are left to the server, what it takes, and why it
-    does not fit where it does not. With nothing known to be ``free``, everything fits.
+    """``config`` with what is left to the server, what it takes, and why it does not fit where it does not.
+
+    Left to it are the form of weights, the KV pool and, on a GPU, whether images are decoded whole or in strips. With
+    nothing known to be ``free``, everything fits.
 
     Raises:
         ValueError: a checkpoint's weights are in another form; ``gpu_memory_utilization`` leaves no room.
@@ -141,8 +144,10 @@ def _planned(
     shares_weights = free is None or free.private_weights is None
     stored = checkpoint.form(None) is not None
     tries = AUTO if not stored and "auto" in (config.thinker.quantization, config.dit.quantization) else (None,)
-    for form in tries:
+    on_gpu, tiling = placement.torch_device.type == "cuda", config.vae_decode.use_tiling
+    for form, tiled in product(tries, (False, True) if on_gpu and tiling is None else (tiling,)):
         tried = _quantized(config, form)
+        tried = msgspec.structs.replace(tried, vae_decode=msgspec.structs.replace(tried.vae_decode, use_tiling=tiled))
         problem: NotEnoughMemory | None = None
         try:
             if free is not None:

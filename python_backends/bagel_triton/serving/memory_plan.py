@@ -116,7 +116,10 @@ def plan(
     on_gpu = placement.torch_device.type == "cuda"
     side = model.latent.max_side  # a GPU's workspace is made once, for the largest
     workspace = workspace_tokens(model, images, *((side, side) if on_gpu else (height, width)))
-    decoded = 1 if placement.torch_device.type == "cpu" else config.decoder.max_batch_size
+    tiled = config.vae_decode.use_tiling is not False
+    # Images above 512x512 are decoded one at a time.
+    decoded = 1 if not on_gpu or height * width > strips.WORTH_IT else config.decoder.max_batch_size
+    decoding = decode_bytes(autoencoder.decoder, height, width, tiled, on_gpu)
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = model.vae_resize.size(width, height)
     stages: tuple[StageMemory, ...] = (
@@ -140,7 +143,7 @@ def plan(
         StageMemory(
             "vae_decode",
             weights=module_bytes(autoencoder),
-            activations=decoded * decode_bytes(autoencoder.decoder, height, width, config.vae_decode.use_tiling),
+            activations=decoded * decoding + (module_bytes(autoencoder.decoder) // 2 if on_gpu else 0),
         ),
     )
     in_files = placement.torch_device.type == "cpu" and not one_process
@@ -304,16 +307,21 @@ def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, thr
     return tokens * (2 * hidden + heads) * itemsize + tiles + spare
 
 
-def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False) -> int:
+def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False, on_gpu: bool = False) -> int:
     """Activations of decoding one image at their peak, in a convolution of the last level.
+
+    Whole on a GPU that is in a norm of that level: a map in bfloat16, and two in float32.
 
     In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
     what one strip needs.
     """
-    if not tiled or height * width <= strips.WORTH_IT:
-        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
     first: nn.Conv2d = decoder.up[0].block[0].conv1  # type: ignore[index, union-attr]
     channels_in, channels_out = first.in_channels, first.out_channels
+    if not tiled or height * width <= strips.WORTH_IT:
+        if on_gpu:
+            wide, narrow = torch.float32.itemsize, torch.bfloat16.itemsize
+            return max(channels_in, channels_out) * (2 * wide + narrow) * height * width
+        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
     whole = max(channels_in, 2 * channels_out) * height
     strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
     return (whole + strip) * width * torch.float32.itemsize
