@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.protocol.errors import Cancelled, Overloaded
 from bagel_triton.protocol.messages import SchedulingParams, decode
@@ -40,7 +41,7 @@ class Models:
 
 def test_a_request_that_ended_while_it_was_queued_for_planning_is_not_planned(tmp_path: Path) -> None:
     models, announcement = Models(), Announcement(PREFIX, "bagel", tmp_path)
-    connections = StageConnections(models.bls, announcement, PREFIX, None)
+    connections = StageConnections(BAGEL.models, models.bls, announcement, PREFIX, None)
     try:
         running = [f"running {number}" for number in range(EXPANDER_CALLS)]
         for name in running:
@@ -68,7 +69,7 @@ def test_the_decoder_gets_the_requests_priority_and_deadline(tmp_path: Path) -> 
         submitted.put(arrays)
         raise Overloaded("full")
 
-    connections = StageConnections(lambda model: call, announcement, PREFIX, None)
+    connections = StageConnections(BAGEL.models, lambda model: call, announcement, PREFIX, None)
     scheduling = SchedulingParams(priority=-7, deadline=1e9)
     latents = {"latents": np.zeros((4, 2), np.float32), "latent_grid": np.array([2, 2], np.int32)}
     try:

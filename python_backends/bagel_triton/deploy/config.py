@@ -18,6 +18,7 @@ from bagel_triton.deploy.topology import ORCHESTRATOR, TOPOLOGIES, Topology
 from bagel_triton.protocol.request import Modality
 
 # The forms of bagel_triton.model.quantization.FORMS, which imports torch.
+Load = Literal["all", "understanding", "generation"]  # as bagel_triton.model.slim, which imports torch
 Quantization = Literal["int8", "int8_w8a8", "fp8", "fp8_w8a8", "int4", "nf4"]
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
@@ -190,6 +191,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``pipeline`` names the topology. ``shm_prefix`` starts the name of every shared-memory file of this server, so that
     leftovers can be found and removed. ``connector`` carries keys and values from stage to stage.
+    ``load`` says which parts of the weights are loaded: with "understanding" those for answers in text, with
+    "generation" those that a server of stage 1 needs.
     ``lora_path`` is the folder of a LoRA adapter that is merged into the weights, times ``lora_scale``; empty for none.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
     stages that have their own, by stage id. ``dit_device`` is the device of stage 1 where that is not ``device``.
@@ -202,6 +205,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "auto"
     dit_device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    load: Load = "all"
     lora_path: str = ""
     lora_scale: float = 1.0
     connector: Literal["auto", "shm", "cuda_ipc", "mooncake", "mooncake_store"] = "auto"
@@ -218,6 +222,11 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _require("pipeline", self.pipeline, self.pipeline in TOPOLOGIES, ", ".join(TOPOLOGIES))
+        if self.load == "understanding" and (self.topology.one_process or self.stage_id is not None or self.addresses):
+            raise ConfigError(
+                "load='understanding' is not allowed with pipeline bagel_single_stage or stages on hosts of their own; "
+                "allowed: pipeline bagel or bagel_think on one host, where no DiT is loaded"
+            )
 
     @property
     def topology(self) -> Topology:
@@ -238,6 +247,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def models(self) -> tuple[str, ...]:
         """The Triton models that this server loads."""
+        if self.load == "understanding":
+            return self.topology.models_of(0)
         return self.topology.models if self.stage_id is None else self.topology.models_of(self.stage_id)
 
     def device_of(self, model: str) -> str:

@@ -40,6 +40,11 @@ def on_this_host(
         raise ConfigError("--stage-id=0 with --headless: stage 0 serves the OpenAI API; remove --headless")
     if stage_id and not headless:
         raise ConfigError(f"--stage-id={stage_id} without --headless: stage 0 serves the OpenAI API; add --headless")
+    if config.load == "generation" and stage_id != 1:
+        raise ConfigError(
+            "load='generation' is not allowed here; allowed: with --stage-id 1, as stage 0 reads prompts: all, "
+            "or understanding for answers in text alone"
+        )
     if stage_id is None:
         if config.addresses:
             stage, (address, *_) = next(iter(config.addresses.items()))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from bagel_triton.deploy.config import Quantization
+from bagel_triton.deploy.config import Load, Quantization
 from bagel_triton.deploy.located import Node, Origin, Problems
 from bagel_triton.deploy.topology import TOPOLOGIES
 from bagel_triton.protocol.errors import NEAR, format_value
@@ -188,6 +188,11 @@ TOP: Fields = {
     ),
     "dtype": Setting(Literal["auto", "float32", "bfloat16"], "auto, float32, bfloat16", "of weights and KV"),
     "request_timeout_s": Setting(Seconds, SECONDS, "time of a request that sets no `timeout`"),
+    "load": Setting(
+        Literal[get_args(Load)],
+        ", ".join(get_args(Load)),
+        "which weights: all; understanding: answers in text alone; generation: for a server of stage 1",
+    ),
     "while_asleep": Setting(
         Literal["wait", "refuse"], "wait, refuse", "what becomes of requests while the server sleeps"
     ),

@@ -317,7 +317,7 @@ class _Builder:
         return values
 
     def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
-        fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline",) if name in top}
+        fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline", "load") if name in top}
         names = [name for name in ("request_timeout_s", "while_asleep") if name in top]
         fields["bagel"] = BagelConfig(**{name: self._value(f"bagel.{name}", top[name]) for name in names})
         return fields

@@ -54,7 +54,7 @@ class StageResources:
                 raise ConfigError("quantization='auto' is chosen by bagel-triton serve; name a form, or leave it out")
         placement = resolve(config.device_of(model), config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
-        return cls(config, Checkpoint(config.checkpoint, config.adapter), placement, weights)
+        return cls(config, Checkpoint(config.checkpoint, config.adapter, config.load), placement, weights)
 
     def load_bagel(self, quantization: str | None) -> Bagel:
         """The transformer, its weights shared with the server's other processes that quantise them alike."""
@@ -105,7 +105,8 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     """The thinker, with a KV cache that the DiT can read."""
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
-    model, autoencoder = resources.load_bagel(config.thinker.quantization), resources.load_autoencoder()
+    model = resources.load_bagel(config.thinker.quantization)
+    autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
     return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics)
 
 

@@ -84,12 +84,12 @@ class Bagel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The weights' device."""
-        return self.vae2llm.weight.device
+        return self.language_model.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the transformer computes in."""
-        return self.vae2llm.weight.dtype
+        return self.language_model.model.norm.weight.dtype
 
     def embed_text(self, token_ids: Tensor) -> Tensor:
         """Token embeddings: [tokens] int64 -> [tokens, hidden]."""

@@ -166,6 +166,9 @@ def host_port(flag: str, given: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) -> None:
     """Declare the flags, for :func:`flags_of`; ``exclude`` are fields that the command has flags of its own for."""
     group = parser.add_argument_group("stages, as in the deploy file, which they override")
+    load = vocabulary.TOP["load"]
+    assert isinstance(load, Setting)
+    group.add_argument("--load", metavar="PARTS", help=f"{load.doc} (default: all)")
     fields: dict[str, Field] = {name: vocabulary.STAGE[name] for name in (*LISTED, *_UNLISTED)}
     fields |= vocabulary.ENGINE
     for name, field in {**fields, **OTHERS}.items():
@@ -192,9 +195,9 @@ def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) 
 def flags_of(args: argparse.Namespace) -> Flags:
     """The overrides by the flags in ``args``, with the command's own ``--device``, ``--dtype`` and ``--stage-id``."""
     top = NO_FLAGS.top
-    for name in ("device", "dtype"):
+    for name in ("device", "dtype", "load", "while_asleep"):
         if (value := getattr(args, name, None)) is not None:
-            top = merged(top, _top(f"--{name}", name, value))
+            top = merged(top, _top(f"--{_dashed(name)}", name, value))
     every: dict[str, Node] = {}
     for flag, name, value in getattr(args, _KEPT, None) or ():
         if name in _JSON:

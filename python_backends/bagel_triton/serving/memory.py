@@ -66,7 +66,7 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     from bagel_triton.weights.checkpoint import Checkpoint
 
     placement, here = _placement(config)
-    checkpoint = Checkpoint(folder, config.adapter)
+    checkpoint = Checkpoint(folder, config.adapter, config.load)
     height, width = _size(checkpoint, args.height, args.width)
     free = available(placement) if here else None
     private = None if free is None else free.private_weights
@@ -76,7 +76,8 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     print(f"KV cache pool of {config.thinker.kv_tokens} tokens; {together}")
     print(f"quantization: {quantization_summary(checkpoint, config)}")
     print(f"\n{table(need)}\n")
-    print("The dit's KV are its copies of the contexts of editing such images. Activations are estimates.")
+    copies = "The dit's KV are its copies of the contexts of editing such images. "
+    print(f"{copies if any(stage.stage == 'dit' for stage in need.stages) else ''}Activations are estimates.")
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
     if private is not None and not config.topology.one_process:
         print(f"They cannot on {placement.device}: {private}.")
@@ -112,7 +113,8 @@ def _required(config: DeployConfig) -> DeployConfig:
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
-        checkpoint, placement = Checkpoint(config.checkpoint, config.adapter), resolve(config.device, config.dtype)
+        checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load)
+        placement = resolve(config.device, config.dtype)
         free = available(placement)
         # A GPU that runs out fails requests of others, too: the largest images that are admitted have to fit.
         side = None if free.device is None else checkpoint.config.latent.max_side
@@ -208,6 +210,8 @@ def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
         changes["thinker"] = msgspec.structs.replace(config.thinker, kv_tokens=args.max_model_len)
     if args.max_requests is not None:
         changes["dit"] = msgspec.structs.replace(config.dit, max_num_seqs=args.max_requests)
+    if config.load == "generation":  # stage 1's part
+        changes["stage_id"] = 1
     return msgspec.structs.replace(config, **changes)
 
 

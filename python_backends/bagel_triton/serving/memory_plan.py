@@ -106,8 +106,10 @@ def plan(
     model, dtype = checkpoint.config, placement.torch_dtype
     quantization = config.thinker.quantization, config.thinker.quantization if one_process else config.dit.quantization
     forms = [checkpoint.form(form) for form in quantization]
+    draws = config.load != "understanding"
     with torch.device("meta"):
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
+    autoencoder_weights = module_bytes(checkpoint.autoencoder())
     thinker_weights, dit_weights = (checkpoint.bagel_bytes(dtype, form) for form in quantization)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
@@ -125,12 +127,12 @@ def plan(
     stages: tuple[StageMemory, ...] = (
         StageMemory(
             "thinker",
-            weights=thinker_weights + module_bytes(autoencoder),
+            weights=thinker_weights + autoencoder_weights,
             kv=pool + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads())
                 + dense_bytes(model.language, forms[0], placement),
-                encode_bytes(autoencoder.encoder, condition_height, condition_width),
+                encode_bytes(autoencoder.encoder, condition_height, condition_width) if draws else 0,
             ),
         ),
         StageMemory(
@@ -142,21 +144,22 @@ def plan(
         ),
         StageMemory(
             "vae_decode",
-            weights=module_bytes(autoencoder),
+            weights=autoencoder_weights,
             activations=decoded * decoding + (module_bytes(autoencoder.decoder) // 2 if on_gpu else 0),
         ),
     )
     in_files = placement.torch_device.type == "cpu" and not one_process
     shared = pool if _pool_is_shared(config, placement) else 0
-    if config.stage_id is not None:
+    if config.stage_id is not None or not draws:
         stages = tuple(stage for stage in stages if stage.stage in config.models)
     weights = sum(stage.weights for stage in stages)
     if one_process or shares_weights:
-        loaded = quantization if config.stage_id is None else (quantization[config.stage_id],)
+        stage_id = config.stage_id if draws else 0
+        loaded = quantization if stage_id is None else (quantization[stage_id],)
         if len({form and form.storage for form in map(checkpoint.form, loaded)}) == 1:
             loaded = loaded[:1]
         sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
-        weights = sum(sizes[form] for form in loaded) + module_bytes(autoencoder)
+        weights = sum(sizes[form] for form in loaded) + autoencoder_weights
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
     processes = 1 if one_process or config.stage_id is not None else len(stages)

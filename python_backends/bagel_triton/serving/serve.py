@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -62,7 +62,6 @@ class ServeOptions:
     omni_master_address: str | None = None
     omni_master_port: int | None = None
     omni_lb_policy: Policy | None = None
-    while_asleep: Literal["wait", "refuse"] | None = None
     init_timeout: float | None = None
     shutdown_timeout: float = GRACE_S
     http: HttpOptions = field(default_factory=HttpOptions)
@@ -221,10 +220,6 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     if options.omni_lb_policy is not None:
         bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
         config = msgspec.structs.replace(config, bagel=bagel)
-    if options.while_asleep is not None:
-        config = msgspec.structs.replace(
-            config, bagel=msgspec.structs.replace(config.bagel, while_asleep=options.while_asleep)
-        )
     ready_by = math.inf if options.init_timeout is None else time.monotonic() + options.init_timeout
     with (
         _registered(options, config, ready_by) as (config, registrations),
@@ -262,6 +257,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 + (f", stage 1 on {dit_device}" if dit_device is not None else ""),
                 "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
                 "quantization": _quantization(config, deploy),
+                **({"weights": f"{deploy.load} only"} if deploy.load != "all" else {}),
                 **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
                 "attention": placement.attention,
                 "KV connector": connector,

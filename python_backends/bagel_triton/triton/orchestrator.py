@@ -112,7 +112,7 @@ class Orchestrator:
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
         replicas = self._replicas(config)
-        connect = partial(StageConnections, triton_io.model_call, self._announcement, config.shm_prefix)
+        connect = partial(StageConnections, config.models, triton_io.model_call, self._announcement, config.shm_prefix)
         self._connections = None if one_process else connect(replicas)
         set_addresses = None if replicas is None else replicas.set_addresses
         self._sleep = ServerSleep(gate, config.bagel.while_asleep, self._sleepers, self._metrics or NoMetrics())

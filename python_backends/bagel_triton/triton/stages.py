@@ -13,7 +13,7 @@ import queue
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -302,6 +302,7 @@ class StageConnections:
     """``bagel``'s way to every stage, shared by all requests.
 
     Args:
+        stages: this server's own, of those that do a request's work.
         bls: makes the unary call of a model of this server.
         announcement: this process; a stage drops its tickets when it has died.
         shm_prefix: the server's; its stages are announced under it.
@@ -309,18 +310,22 @@ class StageConnections:
     """
 
     def __init__(
-        self, bls: Callable[[str], ModelCall], announcement: Announcement, shm_prefix: str, replicas: Replicas | None
+        self,
+        stages: Collection[str],
+        bls: Callable[[str], ModelCall],
+        announcement: Announcement,
+        shm_prefix: str,
+        replicas: Replicas | None,
     ) -> None:
         self._prefix, self.replicas, self._bls = shm_prefix, replicas, bls
         self.expand_call = bls(EXPANDER)
         self._expanding = ThreadPoolExecutor(EXPANDER_CALLS, "cfg_expand-calls")
         # One at a time, so an instance is always free for a request whose images are soon decoded.
         self._expanding_heavy = ThreadPoolExecutor(1, "cfg_expand-heavy")
-        elsewhere = () if replicas is None else replicas.models
         self.stages = {
             stage: TicketClient(bls(stage), Doorbell(self._prefix), announcement.lock_name)
             for stage in (THINKER, DIT, DECODER)
-            if stage not in elsewhere
+            if stage in stages
         }
 
     def stage_calls(self) -> dict[str, ModelCall]:

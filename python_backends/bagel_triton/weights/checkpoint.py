@@ -20,6 +20,7 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.row_stable import make_row_stable
 from bagel_triton.model.quantization import FORMS, SCALE, Form, QuantizedLinear, quantize
+from bagel_triton.model.slim import Load, slim_autoencoder, slim_transformer
 from bagel_triton.weights import validation
 from bagel_triton.weights.files import CheckpointFiles, FileIdentity, TensorFiles
 from bagel_triton.weights.layout import Dense, Part, Quantized, Source, stored_of
@@ -60,8 +61,8 @@ class Checkpoint:
         CheckpointError: names the file, field or tensor that is wrong.
     """
 
-    def __init__(self, directory: str | Path, adapter: tuple[str, float] | None = None) -> None:
-        files = CheckpointFiles(directory)
+    def __init__(self, directory: str | Path, adapter: tuple[str, float] | None = None, load: Load = "all") -> None:
+        files, self._load = CheckpointFiles(directory), load
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
         self._stored = files.stored_form
@@ -143,6 +144,14 @@ class Checkpoint:
             module = Bagel(self.config).to(dtype)
             if form is not None:
                 quantize(module.language_model.model, form)
+        slim_transformer(module, self._load)
+        return module
+
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder as it would be loaded, without weights."""
+        with torch.device("meta"):
+            module = Autoencoder(self._autoencoder.shapes())
+        slim_autoencoder(module, self._load)
         return module
 
     def bagel_bytes(self, dtype: torch.dtype, quantization: str | None = None) -> int:
@@ -179,9 +188,7 @@ class Checkpoint:
         self, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None
     ) -> Autoencoder:
         """The autoencoder, likewise."""
-        with torch.device("meta"):
-            module = Autoencoder(self._autoencoder.shapes())
-        return self._fill(module, self._autoencoder, device, dtype, shared)
+        return self._fill(self.autoencoder(), self._autoencoder, device, dtype, shared)
 
     def stored_apart(self, dtype: torch.dtype, quantizations: Sequence[str | None] = (None,)) -> int:
         """Bytes of all weights that processes on a CPU cannot map from the checkpoint's files.
@@ -190,10 +197,7 @@ class Checkpoint:
         tensors that do not adjoin in their file are copied into their packed parameter. Each of
         ``quantizations`` has a transformer of its own.
         """
-        with torch.device("meta"):
-            modules: list[tuple[nn.Module, TensorFiles]] = [
-                (Autoencoder(self._autoencoder.shapes()), self._autoencoder)
-            ]
+        modules: list[tuple[nn.Module, TensorFiles]] = [(self.autoencoder(), self._autoencoder)]
         modules += [(self.bagel(dtype, quantization), self._weights) for quantization in quantizations]
         size = 0
         for module, files in modules:

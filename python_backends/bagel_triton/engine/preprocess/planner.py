@@ -217,7 +217,7 @@ class RequestPlanner:
 
     ``think_by_default`` is what a request means that does not say whether to think;
     ``timeout_s`` is the time of one that names none. ``defaults`` are values of other fields,
-    by the kind of output, for requests that leave them out.
+    by the kind of output, for requests that leave them out. Without ``draws_images`` requests for one are refused.
     """
 
     def __init__(
@@ -227,8 +227,9 @@ class RequestPlanner:
         think_by_default: bool = False,
         timeout_s: float = 3600.0,
         defaults: Mapping[Modality, Mapping[str, Any]] | None = None,
+        draws_images: bool = True,
     ) -> None:
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._draws_images = config, tokenizer, draws_images
         self._think, self._timeout_s = think_by_default, timeout_s
         self._defaults = {
             kind: {name: msgspec.convert(value, FIELD_TYPES[name], str_keys=True) for name, value in values.items()}
@@ -245,7 +246,7 @@ class RequestPlanner:
         model = CheckpointFiles(config.checkpoint).config
         tokenizer = Tokenizer(config.checkpoint, model.language.vocab_size)
         think, timeout_s = config.topology.think_by_default, config.bagel.request_timeout_s
-        return cls(model, tokenizer, think, timeout_s, config.request_defaults)
+        return cls(model, tokenizer, think, timeout_s, config.request_defaults, config.load != "understanding")
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.
@@ -256,6 +257,9 @@ class RequestPlanner:
             InvalidRequest: names the field, its value and what is allowed.
         """
         wanted = resolve_modality(request)
+        if wanted == "image" and not self._draws_images:
+            allowed = "text; images are made by a server that is started with load=all, and this one has understanding"
+            raise InvalidRequest.value("modality", "image", allowed)
         defaults = self._defaults.get(wanted, {})
         request = msgspec.structs.replace(
             request, **{name: value for name, value in defaults.items() if getattr(request, name) is None}

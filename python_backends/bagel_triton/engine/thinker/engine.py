@@ -205,7 +205,10 @@ def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeom
 
 
 class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
-    """Prefills contexts, decodes text, and lends contexts to the DiT; owns the KV cache, from one thread."""
+    """Prefills contexts, decodes text, and lends contexts to the DiT; owns the KV cache, from one thread.
+
+    Without an ``autoencoder`` it takes no request for an image.
+    """
 
     stage = "thinker"
     first_on_device = True
@@ -213,7 +216,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     def __init__(
         self,
         model: Bagel,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | None,
         tokenizer: Tokenizer,
         producer: Producer,
         config: ThinkerConfig,
@@ -221,7 +224,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
-        self._config = config
+        self._config, self._draws_images = config, autoencoder is not None
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
         graphs = not config.enforce_eager
@@ -249,6 +252,10 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         return self._producer.pool.blocks.used - self._prefixes.blocks
 
     # --- admission ---
+
+    def _check(self, task: Plan) -> None:
+        if task.flow is not None and not self._draws_images:
+            raise InvalidRequest.value("plan", "an image", "a text: this server has load=understanding")
 
     def _active(self) -> list[ThinkerJob]:
         return [active.job for active in self._running]

@@ -84,7 +84,7 @@ class Prefiller:
     def __init__(
         self,
         model: Bagel,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | None,
         kv_pool: KVCachePool,
         encodings: EncodingCache,
         vision_tokens: tuple[int, int],
@@ -99,7 +99,8 @@ class Prefiller:
         self._pool, self._forward = pool, forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
             self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
-            self._clean = model.time_embedder(torch.zeros(1, device=model.device))  # t = 0: no noise left
+            # t = 0: no noise left. Without an autoencoder no image is encoded.
+            self._clean = None if autoencoder is None else model.time_embedder(torch.zeros(1, device=model.device))
 
     @torch.inference_mode()
     def append(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
@@ -231,11 +232,14 @@ class Prefiller:
         """[latent tokens, hidden] of a clean conditioning image."""
         segment, latent = chunk.segment, self._model.config.latent
         assert chunk.noise is not None, "an image for generation comes with its posterior draw"
-        moments = self._encode("vae", segment, lambda: encode(self._autoencoder, _pixels(segment)))
+        autoencoder, clean = self._autoencoder, self._clean
+        assert autoencoder is not None, "without one no image is drawn"
+        assert clean is not None, "likewise"
+        moments = self._encode("vae", segment, lambda: encode(autoencoder, _pixels(segment)))
         z = sample(moments, chunk.noise)
         rows, columns = segment.height // latent.stride, segment.width // latent.stride
         tokens = pack_latents(z[0], latent.patch_size).to(self._model.device)
-        return self._model.embed_latents(tokens, self._clean, self._model.latent_pos_embed(rows, columns))
+        return self._model.embed_latents(tokens, clean, self._model.latent_pos_embed(rows, columns))
 
     def _encode(self, encoder: str, segment: VitSegment | VaeSegment, make: Callable[[], Tensor]) -> Tensor:
         return self._encodings.get(_key(encoder, segment), lambda: self._pool.run_with_intraop_threads(make))

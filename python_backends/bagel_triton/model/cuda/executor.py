@@ -42,7 +42,10 @@ class CudaExecutor:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.inference_mode():
             self._head_norms = {
-                expert: _head_norms(expert) for layer in self._layers for expert in (layer.gen, layer.und)
+                expert: _head_norms(expert)
+                for layer in self._layers
+                for expert in (layer.gen, layer.und)
+                if isinstance(expert, Expert)  # else it was left out
             }
 
     def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: StepKV) -> Tensor:
