@@ -104,11 +104,24 @@ def table(checkpoint: Checkpoint) -> str:
     return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows)
 
 
+def texts(directory: Path) -> str:
+    """For each form, the least size of a GPU on which a server that only understands fits."""
+    checkpoint, found = Checkpoint(directory, load="understanding"), []
+    for form in FORMS:
+        thinker = ThinkerConfig(kv_tokens=LEAST_TOKENS, max_num_batched_tokens=CHUNK, quantization=form)
+        config = DeployConfig(str(directory), thinker=thinker, dit=DitConfig(quantization=form), load="understanding")
+        total = memory_plan.plan(checkpoint, config, GPU, max(SIDES), max(SIDES)).total
+        least = next(size for size in SIZES if total <= int(size * (1 - DRIVER) * 2**30))
+        found.append(f"{least} GB in {form or 'bfloat16'} ({total / 2**30:.1f} GiB)")
+    return ", ".join(found)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the table, and what texts alone need."""
     with tempfile.TemporaryDirectory(prefix="bagel_triton_") as folder:
         write_published(Path(folder) / "published")
         print(table(Checkpoint(Path(folder) / "published")))
+        print(f"\nTexts alone: {texts(Path(folder) / 'published')}")
 
 
 if __name__ == "__main__":

@@ -267,4 +267,6 @@ def test_the_readmes_table_is_the_plan(tmp_path: Path) -> None:
     gpu_sizes.write_published(tmp_path / "published")
     checkpoint = Checkpoint(tmp_path / "published")
     assert checkpoint.config == PUBLISHED
-    assert gpu_sizes.table(checkpoint) in (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert gpu_sizes.table(checkpoint) in readme
+    assert gpu_sizes.texts(checkpoint.directory) in readme
