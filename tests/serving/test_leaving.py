@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import random
 import socket
 import threading
 import time
@@ -74,6 +75,23 @@ def test_a_client_that_leaves_stops_the_work(server: Server, body: dict[str, obj
         until(server, f"bagel_{stage}_active", 1)
     until_idle(server)
     assert len(server.images(image_body(EIGHT[1], seed=1))) == 1
+
+
+def test_fifty_streams_left_at_random_leave_nothing_active(server: Server) -> None:
+    chance = random.Random(3)
+    streams = [({**body, "n": 1, "stream": True}, chance.uniform(0, 3)) for body in (LONG, ENDLESS_TEXT) * 25]
+
+    def leave(stream: tuple[dict[str, object], float]) -> None:
+        body, wait = stream
+        with connection(server, body):
+            time.sleep(wait)
+
+    with ThreadPoolExecutor(len(streams)) as pool:
+        list(pool.map(leave, streams))
+    for gauge in ("thinker_active", "thinker_waiting", "dit_active", "dit_waiting", "thinker_kv_blocks_used"):
+        until(server, f"bagel_{gauge}", 0)
+    assert len(server.images(image_body(EIGHT[1], seed=1))) == 1
+    until_idle(server)
 
 
 def test_a_stages_own_client_that_leaves_stops_the_work(server: Server) -> None:
