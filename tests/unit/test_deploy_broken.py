@@ -83,7 +83,7 @@ ONE_LINE = [
     ),
     (
         "stages: [{stage_id: 0, devices: '0,1'}]",
-        ":1: stages[0].devices='0,1' is not allowed; allowed: a device's number",
+        ":1: stages[0].devices='0,1' is not allowed: 2 devices for a stage of 1",
     ),
     ("stages: [{stage_id: 0, address: here}]", ":1: stages[0].address='here' is not allowed; allowed: HOST:PORT"),
     # the wrong stage
@@ -108,7 +108,7 @@ ONE_LINE = [
     # what is not supported, and what to do instead
     (
         "stages: [{stage_id: 0, tensor_parallel_size: 2}]",
-        ":1: stages[0].tensor_parallel_size=2 is not supported: a stage",
+        ":1: stages[0].tensor_parallel_size=2 is not supported: the thinker has one rank",
     ),
     (
         "stages: [{stage_id: 1, parallel_config: {use_hsdp: true}}]",
@@ -176,7 +176,7 @@ stages:
     max_num_seq: 3
     default_sampling_params: {top_p: 2, seeed: 1}
   - stage_id: 1
-    parallel_config: {tensor_parallel_size: 2, vae_patch_parallel_size: 4}
+    parallel_config: {tensor_parallel_size: 0, vae_patch_parallel_size: 4}
     input_connectors: {from_stage_0: net}
 connectors:
   kv: {name: Carrier}

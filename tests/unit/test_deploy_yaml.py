@@ -308,9 +308,9 @@ def test_the_older_form_of_a_single_stage_selects_its_pipeline(tmp_path: Path) -
 
 def test_an_error_of_the_older_form_names_what_was_written(tmp_path: Path) -> None:
     text = (
-        "stage_args:\n- stage_id: 1\n  runtime:\n    max_batch_size: 0\n  engine_args:\n    tensor_parallel_size: 2\n"
+        "stage_args:\n- stage_id: 1\n  runtime:\n    max_batch_size: 0\n  engine_args:\n    tensor_parallel_size: 0\n"
     )
     assert [line.partition(" is not ")[0] for line in refusal(tmp_path, text)] == [
         "deploy.yaml:4: stage_args[0].runtime.max_batch_size=0",
-        "deploy.yaml:6: stage_args[0].engine_args.tensor_parallel_size=2",
+        "deploy.yaml:6: stage_args[0].engine_args.tensor_parallel_size=0",
     ]

@@ -115,11 +115,10 @@ def test_a_script(row: dict[str, Any], tree: Path) -> None:
     for line in ran:
         parser = Parser(allow_abbrev=False)
         serve.add_arguments(parser)
+        given = flags.flags_of(parser.parse_args(shlex.split(line)[1:]))
         if "--tensor-parallel-size" in line:
-            with pytest.raises(Refused, match="a stage runs on one device today"):
-                parser.parse_args(shlex.split(line)[1:])
-        else:
-            parser.parse_args(shlex.split(line)[1:])
+            with pytest.raises(ConfigError, match="tensor-parallel-size=2 is not supported: the thinker has one rank"):
+                resolved(None, given, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,7 @@ def test_device_and_dtype_come_before_the_stages(tmp_path: Path) -> None:
         "--omni",
         "--trust-remote-code",
         "--no-enforce-eager",
-        "--tensor-parallel-size 1",
-        "-tp 1",
         "--vae-patch-parallel-size 1",
-        "--cfg-parallel-size 1",
         "--usp 1",
         "--ring 1",
         "--hsdp-shard-size -1",
@@ -136,13 +133,9 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (
-            "--tensor-parallel-size 2",
-            "--tensor-parallel-size=2 is not supported: a stage runs on one device today; for",
-        ),
-        ("-tp 2", "--tensor-parallel-size=2 is not supported: a stage runs on one device today"),
-        ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: a stage runs on one device"),
-        ("--use-hsdp", "--use-hsdp=true is not supported: a stage runs on one device"),
+        ("-tp 0", "--tensor-parallel-size=0 is not allowed; allowed: an integer from 1 to"),
+        ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: it is not built; of the DiT"),
+        ("--use-hsdp", "--use-hsdp=true is not supported: it is not built; of the DiT"),
         (
             "--quantization gptq",
             "--quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8, fp8, fp8_w8a8, ",

@@ -82,7 +82,8 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens of a step over all their branches (a request that is alone may exceed both),
     ``max_waiting`` the queued requests. ``gpu_memory_utilization`` is the part of a GPU that this
     stage and the decoder may take. With ``enforce_eager`` a GPU denoises without CUDA graphs. Stages with the same
-    ``quantization`` share their weights.
+    ``quantization`` share their weights. The ranks of a stage share its heads (``tensor_parallel_size``) or its
+    images' branches (``cfg_parallel_size``).
     """
 
     max_num_seqs: int = 8
@@ -91,11 +92,19 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     quantization: Quantization | Literal["auto"] | None = None
+    tensor_parallel_size: int = 1
+    cfg_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+        sizes = ("tensor_parallel_size", "cfg_parallel_size")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", *sizes):
             value = getattr(self, name)
             _require(f"dit.{name}", value, value >= 1, "an integer >= 1")
+
+    @property
+    def ranks(self) -> int:
+        """Processes that compute the stage's forwards, this one included."""
+        return self.tensor_parallel_size * self.cfg_parallel_size
 
 
 class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -87,7 +87,11 @@ def converts(value: Any, kind: Any) -> bool:
 
 # --- the two tables that several levels share ---
 
-ONE_DEVICE = "a stage runs on one device today; for more, serve several copies behind a balancer"
+ONE_DEVICE = (
+    "it is not built; of the DiT, several ranks share the heads (tensor_parallel_size) or the branches of guidance "
+    "(cfg_parallel_size)"
+)
+ONE_RANK = "the thinker has one rank; the DiT, stage 1, may have more"
 ONE_LORA = "name one adapter in `lora_path`, which is merged into the weights of all stages"
 NAMED_QUANTIZATION = "name a form in `quantization`; a checkpoint's own is read from its config.json"
 QUANTIZATIONS = ("auto", *get_args(Quantization))
@@ -109,7 +113,7 @@ def _one(*more: Any) -> Neutral:
 
 PARALLEL: Fields = {
     "allgather_degree": _one(),
-    "cfg_parallel_size": _one(),
+    "cfg_parallel_size": Setting(Count, COUNT, "ranks that share the branches of guidance, and images", ("dit",)),
     "data_parallel_size": _one(),
     "enable_expert_parallel": Neutral(ONE_DEVICE, _OFF),
     "hsdp_replicate_size": _one(),
@@ -117,13 +121,14 @@ PARALLEL: Fields = {
     "pipeline_parallel_size": _one(),
     "ring_degree": _one(),
     "sequence_parallel_size": _one(),
-    "tensor_parallel_size": _one(),
+    "tensor_parallel_size": Setting(Count, COUNT, "ranks that share each layer's heads", ("dit",)),
     "ulysses_degree": _one(),
     "ulysses_mode": Neutral(ONE_DEVICE, ("strict", "advanced_uaa")),
     "use_hsdp": Neutral(ONE_DEVICE, _OFF),
     "vae_parallel_mode": Neutral(ONE_DEVICE, type=str),
     "vae_patch_parallel_size": _one(),
 }
+RANKS = ("tensor_parallel_size", "cfg_parallel_size")  # the sizes with an effect
 # Engine options of vLLM and vLLM-Omni, at a stage or for all stages.
 ENGINE: Fields = {
     **PARALLEL,
@@ -200,6 +205,7 @@ TOP: Fields = {
     "connectors": Setting(dict, "a mapping of names to {name, extra}", "what carries KV from stage to stage"),
     "platforms": Setting(dict, "a mapping with cpu or cuda", "changes for machines without or with CUDA"),
     **ENGINE,
+    **{name: Neutral("write it under stage 1", (1,)) for name in RANKS},
     "async_chunk": Neutral("a stage gets its input whole", (False,)),
     "edges": Neutral("the only edge is from stage 0 to stage 1", type=list[Any]),
     "enable_prefix_caching": Setting(bool, BOOLEAN, "for the thinker's stage", ("thinker",)),
@@ -223,8 +229,9 @@ STAGE: Fields = {
         "of the stage's own servers, where each stage has its own",
     ),
     "devices": Setting(
-        Annotated[int, Meta(ge=0, le=1023)] | Annotated[str, Meta(pattern=r"^([0-9]{1,4}|auto|cpu|cuda(:[0-9]+)?)$")],
-        f"a device's number, or auto, cpu, cuda, cuda:N; {ONE_DEVICE}",
+        Annotated[int, Meta(ge=0, le=1023)]
+        | Annotated[str, Meta(pattern=r"^([0-9]{1,4}(,[0-9]{1,4})*|auto|cpu|cuda(:[0-9]+)?)$")],
+        "a device's number, or as many as the stage has ranks, such as 0,1; or auto, cpu, cuda, cuda:N",
         "number of the CUDA device; without CUDA the stage is on the CPU",
     ),
     "max_num_seqs": Setting(Count, COUNT, "thinker: requests in flight; DiT: images denoised together"),
@@ -251,7 +258,9 @@ STAGE: Fields = {
     ),
     "input_connectors": Setting(dict[str, str], "a mapping to names of connectors", "what the stage reads KV from"),
     "output_connectors": Setting(dict[str, str], "a mapping to names of connectors", "what the stage writes KV to"),
-    "parallel_config": Setting(dict[str, Any], "a mapping of sizes", f"all of size 1: {ONE_DEVICE}"),
+    "parallel_config": Setting(
+        dict[str, Any], "a mapping of sizes", "sizes of the stage, which may as well stand beside it"
+    ),
     **ENGINE,
     "dtype": Setting(
         Literal["auto", "float32", "bfloat16"], "auto, float32, bfloat16", "as at the top, for all stages"

@@ -7,6 +7,7 @@ the fields, and ``vocabulary.py`` declares them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,14 @@ _THINKER_FIELDS = (
     "gpu_memory_utilization",
     "quantization",
 )
-_DIT_FIELDS = ("max_num_seqs", "max_waiting", "gpu_memory_utilization", "enforce_eager", "quantization")
+_DIT_FIELDS = (
+    "max_num_seqs",
+    "max_waiting",
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "quantization",
+    *vocabulary.RANKS,
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ class _Builder:
         for stage in self._flagged(top["stages"].items if "stages" in top else [], topology):
             found = vocabulary.check(stage, vocabulary.STAGE, self._problems, self._notes)
             if "parallel_config" in found:
-                vocabulary.check(found["parallel_config"], vocabulary.PARALLEL, self._problems, self._notes)
+                self._merge_sizes(found, found["parallel_config"])
             if "omni_kv_config" in found:
                 vocabulary.check(found["omni_kv_config"], vocabulary.OMNI_KV, self._problems, self._notes)
             if "stage_id" not in found:
@@ -225,8 +233,32 @@ class _Builder:
                 )
                 continue
             self._check_engine(stage_id.value, found, topology)
+            self._check_devices(found)
             stages[stage_id.value] = found
         return stages
+
+    def _merge_sizes(self, found: dict[str, Node], sizes: Node) -> None:
+        """Add the sizes of ``parallel_config`` to the stage's own; one that is in both places must be the same."""
+        for name, node in vocabulary.check(sizes, vocabulary.PARALLEL, self._problems, self._notes).items():
+            own = found.setdefault(name, node)
+            if own.value != node.value and not own.origin.source.startswith("--"):
+                self._problems.add(node, f"={node.value!r} is not that of the stage itself, {own.value!r}")
+
+    def _check_devices(self, found: dict[str, Node]) -> None:
+        """Refuse a list of devices that is not one for each rank, or that is on a GPU, where ranks have not run."""
+        listed = str(found["devices"].value).split(",") if "devices" in found else []
+        if len(listed) < 2:
+            return
+        ranks = math.prod(int(found[name].value) for name in vocabulary.RANKS if name in found)
+        devices = found["devices"]
+        if len(listed) != ranks:
+            self._problems.add(
+                devices,
+                f"={devices.value!r} is not allowed: {len(listed)} devices for a stage of {ranks}; "
+                f"allowed: as many as tensor_parallel_size or cfg_parallel_size",
+            )
+        elif self._platform() == "cuda":
+            self._problems.add(devices, f"={devices.value!r} is not supported: ranks are processes of a CPU today")
 
     def _flagged(self, stages: list[Node], topology: Topology) -> list[Node]:
         """``stages`` with the flags that are for every stage; those that --stage-overrides sets come before them."""
@@ -238,6 +270,14 @@ class _Builder:
         if len(by_id) != len(stages):
             return stages  # an error, which is found anyway
         chosen = range(len(topology.stages)) if only is None else (only,)
+        for name in vocabulary.RANKS:
+            node = self._flags.every_stage.get(name)
+            if node is None or node.value == 1 or topology.one_process:
+                continue
+            if only == THINKER_STAGE:
+                self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1")
+            elif only is None:
+                self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.ONE_RANK}")
         for stage_id in chosen:
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
             stage = by_id.get(stage_id, Node({"stage_id": Node(stage_id, _NOTHING.origin)}, _NOTHING.origin))
@@ -260,6 +300,12 @@ class _Builder:
             setting = vocabulary.STAGE[name]
             assert isinstance(setting, vocabulary.Setting), "no other field is found"
             if engine in setting.engines:
+                continue
+            if name in vocabulary.RANKS:
+                if node.value > 1:
+                    refused = f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1"
+                    self._problems.add(node, refused)
+                del found[name]
                 continue
             if node.value is not False:  # what is off is off there
                 there = "thinker; that is stage 0" if engine == "dit" else "DiT; that is stage 1"
@@ -337,7 +383,7 @@ class _Builder:
         named = [found["devices"] for found in stages.values() if "devices" in found]
         if not named or (device is not None and device.origin.source.startswith("--")):
             return fields if device is None else {**fields, "device": self._value("device", device)}
-        numbers = all(str(node.value).isdigit() for node in named)
+        numbers = all(str(node.value).replace(",", "").isdigit() for node in named)
         if numbers and self._platform() == "cpu":
             if device is None or device.value != "cpu":
                 where = " and ".join(f"{node.path}={format_value(node.value)}" for node in named)

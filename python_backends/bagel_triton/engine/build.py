@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -27,10 +27,14 @@ from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.model.device import Placement, on_gpu, resolve
 from bagel_triton.model.tokenizer import Tokenizer
+from bagel_triton.parallel.sizes import check
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import SharedWeights, shared_weights
+
+if TYPE_CHECKING:
+    from bagel_triton.parallel.group import RankGroup  # torch's distributed layer, where a stage has ranks
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 log = logging.getLogger(__name__)
@@ -58,9 +62,14 @@ class StageResources:
 
     def load_bagel(self, quantization: str | None) -> Bagel:
         """The transformer, its weights shared with the server's other processes that quantise them alike."""
-        place, weights = self.placement, self.weights
-        load = self.checkpoint.load_bagel
-        return self._once("bagel", lambda: load(place.torch_device, place.torch_dtype, weights, quantization))
+        return self._once("bagel", lambda: self.own_bagel(quantization))
+
+    def own_bagel(self, quantization: str | None) -> Bagel:
+        """The same, for a caller that changes it: it is not kept for the engine after a sleep."""
+        place = self.placement
+        model = self.checkpoint.load_bagel(place.torch_device, place.torch_dtype, self.weights, quantization)
+        release_intraop_threads()  # the engine computes on other threads
+        return model
 
     def load_autoencoder(self) -> Autoencoder:
         """The autoencoder, shared likewise; it always computes in float32."""
@@ -116,8 +125,24 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     consumer = open_consumer(resources.config, resources.placement.torch_device)
     vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
-    model = resources.load_bagel(resources.config.dit.quantization)
-    return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics)
+    cut = resources.config.dit.tensor_parallel_size > 1
+    model = (resources.own_bagel if cut else resources.load_bagel)(resources.config.dit.quantization)
+    ranks = open_ranks(resources, model, share=True)
+    return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks)
+
+
+def open_ranks(resources: StageResources, model: Bagel, share: bool) -> RankGroup | None:
+    """The ranks of the DiT, of which ``model`` becomes the first one's; None where it has one alone.
+
+    With ``share`` they map the server's weights; without, each loads its own.
+    """
+    config = resources.config
+    if config.dit.ranks == 1:
+        return None
+    check(config, resources.checkpoint.config.language, resources.placement.device)
+    from bagel_triton.parallel.group import RankGroup
+
+    return RankGroup.start(config, model, share)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:

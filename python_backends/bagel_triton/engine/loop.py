@@ -217,6 +217,11 @@ class EngineLoop(ABC, Generic[Task, Result]):
         """Abort ``job``, if it has not ended, and revoke its request's leases."""
         self._inbox.put(lambda: self._abort_request(job.request_id, [job]))
 
+    def end(self) -> None:
+        """Fail all jobs, as this process can no longer compute; ``lost`` is set."""
+        self.lost.set()
+        self._inbox.put(lambda: None)
+
     def close(self) -> None:
         """Fail all remaining jobs with :class:`StageUnavailable` and end the thread."""
         self._closing.set()

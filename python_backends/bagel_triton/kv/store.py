@@ -112,7 +112,7 @@ class WorkspaceStep(SequenceKV):
         stores: Sequence[Tensor],
         writes: Sequence[Sequence[tuple[int, int, int]]],
     ) -> None:
-        self.spans, self._stores, self._writes = spans, stores, writes
+        self.spans, self.stores, self.writes = spans, stores, writes
         users = Counter[int]()
         self._turns = []  # how many earlier sequences use the same store
         for store in stores:
@@ -136,16 +136,16 @@ class WorkspaceStep(SequenceKV):
         """Keys and values [length, kv_heads, head_dim] of a sequence, valid until the next one of its store is read."""
         if self._shared[sequence]:
             self._copy(layer, sequence, slice(0, sys.maxsize))
-        key, value = self._stores[sequence][layer]
+        key, value = self.stores[sequence][layer]
         return key, value
 
     def _copy(self, layer: int, sequence: int, rows: slice) -> None:
         """Copy those of the new ``rows`` that belong to the sequence to their slots."""
         assert self._new is not None, "a step is written before it is read"
-        for start, stop, slot in self._writes[sequence]:
+        for start, stop, slot in self.writes[sequence]:
             first, last = max(start, rows.start), min(stop, rows.stop)
             if first < last:
-                for target, new in zip(self._stores[sequence][layer], self._new, strict=True):
+                for target, new in zip(self.stores[sequence][layer], self._new, strict=True):
                     target[slot + first - start : slot + last - start].copy_(new[first:last])
 
 

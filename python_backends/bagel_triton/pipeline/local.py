@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.engine.build import Models, StageResources
+from bagel_triton.engine.build import Models, StageResources, open_ranks
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.loop import EngineLoop, Job
@@ -54,7 +55,11 @@ class LocalStages:
         self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
-        self.dit = DitEngine(model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics)
+        # A tensor-parallel rank keeps a part of its model, which the thinker needs whole.
+        cut = config.dit.tensor_parallel_size > 1
+        dit_model = replace(resources, weights=None).own_bagel(None) if cut else model
+        ranks = open_ranks(resources, dit_model, share=False)
+        self.dit = DitEngine(dit_model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
         self._engines: tuple[EngineLoop[Any, Any], ...] = (self.decoder, self.dit, self.thinker)
 

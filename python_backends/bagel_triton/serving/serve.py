@@ -25,6 +25,7 @@ from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
+from bagel_triton.parallel import sizes
 from bagel_triton.protocol.errors import format_value
 from bagel_triton.serving import CommandError, flags, machine, memory, rendezvous, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
@@ -229,6 +230,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         placement = _placement(config)
         dit_device = _dit_device(config, placement)
         connector = _connector(config, placement.device, dit_device)
+        _check_ranks(config, dit_device or placement.device)
 
         from bagel_triton.openai import http_server
         from bagel_triton.openai.app import create_app
@@ -261,6 +263,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
                 "attention": placement.attention,
                 "KV connector": connector,
+                **({"ranks": ranks} if (ranks := sizes.summary(deploy)) else {}),
                 **_request_defaults(deploy),
                 "OpenAI API": " and ".join(addresses.urls) or "none (headless)",
                 "Triton HTTP": f"{LOOPBACK}:{addresses.http_port}",
@@ -455,6 +458,16 @@ def _connector(config: DeployConfig, device: str, dit_device: str | None) -> Con
     """The connector for these devices, refused here before a stage that cannot use it has loaded anything."""
     try:
         return choose(config, device, dit_device)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+
+
+def _check_ranks(config: DeployConfig, device: str) -> None:
+    """Refuse ranks of stage 1 that the checkpoint or its ``device`` does not allow, before anything is loaded."""
+    from bagel_triton.weights.checkpoint import inspect
+
+    try:
+        sizes.check(config, inspect(config.checkpoint).language, device)
     except ConfigError as error:
         raise CommandError(str(error)) from error
 

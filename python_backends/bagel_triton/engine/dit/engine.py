@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,14 +28,18 @@ from bagel_triton.protocol.events import PartialImageEvent, Preview, ProgressEve
 from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry, KVHandle
 from bagel_triton.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from bagel_triton.parallel.group import RankGroup
+
 DitJob = Job[DenoiseJob, Sequence[Latents]]
 
 
 class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     """Denoises images on contexts claimed from the thinker; owns its workspace, from one thread.
 
-    ``vision_tokens`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry``
-    and ``kv_tokens`` are the thinker's KV cache's.
+    ``ranks`` compute its forwards, if there are any, and are closed with it. ``vision_tokens`` are
+    the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry`` and ``kv_tokens`` are the
+    thinker's KV cache's.
     """
 
     stage = "dit"
@@ -48,13 +53,19 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         geometry: KVGeometry,
         kv_tokens: int,
         metrics: Metrics | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
-        super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
-        self._model, self._consumer, self._config = model, consumer, config
+        pool = ThreadPool.of(model.device) if ranks is None else ranks.pool
+        super().__init__(metrics, config.max_waiting, pool, model.device)
+        self._model, self._consumer, self.config, self.ranks = model, consumer, config, ranks
         self._geometry, self._kv_tokens = geometry, kv_tokens
         self._runs: list[FlowRun] = []
         self._paced = Paced(model.device)
-        forward = forward_on(model.device, model.language_model.model, self._pool)
+        if ranks is None:
+            forward = forward_on(model.device, model.language_model.model, pool)
+        else:
+            forward = ranks.forward
+            ranks.when_lost(self.end)
         self._workspace: WorkspacePool | None = None
         self._steps: HostSteps | DeviceSteps = HostSteps(model, forward)
         if on_gpu(model.device):
@@ -86,7 +97,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             if needed > slots:  # it would wait for ever
                 raise InvalidRequest(
                     f"the request is too long: its contexts and a step's tokens need {needed} slots of the DiT's "
-                    f"workspace, which has {slots} for dit.max_num_seqs={self._config.max_num_seqs}",
+                    f"workspace, which has {slots} for dit.max_num_seqs={self.config.max_num_seqs}",
                     "messages",
                 )
 
@@ -108,7 +119,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         images = flow.num_images + sum(len(run.x) for run in self._runs)
         tokens = (rows * columns + VISION_TOKENS) * len(job.task.handles) * flow.num_images
         tokens += sum((run.tokens + VISION_TOKENS) * len(run.stores) * len(run.x) for run in self._runs)
-        within = images <= self._config.max_num_seqs and tokens <= self._config.max_num_batched_tokens
+        within = images <= self.config.max_num_seqs and tokens <= self.config.max_num_batched_tokens
         if self._runs and not within:  # a single request may exceed both
             return False
         slots = [] if self._workspace is None else self._workspace.take(self._sizes(job.task))
@@ -172,6 +183,9 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             for handle in task.handles:
                 self._consumer.release(handle)
             raise
+        if self.ranks is not None:
+            past = [handle.tokens for handle in task.handles]
+            stores = [self.ranks.keep(store, tokens) for store, tokens in zip(stores, past, strict=True)]
         self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
         return stores
 
@@ -239,10 +253,14 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         for run in self._runs:
             if run.job is job:
                 self._give_back(run.slots)
+                if self.ranks is not None:
+                    self.ranks.free(run.stores)
         self._runs = [run for run in self._runs if run.job is not job]
         self._steps.forget()
 
     def close(self) -> None:
         """Stop the thread and close the connector."""
         super().close()
+        if self.ranks is not None:
+            self.ranks.close()
         self._consumer.close()

@@ -1,0 +1,115 @@
+"""The process of a rank other than 0: ``python -m bagel_triton.parallel.worker``, with its pipe as standard input.
+
+It ends when the pipe does. An error ends it as well, and with it the stage: see :mod:`bagel_triton.parallel.group`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bagel_triton.deploy.topology import DIT
+from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.device import resolve
+from bagel_triton.model.mot import PackedBatch
+from bagel_triton.parallel.messages import Arrange, Forward, Free, Keep, Meet, Message, Start, read
+from bagel_triton.parallel.rank import RankModel, join, receive, selftest, send
+from bagel_triton.weights.checkpoint import Checkpoint
+from bagel_triton.weights.sharing import shared_weights
+
+READY = b"ready\n"  # on standard output, once the weights are loaded
+
+
+class Worker:
+    """A rank's stores and the layout of its forwards."""
+
+    def __init__(self, model: RankModel) -> None:
+        self._model = model
+        self._stores: dict[int, Tensor] = {}
+        self._arranged: tuple[PackedBatch, object, bool] | None = None
+
+    @torch.inference_mode()
+    def handle(self, message: Message) -> None:
+        """Do what a message says."""
+        if isinstance(message, Keep):
+            self._keep(message)
+        elif isinstance(message, Arrange):
+            self._arrange(message)
+        elif isinstance(message, Forward):
+            self._compute()
+        elif isinstance(message, Free):
+            self._arranged = None
+            for number in message.stores:
+                del self._stores[number]
+        else:
+            raise ValueError(f"{type(message).__name__} is no message for a rank that has started")
+
+    def _keep(self, message: Keep) -> None:
+        store = self._empty(*message.shape)
+        past = self._empty(*message.shape[:2], message.past, *message.shape[3:])
+        store[:, :, : message.past] = receive(past, 0)
+        self._stores[message.store] = store
+
+    def _arrange(self, message: Arrange) -> None:
+        layout = message.layout
+        sides = layout.tokens, 1, self._model.config.head_dim
+        batch = layout.batch(receive(self._empty(*sides), 0), receive(self._empty(*sides), 0))
+        self._arranged = batch, layout.kv(self._stores), message.returns
+
+    def _compute(self) -> None:
+        assert self._arranged is not None, "a layout comes before its forwards"
+        batch, kv, returns = self._arranged
+        embeddings = receive(self._empty(batch.tokens, self._model.config.hidden_size), 0)
+        hidden = self._model.forward(embeddings, batch, kv)
+        if returns:
+            send(hidden if batch.wanted is None else hidden[batch.wanted], 0)
+
+    def _empty(self, *sides: int) -> Tensor:
+        return torch.empty(sides, dtype=self._model.dtype, device=self._model.device)
+
+
+def load(start: Start) -> Bagel:
+    """The whole transformer; a tensor-parallel rank keeps its part of it later."""
+    config = start.config
+    place = resolve(config.device_of(DIT), config.dtype)
+    weights = shared_weights(config.shm_prefix, place.torch_device) if start.share else None
+    checkpoint = Checkpoint(config.checkpoint, config.adapter)
+    return checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, config.dit.quantization)
+
+
+def main() -> None:
+    """Follow rank 0 until it ends."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    def follow() -> None:
+        while (message := read(sys.stdin.fileno())) is not None:
+            messages.put(message)
+        os._exit(0)  # also while a forward waits for another rank
+
+    threading.Thread(target=follow, name="rank-0", daemon=True).start()
+    start = messages.get()
+    assert isinstance(start, Start), "the first message"
+    torch.set_num_threads(start.threads)
+    model = load(start)
+    os.write(sys.stdout.fileno(), READY)
+    assert isinstance(messages.get(), Meet), "the second message"
+    join(Path(start.meeting), start.rank, start.ranks, start.config.bagel.stage_timeout_s)
+    selftest()
+    pool = ThreadPool.of(model.device)
+    pool.use_caller_thread()
+    worker = Worker(RankModel(model, start.config.dit, pool))
+    while True:
+        worker.handle(messages.get())
+
+
+if __name__ == "__main__":
+    main()
