@@ -40,6 +40,8 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
     field = f"dit.{name}={getattr(dit, name)}"
     if dit.tensor_parallel_size > 1 and dit.cfg_parallel_size > 1:
         raise ConfigError(f"{field} with cfg_parallel_size={dit.cfg_parallel_size} is not supported; set one of them")
+    if config.load == "understanding":
+        raise ConfigError(f"{field} with load=understanding is not supported: nothing is drawn; set one of them")
     if not device.startswith("cpu"):
         raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
     if dit.tensor_parallel_size > 1 and dit.quantization is not None:

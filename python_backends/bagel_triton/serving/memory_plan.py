@@ -111,6 +111,7 @@ def plan(
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
     autoencoder_weights = module_bytes(checkpoint.autoencoder())
     thinker_weights, dit_weights = (checkpoint.bagel_bytes(dtype, form) for form in quantization)
+    of_ranks = rank_weights(config, dit_weights)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
@@ -137,8 +138,8 @@ def plan(
         ),
         StageMemory(
             "dit",
-            weights=dit_weights,
-            kv=workspace * token,
+            weights=dit_weights + of_ranks,
+            kv=workspace * token * config.dit.cfg_parallel_size,
             activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
             + dense_bytes(model.language, forms[1], placement),
         ),
@@ -160,10 +161,20 @@ def plan(
             loaded = loaded[:1]
         sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
         weights = sum(sizes[form] for form in loaded) + autoencoder_weights
+        weights += of_ranks if stage_id != 0 else 0
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
     processes = 1 if one_process or config.stage_id is not None else len(stages)
     return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0)
+
+
+def rank_weights(config: DeployConfig, whole: int) -> int:
+    """Bytes that the DiT's ranks have beside the one copy of ``whole`` bytes that the stages share."""
+    if config.dit.tensor_parallel_size > 1:
+        copies = config.dit.tensor_parallel_size if config.topology.one_process else 1  # of the parts, one together
+    else:
+        copies = config.dit.cfg_parallel_size - 1 if config.topology.one_process else 0
+    return copies * whole
 
 
 def dense_bytes(config: LanguageConfig, form: Form | None, placement: Placement) -> int:
