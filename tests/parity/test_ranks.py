@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig
+from bagel_triton.engine.build import StageResources
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.errors import Cancelled
 from tests.parity.test_text2img import MIXED
@@ -21,9 +22,12 @@ CASES = [case for case in load_cases(Path(__file__).parents[1] / "data" / "cases
 TOLERANCE = 2e-5
 
 
+def config_of(directory: Path, **sizes: int) -> DeployConfig:
+    return DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32", dit=DitConfig(**sizes))
+
+
 def stages_of(directory: Path, **sizes: int) -> LocalStages:
-    config = DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32", dit=DitConfig(**sizes))
-    return LocalStages(config)
+    return LocalStages(config_of(directory, **sizes))
 
 
 def distance(ours: Tensor, expected: Tensor) -> float:
@@ -54,6 +58,20 @@ def test_four_ranks_give_what_one_does(other_checkpoint: Path, size: str) -> Non
         check_mixed_load(several, other_checkpoint, exact=size == "cfg_parallel_size")
     finally:
         several.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "cfg_parallel_size"])
+def test_ranks_are_started_anew_after_a_sleep(checkpoint_dir: Path, size: str) -> None:
+    """A sleep of level 1 closes the engines and keeps what they were built from."""
+    config = config_of(checkpoint_dir, **{size: 2})
+    resources = StageResources.open(config)
+    found = []
+    for _ in range(2):
+        stages = LocalStages(config, resources=resources)
+        found.append(generate(stages, MIXED[2]))
+        stages.close()
+    assert_same(found[0].pixels[0], found[1].pixels[0])
 
 
 @pytest.fixture(scope="module", params=["tensor_parallel_size", "cfg_parallel_size"])
