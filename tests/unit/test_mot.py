@@ -19,7 +19,6 @@ from bagel_triton.model.mot import RMSNorm, rotary_tables, rotate
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.batches import make_batch, sequence
 from tests.support.naive import NaiveContext
-from tests.support.tensor_parallel import run_rank
 
 
 @pytest.fixture(scope="module", params=["checkpoint_dir", "other_checkpoint"])
@@ -55,12 +54,6 @@ def test_the_embeddings_given_stay_as_they_are(bagel: Bagel, plain: bool) -> Non
     with torch.inference_mode():
         (transformer if plain else CpuExecutor(transformer, SINGLE_THREAD))(embeddings, batch, kv)
     assert torch.equal(embeddings, before)
-
-
-def test_torch_shards_it_over_two_processes(checkpoint_dir: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (2, checkpoint_dir, tmp_path), nprocs=2)
-    plain, sharded = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "sharded"))
-    assert (sharded - plain).abs().max() < 2e-6 * plain.abs().max()
 
 
 class _StaticKV:
