@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageResources:
-    """The resources that every engine is built from; the caller of :meth:`open` closes ``weights`` after the engine."""
+    """The resources that every engine is built from; the caller of :meth:`open` closes them after the engine."""
 
     config: DeployConfig
     checkpoint: Checkpoint
@@ -81,16 +81,23 @@ class StageResources:
 
         They do at level 1 on a CPU. What stays of a GPU's are the checkpoint's pages in the host's page cache.
         """
-        if level == 1 and self.placement.torch_device.type == "cpu":
+        stays = level == 1 and self.placement.torch_device.type == "cpu"
+        if not stays:
+            self._loaded.clear()
+        gc.collect()  # an engine and its parts refer to each other
+        if stays:
             return True
-        self._loaded.clear()
-        gc.collect()
+        self.close()
         if self.weights is not None:
-            self.weights.close()
             self.weights.free()
         if on_gpu(self.placement.torch_device):
             torch.cuda.empty_cache()
         return False
+
+    def close(self) -> None:
+        """Stop sharing the weights with processes that start later."""
+        if self.weights is not None:
+            self.weights.close()
 
     def _once(self, name: str, load: Callable[[], Module]) -> Module:
         module = self._loaded.get(name)

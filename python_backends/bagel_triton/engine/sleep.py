@@ -6,7 +6,6 @@ drops it, and the checkpoint is read again. Either frees the KV cache, the encod
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -120,7 +119,11 @@ class SleepingEngine(Generic[E]):
         """Close the engine for good."""
         self._closing.set()
         self.wait()
-        self._sleep(2)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+        if self._resources is not None:
+            self._resources.close()
 
     def _follow(self) -> None:
         while True:
@@ -161,11 +164,8 @@ class SleepingEngine(Generic[E]):
         if engine is not None:
             engine.close()
         del engine
-        resources = self._resources
-        if resources is not None and not resources.rest(level):
+        if self._resources is not None and not self._resources.rest(level):
             self._resources = None
-        del resources
-        gc.collect()  # an engine and its parts refer to each other
 
     def _wake(self) -> None:
         resources = self._resources or self._open()
