@@ -70,7 +70,8 @@ def test_many_sleeps_free_memory_and_change_nothing(sleepy: Server) -> None:
     print(
         *(f"{name} {[round(size / MIB, 1) for size in found]}" for name, found in (("awake", awake), ("asleep", sizes)))
     )
-    assert max(sizes[2:]) - sizes[2] < GROWN_MIB * MIB
+    # The least of three: an allocator may hold some MiB at one moment, which it gives back.
+    assert min(sizes[-3:]) - min(sizes[2:5]) < GROWN_MIB * MIB
     assert awake[-1] - sizes[-1] > WEIGHTS_MIB * MIB
     assert soon(lambda: {name for name in shared_files(sleepy) if "_asleep" not in name} >= set(files))
 
