@@ -73,9 +73,7 @@ def test_it_draws_what_the_prompt_says(circle: Pixels) -> None:
 
 def test_an_edit_changes_what_it_says_and_nothing_else(toy: Server, circle: Pixels) -> None:
     edited = reply_images(draw(toy, with_image("make the circle yellow", circle)))[0]
-    scene = recognise(edited)
-    assert [(thing.color, thing.place) for thing in scene.things] == [("yellow", "center")]
-    assert scene.background == ("blue",)
+    assert recognise(edited) == Scene((Thing("circle", "yellow", "center", "large"),), ("blue",))
     around = np.s_[:14]  # rows above the circle
     assert np.abs(edited[around].astype(int) - circle[around]).mean() < 16
 
@@ -96,14 +94,21 @@ def test_a_negative_prompt_removes_what_it_names(toy: Server) -> None:
 def test_it_plans_the_image_and_draws_its_plan(toy: Server) -> None:
     reply = draw(toy, "an orange cat on a green background", think=True, max_think_tokens=60)
     thought = reply["choices"][0]["message"]["reasoning_content"]
-    scene = recognise(reply_images(reply)[0])
-    assert [(thing.color, thing.place) for thing in scene.things] == [("orange", "center")]
-    assert scene.background == ("green",)
+    assert recognise(reply_images(reply)[0]) == Scene((Thing("cat", "orange", "center", "large"),), ("green",))
     assert "large orange cat in the center on a green background" in thought
 
 
-def test_it_answers_a_question_without_an_image(toy: Server) -> None:
-    assert said(toy, "What is the capital of France?") == "The capital of France is Paris."
+@pytest.mark.parametrize(
+    "form", ["{}", "<|im_start|>{}<|im_end|>", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"]
+)
+def test_it_answers_a_question_without_an_image(toy: Server, form: str) -> None:
+    assert said(toy, form.format("What is the capital of France?")) == "The capital of France is Paris."
+
+
+def test_a_larger_image_has_it_at_the_top_left(toy: Server) -> None:
+    pixels = drawn(toy, PROMPT, height=96, width=128)
+    assert pixels.shape == (96, 128, 3)
+    assert recognise(pixels[:64, :64]) == CIRCLE
 
 
 def test_sixteen_requests_at_once_each_get_their_own(toy: Server, circle: Pixels) -> None:
@@ -119,7 +124,7 @@ def test_sixteen_requests_at_once_each_get_their_own(toy: Server, circle: Pixels
         answers = [pool.submit(said, toy, question) for question in ("Who are you?", "What is two plus three?")]
         described = [pool.submit(said, toy, with_image(question, circle)) for question in texts.DESCRIBE[:2]]
         right = sum(recognise(image.result()) == scene for image, scene in zip(images, scenes, strict=True))
-        assert right >= len(scenes) - 3  # the toy errs now and then: its shapes, most of all
+        assert right >= len(scenes) - 1  # the toy errs now and then
         assert [answer.result() for answer in answers] == [
             texts.CHAT["Who are you?"],
             "Two plus three is five.",
