@@ -48,9 +48,11 @@ def routes(api: Api) -> list[Route]:
         found = await change(SleepCall("state"))
         return JSONResponse({"is_sleeping": found.level > 0})
 
+    async def state_or_sleep(request: Request) -> Response:
+        return await (sleep if request.method == "POST" else state)(request)
+
     return [
-        Route("/v1/sleep", state, methods=["GET"]),
-        Route("/v1/sleep", sleep, methods=["POST"]),
+        Route("/v1/sleep", state_or_sleep, methods=["GET", "POST"]),  # one route: its 405 lists both
         Route("/v1/wake", wake, methods=["POST"]),
         Route("/sleep", sleep, methods=["POST"]),
         Route("/wake_up", wake, methods=["POST"]),
