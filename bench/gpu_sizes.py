@@ -88,7 +88,11 @@ def needed(checkpoint: Checkpoint, form: Quantization | None, side: int, images:
 
 
 def most_images(checkpoint: Checkpoint, form: Quantization | None, side: int) -> list[int]:
-    """For each of ``SIZES``: how many images of ``side`` x ``side`` can be denoised together, at most ``MOST``."""
+    """For each of ``SIZES``: how many images of ``side`` x ``side`` can be denoised together, at most ``MOST``.
+
+    The server takes no larger ones.
+    """
+    checkpoint = Checkpoint(checkpoint.directory, most_pixels=side**2)
     totals = [needed(checkpoint, form, side, count) for count in range(1, MOST + 1)]
     return [sum(total <= int(size * (1 - DRIVER) * 2**30) for total in totals) for size in SIZES]
 

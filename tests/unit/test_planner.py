@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 from PIL import Image
 
+from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.model.image import ResizeRule
 from bagel_triton.model.tokenizer import Tokenizer
@@ -287,6 +288,18 @@ print(plan.flow.height, "torch" in sys.modules)
     assert (run.stdout, run.stderr) == ("512 False\n", "")
 
 
+def test_the_configuration_bounds_the_sides_of_images(checkpoint_dir: Path) -> None:
+    planner = RequestPlanner.open(DeployConfig(str(checkpoint_dir), max_generated_image_size=100 * 100))
+    Image.new("RGB", (640, 320)).save(image := io.BytesIO(), "PNG")
+    drawn, edited = (planner.expand(GenerationRequest("a cat", images)).flow for images in (None, (image.getvalue(),)))
+    assert drawn is not None
+    assert edited is not None
+    assert (drawn.height, drawn.width) == (96, 96)
+    assert (edited.height, edited.width) == (48, 96)
+    with pytest.raises(InvalidRequest, match="height=112 is not allowed; allowed: a multiple of 16 from 16 to 96"):
+        planner.expand(GenerationRequest("a cat", height=112))
+
+
 def test_the_usual_size_is_what_the_checkpoint_was_trained_for(checkpoint_dir: Path, tokenizer: Tokenizer) -> None:
     config = inspect(checkpoint_dir)
     trained = ResizeRule(stride=16, longest=96, shortest=96)
@@ -299,7 +312,7 @@ def test_the_usual_size_is_what_the_checkpoint_was_trained_for(checkpoint_dir: P
 
 
 def test_the_deploy_files_defaults_are_for_what_a_request_leaves_out(checkpoint_dir: Path, tmp_path: Path) -> None:
-    from bagel_triton.deploy.config import DeployConfig, read
+    from bagel_triton.deploy.config import read
 
     config = DeployConfig(
         str(checkpoint_dir),

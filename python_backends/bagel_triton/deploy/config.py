@@ -203,6 +203,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``load`` says which parts of the weights are loaded: with "understanding" those for answers in text, with
     "generation" those that a server of stage 1 needs.
     ``lora_path`` is the folder of a LoRA adapter that is merged into the weights, times ``lora_scale``; empty for none.
+    ``max_generated_image_size`` are the pixels of the largest square image, where that is not the checkpoint's.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
     stages that have their own, by stage id. ``dit_device`` is the device of stage 1 where that is not ``device``.
     ``text_defaults`` and ``image_defaults`` are values of request fields for requests of that kind that leave them out.
@@ -217,6 +218,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load: Load = "all"
     lora_path: str = ""
     lora_scale: float = 1.0
+    max_generated_image_size: int | None = None
     connector: Literal["auto", "shm", "cuda_ipc", "mooncake", "mooncake_store"] = "auto"
     mooncake: MooncakeConfig = MooncakeConfig()
     mooncake_store: MooncakeStoreConfig = MooncakeStoreConfig()

@@ -167,9 +167,10 @@ ENGINE: Fields = {
     "lora_scale": Setting(float, "a number", "factor of what the adapter adds"),
     "enable_lora": Neutral(ONE_LORA, _OFF),
     "lora_modules": Neutral(ONE_LORA),
-    "max_generated_image_size": Neutral(
-        "pixels, at least 1048576: images are bounded by the checkpoint, at 1024x1024",
-        type=Annotated[int, Meta(ge=2**20)],
+    "max_generated_image_size": Setting(
+        Annotated[int, Meta(ge=256, le=2**31 - 1)],
+        "pixels, an integer from 256 to 2147483647; 262144 is 512x512",
+        "pixels of the largest square image; the checkpoint has its own bound, 1024x1024",
     ),
     "profiler_config": Neutral("use traces (docs/observability.md)", ({},)),
     "quantization": Setting(

@@ -141,7 +141,7 @@ class _Builder:
         stages = self._stages(top, topology)
         fields = self._top_fields(top)
         fields |= self._device(top, stages)
-        for name in ("lora_path", "lora_scale"):
+        for name in ("lora_path", "lora_scale", "max_generated_image_size"):
             fields |= self._of_all_stages(name, top, stages)
         fields |= self._connector(top, stages, topology)
         first = stages.get(THINKER_STAGE, {})

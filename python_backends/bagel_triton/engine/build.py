@@ -58,7 +58,8 @@ class StageResources:
                 raise ConfigError("quantization='auto' is chosen by bagel-triton serve; name a form, or leave it out")
         placement = resolve(config.device_of(model), config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
-        return cls(config, Checkpoint(config.checkpoint, config.adapter, config.load), placement, weights)
+        checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load, config.max_generated_image_size)
+        return cls(config, checkpoint, placement, weights)
 
     def load_bagel(self, quantization: str | None) -> Bagel:
         """The transformer, its weights shared with the server's other processes that quantise them alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bagel_triton.model.image import VAE_RULE, VIT_RULE, ResizeRule
@@ -132,6 +132,7 @@ class LatentConfig:
     channels: int
     downsample: int
     max_latent_size: int
+    longest: int | None = None
 
     @property
     def token_channels(self) -> int:
@@ -145,8 +146,9 @@ class LatentConfig:
 
     @property
     def max_side(self) -> int:
-        """Longest image side in pixels."""
-        return self.max_latent_size * self.stride
+        """Longest image side in pixels: what the position table covers, and at most ``longest``."""
+        covered = self.max_latent_size * self.stride
+        return covered if self.longest is None else min(covered, self.longest)
 
     @classmethod
     def read(cls, fields: Fields, position_rows: int) -> LatentConfig:
@@ -244,6 +246,16 @@ class ModelConfig:
     def drawn_side(self) -> int:
         """Longest side in pixels of the images that training drew; the position table may go on beyond it."""
         return min(self.latent.max_side, self.vae_resize.longest)
+
+    def limited(self, pixels: int) -> ModelConfig:
+        """The same for images of at most so many ``pixels``, were they squares: drawn ones, and those that are edited.
+
+        Images that come in are scaled down to that, as the usual size of an edit is that of its image.
+        """
+        side = math.isqrt(pixels) // self.latent.stride * self.latent.stride
+        rule = self.vae_resize
+        resize = replace(rule, longest=min(rule.longest, side), shortest=min(rule.shortest, side))
+        return replace(self, latent=replace(self.latent, longest=side), vae_resize=resize)
 
 
 VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|> around an image's tokens

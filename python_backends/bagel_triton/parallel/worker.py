@@ -81,7 +81,7 @@ def load(start: Start) -> Bagel:
     config = start.config
     place = resolve(config.device_of(DIT), config.dtype)
     weights = shared_weights(config.shm_prefix, place.torch_device) if start.share else None
-    checkpoint = Checkpoint(config.checkpoint, config.adapter)
+    checkpoint = Checkpoint(config.checkpoint, config.adapter, most_pixels=config.max_generated_image_size)
     return checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, config.dit.quantization)
 
 

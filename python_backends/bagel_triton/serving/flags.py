@@ -37,6 +37,7 @@ LISTED = {
     "quantization": "FORM",
     "lora_path": "DIR",
     "lora_scale": "F",
+    "max_generated_image_size": "PIXELS",
 }
 _UNLISTED = (
     "block_tokens",

@@ -66,7 +66,7 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     from bagel_triton.weights.checkpoint import Checkpoint
 
     placement, here = _placement(config)
-    checkpoint = Checkpoint(folder, config.adapter, config.load)
+    checkpoint = Checkpoint(folder, config.adapter, config.load, config.max_generated_image_size)
     height, width = _size(checkpoint, args.height, args.width)
     free = available(placement) if here else None
     private = None if free is None else free.private_weights
@@ -113,7 +113,7 @@ def _required(config: DeployConfig) -> DeployConfig:
     from bagel_triton.weights.checkpoint import Checkpoint
 
     try:
-        checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load)
+        checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load, config.max_generated_image_size)
         placement = resolve(config.device, config.dtype)
         free = available(placement)
         # A GPU that runs out fails requests of others, too: the largest images that are admitted have to fit.

@@ -56,13 +56,20 @@ class Checkpoint:
     """A checkpoint folder whose files, names and shapes were checked on opening.
 
     With an ``adapter``, a LoRA adapter's folder and scale, its transformer is loaded with that merged into it.
+    ``most_pixels`` bounds its images: see :meth:`ModelConfig.limited`.
 
     Raises:
         CheckpointError: names the file, field or tensor that is wrong.
     """
 
-    def __init__(self, directory: str | Path, adapter: tuple[str, float] | None = None, load: Load = "all") -> None:
-        files, self._load = CheckpointFiles(directory), load
+    def __init__(
+        self,
+        directory: str | Path,
+        adapter: tuple[str, float] | None = None,
+        load: Load = "all",
+        most_pixels: int | None = None,
+    ) -> None:
+        files, self._load = CheckpointFiles(directory, most_pixels), load
         self.directory, self.config = files.directory, files.config
         self._weights, self._autoencoder = files.weights, files.autoencoder
         self._stored = files.stored_form

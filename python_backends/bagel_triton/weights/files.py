@@ -184,11 +184,13 @@ def _cut_off(path: Path) -> str | None:
 class CheckpointFiles:
     """A checkpoint folder whose files exist and agree with its configuration; shapes are not checked.
 
+    ``most_pixels`` bounds its images: see :meth:`ModelConfig.limited`.
+
     Raises:
         CheckpointError: names the file, field or tensor that is wrong.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, most_pixels: int | None = None) -> None:
         self.directory = Path(directory)
         check_folder(self.directory)
         model, language, vit = (_fields(self.directory / name) for name in CONFIG_FILES)
@@ -207,6 +209,8 @@ class CheckpointFiles:
             vae_resize=read_resize_rule(model, "vae_image_transform", VAE_RULE),
             vit_resize=read_resize_rule(model, "vit_image_transform", VIT_RULE),
         )
+        if most_pixels is not None:
+            self.config = self.config.limited(most_pixels)
         held, said = validation.layer_count(shapes, LANGUAGE_LAYERS), self.config.language.num_layers
         if held != said:
             raise CheckpointError(f"llm_config.json: num_hidden_layers={said}, and the checkpoint holds {held}")

@@ -243,7 +243,7 @@ class RequestPlanner:
         Raises:
             CheckpointError: the checkpoint is wrong.
         """
-        model = CheckpointFiles(config.checkpoint).config
+        model = CheckpointFiles(config.checkpoint, config.max_generated_image_size).config
         tokenizer = Tokenizer(config.checkpoint, model.language.vocab_size)
         think, timeout_s = config.topology.think_by_default, config.bagel.request_timeout_s
         return cls(model, tokenizer, think, timeout_s, config.request_defaults, config.load != "understanding")
