@@ -7,7 +7,7 @@ usage() {
     cat <<EOT
 usage: build/perf/run.sh [GRPC [HTTP]]
 
-GRPC is the server's Triton gRPC address (localhost:8001), HTTP that of its OpenAI API (localhost:8091).
+GRPC is the server's Triton gRPC address (localhost:8001, which `serve --triton-grpc-port 8001` gives it), HTTP that of its OpenAI API (localhost:8091).
 These variables have defaults:
   TASKS        text2img img2img img2text text2text bagel ensemble chat images: the files here
   CONCURRENCY  requests in flight (1 4 16)

@@ -143,6 +143,20 @@ def test_the_port_has_a_default_and_a_busy_one_is_said_so() -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["0", "-oma", HOST, "--port", "8092"], "--omni-master-port=8092 is --port as well"),
+        (["1", "--headless", "-oma", "no-such-host.invalid"], "no-such-host.invalid is no host that is known here"),
+    ],
+)
+def test_a_start_that_cannot_meet_the_other_stage_says_why(
+    options: list[str], message: str, checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", str(checkpoint_dir), "--device", "cpu", "--stage-id", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_start_without_stage_1_ends_when_its_time_is_up(
     port: int, checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,5 +152,7 @@ def facing(address: str) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
             return str(probe.getsockname()[0])
+    except socket.gaierror as error:
+        raise ConfigError(f"{host} is no host that is known here: {error.strerror}") from error
     except OSError as error:
         raise ConfigError(f"{host} has no route from here ({error}): say this host's by --host-address") from error

@@ -17,6 +17,7 @@ import yaml
 from msgspec import Meta
 
 from bagel_triton.deploy import vocabulary
+from bagel_triton.deploy.config import POLICIES
 from bagel_triton.deploy.files import PRESETS, preset
 from bagel_triton.deploy.located import Node, Origin, Problems, merged, of_value
 from bagel_triton.deploy.vocabulary import Field, Fields, Neutral, Setting
@@ -71,7 +72,7 @@ OTHERS: Fields = {
     "num_weight_load_threads": Neutral("an integer >= 1", type=vocabulary.Count),
     "omni_dp_size_local": Neutral(vocabulary.REPLICAS, (1,)),
     "omni_heartbeat_timeout": Neutral("seconds >= 0; a dead stage is noticed within ten", type=_Natural),
-    "omni_lb_policy": Neutral(vocabulary.REPLICAS, ("random", "round-robin", "least-queue-length")),
+    "omni_lb_policy": Neutral(vocabulary.REPLICAS, POLICIES),
     "omni_replica_address": "serve has it, as --host-address",
     "ray_address": _NO_RAY,
     "request_batch_max_wait_ms": Neutral("a request never waits for others to join its batch", (0,)),

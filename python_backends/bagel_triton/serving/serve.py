@@ -344,7 +344,13 @@ def _configuration(options: ServeOptions) -> deploy_yaml.Deployment:
 
 
 def _master(options: ServeOptions) -> tuple[str, int] | None:
-    return rendezvous.master_of(options.omni_master_address, options.omni_master_port, options.stage_id)
+    master = rendezvous.master_of(options.omni_master_address, options.omni_master_port, options.stage_id)
+    if master is not None and not options.headless and master[1] == options.port:
+        raise CommandError(
+            f"{rendezvous.FLAG}={master[1]} is --port as well, which the OpenAI API listens on; allowed: another port "
+            "for one of them, as in --port 8000"
+        )
+    return master
 
 
 @contextlib.contextmanager
@@ -368,7 +374,10 @@ def _registered(
                 raise CommandError(f"--init-timeout={options.init_timeout:g} has passed: {error}") from error
             yield _with_stage_1(options, config, first), registrations
     else:
-        host = options.host_address or hosts.facing("{}:{}".format(*master))
+        try:
+            host = options.host_address or hosts.facing("{}:{}".format(*master))
+        except ConfigError as error:
+            raise CommandError(f"--omni-master-address: {error}") from error
         # The same port each time, where it is free.
         port = options.triton_grpc_port or machine.free_port(host, min(master[1] + 1, 65535))
         with rendezvous.registering(master, f"{host}:{port}"):
