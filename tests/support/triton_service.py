@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import msgspec
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bagel_triton.deploy.topology import MODELS
 from bagel_triton.protocol.messages import encode
+from bagel_triton.protocol.sleep import SleepState
 from bagel_triton.triton.tickets import StageStatus, TicketAnswer, decode_call
 
 
@@ -47,6 +49,16 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         response.outputs.add(name="ticket", datatype="BYTES", shape=[1])
         response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)
         return response
+
+    def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
+        """The orchestrator's answer to a call of sleep's: it is awake."""
+        for request in requests:
+            assert [tensor.name for tensor in request.inputs] == ["sleep"]
+            answer = msgspec.json.encode(SleepState("awake"))
+            response = service_pb2.ModelInferResponse(model_name=request.model_name)
+            response.outputs.add(name="event", datatype="BYTES", shape=[1])
+            response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
 
     def ModelInfer(self, request: Any, context: Any) -> Any:
         """The model's answer; one without outputs where the test has none."""

@@ -215,7 +215,7 @@ IGNORED |= {
     "text": frozenset(("verbosity",)),
 }
 NOOP |= {
-    "responses": NOOP["body"]
+    "responses": {name: noop for name, noop in NOOP["body"].items() if name != "background"}  # of the work there
     | {
         "truncation": Noop(("disabled", "auto"), "input that does not fit is refused"),
         "context_management": Noop(([],), "shorten the input yourself"),

@@ -227,6 +227,8 @@ class TritonClient:
                 found = await self.sleep(SleepCall("state"))
         except TimeoutError as error:
             raise StageUnavailable(f"{ORCHESTRATOR} does not answer") from error
+        except Internal as error:
+            raise StageUnavailable(f"{ORCHESTRATOR}: {error.message}") from error
         return None if found.state == "awake" else found
 
     async def sleep(self, call: SleepCall) -> SleepState:
