@@ -102,7 +102,12 @@ def test_the_command_lines_host_address_is_where_the_stage_listens(tmp_path: Pat
         (CONNECTORS, 0, False, "--stage-id=0 needs the address of stage 1: .*bagel_two_hosts.yaml"),
         ("pipeline: bagel_single_stage", 0, False, "--stage-id=0 is not allowed .*; allowed: none, it is one process"),
         (TWO.replace("mooncake", "shm"), 0, False, "connector='shm' does not reach another server; .* mooncake or m"),
-        (TWO.replace("127.0.0.2", "no.such.host.invalid"), 0, False, "no.such.host.invalid has no route from here"),
+        (
+            TWO.replace("127.0.0.2", "no.such.host.invalid"),
+            0,
+            False,
+            "no.such.host.invalid is no host that is known",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

@@ -218,6 +218,9 @@ def test_another_servers_port_has_a_hint(tmp_path: Path, answer: bytes) -> None:
             with connection:
                 connection.recv(65536)
                 connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):  # to close with a part of the request unread resets the connection
+                    pass
 
         thread = threading.Thread(target=reply)
         thread.start()
