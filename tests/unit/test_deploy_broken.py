@@ -36,7 +36,7 @@ ONE_LINE = [
     ("a: *nothing", ":1: column 4, 'a: *nothing': found undefined alias 'nothing'"),
     ("a: !!python/object:os.system x", ":1: column 4, "),
     ("a: &x [*x]", ":1: an alias stands inside of what it refers to"),
-    ("a: &a [1]\nb: {<<: *a}", ":2: column 5, "),
+    ("a: &a [1]\nb: {<<: *a}", ":1: column 8, 'a: &a [1]': expected a mapping for merging"),
     ("a: \x07", ":1: the character 0x07 is not allowed in YAML"),
     (b"K\xf6ln: 1", ": is not UTF-8 text: byte 1 is 0xf6"),
     ("[" * 2000, ": is nested too deeply"),
@@ -51,8 +51,8 @@ ONE_LINE = [
     ("stages: [{}]", ":1: stages[0] has no stage_id; 0 is the thinker, 1 the DiT"),
     ("stages: [{stage_id: '0'}]", ":1: stages[0].stage_id='0' is not allowed; allowed: 0 or 1"),
     ("stages: [{stage_id: [0]}]", ":1: stages[0].stage_id=[0] is not allowed"),
-    ("stages: [{stage_id: 2}]", ":1: stages[0].stage_id=2 is not allowed in pipeline bagel; allowed: 0 to 1"),
-    ("stages:\n- stage_id: 0\n- stage_id: 0", ":3: stages[1].stage_id=0 is there already, in line 2"),
+    ("stages: [{stage_id: 2}]", ":1: stages[stage_id=2].stage_id=2 is not allowed in pipeline bagel; allowed: 0 to 1"),
+    ("stages:\n- stage_id: 0\n- stage_id: 0", ":3: stages[stage_id=0].stage_id=0 is there already, in line 2"),
     ("connectors: [1]", ":1: connectors=[1] is not allowed; allowed: a mapping of names to {name, extra}"),
     ("connectors: {a: 5}", ":1: connectors.a=5 is not allowed; allowed: a mapping of fields"),
     ("connectors: {a: {}}", ":1: connectors.a.name is missing; allowed: auto, shm"),
@@ -72,91 +72,115 @@ ONE_LINE = [
     ("request_timeout_s: .nan", ":1: request_timeout_s=NaN is not allowed; allowed: seconds > 0"),
     (
         "stages: [{stage_id: 0, max_num_seqs: 0}]",
-        ":1: stages[0].max_num_seqs=0 is not allowed; allowed: an integer from",
+        ":1: stages[stage_id=0].max_num_seqs=0 is not allowed; allowed: an integer from",
     ),
-    ("stages: [{stage_id: 0, kv_tokens: 1e3}]", ":1: stages[0].kv_tokens='1e3' is not allowed; allowed: an integer"),
-    ("stages: [{stage_id: 0, kv_tokens: 10000000000}]", ":1: stages[0].kv_tokens=10000000000 is not allowed"),
-    ("stages: [{stage_id: 0, max_num_seqs: true}]", ":1: stages[0].max_num_seqs=true is not allowed"),
+    (
+        "stages: [{stage_id: 0, kv_tokens: 1e3}]",
+        ":1: stages[stage_id=0].kv_tokens='1e3' is not allowed; allowed: an integer",
+    ),
+    ("stages: [{stage_id: 0, kv_tokens: 10000000000}]", ":1: stages[stage_id=0].kv_tokens=10000000000 is not allowed"),
+    ("stages: [{stage_id: 0, max_num_seqs: true}]", ":1: stages[stage_id=0].max_num_seqs=true is not allowed"),
     (
         "stages: [{stage_id: 0, gpu_memory_utilization: 90%}]",
-        ":1: stages[0].gpu_memory_utilization='90%' is not allowed",
+        ":1: stages[stage_id=0].gpu_memory_utilization='90%' is not allowed",
     ),
     (
         "stages: [{stage_id: 0, devices: '0,1'}]",
-        ":1: stages[0].devices='0,1' is not allowed: 2 devices for a stage of 1",
+        ":1: stages[stage_id=0].devices='0,1' is not allowed: 2 devices for a stage of 1",
     ),
-    ("stages: [{stage_id: 0, address: here}]", ":1: stages[0].address='here' is not allowed; allowed: HOST:PORT"),
+    (
+        "stages: [{stage_id: 0, address: here}]",
+        ":1: stages[stage_id=0].address='here' is not allowed; allowed: HOST:PORT",
+    ),
     # the wrong stage
-    ("stages: [{stage_id: 1, kv_tokens: 5}]", ":1: stages[0].kv_tokens belongs to the thinker; that is stage 0"),
+    (
+        "stages: [{stage_id: 1, kv_tokens: 5}]",
+        ":1: stages[stage_id=1].kv_tokens belongs to the thinker; that is stage 0",
+    ),
     (
         "stages: [{stage_id: 0, vae_use_tiling: true}]",
-        ":1: stages[0].vae_use_tiling belongs to the DiT; that is stage 1",
+        ":1: stages[stage_id=0].vae_use_tiling belongs to the DiT; that is stage 1",
     ),
     (
         "pipeline: bagel_single_stage\nstages: [{stage_id: 1}]",
-        ":2: stages[0].stage_id=1 is not allowed in pipeline bagel_single_stage; allowed: 0",
+        ":2: stages[stage_id=1].stage_id=1 is not allowed in pipeline bagel_single_stage; allowed: 0",
     ),
     (
         "stages: [{stage_id: 0, dtype: float32}, {stage_id: 1, dtype: bfloat16}]",
-        ":1: stages[1].dtype='bfloat16' is not that of all stages, 'float32'",
+        ":1: stages[stage_id=1].dtype='bfloat16' is not that of all stages, 'float32'",
     ),
     # connectors
     (
         "stages: [{stage_id: 0, output_connectors: {x: b}}]",
-        ":1: stages[0].output_connectors.x='b' is not allowed; allow",
+        ":1: stages[stage_id=0].output_connectors.x='b' means nothing",
+    ),
+    (
+        "stages: [{stage_id: 0, input_connectors: {from_stage_0: a}}]\nconnectors: {a: {name: shm}}",
+        ":1: stages[stage_id=0].input_connectors.from_stage_0='a' means nothing: KV goes from stage 0 to stage 1 alone",
+    ),
+    (
+        "stages: [{stage_id: 1, input_connectors: {from_stage_7: a}}]\nconnectors: {a: {name: shm}}",
+        ":1: stages[stage_id=1].input_connectors.from_stage_7='a' means nothing: KV goes from stage 0 to stage 1 alone; "
+        "allowed: from_stage_0",
     ),
     # what is not supported, and what to do instead
     (
         "stages: [{stage_id: 0, tensor_parallel_size: 2}]",
-        ":1: stages[0].tensor_parallel_size=2 is not supported: the thinker has one rank",
+        ":1: stages[stage_id=0].tensor_parallel_size=2 is not supported: the thinker has one rank",
     ),
     (
         "stages: [{stage_id: 1, parallel_config: {use_hsdp: true}}]",
-        ":1: stages[0].parallel_config.use_hsdp=true is not s",
+        ":1: stages[stage_id=1].parallel_config.use_hsdp=true is not s",
     ),
     (
         "stages: [{stage_id: 0, quantization: gptq}]",
-        ":1: stages[0].quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8",
+        ":1: stages[stage_id=0].quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8",
     ),
     (
         "stages: [{stage_id: 0, lora_modules: x}]",
-        ":1: stages[0].lora_modules='x' is not supported: name one",
+        ":1: stages[stage_id=0].lora_modules='x' is not supported: name one",
     ),
     (
         "lora_path: x\nstages: [{stage_id: 1, lora_path: y}]",
-        ":2: stages[0].lora_path='y' is not that of all",
+        ":2: stages[stage_id=1].lora_path='y' is not that of all",
     ),
     (
         "stages: [{stage_id: 0, enable_cpu_offload: true}]",
-        ":1: stages[0].enable_cpu_offload=true is not supported: wei",
+        ":1: stages[stage_id=0].enable_cpu_offload=true is not supported: wei",
     ),
-    ("stages: [{stage_id: 0, block_size: 16}]", ":1: stages[0].block_size=16 is not supported: set block_tokens"),
+    (
+        "stages: [{stage_id: 0, block_size: 16}]",
+        ":1: stages[stage_id=0].block_size=16 is not supported: set block_tokens",
+    ),
     (
         "stages: [{stage_id: 0, worker_cls: my.Worker}]",
-        ":1: stages[0].worker_cls='my.Worker' is not allowed; allowed: n",
+        ":1: stages[stage_id=0].worker_cls='my.Worker' is not allowed; allowed: n",
     ),
     ("async_chunk: true", ":1: async_chunk=true is not supported: a stage gets its input whole; allowed: false"),
     ("window_size: 3", ":1: window_size=3 is not supported: a stage gets its input whole, and max_waiting bounds its"),
     # the older form
     ("stage_args: [{stage_id: 0}]\nstages: []", ":1: stage_args and stages (:2) are the same in two forms; keep one"),
-    ("stage_args: [{stage_id: 0, engine_args: 5}]", ":1: stage_args[0].engine_args is not a mapping of fields"),
+    (
+        "stage_args: [{stage_id: 0, engine_args: 5}]",
+        ":1: stage_args[stage_id=0].engine_args is not a mapping of fields",
+    ),
     (
         "stage_args: [{stage_id: 0, runtime: {foo: 1}}]",
-        ":1: stage_args[0].runtime.foo is not a known field; allowed: d",
+        ":1: stage_args[stage_id=0].runtime.foo is not a known field; allowed: d",
     ),
     ("runtime: {edges: [{from: 1, to: 1}]}", ":1: runtime.edges[0].from=1 is not supported: the only edge is from"),
     # defaults of requests
     (
         "stages: [{stage_id: 0, default_sampling_params: {temperature: 5}}]",
-        ":1: stages[0].default_sampling_params.temperature=5 is not allowed; allowed: a number from 0 to 2",
+        ":1: stages[stage_id=0].default_sampling_params.temperature=5 is not allowed; allowed: a number from 0 to 2",
     ),
     (
         "stages: [{stage_id: 0, default_sampling_params: {detokenize: false}}]",
-        ":1: stages[0].default_sampling_params.detokenize=false is not supported: an answer is always text; allowed: t",
+        ":1: stages[stage_id=0].default_sampling_params.detokenize=false is not supported: an answer is always text; allowed: t",
     ),
     (
         "stages: [{stage_id: 1, default_sampling_params: {extra_args: {cfg_intervall: [0, 1]}}}]",
-        ":1: stages[0].default_sampling_params.extra_args.cfg_intervall is not a known field; did you mean cfg",
+        ":1: stages[stage_id=1].default_sampling_params.extra_args.cfg_intervall is not a known field; did you mean cfg",
     ),
 ]
 
@@ -185,13 +209,13 @@ window: 3
 """
     found = errors(tmp_path, text)
     named = [
-        (4, "stages[0].kv_tokens"),
-        (5, "stages[0].max_num_seq"),
-        (6, "stages[0].default_sampling_params.top_p"),
-        (6, "stages[0].default_sampling_params.seeed"),
-        (8, "stages[1].parallel_config.tensor_parallel_size"),
-        (8, "stages[1].parallel_config.vae_patch_parallel_size"),
-        (9, "stages[1].input_connectors.from_stage_0"),
+        (4, "stages[stage_id=0].kv_tokens"),
+        (5, "stages[stage_id=0].max_num_seq"),
+        (6, "stages[stage_id=0].default_sampling_params.top_p"),
+        (6, "stages[stage_id=0].default_sampling_params.seeed"),
+        (8, "stages[stage_id=1].parallel_config.tensor_parallel_size"),
+        (8, "stages[stage_id=1].parallel_config.vae_patch_parallel_size"),
+        (9, "stages[stage_id=1].input_connectors.from_stage_0"),
         (11, "connectors.kv.name"),
         (12, "dtype"),
         (13, "window"),

@@ -45,7 +45,7 @@ def test_stage_1_may_have_several_servers(tmp_path: Path) -> None:
     assert on_this_host(config, 1, "192.0.2.3", headless=True).own_address == ("192.0.2.3", 8001)
     with pytest.raises(ConfigError, match=r"of which 0 are at --host-address=192\.0\.2\.9; allowed: one"):
         on_this_host(config, 1, "192.0.2.9", headless=True)
-    with pytest.raises(ConfigError, match=r"stages\[0\].address\[1\]='x' is not allowed; allowed: HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"stages\[stage_id=1\].address\[1\]='x' is not allowed; allowed: HOST:PORT"):
         _load(tmp_path, TWO.replace("'127.0.0.2:8001'", "['127.0.0.2:8001', 'x']"))
 
 
@@ -98,7 +98,7 @@ def test_the_command_lines_host_address_is_where_the_stage_listens(tmp_path: Pat
         (TWO, None, False, "stage 1 has address='127.0.0.2:8001': say which stage this host serves, by --stage-id"),
         (TWO, 1, False, "--stage-id=1 without --headless: stage 0 serves the OpenAI API; add --headless"),
         (TWO, 0, True, "--stage-id=0 with --headless: stage 0 serves the OpenAI API; remove --headless"),
-        (TWO, 2, True, "--stage-id=2 is not allowed in pipeline bagel; allowed: 0 to 1"),
+        (TWO, 2, True, "--stage-id=2 is not allowed in pipeline bagel; allowed: 0, the thinker"),
         (CONNECTORS, 0, False, "--stage-id=0 needs the address of stage 1: .*bagel_two_hosts.yaml"),
         ("pipeline: bagel_single_stage", 0, False, "--stage-id=0 is not allowed .*; allowed: none, it is one process"),
         (TWO.replace("mooncake", "shm"), 0, False, "connector='shm' does not reach another server; .* mooncake or m"),
@@ -117,6 +117,15 @@ def test_what_cannot_be_meant_is_refused(
         on_this_host(_load(tmp_path, text), stage, headless=headless)
 
 
+def test_two_servers_cannot_have_one_address(tmp_path: Path) -> None:
+    for text in (
+        "stages: [{stage_id: 1, address: ['a:1', 'b:2', 'a:1']}]",
+        "stages: [{stage_id: 0, address: 'a:1'}, {stage_id: 1, address: 'a:1'}]",
+    ):
+        with pytest.raises(ConfigError, match=r"address.*='a:1' is there already, as stages\[stage_id=[01]\].address"):
+            _load(tmp_path, text)
+
+
 def test_a_host_address_without_a_stage_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--host-address=10\.0\.0\.9 has no meaning without --stage-id"):
         on_this_host(DeployConfig("c"), None, "10.0.0.9")
@@ -124,7 +133,7 @@ def test_a_host_address_without_a_stage_is_refused() -> None:
 
 @pytest.mark.parametrize("address", ["10.0.0.2", "10.0.0.2:", ":8001", "10.0.0.2:port", "10.0.0.2:70000", "::1:8001"])
 def test_what_is_no_address_is_refused(tmp_path: Path, address: str) -> None:
-    with pytest.raises(ConfigError, match=r"stages\[0\].address='.*' is not allowed; allowed: HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"stages\[stage_id=1\].address='.*' is not allowed; allowed: HOST:PORT"):
         _load(tmp_path, TWO.replace("127.0.0.2:8001", address))
 
 

@@ -98,6 +98,26 @@ def test_defaults_of_requests_apply_where_they_have_an_effect(tmp_path: Path) ->
     assert read_written(tmp_path / "written.yaml") == config
 
 
+def test_a_default_for_the_other_stage_has_a_note(tmp_path: Path) -> None:
+    for stage_id, field in ((0, "num_inference_steps"), (1, "max_tokens")):
+        text = f"stages: [{{stage_id: {stage_id}, default_sampling_params: {{{field}: 3}}}}]"
+        (note,) = read(tmp_path, text).notes
+        assert f"stages[stage_id={stage_id}].default_sampling_params.{field} changes nothing here" in note
+
+
+def test_merge_keys_are_understood(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        """
+        stages:
+          - &limits {stage_id: 0, max_num_seqs: 3, max_waiting: 9}
+          - {<<: *limits, stage_id: 1, max_waiting: 5}
+        """,
+    ).config
+    assert (config.thinker.max_num_seqs, config.thinker.max_waiting) == (3, 9)
+    assert (config.dit.max_num_seqs, config.dit.max_waiting) == (3, 5)
+
+
 # --- devices and platforms ---
 
 
@@ -166,7 +186,7 @@ def test_a_section_that_does_not_apply_is_checked_too(tmp_path: Path) -> None:
     text = "platforms:\n  cuda: {stages: [{stage_id: 0, max_num_seqs: 0}]}\n  gpu: {}\n  cpu: {base_config: bagel}"
     lines = refusal(tmp_path, text)
     assert [line.partition(" ")[0] for line in lines] == ["deploy.yaml:2:", "deploy.yaml:3:", "deploy.yaml:4:"]
-    assert "platforms.cuda.stages[0].max_num_seqs=0 is not allowed" in lines[0]
+    assert "platforms.cuda.stages[stage_id=0].max_num_seqs=0 is not allowed" in lines[0]
     assert "platforms.gpu is not a known platform; allowed: cpu, cuda, " in lines[1]
 
 
@@ -199,7 +219,10 @@ def test_a_file_changes_the_one_it_is_based_on(tmp_path: Path) -> None:
     ("base", "message"),
     [
         ("base_config: deploy.yaml", "base.yaml:1: base_config='deploy.yaml' is based on this file in turn"),
-        ("stages: [{stage_id: 0, kv_tokens: 0}]", "base.yaml:1: stages[0].kv_tokens=0 is not allowed; allowed: an int"),
+        (
+            "stages: [{stage_id: 0, kv_tokens: 0}]",
+            "base.yaml:1: stages[stage_id=0].kv_tokens=0 is not allowed; allowed: an int",
+        ),
         ("a: [", "base.yaml:1: column 5, 'a: [': expected the node content"),
         ("stages: [{stage_id: [0]}]", "base.yaml:1: stages[0].stage_id=[0] is not allowed; allowed: 0 or 1"),
     ],
@@ -311,6 +334,6 @@ def test_an_error_of_the_older_form_names_what_was_written(tmp_path: Path) -> No
         "stage_args:\n- stage_id: 1\n  runtime:\n    max_batch_size: 0\n  engine_args:\n    tensor_parallel_size: 0\n"
     )
     assert [line.partition(" is not ")[0] for line in refusal(tmp_path, text)] == [
-        "deploy.yaml:4: stage_args[0].runtime.max_batch_size=0",
-        "deploy.yaml:6: stage_args[0].engine_args.tensor_parallel_size=0",
+        "deploy.yaml:4: stage_args[stage_id=1].runtime.max_batch_size=0",
+        "deploy.yaml:6: stage_args[stage_id=1].engine_args.tensor_parallel_size=0",
     ]

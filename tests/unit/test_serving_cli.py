@@ -151,7 +151,9 @@ def test_a_preset_is_named_without_its_path(capsys: pytest.CaptureFixture[str]):
             "registers at --omni-master-address: remove one",
         ),
         ("--stage-id 0 -oma 127.0.0.1 --deploy-config bagel_single_stage", "none, it is one process"),
-        ("--deploy-config absent.yaml", "absent.yaml: cannot be read: No such file or directory"),
+        ("--deploy-config bagle", "bagle is no file and no preset; did you mean bagel? presets: bagel, bagel_think"),
+        ("--stage-id 2", "--stage-id=2 is not allowed in pipeline bagel; allowed: 0, the thinker, and 1, the DiT"),
+        ("--deploy-config absent.yaml", "absent.yaml is no file and no preset; presets: bagel, bagel_think"),
     ],
 )
 def test_stages_that_cannot_be_served_are_refused_before_anything_starts(

@@ -10,8 +10,9 @@ from typing import NoReturn
 import pytest
 
 from bagel_triton.deploy import yaml as deploy_yaml
+from bagel_triton.deploy.config import ConfigError
 from bagel_triton.deploy.yaml import Deployment
-from bagel_triton.serving import flags, serve
+from bagel_triton.serving import CommandError, flags, serve
 
 FILE = """
 pipeline: {pipeline}
@@ -75,6 +76,78 @@ def test_overrides_by_stage_come_before_the_other_flags(tmp_path: Path) -> None:
     assert (found.config.thinker.max_num_seqs, found.config.dit.max_num_seqs) == (2, 4)
     assert found.config.text_defaults == {"seed": 1}
     assert str(found.origins["dit.max_num_seqs"]) == "--stage-overrides"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--stage-id 1 --kv-tokens 77", "--kv-tokens=77 belongs to stage 0: give it to that server"),
+        ("--stage-id 1 --max-model-len 77", "--max-model-len=77 belongs to stage 0"),
+        ("--stage-id 0 --vae-use-tiling", "--vae-use-tiling=true belongs to stage 1"),
+        (
+            '--stage-id 1 --default-sampling-params {"seed":3}',
+            "--default-sampling-params changes nothing at stage 1: give it",
+        ),
+        (
+            '--stage-id 1 --default-sampling-params {"1":{"seed":3}}',
+            "--default-sampling-params.1.default_sampling_params changes nothing at stage 1",
+        ),
+        (
+            '--default-sampling-params {"0":{"num_inference_steps":3}}',
+            "--default-sampling-params.0.default_sampling_params.num_inference_steps=3 is for an image: it belongs under",
+        ),
+        (
+            '--default-sampling-params {"1":{"extra_args":{"max_tokens":3}}}',
+            "--default-sampling-params.1.default_sampling_params.extra_args.max_tokens=3 is for the thinker: it belongs",
+        ),
+    ],
+)
+def test_a_flag_of_another_stage_is_refused(tmp_path: Path, options: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path, *options.split())
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ("--max-model-len 50", "--max-model-len=50 changes nothing: one request may use the whole KV cache pool"),
+        (
+            '--stage-id 0 --stage-overrides {"1":{"max_num_seqs":3}}',
+            "--stage-overrides.1.max_num_seqs changes nothing here: this is the server of stage 0",
+        ),
+    ],
+)
+def test_a_flag_that_changes_nothing_has_a_note(tmp_path: Path, options: str, note: str) -> None:
+    (found,) = resolve(tmp_path, *options.split()).notes
+    assert found.startswith(note)
+
+
+def test_the_server_of_stage_0_has_the_defaults_of_images(tmp_path: Path) -> None:
+    config = resolve(tmp_path, "--stage-id", "0", "--default-sampling-params", '{"num_inference_steps": 9}').config
+    assert config.image_defaults == {"num_inference_steps": 9}
+
+
+def test_a_headless_server_refuses_a_place_for_its_api_and_notes_other_options_of_it() -> None:
+    headless = ("--stage-id", "1", "--headless")
+    for option in ("--port=9000", "--host=0.0.0.0"):
+        with pytest.raises(CommandError, match=f"{option} with --headless: there is no OpenAI API; stage 1 listens on"):
+            serve.options(parse([*headless, option]))
+    given = serve.options(
+        parse([*headless, "--served-model-name", "a", "--api-key=k", "--no-access-log", "--port=8091"])
+    )
+    assert sorted(given.unused) == ["--api-key", "--no-access-log", "--served-model-name"]
+    assert serve.options(parse(["--port=9000"])).unused == ()
+
+
+@pytest.mark.parametrize(
+    "options", [("--deploy-config", "a", "--stage-configs-path"), ("--host-address", "a", "--omni-replica-address")]
+)
+def test_two_values_of_one_option_are_refused(options: tuple[str, ...]) -> None:
+    with pytest.raises(Refused, match=f"{options[2]}=b is a second value beside a: .* are one option; keep one"):
+        parse([*options, "b"])
+    parse([*options, "a"])
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ def on_this_host(
         ConfigError: an address is missing or has no meaning, or the connector does not reach another host.
     """
     stages = config.topology.stages
+    if stage_id is not None and (config.topology.one_process or not 0 <= stage_id < len(stages)):
+        allowed = "none, it is one process" if config.topology.one_process else "0, the thinker, and 1, the DiT"
+        raise ConfigError(f"--stage-id={stage_id} is not allowed in pipeline {config.pipeline}; allowed: {allowed}")
     if headless and stage_id is None:
         raise ConfigError("--headless needs --stage-id 1: a server of all stages serves the OpenAI API itself")
     if headless and stage_id == 0:
@@ -55,9 +58,6 @@ def on_this_host(
         if host_address is not None:
             raise ConfigError(f"--host-address={host_address} has no meaning without --stage-id")
         return config
-    if not 0 <= stage_id < len(stages) or config.topology.one_process:
-        allowed = "none, it is one process" if config.topology.one_process else f"0 to {len(stages) - 1}"
-        raise ConfigError(f"--stage-id={stage_id} is not allowed in pipeline {config.pipeline}; allowed: {allowed}")
     # Stage 0 calls the others and is called by none, so it alone needs no address.
     if missing := [stage for stage in range(1, len(stages)) if stage not in config.addresses]:
         raise ConfigError(

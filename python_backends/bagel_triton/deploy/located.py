@@ -16,6 +16,9 @@ import yaml
 from bagel_triton.deploy.config import ConfigError
 from bagel_triton.protocol.errors import format_value, truncate
 
+MERGE, MERGE_TAG = "<<", "tag:yaml.org,2002:merge"
+INTEGER = "tag:yaml.org,2002:int"
+STAGE_LISTS, STAGE_ID = ("stages", "stage_args"), "stage_id"
 MAX_NODES = 100_000  # aliases can make a small file a huge tree
 
 
@@ -179,7 +182,10 @@ class _Reader:
                 return Node(self._entries(written, path), origin, path)
             if isinstance(written, yaml.SequenceNode):
                 numbered = enumerate(written.value)
-                entries = [self.node(entry, entry.start_mark.line + 1, f"{path}[{at}]") for at, entry in numbered]
+                entries = [
+                    self.node(entry, entry.start_mark.line + 1, f"{path}[{_index(path, at, entry)}]")
+                    for at, entry in numbered
+                ]
                 return Node(entries, origin, path)
             return Node(self._scalar(written), origin, path)
         finally:
@@ -200,7 +206,9 @@ class _Reader:
         return entries
 
     def _key(self, written: Any) -> str:
-        return str(self._scalar(written)) if isinstance(written, yaml.ScalarNode) else "(a list or mapping as a key)"
+        if isinstance(written, yaml.ScalarNode):
+            return MERGE if written.tag == MERGE_TAG else str(self._scalar(written))
+        return "(a list or mapping as a key)"
 
     def _scalar(self, written: yaml.ScalarNode) -> Any:
         try:
@@ -209,6 +217,15 @@ class _Reader:
         except ValueError as error:  # a date such as 2026-99-99
             shown = format_value(written.value)
             raise ConfigError(f"{Origin(self._source, written.start_mark.line + 1)}: {shown}: {error}") from error
+
+
+def _index(path: str, at: int, element: Any) -> str:
+    """The name of element number ``at`` of the list ``path``: a stage's is its id, which its place need not be."""
+    if path.rpartition(".")[2] in STAGE_LISTS and isinstance(element, yaml.MappingNode):
+        for key, value in reversed(element.value):  # its own come after those that `<<` refers to
+            if key.value == STAGE_ID and value.tag == INTEGER:
+                return f"{STAGE_ID}={value.value}"
+    return str(at)
 
 
 def _described(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> tuple[int | None, str]:
@@ -224,7 +241,7 @@ def _described(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> tuple[int |
     return number + 1, f"{where}: {error.problem}{context}"
 
 
-def merged(below: Node, above: Node, list_key: str = "stage_id") -> Node:
+def merged(below: Node, above: Node, list_key: str = STAGE_ID) -> Node:
     """``above`` laid over ``below``.
 
     Mappings are merged key by key. Elements of two lists of mappings are matched by ``list_key``, and those that

@@ -8,7 +8,7 @@ the fields, and ``vocabulary.py`` declares them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,11 @@ from bagel_triton.protocol.request import REQUEST_FIELDS
 
 Platform = Literal["cpu", "cuda"]
 THINKER_STAGE, DIT_STAGE = 0, 1  # ids of the two-stage topologies; the only stage of the other is 0
+DEFAULTS = "default_sampling_params"
+# The only connection between stages, as each end names it.
+_EDGES = {(0, "output_connectors"): "to_stage_1", (1, "input_connectors"): "from_stage_0"}
+# Fields of a stage that the other stage's server reads too.
+_OF_ALL_SERVERS = ("stage_id", "address", DEFAULTS, "input_connectors", "output_connectors", "dtype", "lora_path")
 _NOTHING = Node({}, Origin("the default"))
 _THINKER_FIELDS = (
     "max_num_batched_tokens",
@@ -139,6 +144,7 @@ class _Builder:
         self._pipeline_known = "pipeline" in top or "pipeline" not in self._root.mapping
         topology = TOPOLOGIES[top["pipeline"].value] if "pipeline" in top else BAGEL
         stages = self._stages(top, topology)
+        self._note_elsewhere()
         fields = self._top_fields(top)
         fields |= self._device(top, stages)
         for name in ("lora_path", "lora_scale", "max_generated_image_size"):
@@ -270,19 +276,22 @@ class _Builder:
         if len(by_id) != len(stages):
             return stages  # an error, which is found anyway
         chosen = range(len(topology.stages)) if only is None else (only,)
+        for name, node in self._flags.every_stage.items() if only is not None else ():
+            self._refuse_elsewhere(name, node, only, topology)
         for name in vocabulary.RANKS:
             node = self._flags.every_stage.get(name)
             if node is None or node.value == 1 or topology.one_process:
                 continue
-            if only == THINKER_STAGE:
-                self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1")
-            elif only is None:
+            if only is None:
                 self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.ONE_RANK}")
-        for stage_id in chosen:
+        for stage_id in range(len(topology.stages)):
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
             stage = by_id.get(stage_id, Node({"stage_id": Node(stage_id, _NOTHING.origin)}, _NOTHING.origin))
             fields = dict(stage.mapping)
             for name, node in self._flags.every_stage.items():
+                # Stage 0 plans every request, so its server has the defaults of images too.
+                if stage_id not in chosen and name != DEFAULTS:
+                    continue
                 setting = vocabulary.STAGE[name]
                 applies = topology.one_process or not isinstance(setting, vocabulary.Setting)
                 overridden = name in fields and fields[name].origin.source == "--stage-overrides"
@@ -290,6 +299,34 @@ class _Builder:
                     fields[name] = node
             by_id[stage_id] = replace(stage, value=fields)
         return list(by_id.values())
+
+    def _refuse_elsewhere(self, name: str, node: Node, only: int, topology: Topology) -> None:
+        """Refuse a flag for ``only`` one stage, which another stage has."""
+        setting, engine = vocabulary.STAGE[name], "thinker" if only == THINKER_STAGE else "dit"
+        if topology.one_process or not isinstance(setting, vocabulary.Setting):
+            return
+        if name == DEFAULTS and only == DIT_STAGE:
+            self._problems.add(node, " changes nothing at stage 1: give it to stage 0, which plans every request")
+        elif name in vocabulary.RANKS and only == THINKER_STAGE:
+            if node.value > 1:
+                self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1")
+        elif engine not in setting.engines and node.value is not False:  # what is off is off there
+            there = 0 if engine == "dit" else 1
+            self._problems.add(node, f"={format_value(node.value)} belongs to stage {there}: give it to that server")
+
+    def _note_elsewhere(self) -> None:
+        """Note what flags by stage set for a stage that another server has."""
+        only = self._flags.stage_id
+        stages = self._flags.top.mapping.get("stages", _NOTHING).items if only is not None else []
+        for stage in stages:
+            stage_id = stage.mapping.get("stage_id", _NOTHING).value
+            for name, node in stage.mapping.items():
+                if name == DEFAULTS and only == DIT_STAGE:
+                    self._problems.add(
+                        node, " changes nothing at stage 1: give it to stage 0, which plans every request"
+                    )
+                elif stage_id != only and name not in _OF_ALL_SERVERS:
+                    self._notes.append(f"{node.path} changes nothing here: this is the server of stage {only}")
 
     def _check_engine(self, stage_id: int, found: dict[str, Node], topology: Topology) -> None:
         """Refuse settings of the other stage's engine."""
@@ -314,6 +351,7 @@ class _Builder:
 
     def _addresses(self, stages: dict[int, dict[str, Node]], topology: Topology) -> dict[int, tuple[str, ...]]:
         addresses: dict[int, tuple[str, ...]] = {}
+        taken: dict[str, str] = {}
         for stage_id, found in stages.items():
             if (node := found.get("address")) is None:
                 continue
@@ -328,6 +366,10 @@ class _Builder:
                     self._problems.add(one.origin, str(error))
             if stage_id == THINKER_STAGE and len(listed) > 1:
                 self._problems.add(node, f"={node.plain()!r} is not allowed; allowed: one HOST:PORT for stage 0")
+            for one in listed:
+                if one.value in taken:
+                    self._problems.add(one, f"={one.value!r} is there already, as {taken[one.value]}")
+                taken.setdefault(one.value, one.path)
             self._value(f"addresses.{stage_id}", node)
             addresses[stage_id] = tuple(one.value for one in listed)
         return addresses
@@ -360,6 +402,11 @@ class _Builder:
         length = found.get("max_model_len")
         if length is not None and length.value > values.get("kv_tokens", 0):
             values["kv_tokens"] = self._value("thinker.kv_tokens", length)
+        elif length is not None:
+            self._notes.append(
+                f"{length.origin.prefix}{length.path}={length.value} changes nothing: one request may use the whole KV "
+                f"cache pool, and kv_tokens={values['kv_tokens']} is as large"
+            )
         return values
 
     def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
@@ -410,10 +457,13 @@ class _Builder:
         """The connector that the stages name; the only one there is where they name none."""
         defined = top["connectors"].mapping if "connectors" in top else {}
         used: dict[str, Node] = {}
-        for found in stages.values():
+        for stage_id, found in stages.items():
             for side in ("input_connectors", "output_connectors"):
-                for reference in found[side].mapping.values() if side in found else ():
-                    if reference.value in defined:
+                for edge, reference in found[side].mapping.items() if side in found else ():
+                    if not topology.one_process and (meant := _EDGES.get((stage_id, side))) != edge:
+                        there = f"={format_value(reference.value)} means nothing: KV goes from stage 0 to stage 1 alone"
+                        self._problems.add(reference, f"{there}; allowed: {meant or 'none'}")
+                    elif reference.value in defined:
                         used.setdefault(reference.value, reference)
                     else:
                         known = (
@@ -451,8 +501,9 @@ class _Builder:
 
     def _defaults(self, first: dict[str, Node], second: dict[str, Node]) -> dict[str, Any]:
         """Values of request fields: the thinker's are for text, the DiT's for images."""
-        key = "default_sampling_params"
-        thinker, dit = ({} if key not in found else self._checked_defaults(found[key]) for found in (first, second))
+        thinker, dit = (
+            {} if DEFAULTS not in found else self._checked_defaults(found[DEFAULTS]) for found in (first, second)
+        )
         text: dict[str, tuple[Any, Origin]] = {}
         image: dict[str, tuple[Any, Origin]] = {}
         for name, given in thinker.items():
@@ -462,14 +513,39 @@ class _Builder:
             if affects in ("decoding", "thinking"):  # of the thinking before an image
                 image[name] = given
         image |= {name: given for name, given in dit.items() if REQUEST_FIELDS[name].affects in ("image", "all")}
+        if first is not second:
+            self._report_unused(first, thinker.keys() - text.keys(), "an image: it belongs under stage 1")
+            self._report_unused(second, dit.keys() - image.keys(), "the thinker: it belongs under stage 0")
         fields: dict[str, Any] = {}
         for kind, values in (("text_defaults", text), ("image_defaults", image)):
             fields[kind] = {name: value for name, (value, _) in values.items()}
             self._origins |= {f"{kind}.{name}": origin for name, (_, origin) in values.items()}
         return fields
 
+    def _report_unused(self, stage: dict[str, Node], names: Collection[str], kind: str) -> None:
+        """Report the defaults ``names`` of a stage, which only the other has a use for; vLLM-Omni's files have some."""
+        node = stage.get(DEFAULTS)
+        if node is None or node is self._flags.every_stage.get(DEFAULTS):  # which is for both
+            return
+        for given, entry in _fields_of(node):
+            if vocabulary.request_field(given) not in names:
+                continue
+            if entry.origin.source.startswith("--"):
+                self._problems.add(entry, f"={format_value(entry.plain())} is for {kind}")
+            else:
+                self._notes.append(f"{entry.origin.prefix}{entry.path} changes nothing here: it is for {kind}")
+
     def _checked_defaults(self, node: Node) -> dict[str, tuple[Any, Origin]]:
         return vocabulary.check_defaults(node, self._problems)
+
+
+def _fields_of(defaults: Node) -> Iterator[tuple[str, Node]]:
+    """The fields of a ``default_sampling_params``, those of its ``extra_args`` too."""
+    for name, entry in defaults.mapping.items():
+        if name == "extra_args":
+            yield from _fields_of(entry)
+        else:
+            yield name, entry
 
 
 def _or(names: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ refused with what to do instead.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from bagel_triton.deploy.files import PRESETS, preset
 from bagel_triton.deploy.located import Node, Origin, Problems, merged, of_value
 from bagel_triton.deploy.vocabulary import Field, Fields, Neutral, Setting
 from bagel_triton.deploy.yaml import NO_FLAGS, Flags
+from bagel_triton.protocol.errors import NEAR
 from bagel_triton.serving import CommandError
 from bagel_triton.serving.machine import source_file
 
@@ -138,16 +140,37 @@ def add_deploy_config(parser: argparse.ArgumentParser) -> None:
         "--deploy-config",
         "--stage-configs-path",
         metavar="YAML",
+        action=Once,
         help=f"topology and limits of the stages: a file, or one of {', '.join(PRESETS)} (default: bagel)",
     )
 
 
+class Once(argparse.Action):
+    """A flag of several names, which take one value together."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if (before := getattr(namespace, self.dest, None)) not in (None, values):
+            names = " and ".join(self.option_strings)
+            parser.error(f"{option}={values} is a second value beside {before}: {names} are one option; keep one")
+        setattr(namespace, self.dest, values)
+
+
 def deploy_file(given: str | None) -> Path | None:
-    """The file that ``--deploy-config`` names, a preset's or one's own; None where it is not given."""
+    """The file that ``--deploy-config`` names, a preset's or one's own; None where it is not given.
+
+    Raises:
+        CommandError: there is no such file; names the presets.
+    """
     if given is None:
         return None
     path = Path(given)
-    return path if path.is_file() else preset(given) or path
+    if (found := path if path.is_file() else preset(given)) is None and not path.exists():
+        near = difflib.get_close_matches(path.stem[:100], PRESETS, n=1, cutoff=NEAR)
+        suggestion = f"did you mean {near[0]}? " if near else ""
+        raise CommandError(f"{given} is no file and no preset; {suggestion}presets: {', '.join(PRESETS)}")
+    return found or path
 
 
 def host_port(flag: str, given: str) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bagel_triton.model.device import Placement
 
 ALIASES = ("bagel", "BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")
+API_ONLY = ("served_model_name", "omni_lb_policy", "while_asleep")  # beside the HTTP API's own options
 PORTS = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
 
 
@@ -67,6 +68,7 @@ class ServeOptions:
     shutdown_timeout: float = GRACE_S
     http: HttpOptions = field(default_factory=HttpOptions)
     overrides: deploy_yaml.Flags = deploy_yaml.NO_FLAGS
+    unused: tuple[str, ...] = ()
 
     def model_names(self, checkpoint: Path) -> tuple[str, ...]:
         """The names that requests may use, the one that replies carry first."""
@@ -135,6 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-ora",
         "--omni-replica-address",
         metavar="HOST",
+        action=flags.Once,
         help="this host, as the other stage's reaches it",
     )
     parser.add_argument(
@@ -201,12 +204,37 @@ def options(args: argparse.Namespace) -> ServeOptions:
     Raises:
         CommandError: one is not allowed.
     """
-    names = (option.name for option in fields(ServeOptions) if option.name not in ("http", "overrides"))
+    names = (option.name for option in fields(ServeOptions) if option.name not in ("http", "overrides", "unused"))
     given = {name: getattr(args, name) for name in names}
     try:
-        return ServeOptions(**given, http=http_options(args), overrides=flags.flags_of(args))
+        options = ServeOptions(**given, http=http_options(args), overrides=flags.flags_of(args))
     except OptionError as error:
         raise CommandError(str(error)) from error
+    return replace(options, unused=_unused(args) if options.headless and options.stage_id == 1 else ())
+
+
+def _unused(args: argparse.Namespace) -> tuple[str, ...]:
+    """The flags in ``args`` of the OpenAI API, which a headless server does not have.
+
+    Raises:
+        CommandError: one says where the API listens.
+    """
+    http, every = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_http_arguments(http)
+    add_arguments(every)
+    names = {action.dest for action in http._actions} | {"host", "port", *API_ONLY}
+    found = {
+        action.dest: action.option_strings[-1]
+        for action in every._actions
+        if action.dest in names and getattr(args, action.dest, action.default) != action.default
+    }
+    for name in ("host", "port"):
+        if found.pop(name, None) and getattr(args, name) != 0:  # any free port is none at all
+            raise CommandError(
+                f"--{name}={getattr(args, name)} with --headless: there is no OpenAI API; stage 1 listens on "
+                "--host-address at --triton-grpc-port"
+            )
+    return tuple(found.values())
 
 
 async def _serve(options: ServeOptions, signals: StopSignals) -> None:
@@ -275,7 +303,10 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             }
             print(f"bagel-triton {bagel_triton.__version__}")
             print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()))
-            print("".join(f"  note: {note}\n" for note in deployment.notes), end="", flush=True)
+            notes = [*deployment.notes]
+            if options.unused:
+                notes.append(f"{', '.join(options.unused)}: of the OpenAI API, which a --headless server does not have")
+            print("".join(f"  note: {note}\n" for note in notes), end="", flush=True)
             servers = StageServers(lambda: deploy.remote_addresses)
             if registrations is not None:
                 servers = StageServers(registrations.addresses)
