@@ -92,6 +92,10 @@ ONE_LINE = [
         "stages: [{stage_id: 0, address: here}]",
         ":1: stages[stage_id=0].address='here' is not allowed; allowed: HOST:PORT",
     ),
+    (
+        "stages: [{stage_id: 0, kv_tokens: 10}]",
+        ":1: stages[stage_id=0].kv_tokens=10 is not allowed with block_tokens=16; allowed: from 113, 8 blocks",
+    ),
     # the wrong stage
     (
         "stages: [{stage_id: 1, kv_tokens: 5}]",
@@ -120,8 +124,8 @@ ONE_LINE = [
     ),
     (
         "stages: [{stage_id: 1, input_connectors: {from_stage_7: a}}]\nconnectors: {a: {name: shm}}",
-        ":1: stages[stage_id=1].input_connectors.from_stage_7='a' means nothing: KV goes from stage 0 to stage 1 alone; "
-        "allowed: from_stage_0",
+        ":1: stages[stage_id=1].input_connectors.from_stage_7='a' means nothing: KV goes from stage 0 to stage 1 "
+        "alone; allowed: from_stage_0",
     ),
     # what is not supported, and what to do instead
     (
@@ -176,11 +180,11 @@ ONE_LINE = [
     ),
     (
         "stages: [{stage_id: 0, default_sampling_params: {detokenize: false}}]",
-        ":1: stages[stage_id=0].default_sampling_params.detokenize=false is not supported: an answer is always text; allowed: t",
+        ":1: stages[stage_id=0].default_sampling_params.detokenize=false is not supported: an answer is always text;",
     ),
     (
         "stages: [{stage_id: 1, default_sampling_params: {extra_args: {cfg_intervall: [0, 1]}}}]",
-        ":1: stages[stage_id=1].default_sampling_params.extra_args.cfg_intervall is not a known field; did you mean cfg",
+        ":1: stages[stage_id=1].default_sampling_params.extra_args.cfg_intervall is not a known field; did you mean c",
     ),
 ]
 

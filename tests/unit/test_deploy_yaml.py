@@ -164,7 +164,7 @@ def test_each_stage_may_have_a_device_of_its_own(
 
 
 PLATFORMS = """
-stages: [{stage_id: 0, kv_tokens: 100, max_waiting: 5}]
+stages: [{stage_id: 0, kv_tokens: 150, max_waiting: 5}]
 platforms:
   cpu: {stages: [{stage_id: 0, kv_tokens: 200}]}
   cuda: {dtype: bfloat16, stages: [{stage_id: 1, max_num_seqs: 3}]}
@@ -177,7 +177,7 @@ def test_only_the_platforms_own_section_applies(tmp_path: Path) -> None:
     assert (on_cpu.config.thinker.kv_tokens, on_cpu.config.thinker.max_waiting, on_cpu.config.dtype) == (200, 5, "auto")
     assert str(on_cpu.origins["thinker.kv_tokens"]).endswith("deploy.yaml:4 (platforms.cpu)")
     on_cuda = read(tmp_path, PLATFORMS, "cuda").config
-    assert (on_cuda.thinker.kv_tokens, on_cuda.dit.max_num_seqs, on_cuda.dtype) == (100, 3, "bfloat16")
+    assert (on_cuda.thinker.kv_tokens, on_cuda.dit.max_num_seqs, on_cuda.dtype) == (150, 3, "bfloat16")
     named = read(tmp_path, f"device: cpu\n{PLATFORMS}", "cuda").config
     assert named.thinker.kv_tokens == 200
 

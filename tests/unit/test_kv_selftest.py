@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from bagel_triton.deploy.config import MIN_BLOCKS
 from bagel_triton.kv.block_pool import KVCacheFull
 from bagel_triton.kv.connectors import base
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
@@ -21,6 +22,10 @@ from tests.support.kv import GEOMETRY
 from tests.support.kv_process import peer
 
 CPU = torch.device("cpu")
+
+
+def test_the_least_pool_of_a_deploy_file_has_room_for_it() -> None:
+    assert MIN_BLOCKS == 2 * base.SELFTEST_BLOCKS
 
 
 @pytest.mark.parametrize("name", ["shm", "mooncake"])

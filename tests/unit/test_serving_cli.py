@@ -178,13 +178,13 @@ def test_each_error_of_a_deploy_file_is_a_line(capsys: pytest.CaptureFixture[str
 def test_the_configuration_is_shown_with_the_origin_of_each_value(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     deploy = tmp_path / "deploy.yaml"
     deploy.write_text("base_config: bagel_think\nstages: [{stage_id: 1, max_num_seqs: 3}]")
-    assert cli.main(["config", str(deploy), "--kv-tokens", "100", "--device", "cpu"]) == 0
+    assert cli.main(["config", str(deploy), "--kv-tokens", "200", "--device", "cpu"]) == 0
     found = dict(
         line.split(" # ") for line in capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines() if "#" in line
     )
     origins = {name.strip(): origin for name, origin in found.items()}
     assert origins["max_num_seqs: 3"] == "deploy.yaml:2"
-    assert origins["kv_tokens: 100"] == "--kv-tokens"
+    assert origins["kv_tokens: 200"] == "--kv-tokens"
     assert origins['device: "cpu"'] == "--device"
     assert origins['pipeline: "bagel_think"'].endswith("build/deploy/bagel_think.yaml:3")
     assert origins["encoder_cache_mb: 256"] == "default"

@@ -16,7 +16,7 @@ from bagel_triton.serving import CommandError, flags, serve
 
 FILE = """
 pipeline: {pipeline}
-stages: [{{stage_id: 0, max_num_seqs: 5, kv_tokens: 100}}]
+stages: [{{stage_id: 0, max_num_seqs: 5, kv_tokens: 200}}]
 """
 
 
@@ -94,11 +94,11 @@ def test_overrides_by_stage_come_before_the_other_flags(tmp_path: Path) -> None:
         ),
         (
             '--default-sampling-params {"0":{"num_inference_steps":3}}',
-            "--default-sampling-params.0.default_sampling_params.num_inference_steps=3 is for an image: it belongs under",
+            "--default-sampling-params.0.default_sampling_params.num_inference_steps=3 is for an image: it belongs un",
         ),
         (
             '--default-sampling-params {"1":{"extra_args":{"max_tokens":3}}}',
-            "--default-sampling-params.1.default_sampling_params.extra_args.max_tokens=3 is for the thinker: it belongs",
+            "--default-sampling-params.1.default_sampling_params.extra_args.max_tokens=3 is for the thinker: it belon",
         ),
     ],
 )

@@ -21,6 +21,7 @@ from bagel_triton.protocol.request import Modality
 Load = Literal["all", "understanding", "generation"]  # as bagel_triton.model.slim, which imports torch
 Quantization = Literal["int8", "int8_w8a8", "fp8", "fp8_w8a8", "int4", "nf4"]
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
+MIN_BLOCKS = 8  # of a KV pool that is shared between processes: what the connector's self-test takes
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
 
 

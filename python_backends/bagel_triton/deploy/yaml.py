@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bagel_triton.deploy import located, vocabulary
-from bagel_triton.deploy.config import BagelConfig, ConfigError, DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.deploy.config import (
+    MIN_BLOCKS,
+    BagelConfig,
+    ConfigError,
+    DeployConfig,
+    DitConfig,
+    ThinkerConfig,
+    VaeDecodeConfig,
+)
 from bagel_triton.deploy.connector import connector_fields
 from bagel_triton.deploy.files import converted, refuse_repeated_stages, with_bases
 from bagel_triton.deploy.hosts import check_address
@@ -26,6 +34,7 @@ from bagel_triton.protocol.request import REQUEST_FIELDS
 Platform = Literal["cpu", "cuda"]
 THINKER_STAGE, DIT_STAGE = 0, 1  # ids of the two-stage topologies; the only stage of the other is 0
 DEFAULTS = "default_sampling_params"
+_DEFAULTS_ELSEWHERE = " changes nothing at stage 1: give it to stage 0, which plans every request"
 # The only connection between stages, as each end names it.
 _EDGES = {(0, "output_connectors"): "to_stage_1", (1, "input_connectors"): "from_stage_0"}
 # Fields of a stage that the other stage's server reads too.
@@ -276,13 +285,10 @@ class _Builder:
         if len(by_id) != len(stages):
             return stages  # an error, which is found anyway
         chosen = range(len(topology.stages)) if only is None else (only,)
-        for name, node in self._flags.every_stage.items() if only is not None else ():
-            self._refuse_elsewhere(name, node, only, topology)
-        for name in vocabulary.RANKS:
-            node = self._flags.every_stage.get(name)
-            if node is None or node.value == 1 or topology.one_process:
-                continue
-            if only is None:
+        for name, node in self._flags.every_stage.items():
+            if only is not None:
+                self._refuse_elsewhere(name, node, only, topology)
+            elif name in vocabulary.RANKS and node.value != 1 and not topology.one_process:
                 self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.ONE_RANK}")
         for stage_id in range(len(topology.stages)):
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
@@ -306,7 +312,7 @@ class _Builder:
         if topology.one_process or not isinstance(setting, vocabulary.Setting):
             return
         if name == DEFAULTS and only == DIT_STAGE:
-            self._problems.add(node, " changes nothing at stage 1: give it to stage 0, which plans every request")
+            self._problems.add(node, _DEFAULTS_ELSEWHERE)
         elif name in vocabulary.RANKS and only == THINKER_STAGE:
             if node.value > 1:
                 self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1")
@@ -322,9 +328,7 @@ class _Builder:
             stage_id = stage.mapping.get("stage_id", _NOTHING).value
             for name, node in stage.mapping.items():
                 if name == DEFAULTS and only == DIT_STAGE:
-                    self._problems.add(
-                        node, " changes nothing at stage 1: give it to stage 0, which plans every request"
-                    )
+                    self._problems.add(node, _DEFAULTS_ELSEWHERE)
                 elif stage_id != only and name not in _OF_ALL_SERVERS:
                     self._notes.append(f"{node.path} changes nothing here: this is the server of stage {only}")
 
@@ -407,7 +411,20 @@ class _Builder:
                 f"{length.origin.prefix}{length.path}={length.value} changes nothing: one request may use the whole KV "
                 f"cache pool, and kv_tokens={values['kv_tokens']} is as large"
             )
+        self._check_pool(found.get("kv_tokens", length), values, topology)
         return values
+
+    def _check_pool(self, node: Node | None, values: dict[str, Any], topology: Topology) -> None:
+        """Refuse a pool in which not even the connector's self-test has room, which would end a start at its end."""
+        if node is None or topology.one_process:
+            return
+        block = values.get("block_tokens", ThinkerConfig().block_tokens)
+        if -(-values["kv_tokens"] // block) < MIN_BLOCKS:
+            least = (MIN_BLOCKS - 1) * block + 1
+            self._problems.add(
+                node,
+                f"={node.value} is not allowed with block_tokens={block}; allowed: from {least}, {MIN_BLOCKS} blocks",
+            )
 
     def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
         fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline", "load") if name in top}
