@@ -26,6 +26,7 @@ from bagel_triton.openai.image_io import ImageStore
 from bagel_triton.openai.images_schema import ImagesBody
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.responses_schema import ResponsesBody
+from bagel_triton.openai.schema import choosing_fields
 from bagel_triton.openai.settings import HttpOptions
 from bagel_triton.protocol import errors
 from bagel_triton.protocol.events import DoneEvent, PartialImageEvent
@@ -221,6 +222,7 @@ URL = "data:image/png;base64," + base64.b64encode(b"an image").decode()
         {"images": [{"image_url": URL}]},
         {"image": {"url": URL}},
         {"image": [{"type": "image_url", "image_url": {"url": URL}}]},
+        {"image": [{"type": "input_image", "image_url": URL}]},
     ],
 )
 def test_an_edit_may_be_json(given: dict[str, Any]) -> None:
@@ -232,7 +234,12 @@ def test_an_edit_may_be_json(given: dict[str, Any]) -> None:
 
 def test_an_image_in_a_form_may_be_a_url() -> None:
     backend = FakeClient(*PROGRESS, IMAGE, EDITED)
-    form = [("prompt", (None, "Make it snow")), ("image[]", (None, URL)), ("image[]", PNG_FILE)]
+    form = [
+        ("prompt", (None, "Make it snow")),
+        ("image[]", (None, URL)),
+        ("image[]", PNG_FILE),
+        ("image[]", (None, "")),
+    ]
     assert api(backend).post(EDITS, files=form).status_code == 200
     assert backend.requests[0].image == (b"an image", b"an image")
 
@@ -376,6 +383,7 @@ def test_a_field_without_effect_is_accepted_where_it_requests_nothing(
     harmless |= {name: noop.values[0] for name, noop in NOOP[place].items() if noop.values}
     own = ImagesBody if place == "images" else ResponsesBody
     harmless = {name: value for name, value in harmless.items() if name not in own.model_fields}
+    harmless |= dict.fromkeys(choosing_fields(own), "")
     assert client.post(path, json=body).status_code == 200
     reply = client.post(path, json={**body, **harmless})
     assert reply.status_code == 200, reply.text

@@ -160,7 +160,7 @@ def unknown_field(name: str, known: list[str]) -> PydanticCustomError:
 def noop_field(name: str, value: Any, noop: Sequence[Any], instead: str) -> PydanticCustomError:
     """The error of a model for a field ``name`` that is accepted only with a value of ``noop``."""
     allowed = " or ".join(json.dumps(member) for member in noop)
-    context = {"name": name, "value": value, "allowed": f"{allowed}; {instead}" if allowed else instead}
+    context = {"name": name, "value": value, "allowed": f"allowed: {allowed}; {instead}" if allowed else instead}
     return PydanticCustomError(_NOOP_FIELD, "not supported", context)
 
 
@@ -176,7 +176,7 @@ def to_invalid_request(error: ValidationError) -> InvalidRequest:
     if kind == _NOOP_FIELD:
         name = path((*location, context["name"]))
         shown = format_value(context["value"])
-        return InvalidRequest(f"{name}={shown} is not supported; allowed: {context['allowed']}", name)
+        return InvalidRequest(f"{name}={shown} is not supported; {context['allowed']}", name)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         location = (*location, "type")
     if kind == "missing" and isinstance(location[-1], int):  # an element, and the input is the list
@@ -245,6 +245,7 @@ _INSTEAD = {
     "/v1/messages": f"this is not Anthropic's API; use {CHAT}",
     "/v1/engines": "engines are gone from OpenAI's API; use GET /v1/models",
     "/api": f"this is not Ollama's API; use {CHAT}",
+    "/openai/deployments": f"this is not Azure's API; use OpenAI's own client, which calls {CHAT}",
     "/v2": "this is the OpenAI API; Triton's own HTTP API is on its own port (--triton-http-port)",
 }
 

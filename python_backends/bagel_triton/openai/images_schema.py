@@ -98,6 +98,8 @@ class ImageLink(StrictModel):
 
 def _to_link(value: Any) -> Any:
     """A plain text is the URL, and so is a chat part's ``{"url": ...}``."""
+    if isinstance(value, dict) and value.get("type") in ("image_url", "input_image"):
+        value = {name: member for name, member in value.items() if name != "type"}
     if isinstance(value, dict) and isinstance(value.get("image_url"), dict):
         value = value["image_url"]
     if isinstance(value, dict) and "file_id" in value:
@@ -179,9 +181,9 @@ async def _from_form(form: FormData) -> tuple[EditsBody, Images]:
             if not is_image:
                 raise _no_file(name)
             images.append(ImageUpload(await value.read(), f"image[{len(images)}]"))
-        elif is_image:
+        elif is_image and value.strip():  # a form has an empty text for a file that was not chosen
             images.append(ImageUrl(value, f"image[{len(images)}]"))
-        elif name not in IGNORED["images"]:
+        elif not is_image and name not in IGNORED["images"]:
             texts.setdefault(name, []).append(value)
     return _checked(EditsBody, _from_texts(texts)), _enough(images)
 

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 
 class Noop(NamedTuple):
-    """The values of a field that request nothing, and the advice for all others."""
+    """The values of a field that request nothing, as an empty text always does, and the advice for all others."""
 
     values: tuple[Any, ...]
     instead: str = "leave it out"
 
     def permits(self, value: Any) -> bool:
         """Whether ``value`` requests nothing; ``True`` is not 1 here."""
-        return any(value == noop and isinstance(value, bool) == isinstance(noop, bool) for noop in self.values)
+        return value == "" or any(
+            value == noop and isinstance(value, bool) == isinstance(noop, bool) for noop in self.values
+        )
 
 
 IGNORED: dict[str, frozenset[str]] = {
@@ -30,13 +32,16 @@ IGNORED: dict[str, frozenset[str]] = {
             # routing of gateways and agents
             *("provider", "models", "route", "session_id", "chat_id", "trace", "request_id", "rid", "cache_salt"),
             *("litellm_metadata", "client_metadata", "litellm_session_id", "litellm_trace_id", "litellm_call_id", "id"),
+            *("tags", "fallbacks", "debug", "speed", "cache_control"),
             # how much of the thinking a reply tells: it is there whole
             "reasoning_summary",
             # how another server would hold its model, cache its prompt or make its noise
             *("keep_alive", "cache_prompt", "id_slot", "generator_device", "vae_use_slicing", "vae_use_tiling"),
-            *("timings_per_token", "return_progress", "rollout_sde_type"),
+            *("timings_per_token", "return_progress", "rollout_sde_type", "ttl", "draft_model"),
             # what to do with a conversation that does not fit: it is refused
-            "transforms",
+            *("transforms", "context_length_exceeded_behavior"),
+            # of tools and documents, which a request cannot have; and images are always seen in full
+            *("disable_tool_validation", "citation_options", "vl_high_resolution_images"),
             # parameters of samplers that the fields of NOOP switch off
             *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "smoothing_curve", "xtc_threshold"),
             *("dry_base", "dry_allowed_length", "dry_sequence_breakers", "dry_penalty_last_n", "repeat_last_n"),
@@ -49,6 +54,9 @@ IGNORED: dict[str, frozenset[str]] = {
             *("name", "id", "annotations", "provider_specific_fields", "cache_control", "prompt_cache_breakpoint"),
             *("prefix", "partial", "seed", "index", "tool_call_id", "model", "metadata", "created_at", "timestamp"),
             "createdAt",
+            # what an earlier reply said about itself
+            *("status", "finish_reason", "stop_reason", "usage", "usage_metadata", "response_metadata"),
+            *("citations", "sources", "extra_content"),
         }
     ),
     "part": frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "id", "uuid", "index", "seed"}),
@@ -58,13 +66,20 @@ IGNORED: dict[str, frozenset[str]] = {
             *("format", "closed", "cache_control", "id", "index"),
         }
     ),
-    "image_url": frozenset({"detail", "format", "media_type", "mime_type"}),
-    "stream_options": frozenset({"include_obfuscation"}),
+    "image_url": frozenset({"detail", "format", "media_type", "mime_type", "id", "name", "filename"}),
+    # usage is counted once, at the end
+    "stream_options": frozenset({"include_obfuscation", "continuous_usage_stats"}),
+    # earlier thinking is no part of a conversation
+    "template_options": frozenset({"clear_thinking", "preserve_thinking"}),
+    "thinking": frozenset({"clear_thinking", "keep"}),
 }
 _IN_PARTS = "put images into content, as parts of type image_url"
 _TEXT_ONLY = "ask for it in the prompt, and read the answer's text"
 _NO_TOOLS = "this model calls no tools: leave them out, and send their results as text"
 _NO_SEARCH = "this model cannot search: put what it should know into the prompt"
+_BESIDE = "put its members beside the other fields"
+_SIZE = "use size, or height and width"
+_ONE_SOLVER = "there is one solver: num_inference_steps and timestep_shift set its steps"
 _NO_SAMPLER = "temperature, top_p, top_k, min_p and the penalties are the sampling there is"
 NOOP: dict[str, dict[str, Noop]] = {
     "body": {
@@ -72,12 +87,12 @@ NOOP: dict[str, dict[str, Noop]] = {
         "functions": Noop(([],), _NO_TOOLS),
         "function_call": Noop(("none", "auto"), _NO_TOOLS),
         "response_format": Noop(({"type": "text"}, {}), _TEXT_ONLY),
-        "structured_outputs": Noop(({},), _TEXT_ONLY),
+        "structured_outputs": Noop(({}, False), _TEXT_ONLY),
         "guided_json": Noop((), _TEXT_ONLY),
         "guided_regex": Noop((), _TEXT_ONLY),
         "guided_choice": Noop((), _TEXT_ONLY),
         "guided_grammar": Noop((), _TEXT_ONLY),
-        "grammar": Noop(("",), _TEXT_ONLY),
+        "grammar": Noop((), _TEXT_ONLY),
         "json_schema": Noop(({},), _TEXT_ONLY),
         "audio": Noop((), "this model makes no sound: leave it out"),
         "web_search_options": Noop((), _NO_SEARCH),
@@ -100,7 +115,7 @@ NOOP: dict[str, dict[str, Noop]] = {
         "return_tokens_as_token_ids": Noop((False,), "use top_logprobs"),
         "prompt_logprobs": Noop((), "log-probabilities are those of the answer: use top_logprobs"),
         "truncate_prompt_tokens": Noop((-1,), "shorten the conversation yourself"),
-        "chat_template": Noop(("",), "write the template's output as the prompt"),
+        "chat_template": Noop((), "write the template's output as the prompt"),
         "add_generation_prompt": Noop((True, False)),
         "continue_final_message": Noop((True, False)),
         "add_special_tokens": Noop((True, False)),
@@ -115,31 +130,51 @@ NOOP: dict[str, dict[str, Noop]] = {
         "n_keep": Noop((0,), "shorten the conversation yourself"),
         "n_probs": Noop((0,), "use logprobs and top_logprobs"),
         "options": Noop(({},), "put its members beside messages, in this API's names"),
-        "format": Noop(("",), _TEXT_ONLY),
-        "regex": Noop(("",), _TEXT_ONLY),
-        "ebnf": Noop(("",), _TEXT_ONLY),
+        "nvext": Noop(({},), _BESIDE),
+        "vllm_xargs": Noop(({},), _BESIDE),
+        "raw": Noop((False,), "write the template's output as the prompt"),
+        "detokenize": Noop((True,), "use top_logprobs"),
+        "deferred": Noop((False,), "this server keeps no replies: use stream=true for a long request"),
+        # other servers' names of what this API has
+        "random_seed": Noop((), "use seed"),
+        "max_new_tokens": Noop((), "use max_tokens"),
+        "max_output_tokens": Noop((), "use max_tokens"),
+        "stop_sequences": Noop(([],), "use stop"),
+        "do_sample": Noop((), "a temperature above 0 samples, 0 is greedy"),
+        "aspect_ratio": Noop(("auto",), _SIZE),
+        "resolution": Noop(("auto",), _SIZE),
+        "image_size": Noop(("auto",), _SIZE),
+        "batch_size": Noop((1,), "use n"),
+        "strength": Noop((), "say in the prompt how much to change"),
+        "sampler_name": Noop((), _ONE_SOLVER),
+        "scheduler": Noop((), _ONE_SOLVER),
+        "max_sequence_length": Noop((), "a prompt is never cut"),
+        "format": Noop((), _TEXT_ONLY),
+        "regex": Noop((), _TEXT_ONLY),
+        "ebnf": Noop((), _TEXT_ONLY),
         "reasoning_format": Noop(("auto", "parsed", "deepseek"), "thinking is in reasoning_content"),
         "separate_reasoning": Noop((True,), "thinking is in reasoning_content"),
         "stream_reasoning": Noop((True,), "thinking streams as it comes; include_reasoning=false leaves it out"),
         "no_stop_trim": Noop((False,), "add the stop text to the answer yourself"),
-        "stop_regex": Noop(("", []), "use stop"),
+        "stop_regex": Noop(([],), "use stop"),
         "banned_tokens": Noop(([],), "use logit_bias"),
         "banned_strings": Noop(([],), "use logit_bias, with their tokens"),
         "return_hidden_states": Noop((False,)),
         "lora": Noop(({},), "the server merges one adapter into its weights: serve --lora-path"),
-        "lora_path": Noop(("",), "the server merges one adapter into its weights: serve --lora-path"),
+        "lora_path": Noop((), "the server merges one adapter into its weights: serve --lora-path"),
         "enable_teacache": Noop((False,), "use cache='taylorseer'"),
         "rollout": Noop((False,)),
         "extra_args": Noop(({},), "use extra_body, or put its members beside the other fields"),
         "extra_params": Noop(({},), "use extra_body, or put its members beside the other fields"),
         "diffusers_kwargs": Noop(({},), "use the fields of this API"),
-        "samplers": Noop(("", []), "their order is fixed"),
+        "samplers": Noop(([],), "their order is fixed"),
         "sampler_priority": Noop(([],), "their order is fixed"),
         "temperature_last": Noop((False,), "the order of the samplers is fixed"),
         "dynamic_temperature": Noop((False,), _NO_SAMPLER),
         "top_n_sigma": Noop((0, -1), _NO_SAMPLER),
         "nsigma": Noop((0,), _NO_SAMPLER),
         "skew": Noop((0,), _NO_SAMPLER),
+        "typ_p": Noop((1, 0), _NO_SAMPLER),
         "typical_p": Noop((1, 0), _NO_SAMPLER),
         "typical": Noop((1, 0), _NO_SAMPLER),
         "tfs": Noop((1,), _NO_SAMPLER),
@@ -147,6 +182,7 @@ NOOP: dict[str, dict[str, Noop]] = {
         "top_a": Noop((0,), _NO_SAMPLER),
         "epsilon_cutoff": Noop((0,), _NO_SAMPLER),
         "eta_cutoff": Noop((0,), _NO_SAMPLER),
+        "min_keep": Noop((0,), _NO_SAMPLER),
         "mirostat": Noop((0,), _NO_SAMPLER),
         "mirostat_mode": Noop((0,), _NO_SAMPLER),
         "dynatemp_range": Noop((0,), _NO_SAMPLER),
@@ -175,22 +211,30 @@ NOOP: dict[str, dict[str, Noop]] = {
         "tool_stream": Noop((False,), _NO_TOOLS),
     },
     "message": {
-        "refusal": Noop(("",), "put it into content"),
+        "refusal": Noop((), "put it into content"),
         "audio": Noop((), "put its transcript into content"),
         "function_call": Noop(({},), _NO_TOOLS),
         "tool_calls": Noop(([],), _NO_TOOLS),
         "toolInvocations": Noop(([],), _NO_TOOLS),
+        "invalid_tool_calls": Noop(([],), _NO_TOOLS),
+        "type": Noop(("message",)),
+        "parts": Noop(([],), "put them into content"),
+        "additional_kwargs": Noop(({},), "put its members beside content"),
         "files": Noop(([],), _IN_PARTS),
         "attachments": Noop(([],), _IN_PARTS),
         "experimental_attachments": Noop(([],), _IN_PARTS),
     },
     "part": {},
     "image_url": {},
-    "stream_options": {"continuous_usage_stats": Noop((False,), "use include_usage")},
+    "stream_options": {},
+    "template_options": {"add_generation_prompt": Noop((True,), "end the conversation with the assistant's message")},
+    "thinking": {
+        "display": Noop(("summarized",), "thinking is in reasoning_content; include_reasoning=false hides it")
+    },
 }
 _STILL = "images are still and made of pixels: leave it out, or take png, jpeg or webp as output_format"
 # The images endpoints: what has no effect in a chat has none there.
-IGNORED["images"] = IGNORED["body"]
+IGNORED["images"] = IGNORED["body"] | {"stream_options", "enable_safety_checker", "disable_safety_checker"}
 NOOP["images"] = NOOP["body"] | {
     "svg": Noop((), _STILL),
     "frame_count": Noop((1,), _STILL),
@@ -199,6 +243,14 @@ NOOP["images"] = NOOP["body"] | {
     "fps": Noop((), _STILL),
     "layers": Noop((), "an image has one layer"),
     "output_quality": Noop(("default",), "use output_compression"),
+    "response_extension": Noop(("png",), "use output_format"),
+    "image_loras": Noop(([],), "the server merges one adapter into its weights: serve --lora-path"),
+    "sequential_image_generation": Noop(("disabled",), "use n"),
+    "watermark": Noop((False,), "images carry no watermark"),
+    "prompt_extend": Noop((False,), "think=true plans the image first"),
+    "prompt_enhancement": Noop((False,), "think=true plans the image first"),
+    "optimize_prompt": Noop((False,), "think=true plans the image first"),
+    "extra_body": Noop(({},), _BESIDE),
     "complexity": Noop((), "think=true plans the image first; num_inference_steps sets the effort of drawing it"),
 }
 # The Responses API: likewise, and what it alone has.
@@ -220,6 +272,7 @@ NOOP |= {
         "truncation": Noop(("disabled", "auto"), "input that does not fit is refused"),
         "context_management": Noop(([],), "shorten the input yourself"),
         "moderation": Noop((), "this server moderates nothing"),
+        "extra_body": Noop(({},), _BESIDE),
     },
     "image_tool": {name: NOOP["images"][name] for name in ("svg", "frame_count", "frame_duration_ms", "complexity")},
 }

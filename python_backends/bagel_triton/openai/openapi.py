@@ -30,7 +30,7 @@ from bagel_triton.openai.images_schema import EditsBody, ImagesBody, JsonEditsBo
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.reply import ChatCompletion
 from bagel_triton.openai.responses_schema import ResponsesBody
-from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields
+from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, StrictModel, choosing_fields
 from bagel_triton.protocol.request import MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
 
 Json = dict[str, Any]
@@ -38,6 +38,7 @@ SCHEMAS = "#/components/schemas/"
 BODIES: tuple[type[BaseModel], ...] = (ChatBody, ImagesBody, EditsBody, JsonEditsBody, ResponsesBody)
 _TEXT: Json = {"type": "string"}
 _NULL: Json = {"type": "null"}
+_EMPTY: Json = {"enum": [""]}
 _FOR_TEXT, _FOR_IMAGES = ("all", "text", "decoding"), ("all", "image")
 # One pixel: what a generator of requests cannot guess.
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
@@ -150,13 +151,15 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
             accepted = {**accepted, "anyOf": [{"enum": list(api.settings.served_model_names)}]}
         shorter = _SHORT_FORMS.get((name, field), [])
         if field == "stop":
-            shorter = [{**_TEXT, "minLength": 1} if name in _EFFECTIVE else _TEXT]
+            shorter = [_TEXT]
+        elif issubclass(model, StrictModel) and field in choosing_fields(model):
+            shorter = [*shorter, _EMPTY]
         properties[field] = _union(accepted, [*shorter, *([] if field in required else [_NULL])])
     place = getattr(model, "place", "")
     for field in sorted(IGNORED.get(place, ())):
         properties.setdefault(field, {"description": "Accepted without effect."})
     for field, noop in NOOP.get(place, {}).items():
-        properties.setdefault(field, {"enum": [*noop.values, None], "description": f"Otherwise: {noop.instead}."})
+        properties.setdefault(field, {"enum": [*noop.values, "", None], "description": f"Otherwise: {noop.instead}."})
     if name == "ChatBody":
         extra = {"type": ["object", "null"], "description": "Fields of the body, read as if they stood beside it."}
         properties["extra_body"] = extra

@@ -163,6 +163,7 @@ class ResponseStreamOptions(StrictModel):
     """Options of a stream; none changes it."""
 
     place: ClassVar[str] = "stream_options"
+    include_usage: bool | None = Field(None, description="Accepted without effect: the last event has the usage.")
 
 
 class ResponsesBody(ThinkingFields):

@@ -7,8 +7,10 @@ inside ``extra_body``. Ranges are checked by the planning stage, which owns them
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -31,15 +33,11 @@ _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body'
 
 
 MAX_DIGITS = 4000  # of a number; Python itself stops a little later
-# Some clients write a choice that was not made as an empty text.
-Effort = Annotated[
-    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "auto", "default"] | None,
-    BeforeValidator(lambda effort: effort or None),
-]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "auto", "default"] | None
 
 
 class StrictModel(BaseModel):
-    """No coercion and no NaN. ``null`` means not given for every field.
+    """No coercion and no NaN. ``null`` means not given for every field, an empty text for those that choose.
 
     ``place`` names the tables of :mod:`noop_fields` that apply; any other unknown field is
     refused with the names of the known ones.
@@ -54,9 +52,10 @@ class StrictModel(BaseModel):
         if not isinstance(value, dict):
             return value
         ignored, noop = IGNORED.get(cls.place, frozenset()), NOOP.get(cls.place, {})
+        choosing = choosing_fields(cls)
         kept = {}
         for name, member in value.items():
-            if member is None or name in ignored:
+            if member is None or name in ignored or (member == "" and name in choosing):
                 continue
             if name in cls.model_fields:
                 kept[name] = member
@@ -65,6 +64,24 @@ class StrictModel(BaseModel):
             elif not noop[name].permits(member):
                 raise noop_field(name, member, noop[name].values, noop[name].instead)
         return kept
+
+
+@functools.cache
+def choosing_fields(model: type[StrictModel]) -> frozenset[str]:
+    """The fields of ``model`` that choose among names and may be left out: clients write "" for no choice."""
+    return frozenset(
+        name
+        for name, field in model.model_fields.items()
+        if name in ("model", "stop")
+        or (not field.is_required() and name != "type" and _chooses(field.annotation))
+        or (name in FIELD_NAMES and REQUEST_FIELDS[FIELD_NAMES[name]].choices)
+    )
+
+
+def _chooses(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return True
+    return get_origin(annotation) in (Annotated, Union, types.UnionType) and any(map(_chooses, get_args(annotation)))
 
 
 def _to_integer(value: Any) -> Any:
@@ -131,15 +148,19 @@ else:
 
 
 class TemplateOptions(StrictModel):
-    """``chat_template_kwargs`` of other servers: both names switch thinking."""
+    """``chat_template_kwargs`` of other servers: the switches of thinking."""
 
+    place: ClassVar[str] = "template_options"
     enable_thinking: bool | None = None
     thinking: bool | None = None
+    reasoning_effort: Effort = None
+    thinking_budget: int | None = None
 
 
 class Thinking(StrictModel):
     """``thinking`` as Anthropic's API has it."""
 
+    place: ClassVar[str] = "thinking"
     type: Literal["enabled", "disabled", "adaptive", "auto"] | None = None
     budget_tokens: int | None = None
 
@@ -164,10 +185,14 @@ class ThinkingFields(GenerationFields):
             on = None if self.thinking.type is None else self.thinking.type != "disabled"
             switches.append(("think", "thinking", on))
             switches.append(("max_think_tokens", "thinking.budget_tokens", self.thinking.budget_tokens))
-        if self.chat_template_kwargs is not None:
-            for name in ("enable_thinking", "thinking"):
-                value = getattr(self.chat_template_kwargs, name)
-                switches.append(("think", f"chat_template_kwargs.{name}", value))
+        if (options := self.chat_template_kwargs) is not None:
+            effort = None if options.reasoning_effort is None else thinks(options.reasoning_effort)
+            switches += [
+                ("think", "chat_template_kwargs.enable_thinking", options.enable_thinking),
+                ("think", "chat_template_kwargs.thinking", options.thinking),
+                ("think", "chat_template_kwargs.reasoning_effort", effort),
+                ("max_think_tokens", "chat_template_kwargs.thinking_budget", options.thinking_budget),
+            ]
         return switches
 
 
