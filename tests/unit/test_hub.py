@@ -120,8 +120,8 @@ def test_a_repository_of_another_model_is_refused_before_anything_is_downloaded(
         ((404, "RepoNotFound", b""), r"checkpoint {name} is neither a folder here nor a repository at {url}; .*"),
         ((401, "", b""), r"checkpoint {name} is neither a folder here nor a repository at {url}; .* needs HF_TOKEN"),
         ((403, "GatedRepo", b""), r"checkpoint {name} is gated: accept its terms at {url}/{name}, and set HF_TOKEN"),
-        ((503, "", b""), r"checkpoint {name} is not in the cache, and {url} answered with an error: .*503.*"),
-        ((200, "", b"<html>"), r"checkpoint {name} is not in the cache .*, and {url} cannot be reached: .*"),
+        ((503, "", b""), r"checkpoint {name} is not in the .* cache .*, and {url} answered with an error: .*503.*"),
+        ((200, "", b"<html>"), r"checkpoint {name} is not in the .* cache .*, and {url} cannot be reached: .*"),
     ],
 )
 def test_a_hub_that_refuses_is_one_line(hub: Hub, failure: tuple[int, str, bytes], said: str) -> None:
@@ -132,8 +132,26 @@ def test_a_hub_that_refuses_is_one_line(hub: Hub, failure: tuple[int, str, bytes
 def test_without_a_network_the_error_names_what_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, tmp_path, "http://127.0.0.1:9")
     message = refusal(NAME)
-    assert message.startswith(f"checkpoint {NAME} is not in the cache {tmp_path / 'hub'}, and http://127.0.0.1:9 can")
+    assert message.startswith(f"checkpoint {NAME} is not in the Hugging Face cache {tmp_path / 'hub'}, and http://")
     assert message.endswith("; without a network give a folder")
+
+
+def test_without_a_network_an_incomplete_cache_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (find_checkpoint(NAME) / WEIGHTS).unlink()
+    use(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    lacks = f"is not complete in the Hugging Face cache {tmp_path / 'hub'}, which misses {WEIGHTS}"
+    assert refusal(NAME).startswith(f"checkpoint {NAME} {lacks}")
+
+
+def test_the_progress_bar_counts_bytes(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # shown where there is no terminal too
+    find_checkpoint(NAME)
+    *_, last = capfd.readouterr().err.strip().split("\r")
+    assert re.fullmatch(r"downloading: 100%\|.*\| +7\.\d+MB / +7\.\d+MB.*", last.strip())
 
 
 def test_offline_only_the_cache_is_looked_at(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +164,7 @@ def test_offline_only_the_cache_is_looked_at(hub: Hub, tmp_path: Path, monkeypat
     use(monkeypatch, tmp_path, hub.url, offline=True)
     assert find_checkpoint(NAME) == folder
     (folder / WEIGHTS).unlink()
-    assert f"checkpoint {NAME} misses {WEIGHTS}" in refusal(NAME)
+    assert f"which misses {WEIGHTS}" in refusal(NAME)
 
 
 def test_a_full_disk_is_noticed_before_the_download(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import bagel_triton
+from bagel_triton.kv.connectors import mooncake
 from bagel_triton.serving import cli, tritonserver
+from tests.support.connectors import require_mooncake
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 
@@ -199,11 +201,15 @@ def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path
     [
         ("{name: cuda_ipc}", "connector='cuda_ipc' needs stages on CUDA; they are on cpu"),
         ("{name: mooncake_store}", "connector='mooncake_store' needs extra.master, the HOST:PORT of a mooncake_master"),
+        ("{name: mooncake_store, extra: {master: '127.0.0.1:9'}}", "no mooncake_master answers at 127.0.0.1:9"),
+        ("{name: mooncake, extra: {protocol: rdma}}", "protocol='rdma' needs an RDMA device"),
     ],
 )
 def test_a_connector_that_cannot_be_used_is_refused_before_anything_starts(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, connector: str, reason: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, connector: str, reason: str
 ):
+    require_mooncake()
+    monkeypatch.setattr(mooncake, "RDMA_DEVICES", tmp_path / "infiniband")
     deploy = tmp_path / "deploy.yaml"
     deploy.write_text(f"connectors: {{one: {connector}}}")
     options = ("--port", "0", "--device", "cpu", "--deploy-config", str(deploy))

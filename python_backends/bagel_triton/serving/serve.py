@@ -365,13 +365,31 @@ def _configuration(options: ServeOptions) -> deploy_yaml.Deployment:
         found = deploy_yaml.resolve(path, options.checkpoint, options.overrides)
         if master is None:
             config = hosts.on_this_host(found.config, options.stage_id, options.host_address, options.headless)
-            return replace(found, config=config)
-        # Checked with another address in place of the one that is not known yet.
-        hosts.refuse_addresses(found.config)
-        _with_stage_1(options, found.config, "{}:{}".format(*master))
+            found = replace(found, config=config)
+        else:  # checked with another address in place of the one that is not known yet
+            hosts.refuse_addresses(found.config)
+            config = _with_stage_1(options, found.config, "{}:{}".format(*master))
     except ConfigError as error:
         raise CommandError(str(error)) from error
+    _check_mooncake(config)
     return found
+
+
+def _check_mooncake(config: DeployConfig) -> None:
+    """Refuse a Mooncake that could not start here, before a stage finds out and the reason is in Triton's log."""
+    if config.connector not in hosts.BETWEEN_HOSTS:
+        return
+    from bagel_triton.kv.connectors import mooncake, mooncake_store
+    from bagel_triton.kv.connectors.base import ConnectorUnavailable
+
+    try:
+        if config.connector == "mooncake":
+            mooncake.check_here(config.mooncake)
+        elif config.mooncake_store.master:  # without one the connector is refused where it is chosen
+            mooncake.check_here(config.mooncake_store)
+            mooncake_store.check_master(config.mooncake_store)
+    except ConnectorUnavailable as error:
+        raise CommandError(str(error)) from error
 
 
 def _master(options: ServeOptions) -> tuple[str, int] | None:

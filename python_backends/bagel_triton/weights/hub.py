@@ -93,18 +93,28 @@ def checkpoint_name(directory: Path) -> str:
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE)
-    snapshot = _snapshot(_folder(cache, name), revision)
-    missing = [] if snapshot is None else missing_files(snapshot)
-    if snapshot is not None and not missing:
+    snapshot = _snapshot(_folder(Path(constants.HF_HUB_CACHE), name), revision)
+    if snapshot is not None and not missing_files(snapshot):
         return snapshot
     if not constants.HF_HUB_OFFLINE:
         return _download_apart(name, revision)
     at = "" if revision is None else f" at revision {revision}"
-    what = f"misses {', '.join(missing)}" if missing else f"is not in the Hugging Face cache {cache}"
     raise CheckpointError(
-        f"checkpoint {name}{at} {what}, and HF_HUB_OFFLINE is set: no download; unset it, or give a folder"
+        f"checkpoint {name}{at} {_absence(name, revision)}, and HF_HUB_OFFLINE is set: no download; unset it, or give "
+        "a folder"
     )
+
+
+def _absence(name: str, revision: str | None) -> str:
+    """What the cache lacks of the repository ``name``, as an error says it."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    snapshot = _snapshot(_folder(cache, name), revision)
+    missing = [] if snapshot is None else missing_files(snapshot)
+    if missing:
+        return f"is not complete in the Hugging Face cache {cache}, which misses {', '.join(missing)}"
+    return f"is not in the Hugging Face cache {cache}"
 
 
 def _folder(cache: Path, name: str) -> Path:
@@ -171,7 +181,7 @@ def download(name: str, revision: str | None = None) -> Path:
         print(f"downloading {name}{at} from {constants.ENDPOINT} to {cache}: {_readable(size)}", file=sys.stderr)
         # By its name and not by its commit, so that the cache knows the branch.
         patterns = [glob.escape(file) for file in wanted]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=_progress_bar(size)))
     except CheckpointError:
         raise
     except OSError as error:
@@ -185,6 +195,26 @@ def download(name: str, revision: str | None = None) -> Path:
         raise _broken_off(name, error) from error
     except Exception as error:  # huggingface_hub raises what its HTTP library and the Xet client raise
         raise _broken_off(name, error) from error
+
+
+def _progress_bar(size: int) -> Any:
+    """The class of huggingface_hub's progress bars, of which it shows one: that of ``size`` bytes on the disk."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bytes(tqdm):
+        # The files' sizes come one by one, as each file's turn comes.
+        total = property(lambda self: size, lambda self, value: None)
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if options.get("unit") != "B" or str(options.get("name")).endswith(".transfer"):
+                options["disable"] = True
+            super().__init__(*args, **{**options, "desc": "downloading"})  # type: ignore[no-untyped-call]
+
+        def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
+            """Leave it as it is, and show the end."""
+            self.refresh()
+
+    return Bytes
 
 
 def _listing(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
@@ -210,11 +240,11 @@ def _listing(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
                 f"the published one is {HUB_NAME}, and a private one needs HF_TOKEN"
             ) from error
         raise CheckpointError(
-            f"checkpoint {name} is not in the cache, and {endpoint} answered with an error: {_reason(error)}"
+            f"checkpoint {name} {_absence(name, revision)}, and {endpoint} answered with an error: {_reason(error)}"
         ) from error
     except Exception as error:  # the HTTP library's own, whichever one it is
         raise CheckpointError(
-            f"checkpoint {name} is not in the cache {constants.HF_HUB_CACHE}, and {endpoint} cannot be reached: "
+            f"checkpoint {name} {_absence(name, revision)}, and {endpoint} cannot be reached: "
             f"{_reason(error)}; without a network give a folder"
         ) from error
     return {file.rfilename: file for file in info.siblings or ()}, str(info.sha)

@@ -17,7 +17,7 @@ environment bound them. Peers need no master and no metadata server.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -40,6 +40,7 @@ from bagel_triton.protocol.messages import KVGeometry, KVHandle, MooncakeAddress
 
 log = logging.getLogger(__name__)
 PACKAGE = "mooncake-transfer-engine-non-cuda"
+MISSING = f"connector=mooncake needs the Python package {PACKAGE}: install the extra bagel-triton[mooncake]"
 RDMA_DEVICES = Path("/sys/class/infiniband")
 # Debian's names of the packages with the libraries that the wheel expects of the system.
 SYSTEM_PACKAGES = {"libibverbs.so.1": "libibverbs1", "libnuma.so.1": "libnuma1", "libcurl.so.4": "libcurl4"}
@@ -108,9 +109,7 @@ def load(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConnectorUnavailable(
-            f"connector=mooncake needs the Python package {PACKAGE}: install the extra bagel-triton[mooncake]"
-        ) from error
+        raise ConnectorUnavailable(MISSING) from error
     except ImportError as error:
         found = re.match(r"(lib\S+\.so\S*): cannot open shared object file", str(error))
         if found is None:
@@ -122,13 +121,24 @@ def load(module: str) -> Any:
         ) from error
 
 
+def check_here(config: MooncakeConfig) -> None:
+    """Refuse what could not start on this machine, without loading the library.
+
+    Raises:
+        ConnectorUnavailable: the package or the RDMA device is missing.
+    """
+    if importlib.util.find_spec("mooncake") is None:
+        raise ConnectorUnavailable(MISSING)
+    check_device(config)
+
+
 def prepare(config: MooncakeConfig) -> None:
     """Set options that the library only reads from the environment, when an engine starts.
 
     Raises:
         ConnectorUnavailable: the RDMA device is missing.
     """
-    _check_device(config)
+    check_device(config)
     if config.protocol == "tcp":  # it may choose RDMA otherwise
         os.environ["MC_FORCE_TCP"] = "1"
     # Limits for a transfer to a silent peer.
@@ -136,8 +146,8 @@ def prepare(config: MooncakeConfig) -> None:
         os.environ[variable] = str(config.timeout_s)
 
 
-def _check_device(config: MooncakeConfig) -> None:
-    """Refuse a missing RDMA device; the library would fall back to TCP silently."""
+def check_device(config: MooncakeConfig) -> None:
+    """Refuse a missing RDMA device; the library would fall back to TCP silently, or abort."""
     if config.protocol != "rdma":
         return
     devices = sorted(path.name for path in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []

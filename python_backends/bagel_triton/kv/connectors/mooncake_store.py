@@ -59,7 +59,7 @@ class ObjectStore:
     def __init__(self, config: MooncakeStoreConfig, segment: int = 0) -> None:
         library = load("mooncake.store")
         prepare(config)
-        _check_master(config)
+        check_master(config)
         self._config = config
         self._pinned = library.ReplicateConfig()
         self._pinned.with_hard_pin = True  # a lease's contents must not be evicted
@@ -133,7 +133,7 @@ class ObjectStore:
         return answer
 
 
-def _check_master(config: MooncakeStoreConfig) -> None:
+def check_master(config: MooncakeStoreConfig) -> None:
     """Refuse a master that does not answer; the library would retry for minutes."""
     host, _, port = config.master.rpartition(":")
     try:
