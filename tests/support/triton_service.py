@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bagel_triton.deploy.topology import MODELS
 from bagel_triton.protocol.messages import encode
-from bagel_triton.protocol.sleep import SleepState
+from bagel_triton.protocol.sleep import SleepState, State, decode_sleep_call
 from bagel_triton.triton.tickets import StageStatus, TicketAnswer, decode_call
 
 
@@ -28,6 +28,8 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self.answers: dict[str, str | ValueError] = {}
         self.answers_after_s = 0.0
         self.draining, self.work_of_others = False, 0  # what a stage reports of itself
+        self.states: list[State] = ["awake"]  # of the server, the last one for ever
+        self.calls: list[str] = []  # of sleep's actions
         self.asked: list[tuple[str, str]] = []
 
     def ModelReady(self, request: Any, context: Any) -> Any:
@@ -51,10 +53,12 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         return response
 
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
-        """The orchestrator's answer to a call of sleep's: it is awake."""
+        """The orchestrator's answer to a call of sleep's: the next of ``states``."""
         for request in requests:
             assert [tensor.name for tensor in request.inputs] == ["sleep"]
-            answer = msgspec.json.encode(SleepState("awake"))
+            self.calls.append(decode_sleep_call(request.raw_input_contents[0][4:]).action)
+            state = self.states[0] if len(self.states) == 1 else self.states.pop(0)
+            answer = msgspec.json.encode(SleepState(state, 0, "wait" if state == "awake" else "refuse"))
             response = service_pb2.ModelInferResponse(model_name=request.model_name)
             response.outputs.add(name="event", datatype="BYTES", shape=[1])
             response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)

@@ -6,7 +6,7 @@ import dataclasses
 import http.server
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from proxy_fake import CHAT, NAMES, SETTINGS, FakeClient, chat_body
@@ -17,6 +17,7 @@ import bagel_triton
 from bagel_triton.deploy.topology import BAGEL
 from bagel_triton.openai.app import create_app
 from bagel_triton.protocol import errors
+from bagel_triton.protocol.sleep import SleepState
 
 
 def test_the_model_is_listed_once_with_its_modalities() -> None:
@@ -54,6 +55,15 @@ def test_it_is_ready_only_when_every_model_is(path: str) -> None:
     reply = api(FakeClient(ready=errors.StageUnavailable("Triton is away"))).get(path)
     assert (reply.status_code, reply.json()["message"]) == (503, "Triton is away")
     assert not any(reply.json()["models"].values())
+
+
+@pytest.mark.parametrize("state", ["draining", "drained"])
+def test_a_balancer_leaves_a_server_that_drains(state: Literal["draining", "drained"]) -> None:
+    client = FakeClient()
+    client.asleep = SleepState(state, 0, "refuse")
+    for path, status in (("/health/ready", 503), ("/health", 200), ("/health/live", 200)):
+        assert api(client).get(path).status_code == status
+    assert api(client).get("/health/ready").json()["status"] == state
 
 
 def test_it_is_live_while_triton_is_away() -> None:

@@ -237,6 +237,19 @@ def test_requests_are_refused_time_out_or_leave_meanwhile(prefix: str) -> None:
         pass
 
 
+def test_a_server_that_drains_finishes_its_requests_and_refuses_others(prefix: str) -> None:
+    one, other = server(prefix, "wait"), server(prefix, "wait")
+    with one.request(never, 1.0, lambda: None):
+        assert other.answer(SleepCall("drain"), never) == SleepState("draining", 0, "refuse")
+        with pytest.raises(StageUnavailable, match="the server drains: it finishes the requests that it has"):
+            other.request(never, 1.0, lambda: None).__enter__()
+        assert one.answer(SleepCall("state"), never).state == "draining"
+    assert one.answer(SleepCall("state"), never).state == "drained"
+    assert one.answer(SleepCall("resume"), never) == SleepState("awake", 0, "wait")
+    with other.request(never, 1.0, lambda: None):
+        pass
+
+
 def test_a_stage_that_fails_to_sleep_or_wake_is_named(prefix: str) -> None:
     failing = FakeSleeper("INTERNAL: Internal(): no room")
     with pytest.raises(StageUnavailable, match="stage 1 could not sleep: no room"):

@@ -1,8 +1,9 @@
-"""Whether a server sleeps, as all of its processes see it.
+"""Whether a server sleeps or drains, as all of its processes see it.
 
-Two files in shared memory. ``PREFIX_asleep`` is there from the moment a sleep begins until the server is awake again,
-and has its level. ``PREFIX_awake`` carries a shared lock of each orchestrator with requests in flight, so a sleep
-begins once its exclusive lock can be taken. The kernel drops the lock of a process that dies.
+Three files in shared memory. ``PREFIX_asleep`` is there from the moment a sleep begins until the server is awake again,
+and has its level. ``PREFIX_draining`` is there while the server takes no new requests. ``PREFIX_awake`` carries a
+shared lock of each orchestrator with requests in flight, so a sleep begins once its exclusive lock can be taken. The
+kernel drops the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class SleepGate:
 
     def __init__(self, prefix: str, directory: Path = SHM_DIRECTORY) -> None:
         self._marker, self._path = directory / f"{prefix}_asleep", directory / f"{prefix}_awake"
+        self._draining = directory / f"{prefix}_draining"
         self._lock, self._count, self._held = threading.Lock(), 0, -1
 
     @property
@@ -29,6 +31,18 @@ class SleepGate:
             return int(self._marker.read_text())
         except FileNotFoundError:
             return 0
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining.exists()
+
+    def drain(self, on: bool) -> None:
+        """Refuse new requests, or take them again."""
+        if on:
+            self._draining.touch()
+        else:
+            self._draining.unlink(missing_ok=True)
 
     def enter(self) -> bool:
         """Count a request in, until :meth:`leave`; False while the server sleeps."""

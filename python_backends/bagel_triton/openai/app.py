@@ -200,7 +200,8 @@ def _health_routes(api: Api, metrics: HttpMetrics) -> list[Route]:
         if found.asleep is not None:
             # vLLM's /health is 200 while it sleeps. A balancer must not choose a server that refuses.
             refuses = found.asleep.while_asleep == "refuse" and request.url.path == "/health/ready"
-            return JSONResponse({"status": "asleep", **body}, 503 if refuses else 200)
+            drains = found.asleep.state in ("draining", "drained")
+            return JSONResponse({"status": found.asleep.state if drains else "asleep", **body}, 503 if refuses else 200)
         return JSONResponse({"status": "ready", **body})
 
     async def live(request: Request) -> Response:

@@ -39,7 +39,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("bagel_triton.serving.serve", "start Triton and the OpenAI API on a checkpoint"),
     "proxy": Command("bagel_triton.serving.proxy", "start the OpenAI API alone, for a Triton that runs elsewhere"),
-    "drain": Command("bagel_triton.serving.drain", "take a server of stage 1 out of service once its work is done"),
+    "drain": Command("bagel_triton.serving.drain", "take a server out of service once its work is done"),
     "demo": Command("bagel_triton.serving.demo", "serve a checkpoint, run one request of each task, stop"),
     "config": Command("bagel_triton.serving.config", "print a resolved deploy file, and the origin of each value"),
     "memory": Command("bagel_triton.serving.memory", "show the memory that each stage of a configuration takes"),

@@ -1,17 +1,24 @@
-"""``bagel-triton drain``: take one server of stage 1 out of service without losing a request, or put it back."""
+"""``bagel-triton drain``: take one server out of service without losing a request, or put it back.
+
+A server that clients call refuses their new requests at its orchestrator. One of stage 1 refuses the jobs of stage 0,
+which gives them to another.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import math
 import time
 from collections.abc import Sequence
 
-from bagel_triton.deploy.topology import DECODER, DIT
+from bagel_triton.deploy.topology import DECODER, DIT, ORCHESTRATOR
+from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import BagelError, Internal
 from bagel_triton.protocol.intervals import WATCH_S
+from bagel_triton.protocol.sleep import SleepCall
 from bagel_triton.serving import CommandError, flags
-from bagel_triton.triton.client import READY_S, TritonServer
+from bagel_triton.triton.client import READY_S, TritonClient, TritonServer
 from bagel_triton.triton.tickets import Drain, StageStatus, Status, exchange
 
 IDLE_S = 1.0  # between the end of a request's denoising and the call that has it decoded
@@ -19,24 +26,26 @@ IDLE_S = 1.0  # between the end of a request's denoising and the call that has i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("address", metavar="HOST:PORT", help="stage 1's Triton gRPC, as its READY line has it")
+    parser.add_argument("address", metavar="HOST:PORT", help="its Triton gRPC, as `serve` prints it")
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="for the jobs in flight (default: %(default)s)"
+        "--timeout", type=float, default=600.0, metavar="S", help="for what is in flight (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="take requests again")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Have the server refuse new jobs, and wait for those that it has.
+    """Have the server refuse new requests, and wait for those that it has.
 
     Raises:
-        CommandError: it does not answer, or jobs are left after the timeout.
+        CommandError: it does not answer, or work is left after the timeout.
     """
     if not 0 <= args.timeout < math.inf:
         raise CommandError(f"--timeout={args.timeout:g} is not allowed; allowed: seconds >= 0")
     address = flags.host_port("HOST:PORT", args.address)
     server = TritonServer(address)
     try:
+        if server.is_ready(ORCHESTRATOR):
+            return asyncio.run(_drain_orchestrator(address, args.timeout, args.resume))
         set_draining(server, not args.resume)
         if args.resume:
             print(f"{address} takes requests again")
@@ -50,6 +59,26 @@ def run(args: argparse.Namespace) -> int:
     finally:
         server.close()
     return 0
+
+
+async def _drain_orchestrator(address: str, timeout_s: float, resume: bool) -> int:
+    """Have the server that clients call refuse new requests, and wait for those that it has; or take them again."""
+    client, ends = TritonClient(ProxySettings(address, (ORCHESTRATOR,))), time.monotonic() + timeout_s
+    try:
+        state = await client.sleep(SleepCall("resume" if resume else "drain"))
+        if resume:
+            print(f"{address} takes requests again")
+            return 0
+        print(f"{address} takes no more requests", flush=True)
+        while state.state != "drained":
+            if time.monotonic() > ends:
+                raise CommandError(f"requests are left at {address} after {timeout_s:g} s; it still drains")
+            await asyncio.sleep(WATCH_S)
+            state = await client.sleep(SleepCall("state"))
+        print(f"{address} is idle")
+        return 0
+    finally:
+        await client.close()
 
 
 def stage_status(server: TritonServer, model: str, timeout_s: float = READY_S) -> StageStatus:

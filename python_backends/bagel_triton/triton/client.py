@@ -71,7 +71,7 @@ class StageResponse:
 class Readiness:
     """Whether each model is ready, and the state of each server of stage 1 by its address: ready, draining, down.
 
-    ``asleep`` is the state of a server that sleeps.
+    ``asleep`` is the state of a server that sleeps or drains.
     """
 
     models: dict[str, bool]
@@ -218,9 +218,9 @@ class TritonClient:
         return Readiness(here | elsewhere, states_of, asleep)
 
     async def _asleep(self) -> SleepState | None:
-        """The state of the server where it sleeps; where its processes run on this host a file says that it does."""
+        """The state of the server where it sleeps or drains, which a file says where its processes run on this host."""
         prefix = self._settings.shm_prefix
-        if prefix is not None and not SleepGate(prefix).level:
+        if prefix is not None and not ((gate := SleepGate(prefix)).level or gate.draining):
             return None
         try:
             async with asyncio.timeout(self._settings.ready_timeout_s):

@@ -209,6 +209,7 @@ class Orchestrator:
             self._local.close()
         if self.streams:
             self._gate.open()
+            self._gate.drain(False)
         self._outbox.close()
         self._tracing.close()
         if self._metrics is not None:

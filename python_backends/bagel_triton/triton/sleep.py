@@ -76,7 +76,9 @@ class ServerSleep:
         Raises:
             BagelError: a stage failed or does not answer.
         """
-        if call.action != "state":
+        if call.action in ("drain", "resume"):
+            self._gate.drain(call.action == "drain")
+        elif call.action != "state":
             with self._lock:
                 try:
                     self._sleep(call.level, gone) if call.action == "sleep" else self._wake()
@@ -84,6 +86,8 @@ class ServerSleep:
                     self._changing = None
                     self._metrics.gauge("asleep", float(self._gate.level > 0))
         level = self._gate.level
+        if self._gate.draining:
+            return SleepState("drained" if self._gate.idle else "draining", level, "refuse")  # type: ignore[arg-type]
         state: State = self._changing or ("asleep" if level else "awake")
         return SleepState(state, level, self._policy)  # type: ignore[arg-type]
 
@@ -94,12 +98,13 @@ class ServerSleep:
         ``waiting`` is called once a second meanwhile.
 
         Raises:
+            StageUnavailable: the server drains.
             Asleep: the server sleeps, and refuses requests.
             Cancelled: the client left.
             DeadlineExceeded: ``timeout_s`` passed.
         """
         began = told = time.monotonic()
-        while not self._gate.enter():
+        while not self._enter():
             now = time.monotonic()
             if self._policy == "refuse":
                 raise Asleep("the server is asleep; try again later")
@@ -115,6 +120,16 @@ class ServerSleep:
             yield time.monotonic() - began
         finally:
             self._gate.leave()
+
+    def _enter(self) -> bool:
+        """Count a request in; False while the server sleeps."""
+        entered = self._gate.enter()
+        # Looked at once the request counts: a drain that begins now waits for it.
+        if not self._gate.draining:
+            return entered
+        if entered:
+            self._gate.leave()
+        raise StageUnavailable("the server drains: it finishes the requests that it has and takes no new ones")
 
     def _sleep(self, level: int, gone: Callable[[], bool]) -> None:
         before = self._gate.level
