@@ -68,12 +68,14 @@ def write_published(folder: Path) -> None:
 
 
 def _write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int) -> None:
+    # In the order of names and aligned, as safetensors itself writes it.
     header, end = {}, 0
-    for name, shape in shapes.items():
+    for name, shape in sorted(shapes.items()):
         size = torch.Size(shape).numel() * itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         file.truncate(file.tell() + end)

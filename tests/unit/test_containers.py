@@ -42,7 +42,7 @@ def test_a_profile_starts_the_server_and_what_watches_it(compose: dict[str, Any]
 def test_every_service_starts_with_options_that_there_are(compose: dict[str, Any]) -> None:
     for name, command in commands(compose).items():
         parser, _ = build_parser(command)
-        parsed = parser.parse_args(command)
+        parsed = parser.parse_args([re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word) for word in command])
         deploy = getattr(parsed, "deploy_config", None)
         if deploy and deploy.startswith("/opt/containers/"):
             assert (ROOT / "build/containers" / Path(deploy).name).is_file(), name
@@ -68,8 +68,9 @@ def test_prometheus_scrapes_each_api_and_grafana_reads_it(compose: dict[str, Any
     folder = ROOT / "build" / "containers"
     scraped = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
     targets = {target for config in scraped for group in config["static_configs"] for target in group["targets"]}
-    serving = {name for name, command in commands(compose).items() if "--headless" not in command}
-    assert targets == {f"{name}:8091" for name in serving}
+    ports = {name: 8002 if "--headless" in command else 8091 for name, command in commands(compose).items()}
+    assert targets == {f"{name}:{port}" for name, port in ports.items()}
+    assert {"--triton-metrics-host=0.0.0.0", "--triton-metrics-port=8002"} <= set(commands(compose)["stage1"])
     [source] = yaml.safe_load((folder / "grafana" / "datasources.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     [provider] = yaml.safe_load((folder / "grafana" / "dashboards.yaml").read_text())["providers"]
@@ -93,6 +94,12 @@ def test_hadolint_has_no_objections() -> None:
         pytest.skip("hadolint is not here: install the extra bagel-triton[charts]")
     found = subprocess.run([program, ROOT / "build" / "Dockerfile"], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (0, "")
+
+
+def test_the_image_has_what_stages_on_two_hosts_need(compose: dict[str, Any]) -> None:
+    [default] = [text for name, text in instructions(ROOT / "build" / "Dockerfile") if text.startswith("EXTRAS=")]
+    assert default == f"EXTRAS={compose['x-image']['build']['args']['EXTRAS'].partition(':-')[2].rstrip('}')}"
+    assert "mooncake" in default
 
 
 def test_the_images_requirements_are_the_projects_without_a_second_tritonserver(tmp_path: Path) -> None:

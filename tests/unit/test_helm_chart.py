@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from bagel_triton.deploy.config import POLICIES
 from bagel_triton.serving.cli import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +107,30 @@ def test_prometheus_gets_the_key_that_the_api_wants() -> None:
     [api], [stage1] = (objects[f"ServiceMonitor/bagel-stage{n}"]["spec"]["endpoints"] for n in (0, 1))
     assert api["authorization"]["credentials"] == {"name": "bagel-key", "key": "api-key"}
     assert "authorization" not in stage1
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"stage1": {"lbPolicy": "foo"}}, "lbPolicy"),
+        ({"servedModelNames": []}, "servedModelNames"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"shmSize": "many"}, "shmSize"),
+        ({"stage0": {"replica": 3}}, "replica"),
+        ({"stage1": {"extraArgs": "--max-num-seqs=4"}}, "extraArgs"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(Exception, match=f"(?s)schema.*{named}"):
+        render({"checkpoint": {"claim": "models"}, **values})
+
+
+def test_the_schema_knows_every_policy_and_every_value() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    assert tuple(schema["stage1"]["properties"]["lbPolicy"]["enum"]) == POLICIES
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    for names, known in ((values, schema), (values["stage1"], schema["stage1"]["properties"])):
+        assert names.keys() <= known.keys()
 
 
 def test_a_chart_without_a_checkpoint_says_what_is_missing() -> None:

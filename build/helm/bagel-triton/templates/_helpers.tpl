@@ -64,6 +64,7 @@ volumeMounts:
 
 {{/* Options of `serve` that both workloads have. */}}
 {{- define "bagel.args" -}}
+- --dtype={{ .root.Values.dtype }}
 - --init-timeout={{ .root.Values.initTimeout }}
 - --shutdown-timeout={{ .root.Values.shutdownTimeout }}
 {{- range concat .root.Values.extraArgs .values.extraArgs }}
