@@ -11,6 +11,7 @@ from bagel_triton.protocol.request import GenerationRequest
 
 EVERY_FIELD: dict[str, Any] = {
     "negative_prompt": "blurry",
+    "lora": "style",
     "height": 768,
     "width": 512,
     "num_inference_steps": 25,

@@ -142,7 +142,11 @@ ONE_LINE = [
     ),
     (
         "stages: [{stage_id: 0, lora_modules: x}]",
-        ":1: stages[stage_id=0].lora_modules='x' is not supported: name one",
+        ":1: stages[stage_id=0].lora_modules='x' is not allowed; allowed: NAME=FOLDER",
+    ),
+    (
+        "lora_modules: [{name: a, path: x}, a=y]",
+        ":1: lora_modules names the adapter 'a' twice; allowed: once",
     ),
     (
         "lora_path: x\nstages: [{stage_id: 1, lora_path: y}]",

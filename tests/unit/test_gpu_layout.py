@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.cases import Case, load_cases
+from tests.support.lora import write_layers
 from tests.support.nearness import relative_rms
 from tests.support.runs import generate, generate_together, result_of, think
 
@@ -61,8 +63,17 @@ def _replays(cache: GraphCache[Any]) -> list[int]:
     return [met.graph.replays for met in cache._met.values() if isinstance(met.graph, Replayed)]
 
 
+def config(**fields: Any) -> DeployConfig:
+    return DeployConfig(str(DATA / "tiny-a"), device="cpu", dtype="float32", **fields)
+
+
 @pytest.fixture(scope="module")
-def stages() -> Iterator[LocalStages]:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_layers(tmp_path_factory.mktemp("adapter") / "style", seed=1, rank=4)
+
+
+@pytest.fixture(scope="module")
+def stages(adapter: str) -> Iterator[LocalStages]:
     """Engines that take the CPU for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("model.device", "engine.thinker.prefill", "engine.dit.engine"):
@@ -71,7 +82,7 @@ def stages() -> Iterator[LocalStages]:
         for module in ("engine.thinker.prefill", "engine.dit.steps"):
             patch.setattr(f"bagel_triton.{module}.attention_kernel", lambda device, dtype: flash)
         patch.setattr(GraphCache, "_capture", _captured)
-        stages = LocalStages(DeployConfig(str(DATA / "tiny-a"), device="cpu", dtype="float32"))
+        stages = LocalStages(config(lora_modules={"style": adapter}))
         steps, decode = stages.dit._steps, stages.thinker._prefiller._graphs
         assert isinstance(steps, DeviceSteps)
         assert isinstance(steps._forward, CudaExecutor)
@@ -95,6 +106,23 @@ def test_an_image_is_the_one_recorded(stages: LocalStages, case: Case) -> None:
 def test_a_text_is_the_one_recorded(stages: LocalStages, case: Case) -> None:
     (answer,) = result_of(stages.think(result_of(stages.expand(case.request)))).answers
     assert answer.content == case.text
+
+
+def test_rows_of_an_adapter_are_those_of_merged_weights(stages: LocalStages, adapter: str) -> None:
+    """Beside rows without one; a text and a step that have an adapter are no graphs."""
+    request, words = (next(case.request for case in CASES if case.name == name) for name in ("t2i_default", "chat"))
+    styled, said = (msgspec.structs.replace(one, lora="style") for one in (request, words))
+    both = generate_together(stages, [request, styled])
+    (text,) = result_of(stages.think(result_of(stages.expand(said)))).answers
+    merged = LocalStages(config(lora_path=adapter))
+    try:
+        expected = [generate(stages, request), generate(merged, request)]
+        (answer,) = result_of(merged.think(result_of(merged.expand(words)))).answers
+    finally:
+        merged.close()
+    assert text.content == answer.content
+    for run, other in zip(both, expected, strict=True):
+        assert relative_rms(run.latents[0].tokens, other.latents[0].tokens) < RMS
 
 
 def test_images_of_several_requests_share_a_forward(stages: LocalStages) -> None:

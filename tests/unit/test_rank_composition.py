@@ -30,6 +30,7 @@ FIELDS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "`cfg_parallel_size`": [({"cfg_parallel_size": 2}, {})],
     "`quantization`": [({}, {"quantization": "int8"})],
     "`lora_path`": [({}, {"lora_path": "ADAPTER"})],
+    "`lora_modules`": [({}, {"lora_modules": {"a": "ADAPTER"}})],
     "`dtype: bfloat16`": [({}, {"dtype": "bfloat16"})],
     "`pipeline: bagel_think`": [({}, {"pipeline": "bagel_think"})],
     "`pipeline: bagel_single_stage`": [({}, {"pipeline": "bagel_single_stage"})],

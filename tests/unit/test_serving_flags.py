@@ -213,8 +213,6 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
             "--quantization gptq",
             "--quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8, fp8, fp8_w8a8, ",
         ),
-        ("--lora-modules x", "--lora-modules='x' is not supported: name one adapter in `lora_path`, which is merged"),
-        ("--enable-lora", "--enable-lora=true is not supported: name one adapter in `lora_path`"),
         ("--worker-backend ray", "--worker-backend='ray' is not supported: there is no Ray cluster; each stage is a"),
         ("--ray-address auto", "--ray-address='auto' is not supported: there is no Ray cluster"),
         ("--enable-cpu-offload", "--enable-cpu-offload=true is not supported: weights are not moved between devices"),

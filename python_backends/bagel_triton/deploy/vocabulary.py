@@ -27,6 +27,7 @@ Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Size = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
+LoraModules = str | list[str | dict[str, str]] | dict[str, str]
 COUNT, SECONDS = "an integer from 1 to 2147483647", "seconds > 0"
 BOOLEAN = "true or false"
 
@@ -92,7 +93,7 @@ ONE_DEVICE = (
     "(cfg_parallel_size)"
 )
 ONE_RANK = "the thinker has one rank; the DiT, stage 1, may have more"
-ONE_LORA = "name one adapter in `lora_path`, which is merged into the weights of all stages"
+ALL_LORAS = "all adapters of `lora_modules` are in memory, each with its own rank"
 NAMED_QUANTIZATION = "name a form in `quantization`; a checkpoint's own is read from its config.json"
 QUANTIZATIONS = ("auto", *get_args(Quantization))
 UNSUPPORTED_OFFLOAD = (
@@ -162,11 +163,18 @@ ENGINE: Fields = {
         type=dict[Literal["image", "img2img", "video", "audio"], Annotated[int, Meta(ge=0)]],
     ),
     "load_format": Neutral("weights are read from safetensors files", ("auto", "safetensors", "default")),
-    "lora_backend": Neutral(ONE_LORA, ("auto",)),
+    "lora_backend": Neutral(ALL_LORAS, ("auto",)),
     "lora_path": Setting(str, "a folder", "a LoRA adapter (PEFT) that is merged into the weights of all stages"),
     "lora_scale": Setting(float, "a number", "factor of what the adapter adds"),
-    "enable_lora": Neutral(ONE_LORA, _OFF),
-    "lora_modules": Neutral(ONE_LORA),
+    "enable_lora": Neutral("", _EITHER),
+    "lora_modules": Setting(
+        LoraModules,
+        "NAME=FOLDER, a list of them, or a mapping of names to folders",
+        "LoRA adapters (PEFT) that requests choose by name",
+    ),
+    "max_cpu_loras": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
+    "max_lora_rank": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
+    "max_loras": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
     "max_generated_image_size": Setting(
         Annotated[int, Meta(ge=256, le=2**31 - 1)],
         "pixels, an integer from 256 to 2147483647; 262144 is 512x512",

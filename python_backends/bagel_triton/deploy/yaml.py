@@ -158,6 +158,7 @@ class _Builder:
         fields |= self._device(top, stages)
         for name in ("lora_path", "lora_scale", "max_generated_image_size"):
             fields |= self._of_all_stages(name, top, stages)
+        fields |= self._lora_modules(top, stages)
         fields |= self._connector(top, stages, topology)
         first = stages.get(THINKER_STAGE, {})
         second = first if topology.one_process else stages.get(DIT_STAGE, {})
@@ -439,6 +440,32 @@ class _Builder:
             if node.value != nodes[0].value:
                 self._problems.add(node, f"={node.value!r} is not that of all stages, {nodes[0].value!r}")
         return {name: self._value(name, nodes[0])} if nodes else {}
+
+    def _lora_modules(self, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
+        """The folders of adapters that requests may name, by name, however they are written."""
+        origin = next((found["lora_modules"] for found in (top, *stages.values()) if "lora_modules" in found), None)
+        value = self._of_all_stages("lora_modules", top, stages).get("lora_modules")
+        if origin is None or value is None:
+            return {}
+        pairs: list[tuple[str, str]] = []
+        if isinstance(value, dict):
+            pairs = list(value.items())
+        else:
+            for entry in [value] if isinstance(value, str) else value:
+                if isinstance(entry, str):  # NAME=FOLDER
+                    name, _, folder = entry.partition("=")
+                    pairs.append((name, folder))
+                else:  # as vLLM's JSON has it
+                    pairs.append((entry.get("name", ""), entry.get("path", "")))
+        for number, (name, folder) in enumerate(pairs):
+            if not folder or not name or not name.isprintable() or name != name.strip():
+                allowed = "NAME=FOLDER, with a name that is no blank"
+                self._problems.add(origin, f"={format_value(origin.plain())} is not allowed; allowed: {allowed}")
+                break
+            if name in dict(pairs[:number]):
+                self._problems.add(origin, f" names the adapter {name!r} twice; allowed: once")
+                break
+        return {"lora_modules": dict(pairs)}
 
     def _device(self, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
         """The device and dtype that stages name; the dtype must be the same for all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,10 +26,12 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import ModelConfig
 from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.model.device import Placement, on_gpu, resolve
+from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.parallel.sizes import check
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
+from bagel_triton.weights.adapters import load_adapter
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import SharedWeights, shared_weights
 
@@ -49,6 +51,7 @@ class StageResources:
     placement: Placement
     weights: SharedWeights | None  # None for weights of this process alone
     _loaded: dict[str, torch.nn.Module] = field(default_factory=dict)
+    _adapters: dict[str, LoraAdapter] = field(default_factory=dict)
 
     @classmethod
     def open(cls, config: DeployConfig, model: str = THINKER) -> StageResources:
@@ -77,6 +80,15 @@ class StageResources:
         device, load = self.placement.torch_device, self.checkpoint.load_autoencoder
         return self._once("autoencoder", lambda: load(device, torch.float32, self.weights))
 
+    def load_adapters(self) -> Mapping[str, LoraAdapter]:
+        """The adapters that requests may name, by name, in memory of this process."""
+        place, config = self.placement, self.checkpoint.config.language
+        for name, folder in self.config.lora_modules.items():
+            if name not in self._adapters:
+                adapter = load_adapter(name, folder, config, place.torch_device, place.torch_dtype)
+                self._adapters[name] = adapter
+        return self._adapters
+
     def rest(self, level: int) -> bool:
         """Let a sleep of ``level`` begin, once no engine uses the weights; whether they stay loaded.
 
@@ -85,6 +97,7 @@ class StageResources:
         stays = level == 1 and self.placement.torch_device.type == "cpu"
         if not stays:
             self._loaded.clear()
+            self._adapters.clear()
         gc.collect()  # an engine and its parts refer to each other
         if stays:
             return True
@@ -123,8 +136,9 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
     model = resources.load_bagel(config.thinker.quantization)
+    adapters = resources.load_adapters()
     autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
-    return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics)
+    return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics, adapters)
 
 
 def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitEngine:
@@ -135,8 +149,8 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
     cut = resources.config.dit.tensor_parallel_size > 1
     model = (resources.own_bagel if cut else resources.load_bagel)(resources.config.dit.quantization)
-    ranks = open_ranks(resources, model, share=True)
-    return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks)
+    ranks, adapters = open_ranks(resources, model, share=True), resources.load_adapters()
+    return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks, adapters)
 
 
 def open_ranks(resources: StageResources, model: Bagel, share: bool) -> RankGroup | None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bagel_triton.model.attention import QuerySpan, StepKV
 from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.lora import AdaptedRows
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class PackedBatch:
 
     Rows outside ``wanted`` get keys and values in every layer; their hidden states are
     undefined, so an executor may skip the rest of the last layer for them. None wants all rows.
+
+    ``adapted`` are the rows that have a LoRA adapter, which the executors of ``cpu/`` and ``cuda/`` compute.
     """
 
     gen_rows: int
     cos: Tensor
     sin: Tensor
     wanted: slice | None = None
+    adapted: tuple[AdaptedRows, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -157,20 +157,24 @@ def status_routes(api: Api, metrics: HttpMetrics) -> list[Route]:
 def _model_routes(api: Api) -> list[Route]:
     def entry(name: str) -> dict[str, Any]:
         canonical, *aliases = api.settings.served_model_names
+        if name not in api.settings.served_model_names:  # an adapter's
+            aliases = []
         return {
             "id": name,
             "object": "model",
             "created": api.created,
             "owned_by": "bagel-triton",
             "root": canonical,
+            "parent": None if name in api.settings.served_model_names else canonical,
             "aliases": aliases,
             "architecture": ARCHITECTURE,
         }
 
     @api.endpoint
     async def models(request: Request) -> Response:
-        # One entry: a client that shows the list would show one model under each of its names.
-        return JSONResponse({"object": "list", "data": [entry(api.settings.served_model_names[0])]})
+        # One entry for all names: a client that shows the list would show one model under each of them.
+        listed = (api.settings.served_model_names[0], *api.settings.lora_modules)
+        return JSONResponse({"object": "list", "data": [entry(name) for name in listed]})
 
     @api.endpoint
     async def model(request: Request) -> Response:

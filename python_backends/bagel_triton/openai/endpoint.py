@@ -20,6 +20,7 @@ from starlette.responses import Response
 from bagel_triton.openai import request_log
 from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, UnsupportedEncoding, error_response, to_bagel_error
 from bagel_triton.openai.image_io import ImageLoader
+from bagel_triton.openai.schema import GivenFields
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.errors import Cancelled, InvalidRequest, ModelNotFound, Overloaded
 from bagel_triton.telemetry import tracing
@@ -153,17 +154,31 @@ class Api:
             reserve(len(part))
             yield part
 
-    def served_model(self, model: str | None) -> str:
+    @property
+    def model_names(self) -> list[str]:
+        """What a request may give as model."""
+        names, adapters = self.settings.served_model_names, self.settings.lora_modules
+        return [*names, *adapters, *(f"{name}:{adapter}" for name in names for adapter in adapters)]
+
+    def served_model(self, model: str | None, given: GivenFields | None = None) -> str:
         """The name that the reply carries for a request for ``model``.
+
+        Of one that names an adapter, NAME or MODEL:NAME, the adapter is added to the fields that are ``given``.
 
         Raises:
             ModelNotFound: it is none of those served.
+            InvalidRequest: another adapter is given.
         """
-        names = self.settings.served_model_names
+        names, adapters = self.settings.served_model_names, self.settings.lora_modules
         if model is None:
             return names[0]
-        if model not in names:
-            raise ModelNotFound.value("model", model, ", ".join(names))
+        if model in names:
+            return model
+        adapter = next((name for name in adapters if model in (name, *(f"{served}:{name}" for served in names))), None)
+        if adapter is None:
+            raise ModelNotFound.value("model", model, ", ".join([*names, *adapters]))
+        if given is not None and given.fields.get("lora") != adapter:
+            given.add("lora", adapter, "model")
         return model
 
     def run(self, task: Runnable, request: Request, reply_id: str) -> AsyncGenerator[StageResponse, None]:

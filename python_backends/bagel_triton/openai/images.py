@@ -20,6 +20,7 @@ from bagel_triton.openai.errors import NotFound, error_response
 from bagel_triton.openai.image_io import ImageStore, encode, encode_base64
 from bagel_triton.openai.images_schema import Images, ImagesBody, parse_form, parse_generation, parse_json_edit
 from bagel_triton.openai.reply import Header, Metrics, incomplete, metrics, new_header
+from bagel_triton.openai.schema import GivenFields
 from bagel_triton.protocol.errors import truncate
 from bagel_triton.protocol.events import AnswerEvent, DoneEvent, ImageEvent, PartialImageEvent, ProgressEvent
 from bagel_triton.protocol.messages import Usage as StageUsage
@@ -96,18 +97,19 @@ Endpoint = Literal["image_generation", "image_edit"]
 
 @dataclass(frozen=True)
 class _Job:
-    """One request: its body, and its images if it edits some."""
+    """One request: its body and the fields that it gives, and its images if it edits some."""
 
     body: ImagesBody
     images: Images
     endpoint: Endpoint
     header: Header
+    given: GivenFields
 
     def task(self) -> Task:
         references = [ImageRef(index) for index in range(len(self.images))]
         turn = Turn("user", (*references, TextPart(self.body.prompt)))
         texts = {"messages[0].content": "prompt", "messages": "prompt"}
-        return Task("image", (turn,), self.images, self.body.generation_fields(), texts)
+        return Task("image", (turn,), self.images, self.given, texts)
 
 
 def routes(api: Api) -> list[Route]:
@@ -129,7 +131,8 @@ def routes(api: Api) -> list[Route]:
         return await answer(request, body, images, "image_edit")
 
     async def answer(request: Request, body: ImagesBody, images: Images, endpoint: Endpoint) -> Response:
-        job = _Job(body, images, endpoint, new_header(api.served_model(body.model)))
+        given = body.generation_fields()
+        job = _Job(body, images, endpoint, new_header(api.served_model(body.model, given)), given)
         responses = api.run(job.task(), request, job.header.id)
         if body.stream:
             pieces = _stream(responses, job)

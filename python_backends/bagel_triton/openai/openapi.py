@@ -148,7 +148,7 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
         if issubclass(model, GenerationFields):
             accepted = _limited(field, accepted, _EFFECTIVE.get(name, _FOR_IMAGES))
         if field == "model" and issubclass(model, GenerationFields):
-            accepted = {**accepted, "anyOf": [{"enum": list(api.settings.served_model_names)}]}
+            accepted = {**accepted, "anyOf": [{"enum": list(api.model_names)}]}
         shorter = _SHORT_FORMS.get((name, field), [])
         if field == "stop":
             shorter = [_TEXT]

@@ -43,8 +43,10 @@ def routes(api: Api) -> list[Route]:
     @api.endpoint
     async def responses(request: Request) -> Response:
         body = await api.parse(request, parse)
-        header = Header(f"resp_{uuid.uuid4().hex}", int(time.time()), api.served_model(body.model), time.perf_counter())
-        stages = api.run(to_task(body), request, header.id)
+        task = to_task(body)
+        model = api.served_model(body.model, task.given)
+        header = Header(f"resp_{uuid.uuid4().hex}", int(time.time()), model, time.perf_counter())
+        stages = api.run(task, request, header.id)
         reply = _Reply(body, header)
         if body.stream:
             pieces = _stream(stages, reply)

@@ -114,6 +114,8 @@ def _validator(name: str, annotation: Any) -> Callable[[Any], Any] | None:
         return _to_texts
     if name == "logit_bias":
         return _to_token_ids
+    if name == "lora":
+        return lambda lora: lora or None  # an empty text or object is none
     return _to_integer if int in get_args(annotation) else None
 
 

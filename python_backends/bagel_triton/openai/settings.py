@@ -93,7 +93,8 @@ class ProxySettings:
     """Triton's address, the model's names, and the proxy's own limits.
 
     ``triton_grpc`` is ``host:port``. A request for any of ``served_model_names`` is served;
-    replies to requests that name none carry the first. A stream that stays silent for
+    replies to requests that name none carry the first. ``lora_modules`` are names of adapters, which requests may give
+    in place of the model's, or behind it and a colon. A stream that stays silent for
     ``silence_timeout_s`` is aborted: it must exceed the time ``bagel`` itself allows a stage.
     ``retry_after_s`` is the ``Retry-After`` of an overloaded server. ``fetch_remote`` lets
     requests name images by ``http`` and ``https`` URLs. ``models`` are the Triton models that
@@ -115,6 +116,7 @@ class ProxySettings:
     remote: tuple[str, ...] = ()
     remote_addresses: Callable[[], Sequence[str]] = tuple
     metrics_url: str | None = None
+    lora_modules: tuple[str, ...] = ()
     http: HttpOptions = HttpOptions()
 
     def __post_init__(self) -> None:

@@ -42,6 +42,11 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
         raise ConfigError(f"{field} with cfg_parallel_size={dit.cfg_parallel_size} is not supported; set one of them")
     if config.load == "understanding":
         raise ConfigError(f"{field} with load=understanding is not supported: nothing is drawn; set one of them")
+    if config.lora_modules:
+        raise ConfigError(
+            f"{field} with lora_modules is not supported: ranks compute no adapters of requests; set one of them, or "
+            "merge one adapter with lora_path"
+        )
     if not device.startswith("cpu"):
         raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
     if dit.tensor_parallel_size > 1 and dit.quantization is not None:

@@ -51,15 +51,16 @@ class LocalStages:
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
         self.producer = LocalProducer(geometry, blocks, place.torch_device)
         defaults = config.topology.think_by_default, config.bagel.request_timeout_s, config.request_defaults
-        self.planner = RequestPlanner(model_config, tokenizer, *defaults)
-        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics)
+        adapters = resources.load_adapters()
+        self.planner = RequestPlanner(model_config, tokenizer, *defaults, adapters=adapters)
+        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics, adapters)
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
         # A tensor-parallel rank keeps a part of its model, which the thinker needs whole.
         cut = config.dit.tensor_parallel_size > 1
         dit_model = replace(resources, weights=None).own_bagel(None) if cut else model
         ranks = open_ranks(resources, dit_model, share=False)
-        self.dit = DitEngine(dit_model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks)
+        self.dit = DitEngine(dit_model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks, adapters)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
         self._engines: tuple[EngineLoop[Any, Any], ...] = (self.decoder, self.dit, self.thinker)
 

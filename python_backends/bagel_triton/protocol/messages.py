@@ -202,7 +202,8 @@ class Usage(Message, frozen=True):
 
 
 class Plan(Message, frozen=True):
-    """The answer of ``cfg_expand``: everything that the later stages need."""
+    """The answer of ``cfg_expand``: everything that the later stages need. ``lora`` names an adapter, if it is not
+    empty."""
 
     request_id: str
     branches: tuple[BranchPlan, ...]
@@ -210,6 +211,7 @@ class Plan(Message, frozen=True):
     flow: FlowSettings | None = None  # None where no image is wanted
     decoding: Decoding | None = None
     scheduling: SchedulingParams = SchedulingParams()
+    lora: str = ""
 
     def __post_init__(self) -> None:
         own = [plan.branch for plan in self.branches if plan.same_as is None]
@@ -306,13 +308,14 @@ class BranchKV(Message, frozen=True):
 
 
 class DenoiseJob(Message, frozen=True):
-    """The DiT's input: flow settings and leased contexts."""
+    """The DiT's input: flow settings and leased contexts, and the adapter that those were computed with."""
 
     request_id: str
     flow: FlowSettings
     handles: tuple[KVHandle, ...]
     branches: tuple[BranchKV, ...]
     scheduling: SchedulingParams = SchedulingParams()
+    lora: str = ""
 
     def __post_init__(self) -> None:
         if {context.branch for context in self.branches} != set(Branch):

@@ -476,6 +476,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             limits=f"at most {MAX_STOPS} texts, none empty",
         ),
     ] = None
+    lora: Annotated[
+        str | None,
+        RequestField(
+            "BYTES",
+            "a LoRA adapter, by its name in lora_modules; also as model: NAME, or MODEL:NAME",
+            default="none",
+            limits="the name of an adapter of this server",
+        ),
+    ] = None
     priority: Annotated[
         int | None,
         RequestField(

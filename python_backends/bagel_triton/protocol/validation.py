@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Collection
 from typing import Any, TypeVar
 
-from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.errors import InvalidRequest, ModelNotFound
 from bagel_triton.protocol.messages import LATENT_STRIDE, MAX_LOGIT_BIAS, Decoding, FlowSettings, SchedulingParams
 from bagel_triton.protocol.request import (
     MAX_BIASED_TOKENS,
@@ -59,6 +60,16 @@ def check_text_size(request: GenerationRequest) -> None:
     }
     total, most = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
     _require(most, f"{total} bytes of text in all", total <= MAX_TEXT_BYTES, f"at most {MAX_TEXT_BYTES} in a request")
+
+
+def check_adapter(name: str | None, known: Collection[str]) -> None:
+    """Refuse the ``name`` of an adapter that is not ``known``; none and an empty one are the model itself.
+
+    Raises:
+        ModelNotFound: no adapter is called so.
+    """
+    if name and name not in known:
+        raise ModelNotFound.value("lora", name, ", ".join(known) or "none, as this server has no lora_modules")
 
 
 def resolve_n(request: GenerationRequest) -> int:

@@ -40,6 +40,7 @@ LISTED = {
     "quantization": "FORM",
     "lora_path": "DIR",
     "lora_scale": "F",
+    "lora_modules": "NAME=DIR",
     "max_generated_image_size": "PIXELS",
 }
 _UNLISTED = (
@@ -205,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) 
         metavar = LISTED.get(name) or "VALUE"
         to = group if listed else parser
         if isinstance(field, str) or not _is_switch(field):
-            nargs = None if isinstance(field, Setting) else "?"
+            nargs = ("+" if name == "lora_modules" else None) if isinstance(field, Setting) else "?"
             to.add_argument(*names, dest=_KEPT, nargs=nargs, metavar=metavar, action=_Flag, field_name=name, help=help_)
             continue
         to.add_argument(*names, dest=_KEPT, nargs=0, action=_Flag, field_name=name, help=help_)
@@ -257,7 +258,7 @@ class _Flag(argparse.Action):
         elif self.nargs == 0:
             value = not option.startswith("--no-")
         else:
-            value = True if values is None else _scalar(values)
+            value = True if values is None else _scalars(values)
         field = OTHERS.get(name, vocabulary.STAGE.get(name, ""))
         problems = Problems()
         if name not in _JSON:
@@ -266,6 +267,10 @@ class _Flag(argparse.Action):
         if problems:
             parser.error(problems.text())
         setattr(namespace, _KEPT, [*(getattr(namespace, _KEPT, None) or ()), (flag, name, value)])
+
+
+def _scalars(values: str | list[str]) -> Any:
+    return _scalar(values) if isinstance(values, str) else [_scalar(text) for text in values]
 
 
 def _scalar(text: str) -> Any:

@@ -26,6 +26,7 @@ from bagel_triton.model.cpu.row_stable import CACHED, WEIGHTS
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.protocol.events import Stage
+from bagel_triton.weights.adapters import adapter_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.folder import AUTOENCODER_FILE
@@ -112,6 +113,7 @@ def plan(
     autoencoder_weights = module_bytes(checkpoint.autoencoder())
     thinker_weights, dit_weights = (checkpoint.bagel_bytes(dtype, form) for form in quantization)
     of_ranks = rank_weights(config, dit_weights)
+    adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
@@ -128,7 +130,7 @@ def plan(
     stages: tuple[StageMemory, ...] = (
         StageMemory(
             "thinker",
-            weights=thinker_weights + autoencoder_weights,
+            weights=thinker_weights + autoencoder_weights + adapters,
             kv=pool + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads())
@@ -138,7 +140,7 @@ def plan(
         ),
         StageMemory(
             "dit",
-            weights=dit_weights + of_ranks,
+            weights=dit_weights + of_ranks + adapters,
             kv=workspace * token * config.dit.cfg_parallel_size,
             activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
             + dense_bytes(model.language, forms[1], placement),
@@ -162,6 +164,7 @@ def plan(
         sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
         weights = sum(sizes[form] for form in loaded) + autoencoder_weights
         weights += of_ranks if stage_id != 0 else 0
+        weights += adapters if one_process else adapters * sum(stage.stage != "vae_decode" for stage in stages)
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
     processes = 1 if one_process or config.stage_id is not None else len(stages)

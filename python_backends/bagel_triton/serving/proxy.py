@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names that requests may give as model; the first is listed, and is the default (default: bagel)",
     )
+    parser.add_argument(
+        "--lora-modules",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of the server's LoRA adapters, which requests may give as model too; listed beside it",
+    )
     add_http_arguments(parser)
 
 
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         max_body_bytes=options.max_body_mib * MIB,
         fetch_remote=args.fetch_remote,
         metrics_url=args.triton_metrics or f"http://{triton.rpartition(':')[0]}:{TRITON_METRICS_PORT}/metrics",
+        lora_modules=tuple(name.partition("=")[0] for name in args.lora_modules),
         http=options,
     )
     with contextlib.ExitStack() as held:

@@ -246,6 +246,11 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
     if config.lora_path:
         config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).resolve()))
+    modules = {name: str(Path(folder).resolve()) for name, folder in config.lora_modules.items()}
+    config = msgspec.structs.replace(config, lora_modules=modules)
+    names = options.model_names(checkpoint)
+    if twice := sorted({*names} & {*modules}):
+        raise CommandError(f"--lora-modules={twice[0]} is a name of the model as well; allowed: another name")
     if options.omni_lb_policy is not None:
         bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
         config = msgspec.structs.replace(config, bagel=bagel)
@@ -256,6 +261,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         machine.run_directory() as directory,
     ):
         placement = _placement(config)
+        _check_adapters(config)
         dit_device = _dit_device(config, placement)
         connector = _connector(config, placement.device, dit_device)
         _check_ranks(config, dit_device or placement.device)
@@ -277,7 +283,6 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             )
             deploy = memory.require(deploy)
             deploy.write(directory / "deploy.yaml")
-            names = options.model_names(checkpoint)
             summary = {
                 "checkpoint": deploy.checkpoint,
                 "pipeline": f"{deploy.pipeline} ({_source(options)})",
@@ -289,6 +294,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "quantization": _quantization(config, deploy),
                 **({"weights": f"{deploy.load} only"} if deploy.load != "all" else {}),
                 **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
+                **({"LoRA modules": ", ".join(deploy.lora_modules)} if deploy.lora_modules else {}),
                 "attention": placement.attention,
                 "KV connector": connector,
                 **({"ranks": ranks} if (ranks := sizes.summary(deploy)) else {}),
@@ -318,6 +324,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 shm_prefix=shared.prefix,
                 remote=deploy.remote_models,
                 remote_addresses=servers.addresses,
+                lora_modules=tuple(deploy.lora_modules),
                 metrics_url=addresses.metrics_url,
                 max_body_bytes=options.http.max_body_mib * MIB,
                 http=options.http,
@@ -488,6 +495,21 @@ def _placement(config: DeployConfig) -> Placement:
         return resolve(config.device, config.dtype)
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _check_adapters(config: DeployConfig) -> None:
+    """Read the adapters that requests may choose, before each stage would find out that one is wrong."""
+    import torch
+
+    from bagel_triton.weights.adapters import load_adapter
+    from bagel_triton.weights.checkpoint import inspect
+
+    try:
+        language = inspect(config.checkpoint).language
+        for name, folder in config.lora_modules.items():
+            load_adapter(name, folder, language, torch.device("cpu"), torch.float32)
+    except ValueError as error:
+        raise CommandError(f"--lora-modules: {error}") from error
 
 
 def _quantization(config: DeployConfig, deploy: DeployConfig) -> str:

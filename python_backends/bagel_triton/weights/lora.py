@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's layout, which is merged into the weights while they are loaded.
+"""A LoRA adapter in PEFT's layout: merged into the weights while they are loaded, or chosen by requests.
 
 PEFT names a tensor ``base_model.model.MODULE.lora_A.weight``; a module is called here as in the checkpoint, so each
 expert has its own (``self_attn.q_proj`` and ``self_attn.q_proj_moe_gen``).
@@ -51,7 +51,7 @@ class Adapter:
             pairs.setdefault(found[1], {})[found[2]] = tensor.float()
         if not pairs:
             raise CheckpointError(f"{files.file()} has no tensors")
-        self._updates: dict[str, tuple[Tensor, Tensor]] = {}
+        self.updates: dict[str, tuple[Tensor, Tensor]] = {}
         for module, pair in pairs.items():
             shapes = [tuple(pair[side].shape) for side in sorted(pair)]
             if len(pair) != 2 or any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
@@ -60,7 +60,7 @@ class Adapter:
                     "allowed: [rank, in] and [out, rank]"
                 )
             down, up = pair["A"], pair["B"]
-            self._updates[f"{module}.weight"] = down * (scale * self._scaling(module, len(down))), up
+            self.updates[f"{module}.weight"] = down * (scale * self._scaling(module, len(down))), up
         self.identity = (*files.identity, FileIdentity(f"scale {scale!r}", 0, 0))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -69,7 +69,7 @@ class Adapter:
         Raises:
             CheckpointError: names a module that is not there, or has another shape.
         """
-        for name, (down, up) in self._updates.items():
+        for name, (down, up) in self.updates.items():
             shape = (up.shape[0], down.shape[1])
             if name not in shapes:
                 module = name.removesuffix(".weight")
@@ -81,11 +81,11 @@ class Adapter:
 
     def adapts(self, name: str) -> bool:
         """Whether it changes the stored tensor ``name``."""
-        return name in self._updates
+        return name in self.updates
 
     def apply(self, name: str, weight: Tensor) -> Tensor | Adapted:
         """The stored tensor ``name`` with its update, if there is one; nothing is computed yet."""
-        return Adapted(weight, *self._updates[name]) if name in self._updates else weight
+        return Adapted(weight, *self.updates[name]) if name in self.updates else weight
 
     def _scaling(self, module: str, rank: int) -> float:
         alpha = _matching(self._config.get("alpha_pattern"), module) or self._config.get("lora_alpha", rank)

@@ -21,6 +21,7 @@ from bagel_triton.kv.store import WorkspacePart, WorkspaceStep, WorkspaceVarlenS
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
+from bagel_triton.model.lora import AdaptedRows, adapted_rows
 
 KEYS = 512  # to a multiple of which a graph's longest context is rounded up
 
@@ -57,6 +58,16 @@ class StepRows:
         repeats = torch.tensor([item.run.tokens for item in items] + [VISION_TOKENS] * len(items))
         positions = torch.tensor([run.next_positions[context] for run, _, context in items] * 2)
         return cls(gen_rows, positions.repeat_interleave(repeats), parts)
+
+    def adapted(self, items: Sequence[BranchItem]) -> tuple[AdaptedRows, ...]:
+        """The rows of ``items`` whose request has an adapter."""
+        return adapted_rows(
+            [
+                (start, stop, item.run.adapter)
+                for item, parts in zip(items, self.parts, strict=True)
+                for start, stop, _ in parts
+            ]
+        )
 
 
 def workspace_step(items: Sequence[BranchItem], rows: StepRows) -> WorkspaceStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,11 @@ from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Paced, forward_on, on_gpu, wait_for_stream
 from bagel_triton.model.flow import get_timesteps, initial_noise
+from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.protocol.errors import InvalidRequest, LeaseError
 from bagel_triton.protocol.events import PartialImageEvent, Preview, ProgressEvent
 from bagel_triton.protocol.messages import DenoiseJob, FlowSettings, KVGeometry, KVHandle
+from bagel_triton.protocol.validation import check_adapter
 from bagel_triton.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
 
     ``ranks`` compute its forwards, if there are any, and are closed with it. ``vision_tokens`` are
     the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry`` and ``kv_tokens`` are the
-    thinker's KV cache's.
+    thinker's KV cache's. ``adapters`` are those that requests may name.
     """
 
     stage = "dit"
@@ -54,11 +56,12 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         kv_tokens: int,
         metrics: Metrics | None = None,
         ranks: RankGroup | None = None,
+        adapters: Mapping[str, LoraAdapter] | None = None,
     ) -> None:
         pool = ThreadPool.of(model.device) if ranks is None else ranks.pool
         super().__init__(metrics, config.max_waiting, pool, model.device)
         self._model, self._consumer, self.config, self.ranks = model, consumer, config, ranks
-        self._geometry, self._kv_tokens = geometry, kv_tokens
+        self._geometry, self._kv_tokens, self._adapters = geometry, kv_tokens, adapters or {}
         self._runs: list[FlowRun] = []
         self._paced = Paced(model.device)
         if ranks is None:
@@ -89,6 +92,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         return [run.job for run in self._runs]
 
     def _check(self, task: DenoiseJob) -> None:
+        check_adapter(task.lora, self._adapters)
         self._grid(task.flow)
         for handle in task.handles:
             self._check_handle(handle)
@@ -162,6 +166,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             slots=slots,
             next_positions=[handle.next_position for handle in task.handles],
             context_of={context.branch: context.handle for context in task.branches},
+            adapter=self._adapters[task.lora] if task.lora else None,
         )
 
     def _claim(self, task: DenoiseJob, slots: Sequence[slice]) -> list[Tensor]:
@@ -193,7 +198,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     def _step(self) -> None:
         items = [
             BranchItem(run, image, context)
-            for run in self._runs
+            for run in sorted(self._runs, key=lambda run: run.job.task.lora)  # an adapter's rows are adjacent
             for contexts in [run.contexts_to_compute()]
             for image in range(len(run.x))
             for context in contexts

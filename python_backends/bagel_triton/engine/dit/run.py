@@ -10,6 +10,7 @@ from torch import Tensor
 from bagel_triton.engine.loop import Job
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.flow import TaylorSeer, combine, guidance_branches
+from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.protocol.messages import Branch, DenoiseJob, FlowSettings
 
 
@@ -40,6 +41,7 @@ class FlowRun:
     slots: list[slice]  # on a GPU, those of each store in the workspace
     next_positions: list[int]  # a RoPE position per context
     context_of: dict[Branch, int]
+    adapter: LoraAdapter | None = None
     step: int = 0
     seers: dict[tuple[int, Branch], TaylorSeer] = field(default_factory=dict)  # by image and branch
     predicted: dict[int, Tensor] = field(default_factory=dict)  # clean latents by image, in a preview's step

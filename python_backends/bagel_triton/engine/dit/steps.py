@@ -18,6 +18,7 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cuda.graphs import GraphCache
 from bagel_triton.model.cuda.upload import Upload
 from bagel_triton.model.device import Forward
+from bagel_triton.model.lora import AdaptedRows
 from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.messages import KVGeometry
 
@@ -36,7 +37,8 @@ class HostSteps:
         if self._packed is None or self._packed[0] != items:
             rows = StepRows.of(items)
             cos, sin = rotary_tables(rows.positions, self._model.config.language, self._model.dtype)
-            batch = PackedBatch(rows.gen_rows, cos, sin, wanted=slice(0, rows.gen_rows))
+            wanted = slice(0, rows.gen_rows)
+            batch = PackedBatch(rows.gen_rows, cos, sin, wanted, rows.adapted(items))
             self._packed = items, batch, workspace_step(items, rows)
         return self._forward(torch.cat(list(embedded)), *self._packed[1:])
 
@@ -53,7 +55,7 @@ class DeviceSteps:
         side, device = model.config.latent.max_side, model.device
         slots = workspace_tokens(model.config, config.max_num_seqs, side, side)
         self.workspace = WorkspacePool(geometry, slots, model.dtype, device)
-        self._packed: tuple[list[BranchItem], StepShape, NDArray[np.int64]] | None = None
+        self._packed: tuple[list[BranchItem], StepShape, NDArray[np.int64], tuple[AdaptedRows, ...]] | None = None
         self._upload = Upload(device)
         self._graphs: GraphCache[StepShape] | None = None
         # torch's plain attention reads lengths on the host, which a graph cannot.
@@ -65,20 +67,21 @@ class DeviceSteps:
     def run(self, items: list[BranchItem], embedded: Sequence[Tensor]) -> Tensor:
         """Hidden states of every row, as for :class:`HostSteps`; overwritten by the next call."""
         if self._packed is None or self._packed[0] != items:
-            self._packed = items, *shaped(items, StepRows.of(items))
-        _, shape, numbers = self._packed
-        if self._graphs is None or shape.rows > GRAPH_ROWS:
+            rows = StepRows.of(items)
+            self._packed = items, *shaped(items, rows), rows.adapted(items)
+        _, shape, numbers, adapted = self._packed
+        if self._graphs is None or shape.rows > GRAPH_ROWS or adapted:  # a graph has no adapters
             (inputs,), _ = self._upload((numbers,), ())
-            return self._step(shape, inputs, torch.cat(list(embedded)))
+            return self._step(shape, inputs, torch.cat(list(embedded)), adapted)
         torch.cat(list(embedded), out=self._rows[: shape.rows])
         (hidden,) = self._graphs.run(shape, numbers)
         return hidden
 
-    def _step(self, shape: StepShape, inputs: Tensor, rows: Tensor) -> Tensor:
+    def _step(self, shape: StepShape, inputs: Tensor, rows: Tensor, adapted: tuple[AdaptedRows, ...] = ()) -> Tensor:
         """What a graph captures; ``rows`` start with the embeddings."""
         positions, kv = placed(shape, inputs, self.workspace.store)
         cos, sin = rotary_tables(positions, self._model.config.language, self._model.dtype)
-        batch = PackedBatch(shape.gen_rows, cos, sin, wanted=slice(0, shape.gen_rows))
+        batch = PackedBatch(shape.gen_rows, cos, sin, slice(0, shape.gen_rows), adapted)
         return self._forward(rows[: shape.rows], batch, kv)
 
     def forget(self) -> None:

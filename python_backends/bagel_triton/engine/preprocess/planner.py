@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from bagel_triton.protocol.request import (
     Turn,
 )
 from bagel_triton.protocol.validation import (
+    check_adapter,
     check_text_size,
     resolve_decoding,
     resolve_flow,
@@ -218,6 +219,7 @@ class RequestPlanner:
     ``think_by_default`` is what a request means that does not say whether to think;
     ``timeout_s`` is the time of one that names none. ``defaults`` are values of other fields,
     by the kind of output, for requests that leave them out. Without ``draws_images`` requests for one are refused.
+    ``adapters`` are the names that ``lora`` may have.
     """
 
     def __init__(
@@ -228,8 +230,10 @@ class RequestPlanner:
         timeout_s: float = 3600.0,
         defaults: Mapping[Modality, Mapping[str, Any]] | None = None,
         draws_images: bool = True,
+        adapters: Collection[str] = (),
     ) -> None:
         self._config, self._tokenizer, self._draws_images = config, tokenizer, draws_images
+        self._adapters = adapters
         self._think, self._timeout_s = think_by_default, timeout_s
         self._defaults = {
             kind: {name: msgspec.convert(value, FIELD_TYPES[name], str_keys=True) for name, value in values.items()}
@@ -246,7 +250,8 @@ class RequestPlanner:
         model = CheckpointFiles(config.checkpoint, config.max_generated_image_size).config
         tokenizer = Tokenizer(config.checkpoint, model.language.vocab_size)
         think, timeout_s = config.topology.think_by_default, config.bagel.request_timeout_s
-        return cls(model, tokenizer, think, timeout_s, config.request_defaults, config.load != "understanding")
+        draws = config.load != "understanding"
+        return cls(model, tokenizer, think, timeout_s, config.request_defaults, draws, config.lora_modules)
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.
@@ -267,6 +272,7 @@ class RequestPlanner:
         think = self._think if request.think is None else request.think
         request = msgspec.structs.replace(request, think=think, seed=resolve_seed(request))
         check_text_size(request)
+        check_adapter(request.lora, self._adapters)
         config = self._config
         images, size = image_segments(
             request.image or (), wanted, config.latent.max_side, config.vae_resize, config.vit_resize
@@ -277,7 +283,8 @@ class RequestPlanner:
         conversation = converse(turns, images, self._tokenizer, wanted, names)
         make = self._image if wanted == "image" else self._text
         plan = make(request, conversation, size, f"{client_id or 'request'}-{secrets.token_hex(6)}")
-        return msgspec.structs.replace(plan, scheduling=resolve_scheduling(request, self._timeout_s))
+        scheduling = resolve_scheduling(request, self._timeout_s)
+        return msgspec.structs.replace(plan, scheduling=scheduling, lora=request.lora or "")
 
     def _opening(self, instruction: str, think: bool | None) -> tuple[Segment, ...]:
         return (self._tokenizer.segment(instruction),) if think else ()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
 from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 from bagel_triton.model.config import ModelConfig, segment_tokens
+from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.protocol.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
 
 TEXT_CHUNK = 512
@@ -23,6 +24,7 @@ class TextChunk:
     context: KVSequence
     token_ids: tuple[int, ...]
     scored: bool = False
+    adapter: LoraAdapter | None = None
 
     @property
     def tokens(self) -> int:
@@ -38,6 +40,7 @@ class ImageChunk:
     segment: VitSegment | VaeSegment
     tokens: int
     noise: Tensor | None = None  # a VaeSegment's posterior draw, [1, channels, h, w]
+    adapter: LoraAdapter | None = None
 
 
 Chunk = TextChunk | ImageChunk
@@ -47,8 +50,8 @@ Chunk = TextChunk | ImageChunk
 class ChunkBoundary:
     """The end of a chunk: ``done`` whole segments and ``offset`` tokens of the next one come before it.
 
-    ``key`` is a digest of everything before this point that determines the KV: tokens, pixels,
-    posterior draws, and the boundaries of the chunks.
+    ``key`` is a digest of everything before this point that determines the KV: the adapter, tokens,
+    pixels, posterior draws, and the boundaries of the chunks.
     """
 
     key: bytes
@@ -75,6 +78,7 @@ class BranchState:
     config: ModelConfig
     context: KVSequence
     draws: Sequence[Tensor] = ()
+    adapter: LoraAdapter | None = None
     parent: BranchState | None = None
     shared: int = 0  # leading segments taken from the parent
     boundaries: list[ChunkBoundary] = field(default_factory=list)
@@ -129,9 +133,10 @@ class BranchState:
             return None
         segment = self.segments[before.done]
         if isinstance(segment, TextSegment):
-            return TextChunk(self.context, segment.token_ids[before.offset : before.offset + tokens])
+            token_ids = segment.token_ids[before.offset : before.offset + tokens]
+            return TextChunk(self.context, token_ids, adapter=self.adapter)
         noise = self._draw(before.done) if isinstance(segment, VaeSegment) else None
-        return ImageChunk(self.context, segment, tokens, noise)
+        return ImageChunk(self.context, segment, tokens, noise, self.adapter)
 
     def advance(self) -> None:
         """Record that the next chunk is in the context; branches that waited for it fork."""
@@ -155,12 +160,16 @@ class BranchState:
                 child.adopt(fork, child.boundaries.index(boundary) + 1)
 
     @property
+    def _start(self) -> ChunkBoundary:
+        return _START if self.adapter is None else replace(_START, key=_key(b"lora", self.adapter.name.encode()))
+
+    @property
     def _shared_boundary(self) -> ChunkBoundary:
         return next(boundary for boundary in self.boundaries if boundary.done == self.shared and not boundary.offset)
 
     def _boundaries_from(self, first: int) -> Iterator[ChunkBoundary]:
         """The boundaries of the segments from number ``first`` on."""
-        boundary = self.boundaries[-1] if self.boundaries else _START
+        boundary = self.boundaries[-1] if self.boundaries else self._start
         for done, segment in enumerate(self.segments[first:], first):
             tokens = segment_tokens(segment, self.config)
             if isinstance(segment, TextSegment):
@@ -193,14 +202,18 @@ def _key(*parts: bytes) -> bytes:
 
 
 def build_branch_states(
-    plans: Sequence[BranchPlan], kv_pool: KVCachePool, config: ModelConfig, draws: Sequence[Tensor] = ()
+    plans: Sequence[BranchPlan],
+    kv_pool: KVCachePool,
+    config: ModelConfig,
+    draws: Sequence[Tensor] = (),
+    adapter: LoraAdapter | None = None,
 ) -> list[BranchState]:
     """The branches that need a context, each with the earlier one that it shares most with as its parent."""
     states: list[BranchState] = []
     for plan in plans:
         if plan.same_as is not None:
             continue
-        state = BranchState(plan.branch, list(plan.segments), config, KVSequence(kv_pool), draws)
+        state = BranchState(plan.branch, list(plan.segments), config, KVSequence(kv_pool), draws, adapter)
         best = max(states, key=lambda other: _common(other.segments, state.segments), default=None)
         shared = _common(best.segments, state.segments) if best else 0
         if best and shared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -22,6 +22,7 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import wait_for_stream
+from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.model.sampling import Sampler
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.errors import InvalidRequest, Overloaded
@@ -41,6 +42,7 @@ from bagel_triton.protocol.messages import (
     VaeSegment,
     VitSegment,
 )
+from bagel_triton.protocol.validation import check_adapter
 from bagel_triton.telemetry.metrics import Metrics
 
 ThinkerJob = Job[Plan, ThinkerOutput]
@@ -54,9 +56,16 @@ class Admission:
     """
 
     def __init__(
-        self, model: ModelConfig, producer: Producer, prefixes: PrefixCache, config: ThinkerConfig, metrics: Metrics
+        self,
+        model: ModelConfig,
+        producer: Producer,
+        prefixes: PrefixCache,
+        config: ThinkerConfig,
+        metrics: Metrics,
+        adapters: Mapping[str, LoraAdapter],
     ) -> None:
         self._model, self._producer, self._kv_pool = model, producer, producer.pool
+        self._adapters = adapters
         self._prefixes, self._config, self._metrics = prefixes, config, metrics
         self._next: ThinkerRun | None = None  # of the first job in the queue, once it was prepared
 
@@ -120,7 +129,8 @@ class Admission:
         """The run of ``job``, which holds nothing yet."""
         plan, kv_pool = job.task, self._kv_pool
         check_plan(plan, self._model)
-        branches = build_branch_states(plan.branches, kv_pool, self._model, self._draws(plan))
+        adapter = self._adapters[plan.lora] if plan.lora else None
+        branches = build_branch_states(plan.branches, kv_pool, self._model, self._draws(plan), adapter)
         needed = self._worst_case(branches, plan.decoding)
         if needed > kv_pool.blocks.count:
             tokens = sum(branch.total_tokens for branch in branches)
@@ -207,7 +217,7 @@ def kv_geometry(config: LanguageConfig, block_tokens: int, dtype: str) -> KVGeom
 class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     """Prefills contexts, decodes text, and lends contexts to the DiT; owns the KV cache, from one thread.
 
-    Without an ``autoencoder`` it takes no request for an image.
+    Without an ``autoencoder`` it takes no request for an image. ``adapters`` are those that requests may name.
     """
 
     stage = "thinker"
@@ -221,17 +231,18 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         producer: Producer,
         config: ThinkerConfig,
         metrics: Metrics | None = None,
+        adapters: Mapping[str, LoraAdapter] | None = None,
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
-        self._config, self._draws_images = config, autoencoder is not None
+        self._config, self._draws_images, self._adapters = config, autoencoder is not None, adapters or {}
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
         graphs = not config.enforce_eager
         self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, vision_tokens, self._pool, graphs)
         self._sampler = Sampler(model.device)
         self._prefixes = PrefixCache(producer.pool)
-        self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics)
+        self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics, self._adapters)
         self._counted_at = 0.0
         self.gauge("kv_blocks", producer.pool.blocks.count)
         self._running: list[ThinkerRun] = []
@@ -254,6 +265,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     # --- admission ---
 
     def _check(self, task: Plan) -> None:
+        check_adapter(task.lora, self._adapters)
         if task.flow is not None and not self._draws_images:
             raise InvalidRequest.value("plan", "an image", "a text: this server has load=understanding")
 
@@ -332,6 +344,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
                 generator=torch.Generator("cpu").manual_seed(seed),
                 last_token=decoding.first_token,
                 seen={*prompt, decoding.first_token},
+                adapter=gen.adapter,
             )
             active.decoders.append(decoder)
 
@@ -369,7 +382,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
             raise Overloaded(f"no KV lease is free: {error}") from error
         index: dict[Branch, int] = {handle.branch: number for number, handle in enumerate(handles)}
         branches = tuple(BranchKV(b.branch, index[b.same_as or b.branch]) for b in plan.branches)
-        return DenoiseJob(plan.request_id, flow, tuple(handles), branches, plan.scheduling)
+        return DenoiseJob(plan.request_id, flow, tuple(handles), branches, plan.scheduling, plan.lora)
 
     # --- the end ---
 

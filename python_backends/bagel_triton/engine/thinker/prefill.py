@@ -25,6 +25,7 @@ from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInp
 from bagel_triton.model.cuda.upload import Upload
 from bagel_triton.model.device import forward_on, on_gpu
 from bagel_triton.model.image import normalised
+from bagel_triton.model.lora import LoraAdapter, adapted_rows
 from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.messages import VaeSegment, VitSegment
 from bagel_triton.telemetry.metrics import Metrics
@@ -113,7 +114,12 @@ class Prefiller:
         Raises:
             KVCacheFull: nothing was computed, but some contexts were extended.
         """
-        texts_alone = [chunk for chunk in chunks if isinstance(chunk, TextChunk) and chunk.scored and chunk.tokens == 1]
+        # A graph has no adapters.
+        texts_alone = [
+            chunk
+            for chunk in chunks
+            if isinstance(chunk, TextChunk) and chunk.scored and chunk.tokens == 1 and chunk.adapter is None
+        ]
         if self._graphs is not None and len(texts_alone) == len(chunks) and (found := self._decoded(texts_alone)):
             return found
         logits = self._forwarded(chunks)
@@ -148,12 +154,13 @@ class Prefiller:
 
     def _forwarded(self, chunks: Sequence[Chunk]) -> Tensor:
         gen, und = _Rows(), _Rows()
-        # Text comes behind images, so that a GPU takes all that is causal in one call, and all that is scored.
-        chunks = sorted(chunks, key=lambda chunk: isinstance(chunk, TextChunk))
+        order = sorted(range(len(chunks)), key=lambda index: _place(chunks[index]))
+        chunks = [chunks[index] for index in order]
         texts = [chunk.token_ids for chunk in chunks if isinstance(chunk, TextChunk)]
         gen_rows = sum(chunk.tokens - VISION_TOKENS for chunk in chunks if _is_vae(chunk))
         spans: list[QuerySpan] = []
-        scored: list[int] = []
+        adapters: list[LoraAdapter | None] = []  # of each span
+        scored: dict[int, int] = {}  # rows by the chunk's number among those given
         for sequence, chunk in enumerate(chunks):
             context, position = chunk.context, chunk.context.next_position
             slots = context.extend(chunk.tokens)
@@ -167,14 +174,16 @@ class Prefiller:
                 if _is_vae(chunk):
                     start, stop = gen.add(self._vae_tokens(chunk), slots[1:-1], body[VISION_TOKENS:])
                     spans.append(QuerySpan(start, stop, sequence, causal=False))
+                    adapters.append(chunk.adapter)
                     slots, positions = slots[[0, -1]], body[:VISION_TOKENS]
                 else:
                     start_marker, end_marker = self._vision_embeddings.split(1)
                     embeddings, positions = torch.cat((start_marker, self._vit_tokens(chunk), end_marker)), body
             start, stop = und.add(embeddings, slots, positions)
             spans.append(QuerySpan(gen_rows + start, gen_rows + stop, sequence, causal=isinstance(chunk, TextChunk)))
+            adapters.append(chunk.adapter)
             if isinstance(chunk, TextChunk) and chunk.scored:
-                scored.append(gen_rows + stop - 1)
+                scored[order[sequence]] = gen_rows + stop - 1
         token_ids, positions_at, kv = self._placed(
             [*chain.from_iterable(texts)],
             gen.positions + und.positions,
@@ -184,11 +193,13 @@ class Prefiller:
         )
         cos, sin = rotary_tables(positions_at, self._model.config.language, self._model.dtype)
         packed = self._packed(gen.embeddings + und.embeddings, token_ids, [len(text) for text in texts])
-        wanted = slice(min(scored, default=0), max(scored, default=-1) + 1)
-        hidden = self._forward(packed, PackedBatch(gen_rows, cos, sin, wanted), kv)
-        if not scored:
+        rows = [scored[index] for index in sorted(scored)]
+        wanted = slice(min(rows, default=0), max(rows, default=-1) + 1)
+        adapted = adapted_rows([(span.start, span.stop, has) for span, has in zip(spans, adapters, strict=True)])
+        hidden = self._forward(packed, PackedBatch(gen_rows, cos, sin, wanted, adapted), kv)
+        if not rows:
             return packed.new_empty(0, self._model.config.language.vocab_size)
-        last = hidden[wanted if wanted.stop - wanted.start == len(scored) else scored]
+        last = hidden[wanted if rows == [*range(wanted.start, wanted.stop)] else rows]
         if self._pool.prefers_intraop_threads(self._model.language_model.lm_head.weight.numel()):
             return self._pool.run_with_intraop_threads(lambda: self._model.logits(last))
         return self._model.logits(last)
@@ -243,6 +254,16 @@ class Prefiller:
 
     def _encode(self, encoder: str, segment: VitSegment | VaeSegment, make: Callable[[], Tensor]) -> Tensor:
         return self._encodings.get(_key(encoder, segment), lambda: self._pool.run_with_intraop_threads(make))
+
+
+def _place(chunk: Chunk) -> tuple[bool, bool, str]:
+    """The place of a chunk in a batch.
+
+    Text comes behind images, so that a GPU takes all that is causal in one call, and all that is scored before the
+    rest of it. Rows of one adapter are adjacent.
+    """
+    name = "" if chunk.adapter is None else chunk.adapter.name
+    return isinstance(chunk, TextChunk), isinstance(chunk, TextChunk) and not chunk.scored, name
 
 
 def _pixels(segment: VitSegment | VaeSegment) -> Tensor:

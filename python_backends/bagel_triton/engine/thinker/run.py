@@ -14,6 +14,7 @@ from bagel_triton.engine.loop import Job
 from bagel_triton.engine.thinker.branch_state import BranchState, TextChunk
 from bagel_triton.engine.thinker.detokenizer import IncrementalDetokenizer
 from bagel_triton.kv.block_pool import KVSequence
+from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.model.sampling import Choice, TextState
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.protocol.events import TextEvent
@@ -32,6 +33,7 @@ class TextDecoder:
     generator: torch.Generator
     last_token: int
     seen: set[int]  # tokens of prompt and text so far, for the repetition penalty
+    adapter: LoraAdapter | None = None
     counts: Counter[int] = field(default_factory=Counter)  # of the text so far alone
     first_at: float = 0.0  # monotonic seconds of the first token and of the last
     last_at: float = 0.0
@@ -39,7 +41,7 @@ class TextDecoder:
     @property
     def chunk(self) -> TextChunk:
         """The last token, to be appended and scored."""
-        return TextChunk(self.context, (self.last_token,), scored=True)
+        return TextChunk(self.context, (self.last_token,), scored=True, adapter=self.adapter)
 
     @property
     def state(self) -> TextState:

@@ -23,8 +23,18 @@ from torch import Tensor
 
 from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu.row_stable import add_projection, project, rms_norm, rms_scale, rotate, silu_product
+from bagel_triton.model.cpu.row_stable import (
+    add_linear,
+    add_projection,
+    linear,
+    project,
+    rms_norm,
+    rms_scale,
+    rotate,
+    silu_product,
+)
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
+from bagel_triton.model.lora import QKV, AdaptedRows, LayerUpdates, LowRank, within
 from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Transformer
 
 MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
@@ -38,15 +48,25 @@ class RowTile:
     """Rows of one expert that a thread takes through all operations.
 
     The rows of texts being decoded are in tiles of their own: there are usually ``few``.
+    ``adapted`` are those with a LoRA adapter, counted from the tile's first.
     """
 
     gen: bool
     rows: slice
     few: bool = False
+    adapted: tuple[AdaptedRows, ...] = ()
 
     def expert(self, layer: Layer) -> Expert:
         """The rows' expert in ``layer``."""
         return layer.gen if self.gen else layer.und
+
+    def updates(self, index: int) -> LayerUpdates:
+        """What the rows' adapters add in the layer number ``index``."""
+        return LayerUpdates(index, self.gen, self.adapted, _add_update)
+
+
+def _add_update(x: Tensor, update: LowRank, out: Tensor) -> None:
+    add_linear(linear(x, update.down), update.up, out)
 
 
 def tiles_of(batch: PackedBatch, threads: int) -> list[RowTile]:
@@ -59,7 +79,8 @@ def tiles_of(batch: PackedBatch, threads: int) -> list[RowTile]:
     def cut(gen: bool, start: int, stop: int, few: bool = False) -> Iterator[RowTile]:
         step = tile_rows(stop - start, threads)
         for first in range(start, stop, step):
-            yield RowTile(gen, slice(first, min(first + step, stop)), few)
+            rows = slice(first, min(first + step, stop))
+            yield RowTile(gen, rows, few, within(batch.adapted, rows))
 
     first = batch.gen_rows
     wanted = batch.wanted or slice(first, first)
@@ -146,23 +167,34 @@ class _Run:
         expert, rows = tile.expert(self._layers[index]), tile.rows
         normed = rms_norm(self._x[rows], expert.input_layernorm)
         places = [part[rows] for part in self._scratch.qkv]
-        (self._project_few if tile.few else self._project_many)(expert, normed, rows, places)
+        (self._project_few if tile.few else self._project_many)(expert, normed, rows, places, tile.updates(index))
         _, key, value = self._scratch.qkv
         self._kv.write_rows(index, key, value, rows)
 
-    def _project_many(self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor]) -> None:
+    def _project_many(
+        self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor], updates: LayerUpdates
+    ) -> None:
         # Row slices of the packed weight. One product of all three would need their results copied apart.
         ends = [*accumulate((place[0].numel() for place in places), initial=0)]
         query_rows, key_rows, value_rows = (slice(*edges) for edges in pairwise(ends))
         project(normed, expert.qkv_proj, value_rows, places[2].flatten(1))
-        for place, part, norm in zip(places, (query_rows, key_rows), (expert.q_norm, expert.k_norm), strict=False):
-            heads = project(normed, expert.qkv_proj, part).view_as(place)
+        updates("v_proj", normed, places[2].flatten(1))
+        parts, norms = (query_rows, key_rows), (expert.q_norm, expert.k_norm)
+        for name, place, part, norm in zip(QKV, places, parts, norms, strict=False):
+            product = project(normed, expert.qkv_proj, part)
+            updates(name, normed, product)
+            heads = product.view_as(place)
             rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
 
-    def _project_few(self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor]) -> None:
+    def _project_few(
+        self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor], updates: LayerUpdates
+    ) -> None:
         """:meth:`_project_many` in fewer operations: for few rows, to start one costs more than a copy."""
         query, key, value = places
-        packed = project(normed, expert.qkv_proj, few=True).unflatten(1, (-1, query.shape[2]))
+        products = project(normed, expert.qkv_proj, few=True)
+        for name, part in zip(QKV, products.split([place[0].numel() for place in places], dim=1), strict=True):
+            updates(name, normed, part)
+        packed = products.unflatten(1, (-1, query.shape[2]))
         *turned, values = packed.split([query.shape[1], key.shape[1], value.shape[1]], dim=1)
         both = packed[:, : -value.shape[1]]  # [tokens, heads + kv_heads, head_dim]
         both *= rms_scale(both, expert.q_norm.eps)
@@ -175,15 +207,21 @@ class _Run:
 
     def _finish(self, index: int, tile: RowTile) -> None:
         """Replace a tile of the residual by the layer's output, as of :meth:`Expert.finish`."""
-        expert, residual = tile.expert(self._layers[index]), self._x[tile.rows]
-        add_projection(self._scratch.attended[tile.rows].flatten(1), expert.o_proj, residual, tile.few)
+        expert, residual, updates = tile.expert(self._layers[index]), self._x[tile.rows], tile.updates(index)
+        attended = self._scratch.attended[tile.rows].flatten(1)
+        add_projection(attended, expert.o_proj, residual, tile.few)
+        updates("o_proj", attended, residual)
         normed = rms_norm(residual, expert.post_attention_layernorm)
         if tile.few:
             gate, up = project(normed, expert.mlp.gate_up_proj, few=True).chunk(2, dim=1)
-            add_projection(silu_product(gate, up), expert.mlp.down_proj, residual, few=True)
+            updates("gate_proj", normed, gate)
+            updates("up_proj", normed, up)
+            active = silu_product(gate, up)
+            add_projection(active, expert.mlp.down_proj, residual, few=True)
+            updates("down_proj", active, residual)
             return
         inner = self._scratch.inner.pop()
-        _add_mlp(expert.mlp, normed, residual, inner)
+        _add_mlp(expert.mlp, normed, residual, inner, updates)
         self._scratch.inner.append(inner)
 
     def _attend(self, index: int, spans: list[QuerySpan]) -> None:
@@ -213,10 +251,14 @@ class _Run:
             yield span, slice(head, head + 1), slice(kv_head, kv_head + 1)
 
 
-def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...]) -> None:
+def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...], updates: LayerUpdates) -> None:
     """Add the feed-forward of x [rows, hidden] to ``residual``; ``inner`` is twice [rows or more, intermediate]."""
     gate, up = (whole[: len(x)] for whole in inner)
     size = gate.shape[1]
     for start, out in ((0, gate), (size, up)):
         project(x, mlp.gate_up_proj, slice(start, start + size), out)
-    add_projection(silu_product(gate, up), mlp.down_proj, residual)
+    updates("gate_proj", x, gate)
+    updates("up_proj", x, up)
+    active = silu_product(gate, up)
+    add_projection(active, mlp.down_proj, residual)
+    updates("down_proj", active, residual)

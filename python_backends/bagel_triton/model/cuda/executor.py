@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_triton.model.attention import StepKV
+from bagel_triton.model.lora import QKV, LayerUpdates, LowRank, within
 from bagel_triton.model.mot import Expert, Layer, PackedBatch, Transformer
 from bagel_triton.model.quantization import QuantizedLinear
 
@@ -25,11 +26,13 @@ FEW_ROWS = 64  # of one expert, which run beside the other's
 
 @dataclass(frozen=True)
 class _Part:
-    """An expert, its rows, and the weights of its query and key norms, [heads + kv_heads, head_dim]."""
+    """An expert, its rows, the weights of its query and key norms, [heads + kv_heads, head_dim], and the updates of
+    the rows' adapters."""
 
     expert: Expert
     rows: slice
     head_norms: Tensor
+    updates: LayerUpdates
 
 
 class CudaExecutor:
@@ -53,7 +56,10 @@ class CudaExecutor:
         x = embeddings
         for number, layer in enumerate(self._layers):
             last = number == len(self._layers) - 1
-            parts = [_Part(expert, rows, self._head_norms[expert]) for expert, rows in layer.experts(batch)]
+            parts = [
+                _Part(expert, rows, self._head_norms[expert], _updates(number, expert is layer.gen, batch, rows))
+                for expert, rows in layer.experts(batch)
+            ]
             query = self._project(x, parts, batch, kv, number)
             wanted = [part for part in parts if not last or batch.wants(part.rows)]
             if wanted:
@@ -82,6 +88,8 @@ class CudaExecutor:
     def _project(self, x: Tensor, parts: list[_Part], batch: PackedBatch, kv: StepKV, number: int) -> Tensor:
         """Write the keys and values of x to ``kv``; the queries, [tokens, heads, head_dim]."""
         width = parts[0].expert.qkv_proj.out_features
+        kv_heads = width // self._config.head_dim // (parts[0].expert.queries_per_key + 2)
+        kv_width = kv_heads * self._config.head_dim
         packed = x.new_empty(len(x), width)
 
         def project(part: _Part) -> None:
@@ -90,10 +98,12 @@ class CudaExecutor:
                 packed[part.rows] = projection(normed)
             else:
                 torch.addmm(projection.bias, normed, projection.weight.t(), out=packed[part.rows])
+            sizes = (width - 2 * kv_width, kv_width, kv_width)
+            for name, columns in zip(QKV, packed[part.rows].split(sizes, dim=1), strict=True):
+                part.updates(name, normed, columns)
 
         self._each(parts, project)
         heads = packed.unflatten(-1, (-1, self._config.head_dim))
-        kv_heads = heads.shape[1] // (parts[0].expert.queries_per_key + 2)
         # The values are normed for nothing: of a part of the heads alone the kernel would take a copy first.
         normed = F.rms_norm(heads, (self._config.head_dim,), None, parts[0].expert.q_norm.eps)[:, :-kv_heads]
         for part in parts:
@@ -110,14 +120,18 @@ class CudaExecutor:
         inner = x.new_empty(stop - first, parts[0].expert.mlp.gate_up_proj.out_features)
 
         def expand(part: _Part) -> None:
-            expert, residual = part.expert, x[part.rows]
-            _add_product(attended[part.rows].flatten(1), expert.o_proj, residual)
+            expert, residual, found = part.expert, x[part.rows], attended[part.rows].flatten(1)
+            _add_product(found, expert.o_proj, residual)
+            part.updates("o_proj", found, residual)
             own = inner[part.rows.start - first : part.rows.stop - first]
             normed = expert.post_attention_layernorm(residual)
             if isinstance(expert.mlp.gate_up_proj, QuantizedLinear):
                 own.copy_(expert.mlp.gate_up_proj(normed))
             else:
                 torch.mm(normed, expert.mlp.gate_up_proj.weight.t(), out=own)
+            own_gate, own_up = own.chunk(2, dim=-1)
+            part.updates("gate_proj", normed, own_gate)
+            part.updates("up_proj", normed, own_up)
 
         self._each(parts, expand)
         gate, up = inner.chunk(2, dim=-1)
@@ -126,8 +140,18 @@ class CudaExecutor:
         def contract(part: _Part) -> None:
             own = active[part.rows.start - first : part.rows.stop - first]
             _add_product(own, part.expert.mlp.down_proj, x[part.rows])
+            part.updates("down_proj", own, x[part.rows])
 
         self._each(parts, contract)
+
+
+def _updates(number: int, gen: bool, batch: PackedBatch, rows: slice) -> LayerUpdates:
+    """What adapters add to an expert's ``rows`` in a layer."""
+
+    def add(x: Tensor, update: LowRank, out: Tensor) -> None:
+        out.addmm_(x @ update.down.t(), update.up.t())
+
+    return LayerUpdates(number, gen, within(batch.adapted, rows), add)
 
 
 def _head_norms(expert: Expert) -> Tensor:
