@@ -22,7 +22,28 @@ case ${1:-} in -h | --help)
 esac
 grpc=${1:-localhost:8001}
 http=${2:-localhost:8091}
-for task in ${TASKS:-text2img img2img img2text text2text bagel ensemble chat images}; do
+tasks=${TASKS:-text2img img2img img2text text2text bagel ensemble chat images}
+
+# need ADDRESS WHAT HINT: end here where nothing listens, as perf_analyzer would not say what to do.
+need() {
+    (exec 3<>"/dev/tcp/${1%:*}/${1##*:}") 2>/dev/null && return
+    echo "run.sh: error: $2 does not answer at $1; $3" >&2
+    exit 1
+}
+case " $tasks " in *" chat "* | *" images "*)
+    need "$http" "the OpenAI API" "give its address as the second argument"
+    ;;
+esac
+for task in $tasks; do
+    case $task in
+        chat | images) ;;
+        *)
+            need "$grpc" "Triton's gRPC" "give the address that serve prints for it, or start serve with --triton-grpc-port ${grpc##*:}"
+            break
+            ;;
+    esac
+done
+for task in $tasks; do
     case $task in
         chat) target=(-m bagel --async --service-kind openai --endpoint v1/chat/completions -u "$http") ;;
         images) target=(-m bagel --async --service-kind openai --endpoint v1/images/generations -u "$http") ;;

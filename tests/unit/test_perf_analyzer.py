@@ -1,6 +1,8 @@
 """perf_analyzer of the installed tritonclient starts."""
 
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,24 @@ def test_without_arguments_it_says_that_it_needs_some(capsys: pytest.CaptureFixt
     assert exit_.value.code == 2
     assert error.startswith("bagel-triton: error: perf_analyzer needs arguments: -- -m MODEL")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (
+            "text2img",
+            "Triton's gRPC does not answer at 127.0.0.1:9; give the address that serve prints for it, or start",
+        ),
+        ("chat", "the OpenAI API does not answer at 127.0.0.1:9; give its address as the second argument"),
+    ],
+)
+def test_the_recipes_say_what_to_start(task: str, said: str):
+    command = ["bash", "build/perf/run.sh", "127.0.0.1:9", "127.0.0.1:9"]
+    environment = {**os.environ, "TASKS": task}
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"run.sh: error: {said}")
 
 
 def test_a_wheel_without_it_is_a_clear_error(monkeypatch: pytest.MonkeyPatch):

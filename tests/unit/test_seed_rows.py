@@ -165,6 +165,32 @@ def test_a_command_of_the_client(row: dict[str, Any], monkeypatch: pytest.Monkey
     client_module("openai_chat_client", monkeypatch).arguments(shlex.split(row["client"]))
 
 
+def test_every_command_is_understood_as_it_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = {
+        "end2end.py": client_module("end2end", monkeypatch).arguments,
+        "openai_chat_client.py": client_module("openai_chat_client", monkeypatch).arguments,
+    }
+    tried = [row.get("script", "") for row in ROWS]
+    for line in (SEEDS / "commands.txt").read_text().splitlines()[1:]:
+        words = shlex.split(line.replace("<ORCHESTRATOR_IP>", "127.0.0.1"))
+        words = words[next(at for at, word in enumerate(words) if "=" not in word) :]
+        program, rest = words[0], words[1:]
+        if program == "bash":
+            assert " ".join(rest) in tried, line
+        elif program.startswith("python"):
+            scripts[Path(rest[0]).name](rest[1:])
+        elif program == "vllm":
+            parser = Parser(allow_abbrev=False)
+            serve.add_arguments(parser)
+            if "--vae-patch-parallel-size 2" in line:
+                with pytest.raises(Refused, match="--vae-patch-parallel-size=2 is not supported: it is not built"):
+                    parser.parse_args(rest[1:])
+            else:
+                serve.options(parser.parse_args(rest[1:]))
+        else:
+            assert program == "mooncake_master", line  # Mooncake's own program
+
+
 def test_the_documentation_has_every_row() -> None:
     text = (ROOT / "docs" / "deploy.md").read_text()
     assert [row["say"] for row in ROWS if row["say"] not in text] == []

@@ -257,7 +257,8 @@ class TritonProcess:
         status = await self._process.wait()
         reason = failure(self._log)
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return f"tritonserver ended ({how}){f': {reason}' if reason else ''}; its log: {self._log}"
+        ended = f"tritonserver ended ({how}; its log: {self._log})"
+        return f"{ended}: {reason}" if reason else ended
 
     @property
     def crashed(self) -> bool:
