@@ -7,7 +7,8 @@ A *cell* is one server of stage 0 and its servers of stage 1, all on GPUs of the
 the cells. Inside a cell the package's own ``Balancer`` chooses, so what is simulated is the code that runs. Requests
 come at random (Poisson). A DiT denoises up to ``--batch`` images together and shares its time among them, as the time
 of a step is proportional to its tokens; the others wait in order. The service times are those **calculated** for an
-H100 in docs/benchmarks.md; no GPU has measured them. ``--step-ms`` and ``--token-ms`` replace them.
+H100 in docs/benchmarks.md, and read from there; no GPU has measured them. ``--step-ms`` and ``--token-ms`` replace
+them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bagel_triton.deploy.config import POLICIES, Policy
 from bagel_triton.pipeline.balancer import Assignment, Balancer
 
 STEPS = 50
 GUIDED = 0.82  # of the steps: t > 0.4 with a shift of 3; in the others one branch of two is evaluated
-STEP_MS = {512: 51.0, 1024: 232.4}  # guided, H100
-TOKEN_MS = 5.9 / 32  # of a thinker that decodes 32 texts at a time, H100
+SIDES = (512, 1024)
+TEXTS = 32  # that a full thinker decodes at a time
+BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 THOUGHT_TOKENS = 300
 OUTER: tuple[Policy, ...] = ("random", "round-robin", "least-queue-length")
+
+
+def calculated(row: str, column: str = "H100, ms") -> float:
+    """Milliseconds of the step ``row`` in the benchmarks' table for a GPU."""
+    tables = [line.strip("| ").split(" | ") for line in BENCHMARKS.read_text().splitlines() if line.startswith("| ")]
+    at = next(titles.index(column) for titles in tables if titles[0] == "step" and column in titles)
+    return float(next(cells[at] for cells in tables if cells[0] == row))
 
 
 @dataclass(frozen=True)
@@ -226,13 +236,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="shares of the DiTs' capacity")
     parser.add_argument("--thinking", type=float, default=0.2, help="share of requests with a thought (%(default)s)")
     parser.add_argument("--requests", type=int, default=40_000, help="of each row (%(default)s)")
-    parser.add_argument("--step-ms", type=float, nargs=2, default=list(STEP_MS.values()), metavar=("512", "1024"))
-    parser.add_argument("--token-ms", type=float, default=TOKEN_MS, help="of a thinker that is full")
+    steps = [calculated(f"guided step, {side}") for side in SIDES]
+    token = calculated(f"decode, {TEXTS} texts") / TEXTS
+    parser.add_argument("--step-ms", type=float, nargs=2, default=steps, metavar=("512", "1024"))
+    parser.add_argument("--token-ms", type=float, default=token, help="of a thinker that is full")
     args = parser.parse_args(arguments)
     cells, dits = args.gpus // args.cell, args.cell - 1
     if cells < 1 or dits < 1:
         parser.error(f"--gpus={args.gpus} --cell={args.cell} is not allowed; allowed: 2 <= cell <= gpus")
-    every = kinds(dict(zip(STEP_MS, args.step_ms, strict=True)), args.token_ms, args.thinking)
+    every = kinds(dict(zip(SIDES, args.step_ms, strict=True)), args.token_ms, args.thinking)
     mean_s = sum(kind.share * kind.dit_s for kind in every)
     print(f"{cells} cells of 1 thinker and {dits} DiTs; an image takes {mean_s:.2f} s of a DiT, on average\n")
     print("| load | images/s | before the cells | in a cell | slowdown | p95, s | p99, s | busiest DiT | idlest |")

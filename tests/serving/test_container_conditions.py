@@ -70,7 +70,10 @@ def test_prometheus_reads_the_metrics(server: Server, tmp_path: Path) -> None:
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not on PATH (Debian's package of that name)")
     config = yaml.safe_load((ROOT / "build" / "containers" / "prometheus.yml").read_text())
-    config["scrape_configs"][0]["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
+    # The API's page and Triton's own, as of stage 0 and of stage 1.
+    pages = (server.url, server.metrics.removesuffix("/metrics"))
+    for job, page in zip(config["scrape_configs"], pages, strict=True):
+        job["static_configs"] = [{"targets": [page.removeprefix("http://")]}]
     config["global"] = {**config.get("global", {}), "scrape_interval": "1s", "scrape_timeout": "1s"}
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port('127.0.0.1', 0)}"
@@ -83,12 +86,12 @@ def test_prometheus_reads_the_metrics(server: Server, tmp_path: Path) -> None:
                 time.sleep(0.5)
                 try:
                     url = f"http://{address}/api/v1/query"
-                    query = {"query": 'sum(bagel_requests_total{status="200"})'}
+                    query = {"query": 'sum(bagel_requests_total{status="200"}) and on() (sum(up) == 2)'}
                     found = httpx.get(url, params=query, trust_env=False).json()["data"]["result"]
                 except httpx.TransportError:  # it is starting
                     continue
                 if found:
                     break
-            assert found, "Prometheus found no such series"
+            assert found, "Prometheus found no such series, or not both pages"
         finally:
             prometheus.terminate()

@@ -153,6 +153,10 @@ def test_a_preset_is_named_without_its_path(capsys: pytest.CaptureFixture[str]):
             "registers at --omni-master-address: remove one",
         ),
         ("--stage-id 0 -oma 127.0.0.1 --deploy-config bagel_single_stage", "none, it is one process"),
+        (
+            '--default-sampling-params {"height":99999}',
+            "default_sampling_params.height=99999 is not allowed; allowed: a m",
+        ),
         ("--deploy-config bagle", "bagle is no file and no preset; did you mean bagel? presets: bagel, bagel_think"),
         ("--stage-id 2", "--stage-id=2 is not allowed in pipeline bagel; allowed: 0, the thinker, and 1, the DiT"),
         ("--deploy-config absent.yaml", "absent.yaml is no file and no preset; presets: bagel, bagel_think"),

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from bagel_triton.deploy.config import Policy
-from bench.simulate import Clock, Kind, Outcome, Shared, main, simulate
+from bench.simulate import BENCHMARKS, SIDES, Clock, Kind, Outcome, Shared, calculated, kinds, main, simulate
 
 ONE_KIND = [Kind(1.0, 0.0, 1.0, 1)]
 
@@ -41,6 +41,17 @@ def test_random_choice_among_many_is_as_one_each() -> None:
 def test_least_outstanding_work_beats_turns_and_chance() -> None:
     tails = {policy: run(0.8, dits=8, policy=policy, batch=8).percentile(99) for policy in ("random", "round-robin")}
     assert run(0.8, dits=8, policy="least-outstanding-tokens", batch=8).percentile(99) < min(tails.values())
+
+
+def test_the_plans_times_are_those_of_the_benchmarks() -> None:
+    """The page says what an image takes alone: it is rewritten with the table when the benchmarks change."""
+    every = kinds({side: calculated(f"guided step, {side}") for side in SIDES}, 0.0, 0.0)
+    small, large = (f"{kind.dit_s:.1f} s" for kind in every if kind.share)
+    mean = statistics.fmean(kind.dit_s for kind in every if kind.share)
+    page = (BENCHMARKS.parent / "scaling.md").read_text()
+    assert f"its time alone, which is {small} or {large}" in page
+    assert f"A DiT needs {mean:.1f} s for an average image" in page
+    assert f"{960 / mean:.0f} images a second at most" in page
 
 
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySet
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.parallel import sizes
 from bagel_triton.protocol.errors import format_value
+from bagel_triton.protocol.messages import LATENT_STRIDE
 from bagel_triton.serving import CommandError, flags, machine, memory, rendezvous, tritonserver
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import GRACE_S, Stopped, StopSignals, log_event
@@ -265,6 +266,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         dit_device = _dit_device(config, placement)
         connector = _connector(config, placement.device, dit_device)
         _check_ranks(config, dit_device or placement.device)
+        _check_default_size(config)
 
         from bagel_triton.openai import http_server
         from bagel_triton.openai.app import create_app
@@ -550,6 +552,18 @@ def _check_ranks(config: DeployConfig, device: str) -> None:
         sizes.check(config, inspect(config.checkpoint).language, device)
     except ConfigError as error:
         raise CommandError(str(error)) from error
+
+
+def _check_default_size(config: DeployConfig) -> None:
+    """Refuse a default size of images that the checkpoint does not draw, which every request would be refused for."""
+    from bagel_triton.weights.checkpoint import Checkpoint
+
+    largest = Checkpoint(config.checkpoint, most_pixels=config.max_generated_image_size).config.latent.max_side
+    for name in ("height", "width"):
+        side = config.image_defaults.get(name, LATENT_STRIDE)
+        if side % LATENT_STRIDE or not LATENT_STRIDE <= side <= largest:
+            allowed = f"a multiple of {LATENT_STRIDE} from {LATENT_STRIDE} to {largest}"
+            raise CommandError(f"default_sampling_params.{name}={side} is not allowed; allowed: {allowed}")
 
 
 def _model_repository(options: ServeOptions) -> Path:
