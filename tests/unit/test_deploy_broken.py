@@ -166,6 +166,7 @@ ONE_LINE = [
     ),
     ("async_chunk: true", ":1: async_chunk=true is not supported: a stage gets its input whole; allowed: false"),
     ("window_size: 3", ":1: window_size=3 is not supported: a stage gets its input whole, and max_waiting bounds its"),
+    ("edges: [{from: 1, to: 1}]", ":1: edges[0].from=1 is not supported: the only edge is from stage 0 to stage 1"),
     # the older form
     ("stage_args: [{stage_id: 0}]\nstages: []", ":1: stage_args and stages (:2) are the same in two forms; keep one"),
     (

@@ -196,6 +196,11 @@ def test_the_configuration_is_shown_with_the_origin_of_each_value(capsys: pytest
     assert origins["encoder_cache_mb: 256"] == "default"
 
 
+def test_the_configuration_of_a_stage_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    for options in (("--stage-id", "2"), ("bagel_single_stage", "--stage-id", "0", "--kv-tokens", "200")):
+        assert "is not allowed in pipeline bagel" in error_of(capsys, "config", *options)
+
+
 def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert str(tmp_path / "absent") in error_of(capsys, "serve", str(tmp_path / "absent"), "--port", "0")
 

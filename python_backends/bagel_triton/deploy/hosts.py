@@ -22,6 +22,17 @@ def check_address(name: str, address: str) -> None:
         raise ConfigError(f"{name}={address!r} is not allowed; allowed: HOST:PORT")
 
 
+def check_stage(config: DeployConfig, stage_id: int | None) -> None:
+    """Refuse a stage that the pipeline does not have.
+
+    Raises:
+        ConfigError: says which it has.
+    """
+    if stage_id is not None and (config.topology.one_process or not 0 <= stage_id < len(config.topology.stages)):
+        allowed = "none, it is one process" if config.topology.one_process else "0, the thinker, and 1, the DiT"
+        raise ConfigError(f"--stage-id={stage_id} is not allowed in pipeline {config.pipeline}; allowed: {allowed}")
+
+
 def on_this_host(
     config: DeployConfig, stage_id: int | None, host_address: str | None = None, headless: bool = False
 ) -> DeployConfig:
@@ -34,9 +45,7 @@ def on_this_host(
         ConfigError: an address is missing or has no meaning, or the connector does not reach another host.
     """
     stages = config.topology.stages
-    if stage_id is not None and (config.topology.one_process or not 0 <= stage_id < len(stages)):
-        allowed = "none, it is one process" if config.topology.one_process else "0, the thinker, and 1, the DiT"
-        raise ConfigError(f"--stage-id={stage_id} is not allowed in pipeline {config.pipeline}; allowed: {allowed}")
+    check_stage(config, stage_id)
     if headless and stage_id is None:
         raise ConfigError("--headless needs --stage-id 1: a server of all stages serves the OpenAI API itself")
     if headless and stage_id == 0:

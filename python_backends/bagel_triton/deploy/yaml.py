@@ -24,7 +24,7 @@ from bagel_triton.deploy.config import (
     VaeDecodeConfig,
 )
 from bagel_triton.deploy.connector import connector_fields
-from bagel_triton.deploy.files import converted, refuse_repeated_stages, with_bases
+from bagel_triton.deploy.files import EDGE, converted, refuse_repeated_stages, with_bases
 from bagel_triton.deploy.hosts import check_address
 from bagel_triton.deploy.located import Node, Origin, Problems
 from bagel_triton.deploy.topology import BAGEL, TOPOLOGIES, Topology
@@ -150,6 +150,8 @@ class _Builder:
 
     def deployment(self) -> Deployment:
         top = vocabulary.check(self._root, vocabulary.TOP, self._problems, self._notes)
+        for edge in self._root.mapping["edges"].items if "edges" in self._root.mapping else ():
+            vocabulary.check(edge, EDGE, self._problems, self._notes)
         self._pipeline_known = "pipeline" in top or "pipeline" not in self._root.mapping
         topology = TOPOLOGIES[top["pipeline"].value] if "pipeline" in top else BAGEL
         stages = self._stages(top, topology)

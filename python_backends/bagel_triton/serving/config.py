@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from bagel_triton.deploy import hosts
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError
 from bagel_triton.deploy.files import PRESETS
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         deployment = deploy_yaml.resolve(flags.deploy_file(args.file), "", flags.flags_of(args))
+        hosts.check_stage(deployment.config, args.stage_id)
     except ConfigError as error:
         raise CommandError(str(error)) from error
     if args.json:
