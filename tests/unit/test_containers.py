@@ -43,6 +43,7 @@ def test_every_service_starts_with_options_that_there_are(compose: dict[str, Any
     for name, command in commands(compose).items():
         parser, _ = build_parser(command)
         parsed = parser.parse_args([re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word) for word in command])
+        assert "healthcheck" in compose["services"][name]
         deploy = getattr(parsed, "deploy_config", None)
         if deploy and deploy.startswith("/opt/containers/"):
             assert (ROOT / "build/containers" / Path(deploy).name).is_file(), name
