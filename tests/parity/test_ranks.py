@@ -1,4 +1,4 @@
-"""The DiT on several ranks: the recorded numbers, and those of one rank."""
+"""Thinker and DiT on several ranks: the recorded numbers, and those of one rank."""
 
 from __future__ import annotations
 
@@ -7,39 +7,55 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from torch import Tensor
 
-from bagel_triton.deploy.config import DeployConfig, DitConfig
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.engine.build import StageResources
+from bagel_triton.kv.connectors.local import LocalConsumer
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.errors import Cancelled
+from bagel_triton.protocol.messages import Answer
+from bagel_triton.protocol.request import GenerationRequest
+from tests.parity.test_every_kind import TOLERANCE, distance
 from tests.parity.test_text2img import MIXED
 from tests.support.cases import Case, load_cases
 from tests.support.exact import assert_same
+from tests.support.kv import claim
 from tests.support.runs import generate, generate_together, result_of, think
 
-CASES = [case for case in load_cases(Path(__file__).parents[1] / "data" / "cases-a") if case.height]
-TOLERANCE = 2e-5
+CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
+TENSOR, CFG = DitConfig(tensor_parallel_size=2), DitConfig(cfg_parallel_size=2)
+THINKER = ThinkerConfig(tensor_parallel_size=2)
+# Thinker and DiT; "both" have one group of ranks, as this is one process.
+MODES = {"both": (THINKER, TENSOR), "cfg": (ThinkerConfig(), CFG)}
+SLOW = {"thinker": (THINKER, DitConfig()), "dit": (ThinkerConfig(), TENSOR)}
+TEXT = GenerationRequest(prompt="Describe a cat", modality="text", max_tokens=24)
+TEXTS = [
+    TEXT,
+    msgspec.structs.replace(
+        TEXT, prompt="Another prompt, a bit longer than the first one", n=3, seed=7, temperature=0.9
+    ),
+    msgspec.structs.replace(TEXT, n=2, seed=3, temperature=1.3, repetition_penalty=1.1, max_tokens=40),
+]
 
 
-def config_of(directory: Path, **sizes: int) -> DeployConfig:
-    return DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32", dit=DitConfig(**sizes))
+def stages_of(directory: Path, thinker: ThinkerConfig, dit: DitConfig) -> LocalStages:
+    config = DeployConfig(checkpoint=str(directory), device="cpu", dtype="float32", thinker=thinker, dit=dit)
+    return LocalStages(config)
 
 
-def stages_of(directory: Path, **sizes: int) -> LocalStages:
-    return LocalStages(config_of(directory, **sizes))
+def texts(stages: LocalStages) -> list[tuple[Answer, ...]]:
+    """What all texts together are answered with."""
+    calls = [stages.think(result_of(stages.expand(request))) for request in TEXTS]
+    return [result_of(call).answers for call in calls]
 
 
-def distance(ours: Tensor, expected: Tensor) -> float:
-    assert ours.shape == expected.shape
-    return float((ours.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
-def check_mixed_load(several: LocalStages, directory: Path, exact: bool) -> None:
-    """Many requests at once, with ``n``, sizes, step counts and guidance of all kinds."""
-    one = stages_of(directory)
+def check_mixed_load(several: LocalStages, directory: Path) -> None:
+    """Many requests at once, with ``n``, sizes, step counts and guidance of all kinds, and texts."""
+    one = stages_of(directory, ThinkerConfig(), DitConfig())
     expected = generate_together(one, MIXED)
+    expected_texts = texts(one)
     one.close()
+    exact = several.dit.config.cfg_parallel_size > 1
     for run, alone in zip(generate_together(several, MIXED), expected, strict=True):
         for latents, before in zip(run.latents, alone.latents, strict=True):
             if exact:
@@ -47,24 +63,33 @@ def check_mixed_load(several: LocalStages, directory: Path, exact: bool) -> None
             assert distance(latents.tokens, before.tokens) < TOLERANCE
         for pixels, before in zip(run.pixels, alone.pixels, strict=True):
             assert int((pixels.int() - before.int()).abs().max()) <= 1
+    assert texts(several) == expected_texts
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", ["tensor_parallel_size", "cfg_parallel_size"])
-def test_four_ranks_give_what_one_does(other_checkpoint: Path, size: str) -> None:
+@pytest.mark.parametrize(
+    ("thinker", "dit"),
+    [
+        (ThinkerConfig(tensor_parallel_size=4), DitConfig(tensor_parallel_size=4)),
+        (ThinkerConfig(), DitConfig(cfg_parallel_size=4)),
+    ],
+    ids=["tensor", "cfg"],
+)
+def test_four_ranks_give_what_one_does(other_checkpoint: Path, thinker: ThinkerConfig, dit: DitConfig) -> None:
     """That checkpoint has one KV head, which every rank has then; and most requests have fewer branches than ranks."""
-    several = stages_of(other_checkpoint, **{size: 4})
+    several = stages_of(other_checkpoint, thinker, dit)
     try:
-        check_mixed_load(several, other_checkpoint, exact=size == "cfg_parallel_size")
+        check_mixed_load(several, other_checkpoint)
     finally:
         several.close()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", ["tensor_parallel_size", "cfg_parallel_size"])
-def test_ranks_are_started_anew_after_a_sleep(checkpoint_dir: Path, size: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_are_started_anew_after_a_sleep(checkpoint_dir: Path, mode: str) -> None:
     """A sleep of level 1 closes the engines and keeps what they were built from."""
-    config = config_of(checkpoint_dir, **{size: 2})
+    thinker, dit = MODES[mode]
+    config = DeployConfig(checkpoint=str(checkpoint_dir), device="cpu", dtype="float32", thinker=thinker, dit=dit)
     resources = StageResources.open(config)
     found = []
     for _ in range(2):
@@ -74,14 +99,15 @@ def test_ranks_are_started_anew_after_a_sleep(checkpoint_dir: Path, size: str) -
     assert_same(found[0].pixels[0], found[1].pixels[0])
 
 
-@pytest.fixture(scope="module", params=["tensor_parallel_size", "cfg_parallel_size"])
+@pytest.fixture(scope="module", params=[*MODES, *(pytest.param(mode, marks=pytest.mark.long) for mode in SLOW)])
 def ranks(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iterator[LocalStages]:
-    stages = stages_of(checkpoint_dir, **{request.param: 2})
+    stages = stages_of(checkpoint_dir, *(MODES | SLOW)[request.param])
     yield stages
     stages.close()
+    assert stages.producer.pool.blocks.used == 0
 
 
-QUICK = ("t2i_default",)
+QUICK = ("t2i_default", "vqa")
 
 
 @pytest.mark.parametrize(
@@ -89,25 +115,42 @@ QUICK = ("t2i_default",)
     [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.long) for case in CASES],
 )
 def test_two_ranks_give_what_is_recorded(ranks: LocalStages, case: Case) -> None:
-    run = generate(ranks, case.request)
-    assert distance(run.latents[0].tokens, case.tensors()["latent"]) < TOLERANCE
-    difference = (run.pixels[0].int() - case.image().int()).abs()
-    assert int(difference.max()) <= 2
+    output = result_of(ranks.think(result_of(ranks.expand(case.request))))
+    if output.job is None:
+        assert [answer.content for answer in output.answers] == [case.text]
+        return
+    assert [answer.reasoning for answer in output.answers] == ([] if case.text is None else [case.text])
+    expected = case.tensors()
+    (latents,) = result_of(ranks.denoise(output.job))
+    assert distance(latents.tokens, expected["latent"]) < TOLERANCE
+    # The same request again is answered from cached prefixes.
+    again = result_of(ranks.think(result_of(ranks.expand(case.request)))).job
+    assert again is not None
+    contexts = [claim(LocalConsumer(), handle) for handle in again.handles]
+    for context in again.branches:
+        kv = contexts[context.handle][:, :, :: case.kv_token_stride]
+        if f"kv.{context.branch}.k" in expected:
+            assert distance(kv[:, 0], expected[f"kv.{context.branch}.k"]) < TOLERANCE
+            assert distance(kv[:, 1], expected[f"kv.{context.branch}.v"]) < TOLERANCE
 
 
 def test_a_mixed_load_is_that_of_one_rank(ranks: LocalStages, checkpoint_dir: Path) -> None:
-    check_mixed_load(ranks, checkpoint_dir, exact=ranks.dit.config.cfg_parallel_size > 1)
+    check_mixed_load(ranks, checkpoint_dir)
 
 
-def test_a_request_that_is_aborted_leaves_no_store(ranks: LocalStages) -> None:
+def test_a_request_that_is_aborted_leaves_nothing(ranks: LocalStages) -> None:
     request = msgspec.structs.replace(MIXED[0], num_inference_steps=1000)
     _, job = think(ranks, request)
-    call = ranks.denoise(job)
-    next(call.follow(lambda: False, 60))  # it has begun
-    ranks.abort(job.request_id)
-    with pytest.raises(Cancelled):
-        result_of(call)
-    assert ranks.dit.ranks is not None
-    assert ranks.dit.ranks.stores == 0
+    plan = result_of(ranks.expand(msgspec.structs.replace(TEXT, max_tokens=4000, ignore_eos=True)))
+    calls = [ranks.denoise(job), ranks.think(plan)]
+    for call in calls:
+        next(call.follow(lambda: False, 60))  # it has begun
+    for request_id in (job.request_id, plan.request_id):
+        ranks.abort(request_id)
+    for call in calls:
+        with pytest.raises(Cancelled):
+            result_of(call)
+    assert ranks.thinker.blocks_used == 0
+    if ranks.dit.ranks is not None:
+        assert ranks.dit.ranks.stores == 0
     generate(ranks, MIXED[2])  # the ranks are in step
-    assert ranks.dit.ranks.stores == 0

@@ -1,4 +1,4 @@
-"""A whole server whose DiT has two ranks, from vLLM-Omni's own YAML: the same images, and no rank outlives a kill."""
+"""A whole server whose stages have two ranks, from vLLM-Omni's own YAML: the same replies, and none outlives a kill."""
 
 from __future__ import annotations
 
@@ -7,39 +7,66 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.serving.test_together import EIGHT, image_body
+from tests.serving.test_together import EIGHT, essence, image_body
 from tests.support.exact import same_image
 from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
 from tests.support.serving import Server
 
-YAML = """\
+# By name: a file, and its stages with a rank beside the first.
+FILES = {
+    "tensor": (
+        """\
+stages:
+  - stage_id: 0
+    devices: "0,1"
+    tensor_parallel_size: 2
+  - stage_id: 1
+    devices: "0,1"
+    parallel_config:
+      tensor_parallel_size: 2
+""",
+        ("thinker", "dit"),
+    ),
+    "cfg": (
+        """\
 stages:
   - stage_id: 0
     devices: "0"
   - stage_id: 1
     devices: "0,1"
     parallel_config:
-      {size}: 2
-"""
+      cfg_parallel_size: 2
+""",
+        ("dit",),
+    ),
+}
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "2"))
 REFERENCE = image_body(EIGHT[1], seed=1)
-AT_WORK = [image_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)]
+TEXT = {"messages": [{"role": "user", "content": "Describe a cat"}], "modalities": ["text"], "max_tokens": 24}
+SAMPLED = {**TEXT, "temperature": 0.9, "seed": 7, "n": 2}
+AT_WORK = {
+    "dit": [image_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
+    "thinker": [{**TEXT, "max_tokens": 8000, "ignore_eos": True, "n": n} for n in (1, 2)],
+}
 NOTICE_S, FAIL_S, RELOAD_S, CLIENT_S = 15.0, 30.0, 120.0, 120.0
 
 
-def rank_pids(server: Server) -> list[int]:
-    """The living ranks but the first."""
-    return [pid for pid in descendants(server.process.pid) if "bagel_triton.parallel.worker" in arguments(pid)]
+def rank_pids(server: Server, stage: str | None = None) -> list[int]:
+    """The living ranks but the first, of one stage or of all."""
+    of = stage_pids(server, stage) if stage is not None else [server.process.pid]
+    found = {pid for parent in of for pid in descendants(parent)}
+    return sorted(pid for pid in found if "bagel_triton.parallel.worker" in arguments(pid))
 
 
-def served(checkpoint: Path, folder: Path, size: str) -> Iterator[Server]:
+def served(checkpoint: Path, folder: Path, name: str) -> Iterator[Server]:
     path = folder / "deploy.yaml"
-    path.write_text(YAML.format(size=size))
+    path.write_text(FILES[name][0])
     with Server(checkpoint, "--deploy-config", str(path), "--worker-backend", "process") as running:
         yield running
         family = descendants(running.process.pid)
@@ -47,46 +74,66 @@ def served(checkpoint: Path, folder: Path, size: str) -> Iterator[Server]:
     assert not shared_files(running)
 
 
-@pytest.fixture(scope="module", params=["tensor_parallel_size", "cfg_parallel_size"])
-def ranks(
+@dataclass(frozen=True)
+class Ranked:
+    """A server, and those of its stages that have a rank beside the first."""
+
+    server: Server
+    stages: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank is there."""
+        return all(len(rank_pids(self.server, stage)) == 1 for stage in self.stages)
+
+
+@pytest.fixture(scope="module", params=FILES)
+def ranked(
     request: pytest.FixtureRequest, checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+) -> Iterator[Ranked]:
     """Told to stop, it leaves neither a process nor a file."""
-    yield from served(checkpoint_dir, tmp_path_factory.mktemp("ranks"), request.param)
+    for running in served(checkpoint_dir, tmp_path_factory.mktemp("ranks"), request.param):
+        yield Ranked(running, FILES[request.param][1])
 
 
 @pytest.mark.long
-def test_images_are_those_of_one_rank(server: Server, ranks: Server) -> None:
-    assert len(rank_pids(ranks)) == 1
+def test_replies_are_those_of_one_rank(server: Server, ranked: Ranked) -> None:
+    assert ranked.whole
+    ranks = ranked.server
     bodies = [image_body(fields, seed) for seed, fields in enumerate(EIGHT)]
-    for ended in Load(ranks, bodies, CLIENT_S):
+    for ended in Load(ranks, [*bodies, TEXT, SAMPLED], CLIENT_S):
         assert ended.status == 200, ended.reply
     for body in bodies:
         for one, other in zip(ranks.images(body), server.images(body), strict=True):
             assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+    for body in (TEXT, SAMPLED):
+        one, other = (of.chat(body).json() for of in (ranks, server))
+        assert essence(one)[:2] == essence(other)[:2]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(300 * (KILLS + 1))
-def test_a_killed_rank_is_the_stage_dying(ranks: Server) -> None:
-    """Ranks are killed in turn, the first with the stage's own process, at random times of a load."""
+def test_a_killed_rank_is_the_stage_dying(ranked: Ranked) -> None:
+    """Ranks are killed in turn, every other time with the stage's own process, at random times of a load."""
+    ranks = ranked.server
     image = ranks.images(REFERENCE)[0]
     before = shared_files(ranks)
     chance = random.Random(0)
-    for number in range(KILLS):
-        load = Load(ranks, AT_WORK, CLIENT_S)
-        until(lambda: bool(ranks.gauge("bagel_dit_active")), "the DiT is not at work", CLIENT_S)
+    for number in range(KILLS * len(ranked.stages)):
+        stage = ranked.stages[number % len(ranked.stages)]
+        load = Load(ranks, AT_WORK[stage], CLIENT_S)
+        until(lambda stage=stage: bool(ranks.gauge(f"bagel_{stage}_active")), "the stage is not at work", CLIENT_S)
         time.sleep(chance.uniform(0.0, 0.5))
-        pids = [*rank_pids(ranks), *stage_pids(ranks, "dit")]
+        pids = [*rank_pids(ranks, stage), *stage_pids(ranks, stage)]
         killed_at = time.monotonic()
-        if number % 2:
-            kill(ranks, "dit")
+        if number // len(ranked.stages) % 2:
+            kill(ranks, stage)
         else:
             os.kill(pids[0], signal.SIGKILL)
         for ended in load:
             assert ended.status == 503, ended.reply
             assert ended.at - killed_at < FAIL_S
         until(lambda pids=pids: not any(arguments(pid) for pid in pids), "a process is left", NOTICE_S)
-        until(lambda: health(ranks) == 200 and len(rank_pids(ranks)) == 1, "the stage is not back", RELOAD_S)
+        until(lambda: health(ranks) == 200 and ranked.whole, "the stage is not back", RELOAD_S)
         assert same_image(ranks.images(REFERENCE)[0], image)
         assert shared_files(ranks) == before

@@ -129,8 +129,8 @@ ONE_LINE = [
     ),
     # what is not supported, and what to do instead
     (
-        "stages: [{stage_id: 0, tensor_parallel_size: 2}]",
-        ":1: stages[stage_id=0].tensor_parallel_size=2 is not supported: the thinker has one rank",
+        "stages: [{stage_id: 0, cfg_parallel_size: 2}]",
+        ":1: stages[stage_id=0].cfg_parallel_size=2 is not supported: the thinker's ranks share its heads",
     ),
     (
         "stages: [{stage_id: 1, parallel_config: {use_hsdp: true}}]",

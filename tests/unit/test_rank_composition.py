@@ -10,58 +10,78 @@ import pytest
 
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.parallel import sizes
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.serving import flags, serve
 from bagel_triton.weights.checkpoint import inspect
 from tests.support.nearness import mean_levels
-from tests.support.runs import generate
+from tests.support.runs import generate, result_of
 from tests.unit.test_lora import write_adapter
 from tests.unit.test_serving_flags import Parser, Refused
 
-SIZES = ("tensor_parallel_size", "cfg_parallel_size")
-TABLE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text().partition("| | with `tensor_parallel_size`")[2]
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.partition("\n\n")[0].splitlines()[2:]]
+# The table's columns: a stage and its field.
+SIZES = {
+    "`tensor_parallel_size` of stage 0": (0, "tensor_parallel_size"),
+    "`tensor_parallel_size` of stage 1": (1, "tensor_parallel_size"),
+    "`cfg_parallel_size`": (1, "cfg_parallel_size"),
+}
+DOC = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in DOC.partition(f"| | {' | '.join(SIZES)} |")[2].partition("\n\n")[0].splitlines()[2:]
+]
 ENTRIES = [(row[0], size, entry) for row in ROWS for size, entry in zip(SIZES, row[1:], strict=True) if entry]
-# By row: fields of stage 1, and of the whole file.
-FIELDS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
-    "`tensor_parallel_size`": [({"tensor_parallel_size": 2}, {})],
-    "`cfg_parallel_size`": [({"cfg_parallel_size": 2}, {})],
-    "`quantization`": [({}, {"quantization": "int8"})],
-    "`lora_path`": [({}, {"lora_path": "ADAPTER"})],
-    "`lora_modules`": [({}, {"lora_modules": {"a": "ADAPTER"}})],
-    "`dtype: bfloat16`": [({}, {"dtype": "bfloat16"})],
-    "`pipeline: bagel_think`": [({}, {"pipeline": "bagel_think"})],
-    "`pipeline: bagel_single_stage`": [({}, {"pipeline": "bagel_single_stage"})],
-    "TaylorSeer, `n`, thinking, editing": [({}, {})],
-    "`load: understanding`": [({}, {"load": "understanding"})],
-    "`device: cuda`": [({}, {"device": "cuda"})],
+# By row: fields of one stage, its id (None for the column's own), and fields of the whole file.
+FIELDS: dict[str, list[tuple[dict[str, Any], int | None, dict[str, Any]]]] = {
+    **{name: [({field: 2}, stage_id, {})] for name, (stage_id, field) in SIZES.items()},
+    "`quantization`": [({}, None, {"quantization": "int8"})],
+    "`lora_path`": [({}, None, {"lora_path": "ADAPTER"})],
+    "`lora_modules`": [({}, None, {"lora_modules": {"a": "ADAPTER"}})],
+    "`dtype: bfloat16`": [({}, None, {"dtype": "bfloat16"})],
+    "`pipeline: bagel_think`": [({}, None, {"pipeline": "bagel_think"})],
+    "`pipeline: bagel_single_stage`": [({}, None, {"pipeline": "bagel_single_stage"})],
+    "TaylorSeer, `n`, thinking, editing": [({}, None, {})],
+    "`load: understanding`": [({}, None, {"load": "understanding"})],
+    "`device: cuda`": [({}, None, {"device": "cuda"})],
     "`use_hsdp`, `vae_patch_parallel_size`, `ulysses_degree`, `--worker-backend ray`": [
-        ({"use_hsdp": True}, {}),
-        ({"parallel_config": {"vae_patch_parallel_size": 2}}, {}),
-        ({"ulysses_degree": 2}, {}),
+        ({"use_hsdp": True}, None, {}),
+        ({"parallel_config": {"vae_patch_parallel_size": 2}}, None, {}),
+        ({"ulysses_degree": 2}, None, {}),
     ],
 }
 REQUEST = GenerationRequest(
     prompt="A cute cat", height=64, width=48, seed=3, num_inference_steps=12, n=2, cache="taylorseer", think=False
 )
+TEXT = GenerationRequest(prompt="A cute cat", modality="text", max_tokens=12)
 
 
-def config_of(checkpoint: Path, folder: Path, stage: dict[str, Any], top: dict[str, Any]) -> DeployConfig:
-    """The configuration of a file with these fields; a relative adapter is made.
+def config_of(
+    checkpoint: Path, folder: Path, size: str, fields: dict[str, Any], of: int | None, top: dict[str, Any]
+) -> DeployConfig:
+    """The configuration of a file with two ranks by ``size`` and these fields; a relative adapter is made.
 
     Raises:
         ConfigError: the file, or its ranks, are refused.
     """
     if "lora_path" in top:
         top = {**top, "lora_path": str(write_adapter(folder / "adapter")[0])}
-    stage_id = 0 if top.get("pipeline") == "bagel_single_stage" else 1
+    one = top.get("pipeline") == "bagel_single_stage"
+    stage_id, name = SIZES[size]
+    stages: dict[int, dict[str, Any]] = {}
+    for number, values in ((stage_id, {name: 2}), (stage_id if of is None else of, fields)):
+        stages.setdefault(0 if one else number, {}).update(values)
+    written = {"device": "cpu", **top, "stages": [{"stage_id": number, **stages[number]} for number in stages]}
     path = folder / "deploy.yaml"
-    path.write_bytes(msgspec.yaml.encode({"device": "cpu", **top, "stages": [{"stage_id": stage_id, **stage}]}))
+    path.write_bytes(msgspec.yaml.encode(written))
     config = deploy_yaml.load(path, str(checkpoint))
     sizes.check(config, inspect(config.checkpoint).language, "cuda:0" if config.device == "cuda" else "cpu")
     return config
+
+
+def ranks_of(config: DeployConfig) -> set[int]:
+    return {sizes.Sizes.of(config, stage).ranks for stage in (THINKER, DIT)}
 
 
 def test_the_table_has_every_row() -> None:
@@ -70,13 +90,13 @@ def test_the_table_has_every_row() -> None:
 
 @pytest.mark.parametrize(("row", "size", "entry"), ENTRIES)
 def test_an_entry_is_true(checkpoint_dir: Path, tmp_path: Path, row: str, size: str, entry: str) -> None:
-    for stage, top in FIELDS[row]:
+    for fields, of, top in FIELDS[row]:
         if entry.startswith("serves"):
-            assert config_of(checkpoint_dir, tmp_path, {size: 2, **stage}, top).dit.ranks == 2
+            assert 2 in ranks_of(config_of(checkpoint_dir, tmp_path, size, fields, of, top))
             continue
         with pytest.raises(ConfigError) as caught:
-            config_of(checkpoint_dir, tmp_path, {size: 2, **stage}, top)
-        name = next(iter(stage.get("parallel_config", stage)), size)
+            config_of(checkpoint_dir, tmp_path, size, fields, of, top)
+        name = next(iter(fields.get("parallel_config", fields)), SIZES[size][1])
         assert " is not supported" in str(caught.value)
         assert name in str(caught.value)
 
@@ -89,28 +109,45 @@ def test_ray_is_refused(flag: str) -> None:
         flags.flags_of(parser.parse_args(["x", "--tensor-parallel-size", "2", *flag.split()]))
 
 
+@pytest.mark.parametrize("stage", ["thinker", "dit"])
 @pytest.mark.parametrize(("heads", "allowed"), [("checkpoint_dir", "1, 2"), ("other_checkpoint", "1, 2, 4")])
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do(
-    heads: str, allowed: str, tmp_path: Path, request: pytest.FixtureRequest
+    heads: str, allowed: str, stage: str, request: pytest.FixtureRequest
 ) -> None:
+    checkpoint = request.getfixturevalue(heads)
+    path = {"thinker": "`tensor_parallel_size` of stage 0", "dit": "`tensor_parallel_size` of stage 1"}[stage]
+    config = DeployConfig(checkpoint=str(checkpoint))
+    config = msgspec.structs.replace(
+        config, **{stage: msgspec.structs.replace(getattr(config, stage), **{SIZES[path][1]: 3})}
+    )
     with pytest.raises(ConfigError) as caught:
-        config_of(request.getfixturevalue(heads), tmp_path, {"tensor_parallel_size": 3}, {})
-    assert str(caught.value).startswith("dit.tensor_parallel_size=3 does not divide the checkpoint's ")
+        sizes.check(config, inspect(config.checkpoint).language, "cpu")
+    assert str(caught.value).startswith(f"{stage}.tensor_parallel_size=3 does not divide the checkpoint's ")
     assert str(caught.value).endswith(f"; allowed: {allowed}")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("row", "size"), [entry[:2] for entry in ENTRIES if entry[2].startswith("serves")])
 def test_it_serves_what_one_rank_does(checkpoint_dir: Path, tmp_path: Path, row: str, size: str) -> None:
-    [(stage, top)] = FIELDS[row]
-    config = config_of(checkpoint_dir, tmp_path, {size: 2, **stage}, top)
-    alone = msgspec.structs.replace(config.dit, tensor_parallel_size=1, cfg_parallel_size=1)
-    images = []
-    for one in (config, msgspec.structs.replace(config, dit=alone)):
+    [(fields, of, top)] = FIELDS[row]
+    config = config_of(checkpoint_dir, tmp_path, size, fields, of, top)
+    if config.load == "understanding" or (len(ranks_of(config)) == 1 and not config.topology.one_process):
+        pytest.skip("stages that are not in one process: tests/serving has them")
+    alone = DeployConfig(
+        **{name: getattr(config, name) for name in ("checkpoint", "pipeline", "device", "dtype")},
+        lora_path=config.lora_path,
+        thinker=msgspec.structs.replace(config.thinker, tensor_parallel_size=1),
+        dit=msgspec.structs.replace(config.dit, tensor_parallel_size=1, cfg_parallel_size=1),
+    )
+    images, texts = [], []
+    for one in (config, alone):
         stages = LocalStages(one)
         try:
             images.append(generate(stages, REQUEST).pixels)
+            texts.append([text.content for text in result_of(stages.think(result_of(stages.expand(TEXT)))).answers])
         finally:
             stages.close()
     for ours, expected in zip(*images, strict=True):
         assert mean_levels(ours, expected) < (2 if config.dtype == "bfloat16" else 0.1)
+    if config.dtype != "bfloat16":
+        assert texts[0] == texts[1]

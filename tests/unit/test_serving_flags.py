@@ -207,8 +207,8 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
     ("flag", "message"),
     [
         ("-tp 0", "--tensor-parallel-size=0 is not allowed; allowed: an integer from 1 to"),
-        ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: it is not built; of the DiT"),
-        ("--use-hsdp", "--use-hsdp=true is not supported: it is not built; of the DiT"),
+        ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: it is not built; several"),
+        ("--use-hsdp", "--use-hsdp=true is not supported: it is not built; several"),
         (
             "--quantization gptq",
             "--quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8, fp8, fp8_w8a8, ",

@@ -50,7 +50,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool keep prefixes for later requests; ``encoder_cache_mb`` megabytes keep the encoders'
     outputs for images. With a ``gpu_memory_utilization`` the server sizes the pool on a GPU, to
     ``kv_tokens`` at least. With ``enforce_eager`` a GPU decodes without CUDA graphs. ``quantization`` is the form of
-    the transformer's weights; None for those of ``dtype``.
+    the transformer's weights; None for those of ``dtype``. ``tensor_parallel_size`` ranks share its heads.
     """
 
     max_num_seqs: int = 64
@@ -65,15 +65,22 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     quantization: Quantization | Literal["auto"] | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "block_tokens", "max_waiting"):
+        sizes = ("kv_tokens", "block_tokens", "max_waiting", "tensor_parallel_size")
+        for name in ("max_num_seqs", "max_num_batched_tokens", *sizes):
             value = getattr(self, name)
             _require(f"thinker.{name}", value, value >= 1, "an integer >= 1")
         _require("thinker.encoder_cache_mb", self.encoder_cache_mb, self.encoder_cache_mb >= 0, "an integer >= 0")
         for name in ("lease_ttl_s", "admission_timeout_s"):
             value = getattr(self, name)
             _require(f"thinker.{name}", value, value > 0, "seconds > 0")
+
+    @property
+    def ranks(self) -> int:
+        """Processes that compute the stage's forwards, this one included."""
+        return self.tensor_parallel_size
 
 
 class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -51,6 +51,7 @@ _THINKER_FIELDS = (
     "enforce_eager",
     "gpu_memory_utilization",
     "quantization",
+    "tensor_parallel_size",
 )
 _DIT_FIELDS = (
     "max_num_seqs",
@@ -291,8 +292,8 @@ class _Builder:
         for name, node in self._flags.every_stage.items():
             if only is not None:
                 self._refuse_elsewhere(name, node, only, topology)
-            elif name in vocabulary.RANKS and node.value != 1 and not topology.one_process:
-                self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.ONE_RANK}")
+            elif name in vocabulary.DIT_RANKS and node.value != 1 and not topology.one_process:
+                self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.THINKER_RANKS}")
         for stage_id in range(len(topology.stages)):
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
             stage = by_id.get(stage_id, Node({"stage_id": Node(stage_id, _NOTHING.origin)}, _NOTHING.origin))
@@ -316,9 +317,9 @@ class _Builder:
             return
         if name == DEFAULTS and only == DIT_STAGE:
             self._problems.add(node, _DEFAULTS_ELSEWHERE)
-        elif name in vocabulary.RANKS and only == THINKER_STAGE:
+        elif name in vocabulary.DIT_RANKS and only == THINKER_STAGE:
             if node.value > 1:
-                self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1")
+                self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.THINKER_RANKS}; allowed: 1")
         elif engine not in setting.engines and node.value is not False:  # what is off is off there
             there = 0 if engine == "dit" else 1
             self._problems.add(node, f"={format_value(node.value)} belongs to stage {there}: give it to that server")
@@ -347,7 +348,7 @@ class _Builder:
                 continue
             if name in vocabulary.RANKS:
                 if node.value > 1:
-                    refused = f"={node.value!r} is not supported: {vocabulary.ONE_RANK}; allowed: 1"
+                    refused = f"={node.value!r} is not supported: {vocabulary.THINKER_RANKS}; allowed: 1"
                     self._problems.add(node, refused)
                 del found[name]
                 continue

@@ -13,7 +13,7 @@ import torch
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import choose
-from bagel_triton.deploy.topology import THINKER
+from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
@@ -28,7 +28,7 @@ from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.model.device import Placement, on_gpu, resolve
 from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.parallel.sizes import check
+from bagel_triton.parallel.sizes import Sizes, check
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.weights.adapters import load_adapter
@@ -135,10 +135,12 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     """The thinker, with a KV cache that the DiT can read."""
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
-    model = resources.load_bagel(config.thinker.quantization)
+    cut = config.thinker.tensor_parallel_size > 1
+    model = (resources.own_bagel if cut else resources.load_bagel)(config.thinker.quantization)
     adapters = resources.load_adapters()
     autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
-    return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics, adapters)
+    ranks = open_ranks(resources, THINKER, model, share=True)
+    return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics, adapters, ranks)
 
 
 def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitEngine:
@@ -149,22 +151,22 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
     cut = resources.config.dit.tensor_parallel_size > 1
     model = (resources.own_bagel if cut else resources.load_bagel)(resources.config.dit.quantization)
-    ranks, adapters = open_ranks(resources, model, share=True), resources.load_adapters()
+    ranks, adapters = open_ranks(resources, DIT, model, share=True), resources.load_adapters()
     return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks, adapters)
 
 
-def open_ranks(resources: StageResources, model: Bagel, share: bool) -> RankGroup | None:
-    """The ranks of the DiT, of which ``model`` becomes the first one's; None where it has one alone.
+def open_ranks(resources: StageResources, stage: str, model: Bagel, share: bool) -> RankGroup | None:
+    """The ranks of the Triton model ``stage``, of which ``model`` becomes the first one's; None where it has one alone.
 
     With ``share`` they map the server's weights; without, each loads its own.
     """
     config = resources.config
-    if config.dit.ranks == 1:
+    if Sizes.of(config, stage).ranks == 1:
         return None
     check(config, resources.checkpoint.config.language, resources.placement.device)
     from bagel_triton.parallel.group import RankGroup
 
-    return RankGroup.start(config, model, share)
+    return RankGroup.start(config, stage, model, share)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
@@ -182,10 +184,10 @@ class Models:
     autoencoder: Autoencoder
 
     @classmethod
-    def load(cls, resources: StageResources) -> Models:
-        """Load them for this process alone."""
+    def load(cls, resources: StageResources, own: bool = False) -> Models:
+        """Load them for this process alone; with ``own`` for a caller that changes the transformer."""
         alone = replace(resources, weights=None)
-        bagel = alone.load_bagel(resources.config.thinker.quantization)
+        bagel = (alone.own_bagel if own else alone.load_bagel)(resources.config.thinker.quantization)
         return cls(resources.checkpoint.config, bagel, alone.load_autoencoder())
 
 
@@ -201,9 +203,10 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
         MemoryError: the pool does not fit.
     """
     blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
+    ranks = config.thinker.ranks > 1
     match choose(config, str(device), config.dit_device).name:
         case "local":
-            return LocalProducer(geometry, blocks, device)
+            return LocalProducer(geometry, blocks, device, ranks)
         case "shm":
             return ShmProducer(geometry, blocks, config.shm_prefix)
         case "cuda_ipc":
@@ -213,13 +216,13 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
         case "mooncake":
             from bagel_triton.kv.connectors.mooncake import MooncakeProducer, TransferEngine
 
-            return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake))
+            return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake), ranks)
         case "mooncake_store":
             from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreProducer, ObjectStore
 
             pool = blocks * geometry.block_tokens * token_bytes(geometry)
             store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(pool))
-            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store)
+            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store, ranks)
 
 
 def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:

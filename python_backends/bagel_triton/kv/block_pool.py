@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -123,11 +124,11 @@ class KVCachePool:
     """A store, ``[layers, 2, blocks * block_tokens, kv_heads, head_dim]``, cut into blocks.
 
     ``make_room`` is called with a number of blocks before they are allocated. It may evict
-    cached prefixes to free them.
+    cached prefixes to free them. Other processes of this host map the store by ``file``, where there is one.
     """
 
-    def __init__(self, store: Tensor, geometry: KVGeometry) -> None:
-        self.store = store
+    def __init__(self, store: Tensor, geometry: KVGeometry, file: Path | None = None) -> None:
+        self.store, self.file = store, file
         self.geometry = geometry
         self.make_room: Callable[[int], None] = lambda blocks: None
         self.blocks = BlockAllocator(store.shape[2] // geometry.block_tokens)

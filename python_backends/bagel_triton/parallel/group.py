@@ -1,7 +1,8 @@
 """Rank 0 of a stage and the ranks that it drives: one owner of their lives, one order of their work.
 
 Rank 0 is the stage's own process. It starts the others on this host, and each forward goes out to them as a message
-and tensors. The ranks have no state of requests: stores of keys and values that rank 0 numbers, and one layout.
+and tensors. The ranks have no state of requests: a mapping of the thinker's KV cache, the DiT's stores of keys and
+values, which rank 0 numbers, and one layout.
 
 A rank that ends is the stage's end: ``lost`` is called, the forward in flight fails with ``StageUnavailable``, the
 process exits, and what replaces it starts a new group. The other ranks end when rank 0's pipes close.
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import IO, Self
 
 import torch
@@ -25,14 +27,16 @@ from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.ipc.shm import SHM_DIRECTORY
-from bagel_triton.kv.store import WorkspaceStep
+from bagel_triton.kv.block_pool import KVCachePool
+from bagel_triton.kv.store import PagedStep, WorkspaceStep
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel import messages
-from bagel_triton.parallel.layout import Part, by_sequence, whole
-from bagel_triton.parallel.messages import Arrange, Forward, Free, Keep, Meet, Message, Start
+from bagel_triton.parallel.layout import Part, PoolLayout, StoresLayout, by_sequence
+from bagel_triton.parallel.messages import Arrange, Attach, Forward, Free, Keep, Meet, Message, Start
 from bagel_triton.parallel.rank import RankModel, join, receive, selftest, send
+from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.parallel.worker import READY
 from bagel_triton.protocol.errors import StageUnavailable
 
@@ -41,43 +45,50 @@ log = logging.getLogger(__name__)
 
 
 class RankGroup:
-    """The ranks of the DiT; build it with :meth:`start`. From the engine's thread, but for ``close``."""
+    """The ranks of a stage; build it with :meth:`start`.
 
-    def __init__(self, config: DeployConfig, processes: list[subprocess.Popen[bytes]], threads: int) -> None:
-        self._config, self._processes = config, processes
-        self.pool, self._threads_before = ThreadPool(threads), torch.get_num_threads()
+    Threads: one forward or change of stores at a time; two engines of one process may share a group.
+    """
+
+    def __init__(self, stage: str, processes: list[subprocess.Popen[bytes]], threads: int) -> None:
+        self._stage, self._processes = stage, processes
+        self._pool, self._threads_before = ThreadPool(threads), torch.get_num_threads()
         torch.set_num_threads(threads)
         self._closing, self._ended = threading.Event(), threading.Event()
-        self._lost: Callable[[], None] = lambda: None
+        self._lost: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._users = 0
         self._model: RankModel
+        self._cache: Tensor | None = None  # rank 0's heads of the thinker's
         self._numbers: dict[int, int] = {}  # of stores, by the id of rank 0's
         self._newest = 0
-        self._arranged: WorkspaceStep | None = None
+        self._arranged: PagedStep | WorkspaceStep | None = None
         self._parts: list[Part] = []
-        self._own: tuple[PackedBatch, WorkspaceStep] | None = None
+        self._own: tuple[PackedBatch, PagedStep | WorkspaceStep] | None = None
         for rank, process in enumerate(processes, start=1):
             threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
     @classmethod
-    def start(cls, config: DeployConfig, model: Bagel, share: bool) -> Self:
-        """Start the other ranks, which load ``model``'s checkpoint, and make ``model`` rank 0's share.
+    def start(cls, config: DeployConfig, stage: str, model: Bagel, share: bool) -> Self:
+        """Start the other ranks of the Triton model ``stage``, and make ``model`` rank 0's share.
 
-        With ``share`` they map the server's shared weights.
+        They load ``model``'s checkpoint; with ``share`` they map the server's shared weights.
 
         Raises:
             RuntimeError: a rank ended before it was ready; its own log says why.
         """
-        ranks = config.dit.ranks
+        sizes = Sizes.of(config, stage)
+        ranks = sizes.ranks
         meeting = SHM_DIRECTORY / f"{config.shm_prefix}_ranks_{secrets.token_hex(4)}"
         python = sys.executable or shutil.which("python3") or "python3"  # of Triton's stub, that on its PATH
         command = [python, "-P", "-m", "bagel_triton.parallel.worker"]
         processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(1, ranks)]
         # Each has its part of the threads that this process would have.
         threads = max(torch.get_num_threads() // ranks, 1)
-        group = cls(config, processes, threads)
+        group = cls(stage, processes, threads)
         try:
             for rank in range(1, ranks):
-                group._send(rank, Start(config, rank, ranks, str(meeting), threads, share))
+                group._send(rank, Start(config, stage, rank, str(meeting), threads, share))
             for rank, process in enumerate(processes, start=1):
                 assert process.stdout is not None, "a pipe"
                 if process.stdout.readline() != READY:
@@ -86,21 +97,21 @@ class RankGroup:
                 group._send(rank, Meet())
             join(meeting, 0, ranks, config.bagel.stage_timeout_s)
             times = selftest()
-            group._model = RankModel(model, config.dit, group.pool)
+            group._model = RankModel(model, sizes, group._pool)
         except BaseException:
-            group.close()
+            group._stop()
             raise
         finally:
             meeting.unlink(missing_ok=True)
-        kind = "tensor" if config.dit.tensor_parallel_size > 1 else "cfg"
         tried = ", ".join(f"{name} of 1 MiB {milliseconds:.2f} ms" for name, milliseconds in times.items())
         pids = ", ".join(str(process.pid) for process in processes)
-        log.info("dit: mesh [%s=%d] by gloo, ranks 1 to %d are processes %s; %s", kind, ranks, ranks - 1, pids, tried)
+        log.info("%s: mesh [%s] by gloo, ranks 1 to %d are processes %s; %s", stage, sizes, ranks - 1, pids, tried)
         return group
 
-    def when_lost(self, lost: Callable[[], None]) -> None:
-        """Call ``lost`` once a rank has ended, from any thread."""
-        self._lost = lost
+    def join(self, lost: Callable[[], None]) -> None:
+        """Use the group for an engine, until it calls :meth:`close`; ``lost`` is called once a rank has ended."""
+        self._users += 1
+        self._lost.append(lost)
         if self._ended.is_set():
             lost()
 
@@ -108,6 +119,14 @@ class RankGroup:
     def stores(self) -> int:
         """Stores that the ranks have."""
         return len(self._numbers)
+
+    def attach(self, pool: KVCachePool) -> None:
+        """Let every rank map the thinker's KV cache, and read and write its own heads of it."""
+        assert pool.file is not None, "a pool that ranks use is in a file"
+        self._cache = self._model.own_heads(pool.store)
+        with self._together():
+            for rank in self._others:
+                self._send(rank, Attach(str(pool.file), pool.geometry))
 
     def keep(self, store: Tensor, past: int) -> Tensor:
         """Give every rank its heads of ``store``, [layers, 2, slots, kv_heads, head_dim]; returns rank 0's.
@@ -119,24 +138,26 @@ class RankGroup:
         """
         with self._together():
             self._newest += 1
-            for rank in range(1, self._model.ranks):
+            for rank in self._others:
                 own = store[:, :, :, self._model.kv_heads(rank)]
                 self._send(rank, Keep(self._newest, tuple(own.shape), past))
                 send(own[:, :, :past], rank)
-        kept = store[:, :, :, self._model.kv_heads(0)].contiguous()
+        kept = self._model.own_heads(store).contiguous()
         self._numbers[id(kept)] = self._newest
         return kept
 
     def free(self, stores: Sequence[Tensor]) -> None:
         """Forget stores that :meth:`keep` returned, on all ranks."""
         numbers = tuple(self._numbers.pop(id(store)) for store in stores)
-        self._arranged = self._own = None
         with contextlib.suppress(StageUnavailable), self._together():
-            for rank in range(1, self._model.ranks):
+            self._arranged = self._own = None
+            for rank in self._others:
                 self._send(rank, Free(numbers))
 
-    def forward(self, embeddings: Tensor, batch: PackedBatch, kv: WorkspaceStep) -> Tensor:
-        """Hidden states of the rows that are wanted, [tokens, hidden]; ``kv`` has stores that were kept.
+    def forward(self, embeddings: Tensor, batch: PackedBatch, kv: PagedStep | WorkspaceStep) -> Tensor:
+        """Hidden states of the rows that are wanted, [tokens, hidden].
+
+        ``kv`` reads and writes the KV cache that was attached, or stores that were kept.
 
         Raises:
             StageUnavailable: a rank has ended.
@@ -151,7 +172,7 @@ class RankGroup:
             first = self._parts[0]
             assert self._own is not None, "set with the parts"
             hidden = self._model.forward(first.of(embeddings), *self._own)
-            if self._model.tensor_parallel:
+            if first.rows is None:
                 return hidden
             out = torch.empty_like(embeddings)
             out[first.wanted_rows] = hidden if self._own[0].wanted is None else hidden[self._own[0].wanted]
@@ -161,7 +182,12 @@ class RankGroup:
             return out
 
     def close(self) -> None:
-        """End the other ranks."""
+        """End the other ranks, once every engine that has joined is closed."""
+        self._users -= 1
+        if self._users <= 0:
+            self._stop()
+
+    def _stop(self) -> None:
         self._closing.set()
         for process in self._processes:
             for pipe in (process.stdin, process.stdout):
@@ -176,37 +202,52 @@ class RankGroup:
                 process.wait()
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._pool.close()
         torch.set_num_threads(self._threads_before)
 
-    def _arrange(self, batch: PackedBatch, kv: WorkspaceStep) -> None:
+    @property
+    def _others(self) -> range:
+        return range(1, len(self._processes) + 1)
+
+    def _arrange(self, batch: PackedBatch, kv: PagedStep | WorkspaceStep) -> None:
         """Send each rank its part of a new layout."""
-        stores = [self._numbers[id(store)] for store in kv.stores]
-        if self._model.tensor_parallel:
-            self._parts = [whole(batch, kv, stores)] * self._model.ranks
+        own: PagedStep | WorkspaceStep
+        if isinstance(kv, PagedStep):
+            assert self._cache is not None, "attached before"
+            layout = PoolLayout.of(batch, kv)
+            self._parts = [Part(layout)] * self._model.sizes.ranks
+            own = replace(kv, store=self._cache)
         else:
-            self._parts = by_sequence(batch, kv, stores, self._model.ranks)
+            stores = [self._numbers[id(store)] for store in kv.stores]
+            of_all = StoresLayout.of(batch, kv, stores)
+            if self._model.sizes.cfg > 1:
+                self._parts = by_sequence(of_all, self._model.sizes.cfg)
+            else:
+                self._parts = [Part(of_all)] * self._model.sizes.ranks
+            first = self._parts[0].layout
+            assert isinstance(first, StoresLayout), "as it was made"
+            own = first.kv(dict(zip(stores, kv.stores, strict=True)))
         for rank, part in enumerate(self._parts):
             cos, sin = part.of(batch.cos), part.of(batch.sin)
             if rank:
-                self._send(rank, Arrange(part.layout, returns=not self._model.tensor_parallel))
-                send(cos, rank)
-                send(sin, rank)
+                self._send(rank, Arrange(part.layout, returns=part.rows is not None))
+                send(torch.stack((cos, sin)), rank)
             else:
-                by_number = dict(zip(stores, kv.stores, strict=True))
-                self._own = part.layout.batch(cos, sin), part.layout.kv(by_number)
+                self._own = part.layout.batch(cos, sin), own
         self._arranged = kv
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         """Work of all ranks: where it fails midway they are out of step, and the group is of no use."""
-        if self._ended.is_set():
-            raise StageUnavailable("a rank of the DiT has ended; the stage starts again")
-        try:
-            yield
-        except Exception as error:
-            log.exception("dit: the ranks are out of step")
-            self._end()
-            raise StageUnavailable("a rank of the DiT has ended; the stage starts again") from error
+        with self._lock:
+            if self._ended.is_set():
+                raise StageUnavailable(f"a rank of the {self._stage} has ended; the stage starts again")
+            try:
+                yield
+            except Exception as error:
+                log.exception("%s: the ranks are out of step", self._stage)
+                self._end()
+                raise StageUnavailable(f"a rank of the {self._stage} has ended; the stage starts again") from error
 
     def _send(self, rank: int, message: Message) -> None:
         pipe: IO[bytes] | None = self._processes[rank - 1].stdin
@@ -216,9 +257,10 @@ class RankGroup:
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         status = process.wait()
         if not self._closing.is_set():
-            log.error("dit: rank %d, process %d, has ended with status %d", rank, process.pid, status)
+            log.error("%s: rank %d, process %d, has ended with status %d", self._stage, rank, process.pid, status)
             self._end()
 
     def _end(self) -> None:
         self._ended.set()
-        self._lost()
+        for lost in self._lost:
+            lost()

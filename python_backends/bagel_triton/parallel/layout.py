@@ -1,47 +1,97 @@
 """What a rank computes of a forward: all rows with its heads, or the sequences that it was given.
 
-A layout is what a forward of the DiT needs beside tensors. It changes when images join, leave or change their
-branches, so it travels once and the steps between carry embeddings alone.
+A layout is what a forward needs beside tensors. That of the DiT changes when images join, leave or change their
+branches, so it travels once and the steps between carry embeddings alone. That of the thinker changes every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
-from bagel_triton.kv.store import WorkspaceStep
+from bagel_triton.kv.store import PagedStep, WorkspaceStep
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.mot import PackedBatch
 
+Run = tuple[int, int]  # consecutive slots, (start, stop)
+
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A :class:`PackedBatch` and its :class:`WorkspaceStep` without their tensors; ``stores`` are numbers of stores."""
+    """A :class:`PackedBatch` without its tensors."""
 
     tokens: int
     gen_rows: int
     wanted: tuple[int, int] | None
     spans: tuple[QuerySpan, ...]
-    stores: tuple[int, ...]
-    writes: tuple[tuple[tuple[int, int, int], ...], ...]
 
     def batch(self, cos: Tensor, sin: Tensor) -> PackedBatch:
         """The batch, with its rotary tables."""
         return PackedBatch(self.gen_rows, cos, sin, None if self.wanted is None else slice(*self.wanted))
+
+
+class PoolLayout(Layout, frozen=True, forbid_unknown_fields=True, tag=True):
+    """And its :class:`PagedStep`: where new tokens go and where each sequence is, in the KV cache."""
+
+    writes: tuple[Run, ...]
+    sequences: tuple[tuple[Run, ...], ...]
+
+    @classmethod
+    def of(cls, batch: PackedBatch, kv: PagedStep) -> Self:
+        """All of a forward of the thinker."""
+        sequences = tuple(map(_runs, kv.sequences))
+        return cls(batch.tokens, batch.gen_rows, _wanted(batch), tuple(kv.spans), _runs(kv.write_slots), sequences)
+
+    def kv(self, store: Tensor) -> PagedStep:
+        """Its keys and values in ``store``, the KV cache's or a part of its heads."""
+        sequences = [slice(*runs[0]) if len(runs) == 1 else _slots(runs) for runs in self.sequences]
+        return PagedStep(self.spans, store, _slots(self.writes), sequences, store.device)
+
+
+class StoresLayout(Layout, frozen=True, forbid_unknown_fields=True, tag=True):
+    """And its :class:`WorkspaceStep`; ``stores`` are numbers of stores."""
+
+    stores: tuple[int, ...]
+    writes: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    @classmethod
+    def of(cls, batch: PackedBatch, kv: WorkspaceStep, stores: Sequence[int]) -> Self:
+        """All of a forward of the DiT; ``stores`` are the numbers of each sequence's store."""
+        writes = tuple(map(tuple, kv.writes))
+        return cls(batch.tokens, batch.gen_rows, _wanted(batch), tuple(kv.spans), tuple(stores), writes)
 
     def kv(self, stores: Mapping[int, Tensor]) -> WorkspaceStep:
         """Its keys and values in ``stores``, by number."""
         return WorkspaceStep(self.spans, [stores[number] for number in self.stores], self.writes)
 
 
+def _wanted(batch: PackedBatch) -> tuple[int, int] | None:
+    return None if batch.wanted is None else (batch.wanted.start, batch.wanted.stop)
+
+
+def _runs(slots: slice | Tensor) -> tuple[Run, ...]:
+    if isinstance(slots, slice):
+        return ((slots.start, slots.stop),)
+    numbers = slots.cpu().numpy()
+    edges = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    return tuple((int(numbers[first]), int(numbers[last - 1]) + 1) for first, last in pairwise(edges) if first < last)
+
+
+def _slots(runs: Sequence[Run]) -> Tensor:
+    return torch.cat([torch.arange(*run) for run in runs]) if runs else torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Part:
     """One rank's part of a forward: its layout, and its ``rows`` of the whole batch, int64; None for all of them."""
 
-    layout: Layout
+    layout: PoolLayout | StoresLayout
     rows: Tensor | None = None
 
     @property
@@ -55,25 +105,17 @@ class Part:
         return x if self.rows is None else x[self.rows]
 
 
-def whole(batch: PackedBatch, kv: WorkspaceStep, stores: Sequence[int]) -> Part:
-    """All of a forward; ``stores`` are the numbers of each sequence's store."""
-    wanted = None if batch.wanted is None else (batch.wanted.start, batch.wanted.stop)
-    writes = tuple(map(tuple, kv.writes))
-    return Part(Layout(batch.tokens, batch.gen_rows, wanted, tuple(kv.spans), tuple(stores), writes))
+def by_sequence(everything: StoresLayout, ranks: int) -> list[Part]:
+    """A part for each of ``ranks``: whole sequences, so that each has about as many scores to compute.
 
-
-def by_sequence(batch: PackedBatch, kv: WorkspaceStep, stores: Sequence[int], ranks: int) -> list[Part]:
-    """A part for each rank: whole sequences, so that each rank has about as many scores to compute.
-
-    It may be empty, but not rank 0's. A sequence's rows do not depend on others, so the results are those of one rank.
+    It may be empty, but not the first. A sequence's rows do not depend on others, so the results are those of one rank.
     The batch wants all rows, or those of the generation expert.
     """
-    everything = whole(batch, kv, stores).layout
-    assert everything.wanted in (None, (0, batch.gen_rows)), "as the DiT wants them"
+    assert everything.wanted in (None, (0, everything.gen_rows)), "as the DiT wants them"
     return [_sequences(everything, sequences) for sequences in _shares(everything, ranks)]
 
 
-def _shares(layout: Layout, ranks: int) -> list[list[int]]:
+def _shares(layout: StoresLayout, ranks: int) -> list[list[int]]:
     """Sequences by rank: the longest first, each to the rank with the least work."""
     work = [0] * len(layout.stores)
     for span in layout.spans:
@@ -88,7 +130,7 @@ def _shares(layout: Layout, ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def _sequences(layout: Layout, sequences: Sequence[int]) -> Part:
+def _sequences(layout: StoresLayout, sequences: Sequence[int]) -> Part:
     """The part of a forward that ``sequences`` are."""
     number = {sequence: index for index, sequence in enumerate(sequences)}
     spans: list[QuerySpan] = []
@@ -110,4 +152,4 @@ def _sequences(layout: Layout, sequences: Sequence[int]) -> Part:
     of_sequences = tuple(layout.stores[sequence] for sequence in sequences)
     # A sequence's spans stay adjacent, as in the whole batch: its new keys and values are written once for both.
     ordered = tuple(sorted(spans, key=lambda span: (span.sequence, span.start)))
-    return Part(Layout(end, gen_rows, wanted, ordered, of_sequences, writes), torch.cat(rows))
+    return Part(StoresLayout(end, gen_rows, wanted, ordered, of_sequences, writes), torch.cat(rows))

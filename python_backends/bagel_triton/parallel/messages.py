@@ -13,7 +13,8 @@ from typing import IO
 import msgspec
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.parallel.layout import Layout
+from bagel_triton.parallel.layout import PoolLayout, StoresLayout
+from bagel_triton.protocol.messages import KVGeometry
 
 _LENGTH = struct.Struct("<I")
 
@@ -21,12 +22,13 @@ _LENGTH = struct.Struct("<I")
 class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The first message: who the receiver is, and the file where all ranks meet.
 
-    With ``share`` the weights are those of the server with the configuration's prefix.
+    It is a rank of ``stage``, a Triton model. With ``share`` the weights are those of the server with the
+    configuration's prefix.
     """
 
     config: DeployConfig
+    stage: str
     rank: int
-    ranks: int
     meeting: str
     threads: int
     share: bool
@@ -34,6 +36,13 @@ class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 class Meet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Every rank has its weights: join the process group now, and take part in its self-test."""
+
+
+class Attach(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """``file`` is the thinker's KV cache; the receiver maps it and uses its own heads of it."""
+
+    file: str
+    geometry: KVGeometry
 
 
 class Keep(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -50,7 +59,7 @@ class Arrange(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     With ``returns`` the hidden states of the wanted rows are sent back.
     """
 
-    layout: Layout
+    layout: PoolLayout | StoresLayout
     returns: bool
 
 
@@ -64,7 +73,7 @@ class Free(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     stores: tuple[int, ...]
 
 
-Message = Start | Meet | Keep | Arrange | Forward | Free
+Message = Start | Meet | Attach | Keep | Arrange | Forward | Free
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

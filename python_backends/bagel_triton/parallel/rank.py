@@ -1,4 +1,4 @@
-"""One rank's share of the DiT, the same on rank 0 and on the others, and the process group that they are in."""
+"""One rank's share of the transformer, the same on rank 0 and on the others, and the process group that they are in."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from bagel_triton.deploy.config import DitConfig
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import forward_on
 from bagel_triton.model.mot import PackedBatch
+from bagel_triton.parallel.sizes import Sizes
 
 SELFTEST_BYTES = 1 << 20
 # Ranks are processes of one host; gloo would else listen at the address of the host's name.
@@ -72,29 +72,33 @@ def receive(x: Tensor, rank: int) -> Tensor:
 class RankModel:
     """A rank's share of the transformer, in a process group that has been joined."""
 
-    def __init__(self, model: Bagel, config: DitConfig, pool: ThreadPool) -> None:
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.tensor_parallel = config.tensor_parallel_size > 1
+    def __init__(self, model: Bagel, sizes: Sizes, pool: ThreadPool) -> None:
+        self.sizes, self.place = sizes, sizes.place(dist.get_rank())
         self.device, self.dtype = model.device, model.dtype
         self.config = model.config.language
         transformer = model.language_model.model
-        if self.tensor_parallel:
+        if sizes.tensor > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
             from bagel_triton.parallel.tensor import shard
 
-            shard(transformer, init_device_mesh(model.device.type, (self.ranks,), mesh_dim_names=("tensor",)))
+            mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=sizes._fields)
+            shard(transformer, mesh["tensor"])
             self._forward: Any = transformer
         else:
             self._forward = forward_on(model.device, transformer, pool)
 
     def kv_heads(self, rank: int) -> slice:
         """The KV heads that ``rank`` keeps of each context."""
-        if not self.tensor_parallel:
+        if self.sizes.tensor == 1:
             return slice(0, self.config.num_kv_heads)
         from bagel_triton.parallel.tensor import kv_heads_of
 
-        return kv_heads_of(self.config, rank, self.ranks)
+        return kv_heads_of(self.config, self.sizes.place(rank).tensor, self.sizes.tensor)
+
+    def own_heads(self, store: Tensor) -> Tensor:
+        """This rank's heads of a store [layers, 2, slots, kv_heads, head_dim], a view."""
+        return store[:, :, :, self.kv_heads(dist.get_rank())]
 
     def forward(self, embeddings: Tensor, batch: PackedBatch, kv: Any) -> Tensor:
         """Hidden states before the final norm, [tokens, hidden], of a batch whose stores hold this rank's heads."""

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig
+from typing import NamedTuple
+
+from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.model.config import LanguageConfig
 
 MOST = 64  # of the sizes that an error lists
+WORDS = {"tensor": "the heads", "cfg": "the branches of guidance"}
+
+
+class Sizes(NamedTuple):
+    """A stage's mesh: ``cfg`` groups of ranks with sequences of their own, in each ``tensor`` that share the heads."""
+
+    cfg: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, config: DeployConfig, stage: str) -> Sizes:
+        """Those of the Triton model ``stage``, :data:`THINKER` or :data:`DIT`."""
+        if stage == THINKER:
+            return cls(tensor=config.thinker.tensor_parallel_size)
+        return cls(config.dit.cfg_parallel_size, config.dit.tensor_parallel_size)
+
+    @property
+    def ranks(self) -> int:
+        """All of the mesh."""
+        return self.cfg * self.tensor
+
+    def place(self, rank: int) -> Sizes:
+        """A rank's index in each dimension; neighbours share heads."""
+        return Sizes(*divmod(rank, self.tensor))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={size}" for name, size in self._asdict().items() if size > 1)
 
 
 def divides(config: LanguageConfig, ranks: int) -> bool:
@@ -19,12 +49,14 @@ def divides(config: LanguageConfig, ranks: int) -> bool:
 
 
 def summary(config: DeployConfig) -> str:
-    """The ranks of stage 1 in words; empty where it has one."""
-    tensor, branches = config.dit.tensor_parallel_size, config.dit.cfg_parallel_size
-    if config.stage_id == 0 or config.dit.ranks == 1:
-        return ""
-    shared = "heads" if tensor > 1 else "branches of guidance"
-    return f"dit: {max(tensor, branches)} processes share the {shared}, by gloo"
+    """The ranks of the stages that this server has, in words; empty where each has one."""
+    found = []
+    for stage in (THINKER, DIT):
+        sizes = Sizes.of(config, stage)
+        if stage in config.models or config.topology.one_process:
+            shared = " and ".join(f"{WORDS[name]} ({size})" for name, size in sizes._asdict().items() if size > 1)
+            found += [f"{stage}: {sizes.ranks} processes share {shared}, by gloo"] if shared else []
+    return "; ".join(found)
 
 
 def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
@@ -33,14 +65,21 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
     Raises:
         ConfigError: names the field, its value, and what is allowed.
     """
-    dit = config.dit
-    if dit.ranks == 1:
+    _check_stage("thinker", config.thinker, config, language, device)
+    _check_stage("dit", config.dit, config, language, device)
+
+
+def _check_stage(
+    stage: str, settings: ThinkerConfig | DitConfig, config: DeployConfig, language: LanguageConfig, device: str
+) -> None:
+    tensor, branches = settings.tensor_parallel_size, getattr(settings, "cfg_parallel_size", 1)
+    if settings.ranks == 1:
         return
-    name = "tensor_parallel_size" if dit.tensor_parallel_size > 1 else "cfg_parallel_size"
-    field = f"dit.{name}={getattr(dit, name)}"
-    if dit.tensor_parallel_size > 1 and dit.cfg_parallel_size > 1:
-        raise ConfigError(f"{field} with cfg_parallel_size={dit.cfg_parallel_size} is not supported; set one of them")
-    if config.load == "understanding":
+    name = "tensor_parallel_size" if tensor > 1 else "cfg_parallel_size"
+    field = f"{stage}.{name}={getattr(settings, name)}"
+    if tensor > 1 and branches > 1:
+        raise ConfigError(f"{field} with cfg_parallel_size={branches} is not supported; set one of them")
+    if stage == "dit" and config.load == "understanding":
         raise ConfigError(f"{field} with load=understanding is not supported: nothing is drawn; set one of them")
     if config.lora_modules:
         raise ConfigError(
@@ -49,12 +88,13 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
         )
     if not device.startswith("cpu"):
         raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
-    if dit.tensor_parallel_size > 1 and dit.quantization is not None:
+    if tensor > 1 and settings.quantization is not None:
+        others = "set one of them, or cfg_parallel_size" if stage == "dit" else "set one of them"
         raise ConfigError(
-            f"{field} with quantization={dit.quantization} is not supported: quantised weights are not cut; "
-            "set one of them, or cfg_parallel_size"
+            f"{field} with quantization={settings.quantization} is not supported: quantised weights are not cut; "
+            f"{others}"
         )
-    if not divides(language, dit.tensor_parallel_size):
+    if not divides(language, tensor):
         allowed = ", ".join(str(size) for size in range(1, MOST + 1) if divides(language, size))
         raise ConfigError(
             f"{field} does not divide the checkpoint's {language.num_heads} heads, {language.num_kv_heads} KV heads "

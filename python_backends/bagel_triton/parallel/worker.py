@@ -15,13 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagel_triton.deploy.topology import DIT
+from bagel_triton.deploy.topology import THINKER
+from bagel_triton.kv.store import PagedStep, WorkspaceStep, map_store
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import resolve
 from bagel_triton.model.mot import PackedBatch
-from bagel_triton.parallel.messages import Arrange, Forward, Free, Keep, Meet, Message, Start, read
+from bagel_triton.parallel.layout import PoolLayout
+from bagel_triton.parallel.messages import Arrange, Attach, Forward, Free, Keep, Meet, Message, Start, read
 from bagel_triton.parallel.rank import RankModel, join, receive, selftest, send
+from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import shared_weights
 
@@ -34,12 +37,15 @@ class Worker:
     def __init__(self, model: RankModel) -> None:
         self._model = model
         self._stores: dict[int, Tensor] = {}
+        self._cache: Tensor | None = None
         self._arranged: tuple[PackedBatch, object, bool] | None = None
 
     @torch.inference_mode()
     def handle(self, message: Message) -> None:
         """Do what a message says."""
-        if isinstance(message, Keep):
+        if isinstance(message, Attach):
+            self._cache = self._model.own_heads(map_store(Path(message.file), message.geometry))
+        elif isinstance(message, Keep):
             self._keep(message)
         elif isinstance(message, Arrange):
             self._arrange(message)
@@ -60,9 +66,13 @@ class Worker:
 
     def _arrange(self, message: Arrange) -> None:
         layout = message.layout
-        sides = layout.tokens, 1, self._model.config.head_dim
-        batch = layout.batch(receive(self._empty(*sides), 0), receive(self._empty(*sides), 0))
-        self._arranged = batch, layout.kv(self._stores), message.returns
+        cos, sin = receive(self._empty(2, layout.tokens, 1, self._model.config.head_dim), 0)
+        if isinstance(layout, PoolLayout):
+            assert self._cache is not None, "the KV cache is mapped before it is used"
+            kv: PagedStep | WorkspaceStep = layout.kv(self._cache)
+        else:
+            kv = layout.kv(self._stores)
+        self._arranged = layout.batch(cos, sin), kv, message.returns
 
     def _compute(self) -> None:
         assert self._arranged is not None, "a layout comes before its forwards"
@@ -79,10 +89,11 @@ class Worker:
 def load(start: Start) -> Bagel:
     """The whole transformer; a tensor-parallel rank keeps its part of it later."""
     config = start.config
-    place = resolve(config.device_of(DIT), config.dtype)
+    place = resolve(config.device_of(start.stage), config.dtype)
     weights = shared_weights(config.shm_prefix, place.torch_device) if start.share else None
     checkpoint = Checkpoint(config.checkpoint, config.adapter, most_pixels=config.max_generated_image_size)
-    return checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, config.dit.quantization)
+    stage = config.thinker if start.stage == THINKER else config.dit
+    return checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, stage.quantization)
 
 
 def main() -> None:
@@ -102,11 +113,12 @@ def main() -> None:
     model = load(start)
     os.write(sys.stdout.fileno(), READY)
     assert isinstance(messages.get(), Meet), "the second message"
-    join(Path(start.meeting), start.rank, start.ranks, start.config.bagel.stage_timeout_s)
+    sizes = Sizes.of(start.config, start.stage)
+    join(Path(start.meeting), start.rank, sizes.ranks, start.config.bagel.stage_timeout_s)
     selftest()
     pool = ThreadPool.of(model.device)
     pool.use_caller_thread()
-    worker = Worker(RankModel(model, start.config.dit, pool))
+    worker = Worker(RankModel(model, sizes, pool))
     while True:
         worker.handle(messages.get())
 

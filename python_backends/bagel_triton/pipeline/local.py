@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.engine.build import Models, StageResources, open_ranks
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.dit.run import Latents
@@ -19,6 +20,7 @@ from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
+from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.events import StageStats
 from bagel_triton.protocol.messages import DenoiseJob, Plan, SchedulingParams, ThinkerOutput
@@ -45,22 +47,30 @@ class LocalStages:
     ) -> None:
         resources = resources or StageResources.open(config)
         place, tokenizer = resources.placement, resources.tokenizer()
-        models = Models.load(resources) if models is None else models
+        sizes = [Sizes.of(config, stage) for stage in (THINKER, DIT)]
+        # A process is in one group of ranks: that of both stages, which share its heads, or of one of them.
+        together = min(size.ranks for size in sizes) > 1
+        if together and sizes[0] != sizes[1]:
+            raise ConfigError(f"in one process the DiT's ranks, {sizes[1]}, must be those of the thinker, {sizes[0]}")
+        models = Models.load(resources, own=together) if models is None else models
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
-        self.producer = LocalProducer(geometry, blocks, place.torch_device)
+        self.producer = LocalProducer(geometry, blocks, place.torch_device, config.thinker.ranks > 1)
         defaults = config.topology.think_by_default, config.bagel.request_timeout_s, config.request_defaults
         adapters = resources.load_adapters()
         self.planner = RequestPlanner(model_config, tokenizer, *defaults, adapters=adapters)
-        self.thinker = ThinkerEngine(model, autoencoder, tokenizer, self.producer, config.thinker, metrics, adapters)
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
-        # A tensor-parallel rank keeps a part of its model, which the thinker needs whole.
-        cut = config.dit.tensor_parallel_size > 1
-        dit_model = replace(resources, weights=None).own_bagel(None) if cut else model
-        ranks = open_ranks(resources, dit_model, share=False)
-        self.dit = DitEngine(dit_model, LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks, adapters)
+        own = [
+            model if together or size.tensor == 1 else replace(resources, weights=None).own_bagel(None)
+            for size in sizes
+        ]
+        ranks = [open_ranks(resources, THINKER, own[0], share=False)]
+        ranks.append(ranks[0] if together else open_ranks(resources, DIT, own[1], share=False))
+        thinker = self.producer, config.thinker, metrics, adapters, ranks[0]
+        self.thinker = ThinkerEngine(own[0], autoencoder, tokenizer, *thinker)
+        self.dit = DitEngine(own[1], LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks[1], adapters)
         self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
         self._engines: tuple[EngineLoop[Any, Any], ...] = (self.decoder, self.dit, self.thinker)
 

@@ -112,7 +112,7 @@ def plan(
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
     autoencoder_weights = module_bytes(checkpoint.autoencoder())
     thinker_weights, dit_weights = (checkpoint.bagel_bytes(dtype, form) for form in quantization)
-    of_ranks = rank_weights(config, dit_weights)
+    thinker_ranks, dit_ranks = rank_weights(config, thinker_weights, dit_weights)
     adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
@@ -130,7 +130,7 @@ def plan(
     stages: tuple[StageMemory, ...] = (
         StageMemory(
             "thinker",
-            weights=thinker_weights + autoencoder_weights + adapters,
+            weights=thinker_weights + autoencoder_weights + thinker_ranks + adapters,
             kv=pool + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads())
@@ -140,7 +140,7 @@ def plan(
         ),
         StageMemory(
             "dit",
-            weights=dit_weights + of_ranks + adapters,
+            weights=dit_weights + dit_ranks + adapters,
             kv=workspace * token * config.dit.cfg_parallel_size,
             activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
             + dense_bytes(model.language, forms[1], placement),
@@ -163,7 +163,7 @@ def plan(
             loaded = loaded[:1]
         sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
         weights = sum(sizes[form] for form in loaded) + autoencoder_weights
-        weights += of_ranks if stage_id != 0 else 0
+        weights += (thinker_ranks if stage_id != 1 else 0) + (dit_ranks if stage_id != 0 else 0)
         weights += adapters if one_process else adapters * sum(stage.stage != "vae_decode" for stage in stages)
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
@@ -171,13 +171,15 @@ def plan(
     return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0)
 
 
-def rank_weights(config: DeployConfig, whole: int) -> int:
-    """Bytes that the DiT's ranks have beside the one copy of ``whole`` bytes that the stages share."""
-    if config.dit.tensor_parallel_size > 1:
-        copies = config.dit.tensor_parallel_size if config.topology.one_process else 1  # of the parts, one together
-    else:
-        copies = config.dit.cfg_parallel_size - 1 if config.topology.one_process else 0
-    return copies * whole
+def rank_weights(config: DeployConfig, thinker: int, dit: int) -> tuple[int, int]:
+    """Bytes that each stage's ranks have beside the copy of ``thinker`` or ``dit`` bytes that stages share."""
+    if config.topology.one_process:  # the ranks are those of both, and each loads the whole before it keeps a part
+        return 0, (config.dit.ranks - 1) * dit
+    # The parts of tensor-parallel ranks are one copy together.
+    return (
+        thinker if config.thinker.tensor_parallel_size > 1 else 0,
+        dit if config.dit.tensor_parallel_size > 1 else 0,
+    )
 
 
 def dense_bytes(config: LanguageConfig, form: Form | None, placement: Placement) -> int:

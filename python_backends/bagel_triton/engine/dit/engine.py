@@ -58,7 +58,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         ranks: RankGroup | None = None,
         adapters: Mapping[str, LoraAdapter] | None = None,
     ) -> None:
-        pool = ThreadPool.of(model.device) if ranks is None else ranks.pool
+        pool = ThreadPool.of(model.device)
         super().__init__(metrics, config.max_waiting, pool, model.device)
         self._model, self._consumer, self.config, self.ranks = model, consumer, config, ranks
         self._geometry, self._kv_tokens, self._adapters = geometry, kv_tokens, adapters or {}
@@ -68,7 +68,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             forward = forward_on(model.device, model.language_model.model, pool)
         else:
             forward = ranks.forward
-            ranks.when_lost(self.end)
+            ranks.join(self.end)
         self._workspace: WorkspacePool | None = None
         self._steps: HostSteps | DeviceSteps = HostSteps(model, forward)
         if on_gpu(model.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ from bagel_triton.protocol.messages import (
 )
 from bagel_triton.protocol.validation import check_adapter
 from bagel_triton.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from bagel_triton.parallel.group import RankGroup
 
 ThinkerJob = Job[Plan, ThinkerOutput]
 
@@ -218,6 +222,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     """Prefills contexts, decodes text, and lends contexts to the DiT; owns the KV cache, from one thread.
 
     Without an ``autoencoder`` it takes no request for an image. ``adapters`` are those that requests may name.
+    ``ranks`` compute its forwards, if there are any; they are closed with it.
     """
 
     stage = "thinker"
@@ -232,14 +237,21 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         config: ThinkerConfig,
         metrics: Metrics | None = None,
         adapters: Mapping[str, LoraAdapter] | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config, self._draws_images, self._adapters = config, autoencoder is not None, adapters or {}
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
-        graphs = not config.enforce_eager
-        self._prefiller = Prefiller(model, autoencoder, producer.pool, encodings, vision_tokens, self._pool, graphs)
+        self._ranks = ranks
+        if ranks is not None:
+            ranks.join(self.end)
+            ranks.attach(producer.pool)
+        graphs, forward = not config.enforce_eager, None if ranks is None else ranks.forward
+        self._prefiller = Prefiller(
+            model, autoencoder, producer.pool, encodings, vision_tokens, self._pool, graphs, forward
+        )
         self._sampler = Sampler(model.device)
         self._prefixes = PrefixCache(producer.pool)
         self._admission = Admission(model.config, producer, self._prefixes, config, self.metrics, self._adapters)
@@ -409,5 +421,7 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     def close(self) -> None:
         """Stop the thread, then end every lease and remove the KV cache."""
         super().close()
+        if self._ranks is not None:
+            self._ranks.close()
         self._prefixes.clear()
         self._producer.close()

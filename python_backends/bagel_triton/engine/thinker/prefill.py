@@ -23,7 +23,7 @@ from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInputs
 from bagel_triton.model.cuda.upload import Upload
-from bagel_triton.model.device import forward_on, on_gpu
+from bagel_triton.model.device import Forward, forward_on, on_gpu
 from bagel_triton.model.image import normalised
 from bagel_triton.model.lora import LoraAdapter, adapted_rows
 from bagel_triton.model.mot import PackedBatch, rotary_tables
@@ -79,7 +79,8 @@ class Prefiller:
     """Appends chunks to their contexts.
 
     ``vision_tokens`` are the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``pool`` shares
-    the forwards, and is the caller's. With ``graphs``, a GPU decodes by CUDA graphs.
+    the forwards, and is the caller's. With ``graphs``, a GPU decodes by CUDA graphs. ``forward`` takes the place of
+    the device's own.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class Prefiller:
         vision_tokens: tuple[int, int],
         pool: ThreadPool,
         graphs: bool = True,
+        forward: Forward | None = None,
     ) -> None:
         self._model, self._autoencoder, self._kv_pool, self._encodings = model, autoencoder, kv_pool, encodings
         self._upload = Upload(model.device)
         captures = on_gpu(model.device) and attention_kernel(model.device, model.dtype).name == "torch-flash"
         block_tokens = kv_pool.geometry.block_tokens
         self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
-        self._pool, self._forward = pool, forward_on(model.device, model.language_model.model, pool)
+        self._pool, self._forward = pool, forward or forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
             self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
             # t = 0: no noise left. Without an autoencoder no image is encoded.

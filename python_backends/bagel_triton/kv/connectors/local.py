@@ -12,7 +12,7 @@ from torch import Tensor
 from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import MappedConsumer, Producer
 from bagel_triton.kv.lease import LeaseManager, LeaseTable, table_words
-from bagel_triton.kv.store import store_shape
+from bagel_triton.kv.store import new_store
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import KVGeometry, KVHandle
 
@@ -21,15 +21,14 @@ _producers: weakref.WeakValueDictionary[str, LocalProducer] = weakref.WeakValueD
 
 
 class LocalProducer(Producer):
-    """A pool of ``blocks`` blocks on ``device`` in this process."""
+    """A pool of ``blocks`` blocks on ``device`` in this process, which others may map where it is ``shared``."""
 
-    def __init__(self, geometry: KVGeometry, blocks: int, device: torch.device) -> None:
+    def __init__(self, geometry: KVGeometry, blocks: int, device: torch.device, shared: bool = False) -> None:
         generation = next(_generations)
         self.name = f"local_{generation}"
-        shape = store_shape(geometry, blocks * geometry.block_tokens)
-        self.store = torch.zeros(shape, dtype=getattr(torch, geometry.dtype), device=device)
+        self.store, file = new_store(geometry, blocks * geometry.block_tokens, device, shared)
         self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
-        self.pool = KVCachePool(self.store, geometry)
+        self.pool = KVCachePool(self.store, geometry, file)
         self.leases = LeaseManager(self.pool, self.table, self.name, "local", generation)
         _producers[self.name] = self
 

@@ -34,7 +34,7 @@ from bagel_triton.deploy.config import MooncakeConfig
 from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer, check_blocks
 from bagel_triton.kv.lease import LeaseManager, LeaseTable, consumer_words, row_bytes, table_words
-from bagel_triton.kv.store import runs_of, store_shape
+from bagel_triton.kv.store import new_store, runs_of
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import KVGeometry, KVHandle, MooncakeAddress
 
@@ -158,17 +158,22 @@ def check_device(config: MooncakeConfig) -> None:
 
 
 class MooncakeProducer(Producer):
-    """A pool of ``blocks`` blocks in this process's memory, registered with ``engine``."""
+    """A pool of ``blocks`` blocks in this process's memory, registered with ``engine``.
 
-    def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine) -> None:
+    Others may map it where ``shared``.
+    """
+
+    def __init__(
+        self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine, shared: bool = False
+    ) -> None:
         generation = time.time_ns()
         slots = blocks * geometry.block_tokens
-        store = torch.zeros(store_shape(geometry, slots), dtype=getattr(torch, geometry.dtype))
+        store, file = new_store(geometry, slots, torch.device("cpu"), shared)
         self._words = np.zeros(table_words(), dtype=np.int64)
         self._engine: TransferEngine | None = engine
         engine.register(store.data_ptr(), store.nbytes)
         engine.register(self._words.ctypes.data, self._words.nbytes)
-        self.pool = KVCachePool(store, geometry)
+        self.pool = KVCachePool(store, geometry, file)
         address = MooncakeAddress(engine.peer, store.data_ptr(), self._words.ctypes.data, slots)
         name = f"{prefix}_kv_{generation}"
         self.leases = LeaseManager(self.pool, LeaseTable(self._words), name, "mooncake", generation, address=address)

@@ -34,7 +34,7 @@ from bagel_triton.deploy.config import MooncakeStoreConfig
 from bagel_triton.kv.block_pool import KVCacheFull, KVCachePool, KVSequence
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, LeaseView, Producer
 from bagel_triton.kv.connectors.mooncake import load, prepare
-from bagel_triton.kv.store import gather, store_shape
+from bagel_triton.kv.store import gather, new_store, store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
 
@@ -286,14 +286,18 @@ class StoreLeases:
 
 
 class MooncakeStoreProducer(Producer):
-    """A pool of ``blocks`` blocks in this process's memory, whose contexts are copied to the store."""
+    """A pool of ``blocks`` blocks in this process's memory, whose contexts are copied to the store.
 
-    def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore) -> None:
+    Others may map it where ``shared``.
+    """
+
+    def __init__(
+        self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore, shared: bool = False
+    ) -> None:
         generation = time.time_ns()
-        tokens = torch.zeros(
-            store_shape(geometry, blocks * geometry.block_tokens), dtype=getattr(torch, geometry.dtype)
-        )
-        self.pool = KVCachePool(tokens, geometry)
+        slots = blocks * geometry.block_tokens
+        tokens, file = new_store(geometry, slots, torch.device("cpu"), shared)
+        self.pool = KVCachePool(tokens, geometry, file)
         self.leases = StoreLeases(self.pool, store, f"{prefix}_kv_{generation}", generation)
         self._store: ObjectStore | None = store
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bagel_triton.ipc.shm import SHM_DIRECTORY, reserve
 from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.connectors.base import MappedConsumer, Producer
 from bagel_triton.kv.lease import LeaseManager, LeaseTable, Words, table_words
-from bagel_triton.kv.store import store_shape, token_bytes
+from bagel_triton.kv.store import map_store, token_bytes
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import KVGeometry, KVHandle
 
@@ -53,14 +52,6 @@ def _path(handle: KVHandle) -> Path:
 
 def _gone(handle: KVHandle, error: Exception) -> LeaseError:
     return LeaseError(f"pool {handle.pool} of request {handle.request_id} is gone: {error}")
-
-
-def _map_store(path: Path, geometry: KVGeometry) -> Tensor:
-    dtype = getattr(torch, geometry.dtype)
-    elements = path.stat().st_size // dtype.itemsize
-    slots = path.stat().st_size // token_bytes(geometry)
-    flat = torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
-    return flat.view(store_shape(geometry, slots))
 
 
 class SharedWords:
@@ -109,7 +100,7 @@ class ShmProducer(Producer):
         except MemoryError:
             self._store_path.unlink()
             raise
-        self.pool = KVCachePool(_map_store(self._store_path, geometry), geometry)
+        self.pool = KVCachePool(map_store(self._store_path, geometry), geometry, self._store_path)
         self.leases = LeaseManager(self.pool, LeaseTable(self._words.array), name, "shm", generation)
 
     def close(self) -> None:
@@ -130,7 +121,7 @@ class ShmConsumer(MappedConsumer):
         if self._attached is None or self._attached[0] != handle.pool:
             path = _path(handle)
             try:
-                store = _map_store(path, handle.geometry)
+                store = map_store(path, handle.geometry)
             except (OSError, RuntimeError) as error:
                 raise _gone(handle, error) from error
             self._attached = (handle.pool, store, LeaseTable(SharedWords.open(handle).array))
