@@ -74,6 +74,7 @@ _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
     ("ImagePart", "image_url"): [_IMAGE],
     ("InputMessage", "content"): [_TEXT],
     ("ResponsesBody", "input"): [{**_TEXT, "pattern": r"\S"}],
+    **{(body, "lora"): [{"enum": [{}]}] for body in ("ImageTool", *(body.__name__ for body in BODIES))},
 }
 # The requests that a body makes unless it says otherwise: fields for others have no effect with any value.
 _EFFECTIVE = {"ChatBody": _FOR_TEXT, "ResponsesBody": _FOR_TEXT}

@@ -72,7 +72,7 @@ def choosing_fields(model: type[StrictModel]) -> frozenset[str]:
     return frozenset(
         name
         for name, field in model.model_fields.items()
-        if name in ("model", "stop")
+        if name in ("model", "lora", "stop")
         or (not field.is_required() and name != "type" and _chooses(field.annotation))
         or (name in FIELD_NAMES and REQUEST_FIELDS[FIELD_NAMES[name]].choices)
     )
@@ -115,7 +115,7 @@ def _validator(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     if name == "logit_bias":
         return _to_token_ids
     if name == "lora":
-        return lambda lora: lora or None  # an empty text or object is none
+        return lambda lora: None if lora == {} else lora
     return _to_integer if int in get_args(annotation) else None
 
 
