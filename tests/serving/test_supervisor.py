@@ -162,10 +162,11 @@ def test_a_model_that_fails_to_load_is_one_clear_line(serve: Callable[..., Serve
     server = serve("raise ValueError('layer 3 is missing')", only="bagel")
     assert server.process.wait(START_S) == 1
     error = server.errors.read_text()
-    assert re.fullmatch(
-        r"bagel-triton: error: tritonserver ended .*; its log: \S+\): .*'bagel'.*layer 3 is missing\n", error
+    said = re.fullmatch(
+        r"bagel-triton: error: tritonserver ended .*; its log: (\S+)\): .*'bagel'.*layer 3 is missing\n", error
     )
-    assert "layer 3 is missing" in Path(error.split()[-1]).read_text()
+    assert said, error
+    assert "layer 3 is missing" in Path(said[1]).read_text()
     assert server.files() == []
 
 
