@@ -32,8 +32,8 @@ def port() -> int:
     return free_port(HOST, 0)
 
 
-def say(port: int, line: bytes) -> dict[str, object]:
-    with socket.create_connection((HOST, port), timeout=10) as connection:
+def say(port: int, line: bytes, host: str = HOST) -> dict[str, object]:
+    with socket.create_connection((HOST, port), timeout=10, source_address=(host, 0)) as connection:
         connection.sendall(line)
         reply: dict[str, object] = json.loads(connection.makefile().readline())
     return reply
@@ -81,6 +81,14 @@ def test_what_is_no_registration_is_refused(port: int, line: bytes, reason: str)
         assert reason in str(say(port, line)["error"])
         assert say(port, registration()) == {"ok": True}
         assert registrations.wait() == "10.0.0.2:8093"
+
+
+def test_an_address_that_another_host_has_is_refused(port: int) -> None:
+    with rendezvous.listening(HOST, port) as registrations, rendezvous.registering((HOST, port), "10.0.0.2:8093"):
+        assert registrations.wait() == "10.0.0.2:8093"
+        reason = "10.0.0.2:8093 is the address of a server that registered from 127.0.0.1"
+        assert say(port, registration(), "127.0.0.2")["error"] == reason
+        assert say(port, registration()) == {"ok": True}  # the same host's, started again
 
 
 def test_servers_join_and_are_forgotten_some_time_after_they_left(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ class Registrations:
         # Open connections by address, and when the last one of an address was closed.
         self._registered: dict[str, int] = {}
         self._left: dict[str, float] = {}
+        self._hosts: dict[str, str] = {}  # that an address with an open connection is registered from
         self._changed = threading.Condition()
         self._open: set[socket.socket] = {listener}
         self._closing = False
@@ -65,7 +66,7 @@ class Registrations:
             now = time.monotonic()
             gone = [address for address, at in self._left.items() if now - at > FORGET_S]
             for address in gone:
-                del self._left[address], self._registered[address]
+                del self._left[address], self._registered[address], self._hosts[address]
             return tuple(self._registered)
 
     def is_open(self, address: str) -> bool:
@@ -120,19 +121,26 @@ class Registrations:
             _keep_alive(connection)
             connection.settimeout(REPLY_S)
             line = _read_line(connection)
-            refused = _refused(line)
+            host = connection.getpeername()[0]
+            refused = _refused(line) or self._taken(str(json.loads(line)["address"]), host)
             connection.sendall(json.dumps({"error": refused} if refused else {"ok": True}).encode() + b"\n")
             if refused:
-                log_event(f"a registration from {connection.getpeername()[0]} was refused: {refused}")
+                log_event(f"a registration from {host} was refused: {refused}")
                 return
             address = str(json.loads(line)["address"])
             held.callback(self._leave, address)
-            self._join(address)
+            self._join(address, host)
             connection.settimeout(None)
             connection.recv(1)  # until stage 1 ends
 
-    def _join(self, address: str) -> None:
+    def _taken(self, address: str, host: str) -> str:
+        """The reason that a server on ``host`` cannot have ``address``; empty if it can."""
+        other = self._hosts.get(address, host) if self.is_open(address) else host
+        return "" if other == host else f"{address} is the address of a server that registered from {other}"
+
+    def _join(self, address: str, host: str) -> None:
         with self._changed:
+            self._hosts[address] = host
             self._registered[address] = self._registered.get(address, 0) + 1
             self._left.pop(address, None)
             self._changed.notify_all()
