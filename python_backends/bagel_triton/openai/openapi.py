@@ -49,7 +49,7 @@ _IMAGE: Json = {
 }
 _LINK: Json = {"anyOf": [_IMAGE, {"$ref": SCHEMAS + "ImageLink"}]}
 _LINKS: Json = {"type": "array", "items": _LINK, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
-_MODALITIES: Json = {"type": "array", "items": {"enum": ["text", "image"]}, "minItems": 1, "maxItems": MAX_MODALITIES}
+_MODALITIES: Json = {"type": "array", "items": {"enum": ["text", "image"]}, "maxItems": MAX_MODALITIES}
 _SIZE: Json = {**_TEXT, "pattern": r"^\s*(auto|[0-9]{1,6}\s*[xX*\u00d7]\s*[0-9]{1,6})?\s*$", "examples": ["auto"]}
 # Declarations that take the place of pydantic's, by the names of the model and of the field.
 _INSTEAD: dict[tuple[str, str], Json] = {
