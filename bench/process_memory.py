@@ -22,8 +22,13 @@ class ProcessMemory:
     @classmethod
     def own(cls) -> Self:
         """This process's, at this moment."""
+        return cls.of("self")
+
+    @classmethod
+    def of(cls, pid: int | str) -> Self:
+        """That of the process ``pid``, at this moment."""
         fields = {}
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
             name, value = line.split(":")
             fields[name] = int(value.split()[0]) * 1024
         return cls(fields["Pss"], fields["Anonymous"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,18 @@ if TYPE_CHECKING:
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 log = logging.getLogger(__name__)
+M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def share_heap() -> None:
+    """Have all threads of this process allocate from one heap, unless the environment says otherwise.
+
+    glibc gives each thread a heap of its own and keeps what was freed there. Engines and the CPU's threads each have
+    their peak at another time, so together they held up to 30 % more than the memory plan says.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(M_ARENA_MAX, 1)
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class StageResources:
     @classmethod
     def open(cls, config: DeployConfig, model: str = THINKER) -> StageResources:
         """Check the checkpoint and resolve the placement of the Triton model ``model``; loads no weights."""
+        share_heap()
         for stage in (config.thinker, config.dit):
             if stage.quantization == "auto":
                 raise ConfigError("quantization='auto' is chosen by bagel-triton serve; name a form, or leave it out")
