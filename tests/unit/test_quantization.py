@@ -73,14 +73,17 @@ def test_float8_is_decoded_as_torch_does() -> None:
     assert torch.equal(FORMS["fp8"].codes(numbers, torch.float32), numbers.float())
 
 
-def test_the_numbers_are_torchaos() -> None:
+@pytest.mark.parametrize(
+    ("form", "config"), [("int8", "Int8WeightOnlyConfig"), ("fp8", "Float8WeightOnlyConfig")], ids=["int8", "fp8"]
+)
+def test_the_numbers_are_torchaos(form: str, config: str) -> None:
     torchao = pytest.importorskip("torchao.quantization")
-    weight = normal(64, 256)
-    plain = torch.nn.Linear(256, 64, bias=False)
+    weight = normal(768, 512)  # some numbers are half-way between two codes
+    plain = torch.nn.Linear(512, 768, bias=False)
     plain.weight.data = weight.clone()
-    torchao.quantize_(plain, torchao.Int8WeightOnlyConfig())
-    codes, scale = FORMS["int8"].encode(weight)
-    assert torch.equal(codes, plain.weight.qdata)
+    torchao.quantize_(plain, getattr(torchao, config)())
+    codes, scale = FORMS[form].encode(weight)
+    assert torch.equal(codes.view(torch.uint8), plain.weight.qdata.view(torch.uint8))
     torch.testing.assert_close(scale, plain.weight.scale.view(-1, 1))
 
 

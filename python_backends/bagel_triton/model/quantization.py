@@ -124,7 +124,8 @@ FORMS = {
 def encode_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of x [rows, inner] in int8, and the rows' scales, float32 [rows, 1]."""
     scale = _positive(x.float().abs().amax(1, keepdim=True) / 127.5)
-    return (x.float() / scale).round_().clamp_(-128, 127).to(torch.int8), scale
+    # By the reciprocal, as torchao: a division rounds ties otherwise.
+    return (x.float() * scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def encode_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
