@@ -43,6 +43,7 @@ REQUEST_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--height": ("height", {"type": int, "help": f"pixels (default: {FLOW.side}, or the resized input's)"}),
     "--width": ("width", {"type": int, "help": f"pixels (default: {FLOW.side}, or the resized input's)"}),
     "--negative": ("negative_prompt", {"metavar": "TEXT", "help": "negative prompt"}),
+    "--lora": ("lora", {"metavar": "NAME", "help": "an adapter of --lora-modules"}),
     "--seed": ("seed", {"type": int, "help": "of every prompt's first result (default: a random one each)"}),
     "--n": ("n", {"type": int, "help": "images or sampled answers a prompt (default: 1)"}),
     "--cfg-text-scale": ("cfg_text_scale", {"type": float, "metavar": "SCALE", "help": "guidance by the text"}),

@@ -468,7 +468,7 @@ class _Builder:
             if name in dict(pairs[:number]):
                 self._problems.add(origin, f" names the adapter {name!r} twice; allowed: once")
                 break
-        return {"lora_modules": dict(pairs)}
+        return {"lora_modules": {name: str(Path(folder).expanduser()) for name, folder in pairs}}
 
     def _device(self, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
         """The device and dtype that stages name; the dtype must be the same for all."""
