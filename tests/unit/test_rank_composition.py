@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from bagel_triton.deploy import yaml as deploy_yaml
-from bagel_triton.deploy.config import ConfigError, DeployConfig
+from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig
 from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.parallel import sizes
 from bagel_triton.pipeline.local import LocalStages
@@ -26,6 +26,7 @@ SIZES = {
     "`tensor_parallel_size` of stage 0": (0, "tensor_parallel_size"),
     "`tensor_parallel_size` of stage 1": (1, "tensor_parallel_size"),
     "`cfg_parallel_size`": (1, "cfg_parallel_size"),
+    "`ulysses_degree`": (1, "ulysses_degree"),
 }
 DOC = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
 ROWS = [
@@ -45,10 +46,10 @@ FIELDS: dict[str, list[tuple[dict[str, Any], int | None, dict[str, Any]]]] = {
     "TaylorSeer, `n`, thinking, editing": [({}, None, {})],
     "`load: understanding`": [({}, None, {"load": "understanding"})],
     "`device: cuda`": [({}, None, {"device": "cuda"})],
-    "`use_hsdp`, `vae_patch_parallel_size`, `ulysses_degree`, `--worker-backend ray`": [
+    "`use_hsdp`, `vae_patch_parallel_size`, `ring_degree`, `--worker-backend ray`": [
         ({"use_hsdp": True}, None, {}),
         ({"parallel_config": {"vae_patch_parallel_size": 2}}, None, {}),
-        ({"ulysses_degree": 2}, None, {}),
+        ({"ring_degree": 2}, None, {}),
     ],
 }
 REQUEST = GenerationRequest(
@@ -88,14 +89,20 @@ def test_the_table_has_every_row() -> None:
     assert [row[0] for row in ROWS] == list(FIELDS)
 
 
+@pytest.fixture
+def checkpoint(row: str, size: str, checkpoint_dir: Path, other_checkpoint: Path) -> Path:
+    """One whose heads these ranks divide."""
+    return other_checkpoint if {row, size} == set(list(SIZES)[1::2]) else checkpoint_dir
+
+
 @pytest.mark.parametrize(("row", "size", "entry"), ENTRIES)
-def test_an_entry_is_true(checkpoint_dir: Path, tmp_path: Path, row: str, size: str, entry: str) -> None:
+def test_an_entry_is_true(checkpoint: Path, tmp_path: Path, row: str, size: str, entry: str) -> None:
     for fields, of, top in FIELDS[row]:
         if entry.startswith("serves"):
-            assert 2 in ranks_of(config_of(checkpoint_dir, tmp_path, size, fields, of, top))
+            assert ranks_of(config_of(checkpoint, tmp_path, size, fields, of, top)) & {2, 4}
             continue
         with pytest.raises(ConfigError) as caught:
-            config_of(checkpoint_dir, tmp_path, size, fields, of, top)
+            config_of(checkpoint, tmp_path, size, fields, of, top)
         name = next(iter(fields.get("parallel_config", fields)), SIZES[size][1])
         assert " is not supported" in str(caught.value)
         assert name in str(caught.value)
@@ -126,18 +133,32 @@ def test_a_size_that_does_not_divide_is_refused_with_those_that_do(
     assert str(caught.value).endswith(f"; allowed: {allowed}")
 
 
+def test_rows_are_shared_by_as_many_ranks_as_heads_are(checkpoint_dir: Path) -> None:
+    """Beside tensor parallelism each rank has a part of a part of the heads."""
+    language = inspect(str(checkpoint_dir)).language
+    for dit, allowed in (
+        (DitConfig(ulysses_degree=4), "1, 2, 6"),
+        (DitConfig(ulysses_degree=2, tensor_parallel_size=2), "1, 3"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^dit.ulysses_degree=\d.* does not divide .*; allowed: {allowed}$"):
+            sizes.check(DeployConfig(checkpoint=str(checkpoint_dir), dit=dit), language, "cpu")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("row", "size"), [entry[:2] for entry in ENTRIES if entry[2].startswith("serves")])
-def test_it_serves_what_one_rank_does(checkpoint_dir: Path, tmp_path: Path, row: str, size: str) -> None:
+def test_it_serves_what_one_rank_does(checkpoint: Path, tmp_path: Path, row: str, size: str) -> None:
     [(fields, of, top)] = FIELDS[row]
-    config = config_of(checkpoint_dir, tmp_path, size, fields, of, top)
-    if config.load == "understanding" or (len(ranks_of(config)) == 1 and not config.topology.one_process):
-        pytest.skip("stages that are not in one process: tests/serving has them")
+    config = config_of(checkpoint, tmp_path, size, fields, of, top)
+    if config.load == "understanding":
+        pytest.skip("it draws nothing")
+    thinker, dit = (sizes.Sizes.of(config, stage) for stage in (THINKER, DIT))
+    if min(thinker.ranks, dit.ranks) > 1 and thinker.tensor != dit.tensor:
+        pytest.skip("this test has both stages in one process")
     alone = DeployConfig(
         **{name: getattr(config, name) for name in ("checkpoint", "pipeline", "device", "dtype")},
         lora_path=config.lora_path,
         thinker=msgspec.structs.replace(config.thinker, tensor_parallel_size=1),
-        dit=msgspec.structs.replace(config.dit, tensor_parallel_size=1, cfg_parallel_size=1),
+        dit=msgspec.structs.replace(config.dit, tensor_parallel_size=1, cfg_parallel_size=1, ulysses_degree=1),
     )
     images, texts = [], []
     for one in (config, alone):

@@ -91,7 +91,8 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_waiting`` the queued requests. ``gpu_memory_utilization`` is the part of a GPU that this
     stage and the decoder may take. With ``enforce_eager`` a GPU denoises without CUDA graphs. Stages with the same
     ``quantization`` share their weights. The ranks of a stage share its heads (``tensor_parallel_size``) or its
-    images' branches (``cfg_parallel_size``).
+    images' branches (``cfg_parallel_size``), or a
+    step's rows (``ulysses_degree``).
     """
 
     max_num_seqs: int = 8
@@ -102,9 +103,10 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantization: Quantization | Literal["auto"] | None = None
     tensor_parallel_size: int = 1
     cfg_parallel_size: int = 1
+    ulysses_degree: int = 1
 
     def __post_init__(self) -> None:
-        sizes = ("tensor_parallel_size", "cfg_parallel_size")
+        sizes = ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", *sizes):
             value = getattr(self, name)
             _require(f"dit.{name}", value, value >= 1, "an integer >= 1")
@@ -112,7 +114,7 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def ranks(self) -> int:
         """Processes that compute the stage's forwards, this one included."""
-        return self.tensor_parallel_size * self.cfg_parallel_size
+        return self.tensor_parallel_size * self.cfg_parallel_size * self.ulysses_degree
 
 
 class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

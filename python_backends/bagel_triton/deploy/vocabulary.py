@@ -89,8 +89,8 @@ def converts(value: Any, kind: Any) -> bool:
 # --- the two tables that several levels share ---
 
 ONE_DEVICE = (
-    "it is not built; several ranks share a stage's heads (tensor_parallel_size) or the DiT's branches of guidance "
-    "(cfg_parallel_size)"
+    "it is not built; several ranks share a stage's heads (tensor_parallel_size), or the DiT's branches of guidance "
+    "(cfg_parallel_size) or rows (ulysses_degree)"
 )
 THINKER_RANKS = "the thinker's ranks share its heads (tensor_parallel_size); others are the DiT's, stage 1"
 ALL_LORAS = "all adapters of `lora_modules` are in memory, each with its own rank"
@@ -123,13 +123,13 @@ PARALLEL: Fields = {
     "ring_degree": _one(),
     "sequence_parallel_size": _one(),
     "tensor_parallel_size": Setting(Count, COUNT, "ranks that share each layer's heads"),
-    "ulysses_degree": _one(),
+    "ulysses_degree": Setting(Count, COUNT, "ranks that share a step's rows, and its heads in the attention", ("dit",)),
     "ulysses_mode": Neutral(ONE_DEVICE, ("strict", "advanced_uaa")),
     "use_hsdp": Neutral(ONE_DEVICE, _OFF),
     "vae_parallel_mode": Neutral(ONE_DEVICE, type=str),
     "vae_patch_parallel_size": _one(),
 }
-DIT_RANKS = ("cfg_parallel_size",)  # the sizes with an effect, of stage 1
+DIT_RANKS = ("cfg_parallel_size", "ulysses_degree")  # the sizes with an effect, of stage 1
 RANKS = ("tensor_parallel_size", *DIT_RANKS)  # and those of either stage
 # Engine options of vLLM and vLLM-Omni, at a stage or for all stages.
 ENGINE: Fields = {

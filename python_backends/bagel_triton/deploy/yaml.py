@@ -274,7 +274,7 @@ class _Builder:
             self._problems.add(
                 devices,
                 f"={devices.value!r} is not allowed: {len(listed)} devices for a stage of {ranks}; "
-                f"allowed: as many as tensor_parallel_size or cfg_parallel_size",
+                f"allowed: as many as {', '.join(vocabulary.RANKS)} make",
             )
         elif self._platform() == "cuda":
             self._problems.add(devices, f"={devices.value!r} is not supported: ranks are processes of a CPU today")

@@ -33,9 +33,9 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel import messages
-from bagel_triton.parallel.layout import Part, PoolLayout, StoresLayout, by_sequence
+from bagel_triton.parallel.layout import NOTHING, Part, PoolLayout, StoresLayout, by_sequence, parts_of
 from bagel_triton.parallel.messages import Arrange, Attach, Forward, Free, Keep, Meet, Message, Start
-from bagel_triton.parallel.rank import RankModel, join, receive, selftest, send
+from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.parallel.worker import READY
 from bagel_triton.protocol.errors import StageUnavailable
@@ -64,7 +64,7 @@ class RankGroup:
         self._newest = 0
         self._arranged: PagedStep | WorkspaceStep | None = None
         self._parts: list[Part] = []
-        self._own: tuple[PackedBatch, PagedStep | WorkspaceStep] | None = None
+        self._own: Arranged | None = None
         for rank, process in enumerate(processes, start=1):
             threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
@@ -169,16 +169,16 @@ class RankGroup:
             for rank, part in others:
                 self._send(rank, Forward())
                 send(part.of(embeddings), rank)
-            first = self._parts[0]
-            assert self._own is not None, "set with the parts"
-            hidden = self._model.forward(first.of(embeddings), *self._own)
-            if first.rows is None:
+            first, own = self._parts[0], self._own
+            assert own is not None, "set with the parts"
+            hidden = self._model.forward(first.of(embeddings), own)
+            if first.returned is None:
                 return hidden
             out = torch.empty_like(embeddings)
-            out[first.wanted_rows] = hidden if self._own[0].wanted is None else hidden[self._own[0].wanted]
+            out[first.returned] = hidden[own.wanted]
             for rank, part in others:
-                rows = part.wanted_rows
-                out[rows] = receive(embeddings.new_empty(len(rows), embeddings.shape[1]), rank)
+                if (rows := part.returned) is not None:
+                    out[rows] = receive(embeddings.new_empty(len(rows), embeddings.shape[1]), rank)
             return out
 
     def close(self) -> None:
@@ -211,29 +211,29 @@ class RankGroup:
 
     def _arrange(self, batch: PackedBatch, kv: PagedStep | WorkspaceStep) -> None:
         """Send each rank its part of a new layout."""
+        layouts: list[tuple[PoolLayout | StoresLayout, Tensor | None]]
         own: PagedStep | WorkspaceStep
+        sizes = self._model.sizes
         if isinstance(kv, PagedStep):
             assert self._cache is not None, "attached before"
-            layout = PoolLayout.of(batch, kv)
-            self._parts = [Part(layout)] * self._model.sizes.ranks
+            layouts = [(PoolLayout.of(batch, kv), None)]
+            layouts += [(NOTHING, torch.empty(0, dtype=torch.int64))] * (sizes.cfg - 1)
             own = replace(kv, store=self._cache)
         else:
             stores = [self._numbers[id(store)] for store in kv.stores]
-            of_all = StoresLayout.of(batch, kv, stores)
-            if self._model.sizes.cfg > 1:
-                self._parts = by_sequence(of_all, self._model.sizes.cfg)
-            else:
-                self._parts = [Part(of_all)] * self._model.sizes.ranks
-            first = self._parts[0].layout
+            layout = StoresLayout.of(batch, kv, stores)
+            layouts = [(layout, None)] if sizes.cfg == 1 else [*by_sequence(layout, sizes.cfg)]
+            first = layouts[0][0]
             assert isinstance(first, StoresLayout), "as it was made"
             own = first.kv(dict(zip(stores, kv.stores, strict=True)))
+        self._parts = parts_of(layouts, sizes)
         for rank, part in enumerate(self._parts):
             cos, sin = part.of(batch.cos), part.of(batch.sin)
             if rank:
-                self._send(rank, Arrange(part.layout, returns=part.rows is not None))
+                self._send(rank, Arrange(part.layout, returns=part.returned is not None))
                 send(torch.stack((cos, sin)), rank)
             else:
-                self._own = part.layout.batch(cos, sin), own
+                self._own = self._model.arranged(part.layout, cos, sin, own)
         self._arranged = kv
 
     @contextlib.contextmanager

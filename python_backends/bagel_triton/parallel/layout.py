@@ -1,4 +1,4 @@
-"""What a rank computes of a forward: all rows with its heads, or the sequences that it was given.
+"""What a rank computes of a forward: all rows, the sequences that it was given, or a share of either's rows.
 
 A layout is what a forward needs beside tensors. That of the DiT changes when images join, leave or change their
 branches, so it travels once and the steps between carry embeddings alone. That of the thinker changes every step.
@@ -19,6 +19,7 @@ from torch import Tensor
 from bagel_triton.kv.store import PagedStep, WorkspaceStep
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.mot import PackedBatch
+from bagel_triton.parallel.sizes import Sizes
 
 Run = tuple[int, int]  # consecutive slots, (start, stop)
 
@@ -71,6 +72,9 @@ class StoresLayout(Layout, frozen=True, forbid_unknown_fields=True, tag=True):
         return WorkspaceStep(self.spans, [stores[number] for number in self.stores], self.writes)
 
 
+NOTHING = PoolLayout(0, 0, None, (), (), ())
+
+
 def _wanted(batch: PackedBatch) -> tuple[int, int] | None:
     return None if batch.wanted is None else (batch.wanted.start, batch.wanted.stop)
 
@@ -88,25 +92,60 @@ def _slots(runs: Sequence[Run]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The rows of a layout that a rank computes, int64, sorted by expert, and which of them are ``wanted``."""
+
+    rows: Tensor
+    gen_rows: int
+    wanted: slice
+
+    @classmethod
+    def all_of(cls, layout: Layout, ranks: int) -> list[Share]:
+        """Those of ``ranks``, of each about as many; some may be empty."""
+        first, stop = layout.wanted or (0, layout.tokens)
+        gen = torch.arange(layout.gen_rows).tensor_split(ranks)
+        und = torch.arange(layout.gen_rows, layout.tokens).tensor_split(ranks)
+        shares = []
+        for one, other in zip(gen, reversed(und), strict=True):
+            rows = torch.cat((one, other))
+            wanted = slice(int((rows < first).sum()), int((rows < stop).sum()))
+            shares.append(cls(rows, len(one), wanted))
+        return shares
+
+
+@dataclass(frozen=True)
 class Part:
-    """One rank's part of a forward: its layout, and its ``rows`` of the whole batch, int64; None for all of them."""
+    """One rank's part of a forward: its group's layout, and its ``rows`` of the whole batch, int64; None for all.
+
+    ``returned`` are the rows of the whole batch whose hidden states it sends to rank 0.
+    """
 
     layout: PoolLayout | StoresLayout
     rows: Tensor | None = None
-
-    @property
-    def wanted_rows(self) -> Tensor:
-        """The rows whose hidden states the rank returns."""
-        assert self.rows is not None, "a rank that has all rows returns none"
-        return self.rows if self.layout.wanted is None else self.rows[slice(*self.layout.wanted)]
+    returned: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor:
         """The rank's rows of x [tokens, ...]."""
         return x if self.rows is None else x[self.rows]
 
 
-def by_sequence(everything: StoresLayout, ranks: int) -> list[Part]:
-    """A part for each of ``ranks``: whole sequences, so that each has about as many scores to compute.
+def parts_of(layouts: Sequence[tuple[PoolLayout | StoresLayout, Tensor | None]], sizes: Sizes) -> list[Part]:
+    """Every rank's part; ``layouts`` are those of each cfg group and their rows of the whole batch, None for all."""
+    shares = [Share.all_of(layout, sizes.ulysses) for layout, _ in layouts]
+    parts = []
+    for place in map(sizes.place, range(sizes.ranks)):
+        layout, rows = layouts[place.cfg]
+        if sizes.cfg * sizes.ulysses == 1:
+            parts.append(Part(layout))
+            continue
+        share = shares[place.cfg][place.ulysses]
+        own = share.rows if rows is None else rows[share.rows]
+        parts.append(Part(layout, own, own[share.wanted] if place.tensor == 0 else None))
+    return parts
+
+
+def by_sequence(everything: StoresLayout, ranks: int) -> list[tuple[StoresLayout, Tensor]]:
+    """A layout for each of ``ranks`` and its rows: whole sequences, so that each has about as many scores to compute.
 
     It may be empty, but not the first. A sequence's rows do not depend on others, so the results are those of one rank.
     The batch wants all rows, or those of the generation expert.
@@ -130,7 +169,7 @@ def _shares(layout: StoresLayout, ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def _sequences(layout: StoresLayout, sequences: Sequence[int]) -> Part:
+def _sequences(layout: StoresLayout, sequences: Sequence[int]) -> tuple[StoresLayout, Tensor]:
     """The part of a forward that ``sequences`` are."""
     number = {sequence: index for index, sequence in enumerate(sequences)}
     spans: list[QuerySpan] = []
@@ -152,4 +191,4 @@ def _sequences(layout: StoresLayout, sequences: Sequence[int]) -> Part:
     of_sequences = tuple(layout.stores[sequence] for sequence in sequences)
     # A sequence's spans stay adjacent, as in the whole batch: its new keys and values are written once for both.
     ordered = tuple(sorted(spans, key=lambda span: (span.sequence, span.start)))
-    return Part(StoresLayout(end, gen_rows, wanted, ordered, of_sequences, writes), torch.cat(rows))
+    return StoresLayout(end, gen_rows, wanted, ordered, of_sequences, writes), torch.cat(rows)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
+from bagel_triton.model.attention import StepKV
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import forward_on
-from bagel_triton.model.mot import PackedBatch
-from bagel_triton.parallel.sizes import Sizes
+from bagel_triton.model.mot import PackedBatch, Transformer
+from bagel_triton.parallel.layout import PoolLayout, Share, StoresLayout
+from bagel_triton.parallel.sizes import Sizes, kv_heads_of
+from bagel_triton.parallel.ulysses import UlyssesKV
 
 SELFTEST_BYTES = 1 << 20
 # Ranks are processes of one host; gloo would else listen at the address of the host's name.
@@ -56,6 +61,11 @@ def selftest() -> dict[str, float]:
     return found
 
 
+def _plainly(transformer: Transformer, pool: ThreadPool, embeddings: Tensor, batch: PackedBatch, kv: StepKV) -> Tensor:
+    """The plain modules' forward, with all threads in each operation."""
+    return pool.run_with_intraop_threads(lambda: transformer(embeddings, batch, kv))  # type: ignore[no-any-return]
+
+
 def send(x: Tensor, rank: int) -> None:
     """Send a tensor of any dtype; the other rank knows its shape."""
     if x.numel():
@@ -69,6 +79,15 @@ def receive(x: Tensor, rank: int) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class Arranged:
+    """A rank's rows of a forward, their keys and values, and which of the rows are ``wanted``."""
+
+    batch: PackedBatch
+    kv: Any
+    wanted: slice
+
+
 class RankModel:
     """A rank's share of the transformer, in a process group that has been joined."""
 
@@ -77,29 +96,62 @@ class RankModel:
         self.device, self.dtype = model.device, model.dtype
         self.config = model.config.language
         transformer = model.language_model.model
-        if sizes.tensor > 1:
-            from torch.distributed.device_mesh import init_device_mesh
+        self._forward: Any = partial(_plainly, transformer, pool)
+        self._group: dist.ProcessGroup | None = None  # of the ranks that share rows
+        if sizes.tensor * sizes.ulysses == 1:
+            self._forward = forward_on(model.device, transformer, pool)
+            return
+        from torch.distributed.device_mesh import init_device_mesh
 
+        mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=sizes._fields)
+        if sizes.ulysses > 1:
+            self._group = mesh["ulysses"].get_group()
+        if sizes.tensor > 1:
             from bagel_triton.parallel.tensor import shard
 
-            mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=sizes._fields)
             shard(transformer, mesh["tensor"])
-            self._forward: Any = transformer
-        else:
-            self._forward = forward_on(model.device, transformer, pool)
+        dist.barrier()  # groups of a mesh meet in the same file, which rank 0 removes now
 
     def kv_heads(self, rank: int) -> slice:
         """The KV heads that ``rank`` keeps of each context."""
-        if self.sizes.tensor == 1:
-            return slice(0, self.config.num_kv_heads)
-        from bagel_triton.parallel.tensor import kv_heads_of
+        place = self.sizes.place(rank)
+        return self._kv_heads(place.tensor, place.ulysses)
 
-        return kv_heads_of(self.config, self.sizes.place(rank).tensor, self.sizes.tensor)
+    def _kv_heads(self, tensor: int, ulysses: int) -> slice:
+        return kv_heads_of(self.config, tensor * self.sizes.ulysses + ulysses, self.sizes.tensor * self.sizes.ulysses)
+
+    def rows(self, layout: PoolLayout | StoresLayout) -> int:
+        """How many rows of ``layout`` this rank has."""
+        return len(Share.all_of(layout, self.sizes.ulysses)[self.place.ulysses].rows)
+
+    def arranged(self, layout: PoolLayout | StoresLayout, cos: Tensor, sin: Tensor, kv: StepKV) -> Arranged:
+        """This rank's rows of ``layout``, whose keys and values are ``kv``; the rotary tables are those rows'."""
+        if self._group is None:
+            batch = layout.batch(cos, sin)
+            return Arranged(batch, kv, batch.wanted or slice(0, batch.tokens))
+        shares = Share.all_of(layout, self.sizes.ulysses)
+        own, place = shares[self.place.ulysses], self.place
+        per_rank = self.config.num_heads // (self.sizes.tensor * self.sizes.ulysses)
+        heads = [slice(start, start + per_rank) for start in range(0, per_rank * self.sizes.ulysses, per_rank)]
+        kv_heads = [self._kv_heads(place.tensor, number) for number in range(self.sizes.ulysses)]
+        first = kv_heads[0].start  # of those that this rank computes
+        kv_heads = [slice(part.start - first, part.stop - first) for part in kv_heads]
+        exchanged = UlyssesKV(kv, [share.rows for share in shares], heads, kv_heads, self._group)
+        return Arranged(PackedBatch(own.gen_rows, cos, sin), exchanged, own.wanted)
 
     def own_heads(self, store: Tensor) -> Tensor:
         """This rank's heads of a store [layers, 2, slots, kv_heads, head_dim], a view."""
         return store[:, :, :, self.kv_heads(dist.get_rank())]
 
-    def forward(self, embeddings: Tensor, batch: PackedBatch, kv: Any) -> Tensor:
-        """Hidden states before the final norm, [tokens, hidden], of a batch whose stores hold this rank's heads."""
-        return self._forward(embeddings, batch, kv)  # type: ignore[no-any-return]
+    def forward(self, embeddings: Tensor, arranged: Arranged) -> Tensor:
+        """Hidden states before the final norm, [rows, hidden], of this rank's rows."""
+        if len(embeddings):
+            return self._forward(embeddings, arranged.batch, arranged.kv)  # type: ignore[no-any-return]
+        # Without rows it has heads still.
+        query_heads = self.config.num_heads // self.sizes.tensor
+        kv_heads = max(self.config.num_kv_heads // self.sizes.tensor, 1)
+        query, key = (embeddings.new_empty(0, heads, self.config.head_dim) for heads in (query_heads, kv_heads))
+        for layer in range(self.config.num_layers):
+            arranged.kv.write(layer, key, key)
+            arranged.kv.attend(layer, query)
+        return embeddings

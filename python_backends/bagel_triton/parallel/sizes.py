@@ -9,13 +9,17 @@ from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.model.config import LanguageConfig
 
 MOST = 64  # of the sizes that an error lists
-WORDS = {"tensor": "the heads", "cfg": "the branches of guidance"}
+WORDS = {"cfg": "the branches of guidance", "ulysses": "the rows", "tensor": "the heads"}
 
 
 class Sizes(NamedTuple):
-    """A stage's mesh: ``cfg`` groups of ranks with sequences of their own, in each ``tensor`` that share the heads."""
+    """A stage's mesh: ``cfg`` groups of ranks with sequences of their own; in each, ``ulysses`` that share the rows.
+
+    Each of those is ``tensor`` ranks that share the heads.
+    """
 
     cfg: int = 1
+    ulysses: int = 1
     tensor: int = 1
 
     @classmethod
@@ -23,29 +27,41 @@ class Sizes(NamedTuple):
         """Those of the Triton model ``stage``, :data:`THINKER` or :data:`DIT`."""
         if stage == THINKER:
             return cls(tensor=config.thinker.tensor_parallel_size)
-        return cls(config.dit.cfg_parallel_size, config.dit.tensor_parallel_size)
+        return cls(config.dit.cfg_parallel_size, config.dit.ulysses_degree, config.dit.tensor_parallel_size)
 
     @property
     def ranks(self) -> int:
         """All of the mesh."""
-        return self.cfg * self.tensor
+        return self.cfg * self.ulysses * self.tensor
 
     def place(self, rank: int) -> Sizes:
         """A rank's index in each dimension; neighbours share heads."""
-        return Sizes(*divmod(rank, self.tensor))
+        others, tensor = divmod(rank, self.tensor)
+        return Sizes(*divmod(others, self.ulysses), tensor)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self._asdict().items() if size > 1)
 
 
-def divides(config: LanguageConfig, ranks: int) -> bool:
-    """Whether heads, KV heads and the feed-forward can be shared by ``ranks``.
+def kv_heads_of(config: LanguageConfig, rank: int, ranks: int) -> slice:
+    """The KV heads of a rank; where there are fewer than ranks, several ranks have the same one."""
+    per_rank = max(config.num_kv_heads // ranks, 1)
+    first = rank * config.num_kv_heads // ranks
+    return slice(first, first + per_rank)
+
+
+def divides_heads(config: LanguageConfig, ranks: int) -> bool:
+    """Whether ``ranks`` can share the heads.
 
     A rank has whole heads, and the KV heads that they read: several, or one that other ranks have as well.
     """
     kv_heads = config.num_kv_heads
-    shared = kv_heads % ranks == 0 or ranks % kv_heads == 0
-    return config.num_heads % ranks == 0 and shared and config.intermediate_size % ranks == 0
+    return config.num_heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+def divides(config: LanguageConfig, ranks: int) -> bool:
+    """Whether they can share the heads and the feed-forward."""
+    return divides_heads(config, ranks) and config.intermediate_size % ranks == 0
 
 
 def summary(config: DeployConfig) -> str:
@@ -72,13 +88,16 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
 def _check_stage(
     stage: str, settings: ThinkerConfig | DitConfig, config: DeployConfig, language: LanguageConfig, device: str
 ) -> None:
-    tensor, branches = settings.tensor_parallel_size, getattr(settings, "cfg_parallel_size", 1)
-    if settings.ranks == 1:
+    sizes = Sizes.of(config, stage)
+    if sizes.ranks == 1:
         return
-    name = "tensor_parallel_size" if tensor > 1 else "cfg_parallel_size"
+    tensor, ulysses = sizes.tensor, sizes.ulysses
+    name = next(
+        name
+        for name in ("tensor_parallel_size", "ulysses_degree", "cfg_parallel_size")
+        if getattr(settings, name, 1) > 1
+    )
     field = f"{stage}.{name}={getattr(settings, name)}"
-    if tensor > 1 and branches > 1:
-        raise ConfigError(f"{field} with cfg_parallel_size={branches} is not supported; set one of them")
     if stage == "dit" and config.load == "understanding":
         raise ConfigError(f"{field} with load=understanding is not supported: nothing is drawn; set one of them")
     if config.lora_modules:
@@ -88,15 +107,20 @@ def _check_stage(
         )
     if not device.startswith("cpu"):
         raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
-    if tensor > 1 and settings.quantization is not None:
+    if tensor * ulysses > 1 and settings.quantization is not None:
+        why = "quantised weights are not cut" if tensor > 1 else "ranks that share rows run plain modules"
         others = "set one of them, or cfg_parallel_size" if stage == "dit" else "set one of them"
-        raise ConfigError(
-            f"{field} with quantization={settings.quantization} is not supported: quantised weights are not cut; "
-            f"{others}"
-        )
+        raise ConfigError(f"{field} with quantization={settings.quantization} is not supported: {why}; {others}")
     if not divides(language, tensor):
         allowed = ", ".join(str(size) for size in range(1, MOST + 1) if divides(language, size))
         raise ConfigError(
             f"{field} does not divide the checkpoint's {language.num_heads} heads, {language.num_kv_heads} KV heads "
             f"and feed-forward of {language.intermediate_size}; allowed: {allowed}"
+        )
+    if not divides_heads(language, tensor * ulysses):
+        allowed = ", ".join(str(size) for size in range(1, MOST + 1) if divides_heads(language, tensor * size))
+        beside = f" beside tensor_parallel_size={tensor}" if tensor > 1 else ""
+        raise ConfigError(
+            f"{stage}.ulysses_degree={ulysses}{beside} does not divide the checkpoint's {language.num_heads} heads and "
+            f"{language.num_kv_heads} KV heads; allowed: {allowed}"
         )

@@ -15,13 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.mot import Layer, Transformer
-
-
-def kv_heads_of(config: LanguageConfig, rank: int, ranks: int) -> slice:
-    """The KV heads of a rank; where there are fewer than ranks, several ranks have the same one."""
-    per_rank = max(config.num_kv_heads // ranks, 1)
-    first = rank * config.num_kv_heads // ranks
-    return slice(first, first + per_rank)
+from bagel_triton.parallel.sizes import kv_heads_of
 
 
 def shard(transformer: Transformer, mesh: DeviceMesh) -> None:

@@ -20,10 +20,9 @@ from bagel_triton.kv.store import PagedStep, WorkspaceStep, map_store
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import resolve
-from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel.layout import PoolLayout
 from bagel_triton.parallel.messages import Arrange, Attach, Forward, Free, Keep, Meet, Message, Start, read
-from bagel_triton.parallel.rank import RankModel, join, receive, selftest, send
+from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import shared_weights
@@ -38,7 +37,7 @@ class Worker:
         self._model = model
         self._stores: dict[int, Tensor] = {}
         self._cache: Tensor | None = None
-        self._arranged: tuple[PackedBatch, object, bool] | None = None
+        self._arranged: tuple[Arranged, bool] | None = None
 
     @torch.inference_mode()
     def handle(self, message: Message) -> None:
@@ -66,21 +65,22 @@ class Worker:
 
     def _arrange(self, message: Arrange) -> None:
         layout = message.layout
-        cos, sin = receive(self._empty(2, layout.tokens, 1, self._model.config.head_dim), 0)
+        rows = self._model.rows(layout)
+        cos, sin = receive(self._empty(2, rows, 1, self._model.config.head_dim), 0)
         if isinstance(layout, PoolLayout):
             assert self._cache is not None, "the KV cache is mapped before it is used"
             kv: PagedStep | WorkspaceStep = layout.kv(self._cache)
         else:
             kv = layout.kv(self._stores)
-        self._arranged = layout.batch(cos, sin), kv, message.returns
+        self._arranged = self._model.arranged(layout, cos, sin, kv), message.returns
 
     def _compute(self) -> None:
         assert self._arranged is not None, "a layout comes before its forwards"
-        batch, kv, returns = self._arranged
-        embeddings = receive(self._empty(batch.tokens, self._model.config.hidden_size), 0)
-        hidden = self._model.forward(embeddings, batch, kv)
+        arranged, returns = self._arranged
+        embeddings = receive(self._empty(arranged.batch.tokens, self._model.config.hidden_size), 0)
+        hidden = self._model.forward(embeddings, arranged)
         if returns:
-            send(hidden if batch.wanted is None else hidden[batch.wanted], 0)
+            send(hidden[arranged.wanted], 0)
 
     def _empty(self, *sides: int) -> Tensor:
         return torch.empty(sides, dtype=self._model.dtype, device=self._model.device)

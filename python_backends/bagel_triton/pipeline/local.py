@@ -48,9 +48,9 @@ class LocalStages:
         resources = resources or StageResources.open(config)
         place, tokenizer = resources.placement, resources.tokenizer()
         sizes = [Sizes.of(config, stage) for stage in (THINKER, DIT)]
-        # A process is in one group of ranks: that of both stages, which share its heads, or of one of them.
-        together = min(size.ranks for size in sizes) > 1
-        if together and sizes[0] != sizes[1]:
+        # A process is in one group of ranks: the DiT's, which the thinker uses where they share the heads, or its own.
+        together = sizes[0].tensor == sizes[1].tensor > 1
+        if min(size.ranks for size in sizes) > 1 and not together:
             raise ConfigError(f"in one process the DiT's ranks, {sizes[1]}, must be those of the thinker, {sizes[0]}")
         models = Models.load(resources, own=together) if models is None else models
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
@@ -66,8 +66,8 @@ class LocalStages:
             model if together or size.tensor == 1 else replace(resources, weights=None).own_bagel(None)
             for size in sizes
         ]
-        ranks = [open_ranks(resources, THINKER, own[0], share=False)]
-        ranks.append(ranks[0] if together else open_ranks(resources, DIT, own[1], share=False))
+        ranks = [open_ranks(resources, DIT, own[1], share=False)]
+        ranks.insert(0, ranks[0] if together else open_ranks(resources, THINKER, own[0], share=False))
         thinker = self.producer, config.thinker, metrics, adapters, ranks[0]
         self.thinker = ThinkerEngine(own[0], autoencoder, tokenizer, *thinker)
         self.dit = DitEngine(own[1], LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks[1], adapters)

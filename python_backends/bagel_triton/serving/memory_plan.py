@@ -178,7 +178,7 @@ def rank_weights(config: DeployConfig, thinker: int, dit: int) -> tuple[int, int
     # The parts of tensor-parallel ranks are one copy together.
     return (
         thinker if config.thinker.tensor_parallel_size > 1 else 0,
-        dit if config.dit.tensor_parallel_size > 1 else 0,
+        config.dit.ranks // config.dit.tensor_parallel_size * dit if config.dit.tensor_parallel_size > 1 else 0,
     )
 
 
