@@ -104,6 +104,8 @@ def describe(api: Api, is_open: Callable[[str], bool]) -> Json:
     schemas: Json = {name: _accepted(name, schema, api) for name, schema in pydantic["$defs"].items()}
     schemas |= {f"Reply{name}": schema for name, schema in structs.items()}
     schemas["EditsForm"] = _form(schemas["EditsBody"])
+    parts = schemas["ChatMessage"]["properties"]["content"]["anyOf"][0]
+    parts["items"] = {"anyOf": [parts["items"], _TEXT]}
     edit = schemas["JsonEditsBody"]
     edit["properties"] |= {name: {"anyOf": [*_LINK["anyOf"], _LINKS]} for name in ("image", "images")}
     edit["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
