@@ -21,4 +21,6 @@ def test_it_is_what_was_planned(tmp_path: Path, quantization: Quantization | Non
     tiny_checkpoint.write(tmp_path / "tiny", TinyConfig())
     found = compare(tmp_path / "large", tmp_path / "tiny", "float32", quantization)
     assert 0.85 * found.total < found.taken.serving < 1.05 * found.total
-    assert 0.95 * found.weights < found.taken.loaded < 1.1 * found.weights
+    assert (
+        0.95 * found.weights < found.taken.loaded < 1.25 * found.weights
+    )  # with what was freed while they were loaded
