@@ -18,6 +18,7 @@ ABSENT = (
     "\"failed to poll model 'dit': model not found in any model repository.\"\n"
 )
 REFUSED = "error: creating server: Invalid argument - load failed for model 'bagel'\nsecond line\n"
+ABORTED = "terminate called after throwing an instance of 'boost::interprocess::lock_exception'\n  what():  boost\n"
 LOADER = "stub: error while loading shared libraries: libx.so.1: cannot open shared object file\n"
 
 
@@ -31,6 +32,7 @@ LOADER = "stub: error while loading shared libraries: libx.so.1: cannot open sha
         (ABSENT + REFUSED, "failed to poll model 'dit': model not found in any model repository."),
         (LOADED + REFUSED, "Invalid argument - load failed for model 'bagel'"),
         (LOADER, "stub: error while loading shared libraries: libx.so.1: cannot open shared object file"),
+        (LOADED + ABORTED, "terminate called after throwing an instance of 'boost::interprocess::lock_exception'"),
         (LOADED, None),
     ],
 )

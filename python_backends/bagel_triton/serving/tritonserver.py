@@ -331,7 +331,9 @@ class Scratch:
 
 _LOADED = re.compile(r"\] \"successfully loaded '([^']+)'\"")
 _FAILED = re.compile(r"^E.*?\] \"?((?:failed to load|failed to poll|Poll failed).*?)\"?$", re.MULTILINE)
-_LAST_WORDS = re.compile(r"^(?:error: |.*error while loading shared libraries: ).*$", re.MULTILINE)
+_LAST_WORDS = re.compile(
+    r"^(?:error: |.*error while loading shared libraries: |terminate called after throwing ).*$", re.MULTILINE
+)
 
 
 def loaded_models(log: Path) -> set[str]:
