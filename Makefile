@@ -46,7 +46,7 @@ lint: setup ## style, types, and which room may import which
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	@set -e; for model in model_repository/*/1/model.py; do echo $(BIN)/mypy $$model; $(BIN)/mypy $$model; done
+	@set -e; for model in model_repository/*/1/model.py bench/hop_models/*/1/model.py; do echo $(BIN)/mypy $$model; $(BIN)/mypy $$model; done
 
 wheel: setup ## dist/bagel_triton-VERSION-py3-none-any.whl, which serves without the source tree
 	@rm -rf .cache/build

@@ -15,7 +15,7 @@ from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.checkpoint import Checkpoint
 from bench import __main__ as bench
-from bench import decode_tokens_per_s, dit_batch4_speedup, dit_step_over_floor, gpu, prefix_reuse_speedup
+from bench import decode_tokens_per_s, dit_batch4_speedup, dit_step_over_floor, gpu, prefix_reuse_speedup, stage_hop
 from bench.arithmetic import matmul_rate, products, step_flops
 from bench.figure import Figure, median, repeated, table
 from bench.setting import Setting, denoise_job, image_request
@@ -118,6 +118,12 @@ def test_random_networks_of_any_shape_make_images(checkpoint_dir: Path):
         stages.close()
     assert figures["image of 64x64, 3 steps"].value > 0
     assert figures["tokens/s of 1 sequence over the memory's bound"].value > 0
+
+
+def test_hops_are_timed_by_every_way_to_call_a_stage(setting: Setting):
+    figures = stage_hop.run(setting, loads=[(2, 100)], seconds=0.2)
+    assert [figure.name.partition(",")[0] for figure in figures[::3]] == list(stage_hop.WAYS)
+    assert all(figure.value > 0 for figure in figures)
 
 
 def test_the_program_writes_what_it_prints(

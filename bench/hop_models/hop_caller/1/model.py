@@ -13,7 +13,7 @@ from bagel_triton.ipc.liveness import Announcement
 from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.tensors import Array
 from bagel_triton.triton import io as triton_io
-from bagel_triton.triton.client import CHANNEL_OPTIONS, RemoteModels
+from bagel_triton.triton.client import CHANNEL_OPTIONS, TritonServer
 from bagel_triton.triton.stages import Doorbell, TicketClient
 
 WORKER, STREAM = "hop_worker", "hop_stream"
@@ -31,7 +31,8 @@ def by_tickets(client: TicketClient) -> Hop:
             while True:
                 next(following)
         except StopIteration as stop:
-            return stop.value[0]
+            y: Array = stop.value[0]
+            return y
 
     return hop
 
@@ -84,12 +85,12 @@ class TritonPythonModel:
 
     def _hops(self, inputs: dict[str, Array]) -> list[float]:
         way, address = triton_io.text_of(inputs, "way"), triton_io.text_of(inputs, "grpc")
-        remote = RemoteModels({WORKER: address} if way == "grpc tickets" else {})
+        server = TritonServer(address)
         client = None
         if way == "BLS tickets":
             client = TicketClient(triton_io.model_call(WORKER), Doorbell("bench_hop"), self._announcement.lock_name)
         elif way == "grpc tickets":
-            client = TicketClient(remote.model_call(WORKER))
+            client = TicketClient(server.model_call(WORKER))
         hop = by_stream(address) if client is None else by_tickets(client)
         x = np.arange(inputs["elements"].item(), dtype=np.float32)
         latencies: list[float] = []
@@ -113,7 +114,7 @@ class TritonPythonModel:
             thread.join()
         if client is not None:
             client.close(1.0)
-        remote.close()
+        server.close()
         if failures:
             raise failures[0]
         return latencies

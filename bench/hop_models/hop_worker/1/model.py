@@ -16,9 +16,10 @@ from bagel_triton.triton.tickets import TicketStore, Work
 
 
 class EchoEngine:
-    """One thread, as an engine has."""
+    """One thread, as an engine has; stands in the place of a :class:`SleepingEngine`, and never sleeps."""
 
     def __init__(self) -> None:
+        self.engine = self
         self._jobs: queue.SimpleQueue[Job[Any, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -29,7 +30,7 @@ class EchoEngine:
         self._jobs.put(job)
         return job
 
-    def abort(self, job: object) -> None:
+    def abort_job(self, job: object) -> None:
         """Nothing is kept."""
 
     def _run(self) -> None:
@@ -45,9 +46,9 @@ class TritonPythonModel(StageModel):
 
     def initialize(self, args: dict[str, str]) -> None:
         self._outbox = triton_io.Outbox()
-        self.engine = EchoEngine()
-        self._disconnects = DisconnectWatcher(self.engine.abort)
-        self._tickets = TicketStore(self.engine.abort, liveness.holds_lock, "bench_hop")
+        self._engine = EchoEngine()  # type: ignore[assignment]  # all of it that a ticket uses
+        self._disconnects = DisconnectWatcher(self._engine.abort_job)
+        self._tickets = TicketStore(self._engine.abort_job, liveness.holds_lock, "bench_hop", args["model_name"])
 
     def work(self, inputs: Arrays, request_id: str) -> Work:
         return Work(inputs["x"], request_id, lambda x: {"y": x})
