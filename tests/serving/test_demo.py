@@ -33,7 +33,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path: Path):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_ended_early_it_takes_its_server_along(tmp_path: Path, signal_: signal.Signals):
     with demo(CHECKPOINT, tmp_path) as run:
         assert run.stdout is not None

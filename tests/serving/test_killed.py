@@ -1,8 +1,9 @@
-"""A stage process that is killed takes no request with it for long, leaves nothing, and comes back."""
+"""A stage process that is killed takes no request with it for long and comes back; a stopped server leaves nothing."""
 
 from __future__ import annotations
 
 import os
+import queue
 import random
 import re
 import signal
@@ -13,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 from bagel_triton.deploy.topology import BAGEL, ENSEMBLE
+from bagel_triton.protocol.request import GenerationRequest
+from tests.serving.test_leaving import triton_inputs
 from tests.serving.test_together import EIGHT, image_body
 from tests.support.exact import same_image
 from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
-from tests.support.serving import ENDLESS_TEXT, Server
+from tests.support.serving import ENDLESS_TEXT, STOP_S, Server
 
 STAGES = tuple(model for model in BAGEL.models if model != ENSEMBLE)
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "0"))
@@ -171,3 +175,25 @@ def test_random_kills_under_a_mixed_load(own_server: Server, image: np.ndarray) 
         _check_recovery(own_server, killed, before, image)
     refused = [(seconds, error) for status, seconds, error in outcomes if status == 503]
     assert max((seconds for seconds, _ in refused), default=0.0) < IDLE_S, refused
+
+
+def test_sigterm_during_requests_ends_them_and_leaves_nothing(own_server: Server) -> None:
+    """The last of this module, whose server it ends."""
+    load, told = Load(own_server, AT["dit"][:1], CLIENT_S), queue.Queue[str]()
+    with triton.InferenceServerClient(own_server.grpc) as client:
+        client.start_stream(lambda result, error: told.put(str(error)))
+        request = GenerationRequest(prompt="x", height=512, width=512, num_inference_steps=1000, seed=2)
+        client.async_stream_infer("bagel", triton_inputs(request))
+        until(lambda: own_server.gauge("bagel_dit_active") == 2, "the DiT has not both", CLIENT_S)
+        family = descendants(own_server.process.pid)
+        assert len(family) > 5
+        assert shared_files(own_server)
+        started = time.monotonic()
+        assert own_server.stop() == 0
+        assert time.monotonic() - started < STOP_S
+        assert not shared_files(own_server)
+        assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+        [ended] = load
+        assert ended.status == 503, ended.reply
+    heard = [told.get() for _ in range(told.qsize())]
+    assert any("UNAVAILABLE: StageUnavailable(): the server is stopping" in one for one in heard), heard[-2:]

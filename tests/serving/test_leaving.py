@@ -1,4 +1,4 @@
-"""Requests of clients that left are aborted, and a server that stops leaves nothing behind."""
+"""Requests of clients that left are aborted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import json
 import queue
 import random
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,7 +20,7 @@ from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
 from bagel_triton.protocol.tensors import to_tensors
 from tests.serving.test_together import EIGHT, image_body, until_idle
 from tests.support.exact import same_image
-from tests.support.serving import ANSWER_S, ENDLESS_TEXT, STOP_S, Server, generate, infer, reply_images
+from tests.support.serving import ANSWER_S, ENDLESS_TEXT, Server, generate, infer, reply_images
 
 LONG = image_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
 
@@ -32,19 +30,6 @@ def until(server: Server, gauge: str, value: float) -> None:
     while server.gauge(gauge) != value:
         assert time.monotonic() < deadline, f"{gauge} is not {value}"
         time.sleep(0.05)
-
-
-class Asking(threading.Thread):
-    """Asks, and keeps the answer's status; 0 where none came."""
-
-    def __init__(self, server: Server, body: dict[str, object]) -> None:
-        super().__init__(daemon=True)
-        self._url, self._body, self.status = f"{server.url}/v1/chat/completions", body, 0
-        self.start()
-
-    def run(self) -> None:
-        with contextlib.suppress(httpx.HTTPError):
-            self.status = httpx.post(self._url, json=self._body, timeout=120, trust_env=False).status_code
 
 
 @contextlib.contextmanager
@@ -176,39 +161,3 @@ def test_each_request_of_a_grpc_burst_is_answered_or_refused_as_overloaded(serve
     assert 0 < len(refused) <= 450 - 200
     assert all("RESOURCE_EXHAUSTED: Overloaded(): " in outcome for outcome in refused), {o[:300] for o in refused}
     until_idle(server)
-
-
-@pytest.fixture
-def own_server(checkpoint_dir: Path) -> Iterator[Server]:
-    with Server(checkpoint_dir) as running:
-        yield running
-
-
-def test_sigterm_during_requests_ends_them_and_leaves_nothing(own_server: Server) -> None:
-    asking, told = Asking(own_server, LONG), queue.Queue[str]()
-    client = triton.InferenceServerClient(own_server.grpc)
-    client.start_stream(lambda result, error: told.put(str(error)))
-    long = GenerationRequest(prompt="x", height=512, width=512, num_inference_steps=1000, seed=2)
-    client.async_stream_infer("bagel", triton_inputs(long))
-    until(own_server, "bagel_dit_active", 2)
-    prefix = f"bagel_triton_{own_server.process.pid}_"
-    assert list(Path("/dev/shm").glob(f"{prefix}*"))
-    family = _descendants(own_server.process.pid)
-    assert len(family) > 5
-    started = time.monotonic()
-    assert own_server.stop() == 0
-    assert time.monotonic() - started < STOP_S
-    assert not list(Path("/dev/shm").glob(f"{prefix}*"))
-    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
-    asking.join(10)
-    assert not asking.is_alive(), "the client was left waiting"
-    assert asking.status == 503
-    client.close()
-    heard = [told.get() for _ in range(told.qsize())]
-    assert any("UNAVAILABLE: StageUnavailable(): the server is stopping" in one for one in heard), heard[-2:]
-
-
-def _descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task").glob("*/children")
-    direct = [int(child) for path in children for child in path.read_text().split()]
-    return direct + [grandchild for child in direct for grandchild in _descendants(child)]

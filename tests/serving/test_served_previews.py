@@ -18,7 +18,7 @@ def _images(answer: Streamed) -> list[tuple[dict[str, object], np.ndarray]]:
 
 
 def test_previews_come_before_an_image_that_they_do_not_change(server: Server) -> None:
-    fields = {"height": 256, "width": 256, "num_inference_steps": 300, "seed": 9}
+    fields = {"height": 128, "width": 128, "num_inference_steps": 200, "seed": 9}
     (_, plain), *_ = _images(generate(server.grpc, "bagel", GenerationRequest("A cat", **fields)))  # type: ignore[arg-type]
     request = GenerationRequest("A cat", partial_images=2, **fields)  # type: ignore[arg-type]
     *previews, (event, image) = _images(generate(server.grpc, "bagel", request))
@@ -27,7 +27,7 @@ def test_previews_come_before_an_image_that_they_do_not_change(server: Server) -
         [("partial_image", 0)],
         [("partial_image", 0), ("partial_image", 1)],
     )
-    assert all(pixels.shape == (256, 256, 3) for _, pixels in previews)
+    assert all(pixels.shape == (128, 128, 3) for _, pixels in previews)
     assert event["type"] == "image"
     assert (image == plain).all()
     assert any((pixels != image).any() for _, pixels in previews)

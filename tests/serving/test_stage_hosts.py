@@ -143,6 +143,7 @@ def test_reloads_there_are_counted_there_and_each_once(hosts: Hosts) -> None:
     told(hosts.remote, {name: before[name] + added[stage] for name, stage in counts.items()})
 
 
+@pytest.mark.long
 def test_a_server_that_falls_silent_fails_its_requests_too(hosts: Hosts) -> None:
     load = Load(hosts.local, [LONG], CLIENT_S)
     until_gauge(hosts.remote, "bagel_dit_active", 1)

@@ -15,10 +15,11 @@ from tritonclient.utils import InferenceServerException
 
 from bagel_triton.ipc import liveness
 from bagel_triton.protocol.request import GenerationRequest
-from tests.serving.test_leaving import LONG, Asking, until
+from tests.serving.test_leaving import LONG, until
 from tests.serving.test_together import EIGHT, image_body, until_idle
 from tests.support.exact import same_image
-from tests.support.serving import Server, generate, infer
+from tests.support.killing import Load
+from tests.support.serving import ANSWER_S, Server, generate, infer
 
 SMALL = GenerationRequest(prompt="A cat", height=32, width=32, seed=1, num_inference_steps=3)
 Change = Callable[[dict[str, Any]], None]
@@ -111,7 +112,7 @@ def test_an_impossible_message_is_refused_and_the_next_request_is_right(
 
 
 def test_an_impossible_message_does_not_disturb_those_at_work_or_in_line(server: Server) -> None:
-    asking = Asking(server, {**LONG, "num_inference_steps": 300})
+    load = Load(server, [{**LONG, "num_inference_steps": 300}], ANSWER_S)
     until(server, "bagel_dit_active", 1)
     for change, _ in JOBS.values():
         job = job_of(server)
@@ -119,14 +120,13 @@ def test_an_impossible_message_does_not_disturb_those_at_work_or_in_line(server:
         with pytest.raises(InferenceServerException):
             send(server, "dit", "denoise_job", job)
         withdraw(server, job)
-    asking.join(60)
-    assert asking.status == 200
+    assert [ended.status for ended in load] == [200]
 
 
 @pytest.mark.long
 def test_self_tests_take_no_block_that_is_promised(server: Server) -> None:
     text = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "temperature": 2.0, "n": 4}
-    asking = Asking(server, text)
+    load = Load(server, [text], ANSWER_S)
     until(server, "bagel_thinker_active", 1)
 
     refusals: list[str] = []
@@ -143,8 +143,7 @@ def test_self_tests_take_no_block_that_is_promised(server: Server) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    asking.join(60)
-    assert asking.status == 200
+    assert [ended.status for ended in load] == [200]
     assert refusals
     assert all("Overloaded" in refusal for refusal in refusals)
     until(server, "bagel_thinker_kv_leases", 0)  # never claimed: they expire

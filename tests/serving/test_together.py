@@ -18,7 +18,7 @@ CASES = load_cases(Path(__file__).parents[1] / "data" / "cases-a")
 SIXTEEN = [case for case in CASES if case.name not in ("edit_alpha_two_pictures", "edit_default")]  # of every kind
 # Sizes, prompts, seeds, steps, guidance and renorms all differ; the first takes by far the longest.
 EIGHT: list[dict[str, Any]] = [
-    {"prompt": "A beautiful sunset over mountains", "height": 256, "width": 256, "num_inference_steps": 400},
+    {"prompt": "A beautiful sunset over mountains", "height": 256, "width": 256, "num_inference_steps": 120},
     {"prompt": "A cute cat", "height": 64, "width": 64, "num_inference_steps": 4},
     {"prompt": "A cute cat", "height": 64, "width": 64, "num_inference_steps": 4, "negative_prompt": "blurry"},
     {"prompt": "A futuristic city", "height": 16, "width": 128, "num_inference_steps": 9, "cfg_text_scale": 1},
