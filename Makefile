@@ -17,7 +17,7 @@ demo: setup ## every task through the whole server, on free ports; .cache/demo.p
 serve: setup ## serve CHECKPOINT (the toy that draws by default)
 	$(BIN)/bagel-triton serve $(CHECKPOINT) $(SERVE_ARGS)
 
-test: setup ## the tests, in some eighteen minutes on two cores
+test: setup ## the tests, in some sixteen minutes on two cores
 	$(BIN)/python -m pytest
 
 test-all: setup ## those that take minutes, too: every case between two hosts, every connector at its edges

@@ -262,7 +262,9 @@ STAGE: Fields = {
     "encoder_cache_mb": Setting(
         Annotated[int, Meta(ge=0, le=2**31 - 1)], "an integer >= 0", "megabytes of cached image encodings", _THINKER
     ),
-    "vae_use_tiling": Setting(bool, BOOLEAN, "decode large images in strips; by default, but on a GPU with room", _DIT),
+    "vae_use_tiling": Setting(
+        bool, BOOLEAN, "decode large images in strips (default: except on a GPU with room)", _DIT
+    ),
     "default_sampling_params": Setting(
         dict[str, Any], "a mapping of request fields", "values of fields that a request leaves out"
     ),
