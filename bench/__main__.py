@@ -21,6 +21,7 @@ from bench import (
     dit_batch4_speedup,
     dit_step_over_floor,
     gpu,
+    parallel,
     perf_analyzer,
     prefix_reuse_speedup,
     proxy_stall,
@@ -40,6 +41,7 @@ BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "proxy_stall": proxy_stall.run,
     "perf_analyzer": perf_analyzer.run,
     "stage_hop": stage_hop.run,
+    "parallel": parallel.run,
     "kv_handoff": shared_memory.run_kv_handoff,
     "weight_sharing": shared_memory.run_weight_sharing,
 }

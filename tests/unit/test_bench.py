@@ -15,7 +15,15 @@ from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.weights.checkpoint import Checkpoint
 from bench import __main__ as bench
-from bench import decode_tokens_per_s, dit_batch4_speedup, dit_step_over_floor, gpu, prefix_reuse_speedup, stage_hop
+from bench import (
+    decode_tokens_per_s,
+    dit_batch4_speedup,
+    dit_step_over_floor,
+    gpu,
+    parallel,
+    prefix_reuse_speedup,
+    stage_hop,
+)
 from bench.arithmetic import matmul_rate, products, step_flops
 from bench.figure import Figure, median, repeated, table
 from bench.setting import Setting, denoise_job, image_request
@@ -99,6 +107,14 @@ def test_the_denoising_benches_run(setting: Setting):
     figures = dit_batch4_speedup.run(setting, mixed=((32, 32), (64, 48)))
     assert all(figure.value > 0 for figure in figures)
     assert [figure.goal for figure in figures] == [1.0, 2.0]
+
+
+@pytest.mark.long
+def test_the_bench_of_ranks_counts_what_the_formula_says(setting: Setting):
+    figures = {figure.name: figure for figure in parallel.run(setting, side=256)}
+    assert len(figures) == 3 * len(parallel.MODES)
+    for mode in parallel.MODES:  # other programs use the interface too, so it may be more
+        assert figures[f"{mode}: bytes over the formula"].value > 0.99
 
 
 def test_the_thinkers_benches_run(setting: Setting):
