@@ -114,12 +114,12 @@ def test_a_server_that_is_killed_in_mid_load_loses_no_request_and_is_taken_back(
 
 def test_a_server_that_is_drained_finishes_its_work_and_gets_no_more(servers: Servers) -> None:
     drained, kept = HOSTS
-    load = Load(servers.local, _bodies(8), CLIENT_S)
+    load = Load(servers.local, _bodies(24), CLIENT_S)
     until(lambda: servers.stage_1[drained].gauge("bagel_dit_active") >= 1, "nothing is denoised there", STATE_S)
     command = [Path(sys.executable).with_name("bagel-triton"), "drain", servers.stage_1[drained].grpc]
     done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_S, check=True)
     assert done.stdout.splitlines()[-1] == f"{servers.stage_1[drained].grpc} is idle"
-    _check_all(load, 8)
+    _check_all(load, 24)
     assert servers.states() == {drained: "draining", kept: "ready"}
     before = servers.images_made()
     _check_all(Load(servers.local, _bodies(4), CLIENT_S), 4)
@@ -130,10 +130,10 @@ def test_a_server_that_is_drained_finishes_its_work_and_gets_no_more(servers: Se
 
 def test_a_server_that_is_stopped_finishes_its_work_first(servers: Servers) -> None:
     host = HOSTS[1]
-    load = Load(servers.local, _bodies(8), CLIENT_S)
+    load = Load(servers.local, _bodies(24), CLIENT_S)
     until(lambda: servers.stage_1[host].gauge("bagel_dit_active") >= 1, "nothing is denoised there", STATE_S)
     servers.stage_1[host].stop(STATE_S)
-    _check_all(load, 8)
+    _check_all(load, 24)
     until(lambda: servers.states()[host] == "down", "it looks as if it were there", STATE_S)
     servers.start_stage_1(host)
     until(lambda: servers.states()[host] == "ready", "it is not back", STATE_S)
