@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -42,14 +43,21 @@ def test_a_host_that_is_cut_off_in_mid_load_loses_no_request_and_is_taken_back(
     with ExitStack() as running, ThreadPoolExecutor(3) as starting:
         others = ["--stage-id", "1", "--headless", "--triton-metrics-host"]
         started = [starting.submit(serve, host, *others, host.address) for host in dits]
+        for one in started:
+            running.callback(lambda one=one: one.result().stop())
         local = running.enter_context(serve(thinker, "--stage-id", "0", "--host", thinker.address))
-        stage_1 = {host: running.enter_context(one.result()) for host, one in zip(dits, started, strict=True)}
+        stage_1 = {host: one.result() for host, one in zip(dits, started, strict=True)}
 
         def states() -> set[str]:
             answer = httpx.get(f"{local.url}/health", trust_env=False, timeout=30).json()
             return set(answer.get("replicas", {}).values())
 
-        until(lambda: states() == {"ready"}, "both are not in", STATE_S)
+        def given_requests() -> int:
+            """How many servers get requests: what a check found, which is later than what /health finds."""
+            page = httpx.get(f"{local.url}/metrics", trust_env=False, timeout=30).text
+            return len(re.findall(r"^bagel_replica_ready{.*} 1(?:\.0)?$", page, re.MULTILINE))
+
+        until(lambda: states() == {"ready"} and given_requests() == 2, "both are not in", STATE_S)
         load = Load(local, [chat_body(CASE.request)] * 16, CLIENT_S)
         lost = dits[0]
         until(lambda: stage_1[lost].gauge("bagel_dit_active") >= 1, "nothing is denoised there", STATE_S)
@@ -62,7 +70,7 @@ def test_a_host_that_is_cut_off_in_mid_load_loses_no_request_and_is_taken_back(
             assert states() == {"ready", "down"}
         finally:
             lost.connect(True)
-        until(lambda: states() == {"ready"}, "it is not taken back", STATE_S)
+        until(lambda: states() == {"ready"} and given_requests() == 2, "it is not taken back", STATE_S)
         made = stage_1[lost].gauge("bagel_images_total")
         again = list(Load(local, [chat_body(CASE.request)] * 8, CLIENT_S))
         assert [one.status for one in again] == [200] * 8
