@@ -420,6 +420,7 @@ def _shapes() -> list[Shape]:
         "guidance twice": (draw(cfg_text_scale=4, guidance_scale=4), "guidance_scale"),
         "size and height": (draw(size="64x64"), "size"),
         "think twice": (draw(think=True, reasoning_effort="none"), "reasoning_effort"),
+        "think both ways": (draw(reasoning={"enabled": True, "effort": "none"}), "reasoning.effort"),
         "image without words": (draw(messages=[user([image()])]), "messages[0].content"),
         "no words": (draw(messages=[user("")]), "messages[0].content"),
         "in extra_body": (draw("height", extra_body={"height": 17}), "extra_body.height"),

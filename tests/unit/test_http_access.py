@@ -240,6 +240,22 @@ def test_other_bodies_of_a_sleep_are_refused(body: str, message: str) -> None:
     assert message in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/sleep?mode=abort", "/sleep?levle=2", "/wake_up?tags=weights"])
+def test_other_parameters_of_a_sleep_are_refused(path: str) -> None:
+    reply = api(WITH_ADMIN).post(path, headers=ADMIN)
+    assert reply.status_code == 400
+    assert "is not a parameter of" in reply.json()["error"]["message"]
+
+
+def test_a_client_cannot_make_up_methods_in_the_metrics() -> None:
+    client = api(HttpOptions())
+    for number in range(5):
+        client.request(f"ZZ{number}", "/health/live")
+    page = client.get("/metrics").text
+    assert "ZZ" not in page
+    assert 'endpoint="/health/live",method="other",status="405"' in page
+
+
 def test_a_sleeping_server_that_refuses_says_when_to_try_again() -> None:
     client = TestClient(create_app(SETTINGS, FakeClient(Asleep("the server is asleep; try again later"))))
     reply = client.post(CHAT, json=chat_body())

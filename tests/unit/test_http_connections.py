@@ -135,6 +135,17 @@ def test_a_header_that_does_not_end_closes_the_connection() -> None:
                     assert slow.recv(100) == b""
 
 
+def test_a_body_of_two_lengths_is_refused_and_its_connection_closed() -> None:
+    head = b"POST /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with served(FakeClient(), HttpOptions()) as url, connection(url) as smuggling:
+        smuggling.sendall(head + b"0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        smuggling.settimeout(10)
+        answer = b"".join(iter(lambda: smuggling.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"allowed: one of them" in answer
+
+
 def test_a_second_request_on_a_connection_has_its_own_time_for_its_header() -> None:
     with served(FakeClient(), HttpOptions(header_timeout_s=1)) as url, connection(url) as kept:
         get_version(kept)

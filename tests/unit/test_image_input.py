@@ -216,6 +216,14 @@ def test_a_cut_file_is_damaged_and_no_codecs_error_is_a_defect_of_the_server() -
                 open_image(bytes(broken), "image[0]")
 
 
+def test_a_header_of_too_many_pixels_is_no_damage() -> None:
+    for side in (9000, 65535):
+        gif = encoded("GIF", Image.new("P", (1, 1)))
+        header = gif[:6] + struct.pack("<HH", side, side) + gif[10:]
+        with pytest.raises(InvalidRequest, match=r"pixels; allowed: at most 67108864 in all"):
+            open_image(header, "image")
+
+
 def test_decodes_wait_for_memory_but_the_largest_runs_alone() -> None:
     budget, running, most = ByteBudget(100), [0], [0]
 

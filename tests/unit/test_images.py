@@ -220,6 +220,7 @@ URL = "data:image/png;base64," + base64.b64encode(b"an image").decode()
         {"image": URL},
         {"image": [URL]},
         {"images": [{"image_url": URL}]},
+        {"images": [{"image_url": URL, "file_id": None}]},
         {"image": {"url": URL}},
         {"image": [{"type": "image_url", "image_url": {"url": URL}}]},
         {"image": [{"type": "input_image", "image_url": URL}]},
@@ -301,7 +302,7 @@ def test_an_error_before_the_stream_has_its_status() -> None:
         ({"size": "huge"}, "size", "'auto' or 'WIDTHxHEIGHT'"),
         ({"size": "64x64", "width": 64}, "size", "width and size are both given"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
-        ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
+        ({"output_compression": 101}, "output_compression", "at most 100"),
         ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
         ({"stream": True, "response_format": "url"}, "response_format", "b64_json with stream=true"),
         ({"mask": URL}, "mask", "say in the prompt what to change"),
@@ -330,6 +331,15 @@ def test_a_form_may_have_fields_without_effect_and_nulls() -> None:
     assert backend.requests == [with_images(request_of("x", 1), (b"an image",))]
 
 
+def test_an_object_in_a_form_may_be_given_by_its_members() -> None:
+    backend = FakeClient(*PROGRESS, IMAGE, EDITED)
+    members = {"chat_template_kwargs[enable_thinking]": "true", "thinking[budget_tokens]": "7", "image[0]": URL}
+    form = [("prompt", (None, "x")), *((name, (None, text)) for name, text in members.items())]
+    reply = api(backend).post(EDITS, files=form)
+    assert reply.status_code == 200, reply.text
+    assert (backend.requests[0].think, backend.requests[0].max_think_tokens) == (True, 7)
+
+
 def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
     prompt = ("prompt", (None, "x"))
     for form, param, advice in (
@@ -340,13 +350,24 @@ def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
         ([prompt, ("image", PNG_FILE), ("n", (None, "1")), ("n", (None, "2"))], "n", "allowed: once"),
         ([prompt, ("image", PNG_FILE), ("picture", PNG_FILE)], "picture", "allowed as files: image"),
         ([("image", PNG_FILE)], "prompt", "prompt is required"),
+        ([prompt, ("image", PNG_FILE), ("size[x]", (None, "1"))], "size[x]", "is not a known field"),
+        (
+            [prompt, ("image", PNG_FILE), ("thinking", (None, "{}")), ("thinking[type]", (None, "enabled"))],
+            "thinking",
+            "by its members",
+        ),
     ):
         reply = api(FakeClient()).post(EDITS, files=form)
         assert reply.status_code == 400, form
         assert reply.json()["error"]["param"] == param
         assert advice in reply.json()["error"]["message"]
     cut = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nA ca'
-    for content, problem in ((b"--y", "Invalid multipart data"), (cut, "it ends before its last boundary")):
+    latin = cut.replace(b"A ca", b"caf\xe9\r\n--x--\r\n")
+    for content, problem in (
+        (b"--y", "Invalid multipart data"),
+        (cut, "it ends before its last boundary"),
+        (latin, "prompt is not text in UTF-8"),
+    ):
         headers = {"content-type": "multipart/form-data; boundary=x"}
         broken = api(FakeClient()).post(EDITS, content=content, headers=headers)
         assert broken.status_code == 400

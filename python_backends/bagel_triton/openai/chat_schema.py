@@ -177,11 +177,15 @@ class ChatBody(ThinkingFields):
     def _reasoning_switches(self) -> list[Switch]:
         if self.reasoning is None:
             return []
-        enabled, budget = self.reasoning.enabled, self.reasoning.max_tokens
-        if enabled is None and self.reasoning.effort is not None:
-            enabled = thinks(self.reasoning.effort)
-        think = True if enabled is None and budget else enabled
-        return [("think", "reasoning", think), ("max_think_tokens", "reasoning.max_tokens", budget)]
+        enabled, effort, budget = self.reasoning.enabled, self.reasoning.effort, self.reasoning.max_tokens
+        switches: list[Switch] = [
+            ("think", "reasoning.enabled", enabled),
+            ("think", "reasoning.effort", None if effort is None else thinks(effort)),
+            ("max_think_tokens", "reasoning.max_tokens", budget),
+        ]
+        if enabled is None and effort is None and budget:
+            switches.append(("think", "reasoning.max_tokens", True))
+        return switches
 
 
 def parse(data: bytes) -> ChatBody:

@@ -139,6 +139,10 @@ _TYPES = {
     "tuple_type": "a list",
 }
 _RULES: dict[str, Callable[[_Context], str]] = {
+    "greater_than": lambda context: f"more than {context['gt']}",
+    "greater_than_equal": lambda context: f"at least {context['ge']}",
+    "less_than": lambda context: f"less than {context['lt']}",
+    "less_than_equal": lambda context: f"at most {context['le']}",
     "literal_error": lambda context: context["expected"],
     "not_allowed": lambda context: context["allowed"],
     "too_long": lambda context: f"at most {context['max_length']} elements",

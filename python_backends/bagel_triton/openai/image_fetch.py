@@ -57,6 +57,12 @@ def connect() -> httpx.AsyncBaseTransport:
     return httpx.AsyncHTTPTransport(verify=_tls())
 
 
+# Of IANA's special-purpose registries, what is_global of some Python version takes for public: protocol assignments
+# (metadata servers of clouds), relay anycast, documentation, segment routing.
+_SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")))
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
 @functools.cache
 def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
@@ -182,13 +188,17 @@ def without_login(url: str) -> str:
 def is_public(address: str) -> bool:
     """Whether the numeric ``address`` is one of the public internet.
 
-    An IPv6 address that carries an IPv4 one (mapped, or 6to4) is as public as that.
+    An IPv6 address that carries an IPv4 one (mapped, 6to4, or NAT64) is as public as that.
     """
     number = ipaddress.ip_address(address)
     if isinstance(number, ipaddress.IPv6Address):
         inner = number.ipv4_mapped or number.sixtofour
+        if number in _NAT64:
+            inner = ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
         if inner is not None:
             number = inner
         elif number.is_site_local:
             return False
+    if any(number in network for network in _SPECIAL if network.version == number.version):
+        return False
     return number.is_global and not (number.is_multicast or number.is_reserved)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -22,6 +21,7 @@ from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 Images = tuple[ImageUrl | ImageUpload, ...]
 B = TypeVar("B", bound="ImagesBody")
 _JSON_FIELDS = ("stream", "output_compression", "enable_thinking", "thinking", "chat_template_kwargs")
+_OBJECTS = ("thinking", "chat_template_kwargs")
 _FREE_TEXTS = ("prompt", "negative_prompt", "stop")
 MAX_FORM_FIELDS = 300  # more than there are names
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
@@ -97,7 +97,9 @@ class ImageLink(StrictModel):
 
 
 def _to_link(value: Any) -> Any:
-    """A plain text is the URL, and so is a chat part's ``{"url": ...}``."""
+    """A plain text is the URL, and so is a chat part's ``{"url": ...}``; null members are not given."""
+    if isinstance(value, dict):
+        value = {name: member for name, member in value.items() if member is not None}
     if isinstance(value, dict) and value.get("type") in ("image_url", "input_image"):
         value = {name: member for name, member in value.items() if name != "type"}
     if isinstance(value, dict) and isinstance(value.get("image_url"), dict):
@@ -174,8 +176,9 @@ async def parse_form(headers: Headers, stream: AsyncGenerator[bytes, None]) -> t
 async def _from_form(form: FormData) -> tuple[EditsBody, Images]:
     images: list[ImageUrl | ImageUpload] = []
     texts: dict[str, list[str]] = {}
+    objects: dict[str, dict[str, Any]] = {}
     for written, value in form.multi_items():
-        name = re.sub(r"\[\d*\]$", "", written)  # image[], image[0]
+        name, _, member = written.removesuffix("]").partition("[")  # image[], image[0], thinking[type]
         is_image = name in ("image", "images")
         if isinstance(value, UploadFile):
             if not is_image:
@@ -183,9 +186,14 @@ async def _from_form(form: FormData) -> tuple[EditsBody, Images]:
             images.append(ImageUpload(await value.read(), f"image[{len(images)}]"))
         elif is_image and value.strip():  # a form has an empty text for a file that was not chosen
             images.append(ImageUrl(value, f"image[{len(images)}]"))
+        elif not is_image and member and _is_object(name):
+            objects.setdefault(name, {})[member] = _scalar(value)
         elif not is_image and name not in IGNORED["images"]:
-            texts.setdefault(name, []).append(value)
-    return _checked(EditsBody, _from_texts(texts)), _enough(images)
+            texts.setdefault(written if member and not member.isdigit() else name, []).append(value)
+    if both := objects.keys() & texts.keys():
+        name = min(both)
+        raise InvalidRequest(f"{name} is given whole and by its members; allowed: one of them", name)
+    return _checked(EditsBody, {**_from_texts(texts), **objects}), _enough(images)
 
 
 class _FormParser(MultiPartParser):
@@ -196,6 +204,15 @@ class _FormParser(MultiPartParser):
 
     def on_end(self) -> None:
         self.ended = True
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is None:
+            try:
+                part.data.decode(self._charset or "utf-8")
+            except (UnicodeDecodeError, LookupError) as error:  # the parser would read it as another charset
+                raise MultiPartException(f"{part.field_name} is not text in UTF-8: {error}") from error
+        super().on_part_end()
 
 
 def _no_file(name: str) -> InvalidRequest:
@@ -232,6 +249,10 @@ def _from_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         elif values[0].strip():
             body[name] = _scalar(values[0])
     return body
+
+
+def _is_object(name: str) -> bool:
+    return name in _OBJECTS or dict in _kinds(name)
 
 
 def _kinds(name: str) -> set[type]:

@@ -42,6 +42,7 @@ class RequestIdFilter(logging.Filter):
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Triton's own
 NOT_LOGGED = ("/health", "/health/live", "/health/ready", "/ping", "/metrics")  # polled by machines
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 CLIENT_LEFT = 499
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,8 @@ class RequestLog:
 
     def _ended(self, scope: Scope, status: int, seconds: float) -> None:
         endpoint = _endpoint(scope)
-        method = scope["method"] if endpoint != "other" else "other"  # a client must not make up label values
+        known = endpoint != "other" and scope["method"] in METHODS
+        method = scope["method"] if known else "other"  # a client must not make up label values
         self._metrics.requests.labels(method, endpoint, str(status)).inc()
         self._metrics.seconds.labels(endpoint).observe(seconds)
         if self._access_log and endpoint not in NOT_LOGGED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -41,6 +43,7 @@ def routes(api: Api) -> list[Route]:
 
     @api.endpoint
     async def wake(request: Request) -> Response:
+        _check_query(request, ())
         return _json(await change(SleepCall("wake")))
 
     @api.endpoint
@@ -60,12 +63,23 @@ def routes(api: Api) -> list[Route]:
     ]
 
 
+def _check_query(request: Request, known: Sequence[str]) -> None:
+    """Refuse parameters that would change what happens, such as vLLM's ``mode`` and ``tags``."""
+    for name, value in request.query_params.multi_items():
+        if name not in known:
+            allowed = (
+                f"only {', '.join(known)}" if known else "no parameters; all of the model sleeps and wakes at once"
+            )
+            raise InvalidRequest(f"{name}={value!r} is not a parameter of {request.url.path}; allowed: {allowed}", name)
+
+
 async def _level(request: Request) -> Level:
     """The level in the query or in a JSON body; 1 without one.
 
     Raises:
         InvalidRequest: it is neither 1 nor 2, or the body is none.
     """
+    _check_query(request, ("level",))
     given: object = request.query_params.get("level")
     if given is None:
         body = bytearray()
@@ -82,7 +96,7 @@ async def _level(request: Request) -> Level:
         for name in found:
             if name != "level":
                 raise InvalidRequest.unknown(name, name, ["level"])
-        given = found.get("level", 1)
+        given = 1 if found.get("level") is None else found["level"]
     levels: dict[object, Level] = {1: 1, 2: 2, "1": 1, "2": 2}
     if isinstance(given, bool) or not isinstance(given, int | str) or given not in levels:
         raise InvalidRequest.value("level", given, "1 (weights stay in host memory) or 2 (weights are dropped)")

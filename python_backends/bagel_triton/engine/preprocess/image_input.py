@@ -92,6 +92,8 @@ def open_image(data: bytes, param: str, resize: ResizeRule | None = None) -> Ima
                 return rgb if resize is None else resize.apply(rgb)
     except InvalidRequest:
         raise
+    except Image.DecompressionBombError as error:
+        raise InvalidRequest(f"{param} has too many pixels; allowed: at most {MAX_PIXELS} in all", param) from error
     except UnidentifiedImageError as error:
         raise InvalidRequest(
             f"{param}={format_value(data)} is not an image; allowed: one in {', '.join(FORMATS)} format", param
