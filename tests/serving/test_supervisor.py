@@ -176,7 +176,7 @@ def test_it_ends_when_tritonserver_dies(serve: Callable[..., Server]):
     family = server.family()
     os.kill(min(pid for pid in family if _parent(pid)[1] == server.process.pid), signal.SIGKILL)
     assert server.process.wait(STOP_S) == 1
-    assert server.errors.read_text().startswith("bagel-triton: error: tritonserver ended (signal SIGKILL)")
+    assert server.errors.read_text().startswith("bagel-triton: error: tritonserver ended (signal SIGKILL; its log: ")
     assert _living(family) == set()
     assert server.files() == []
 

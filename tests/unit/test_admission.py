@@ -32,7 +32,7 @@ def admit(local_stages: LocalStages, checkpoint_dir: Path) -> Admit:
     def ask(*names: str, **limits: float) -> list[ThinkerRun]:
         pool, config = local_stages.producer.pool, ThinkerConfig(admission_timeout_s=1e-9, **limits)
         model = Checkpoint(checkpoint_dir).config
-        admission = Admission(model, local_stages.producer, PrefixCache(pool), config, NoMetrics())
+        admission = Admission(model, local_stages.producer, PrefixCache(pool), config, NoMetrics(), {})
         running: list[ThinkerRun] = []
         for name in names:
             admission.admit(Job[Plan, ThinkerOutput](name, plan, lambda event: None, SchedulingParams()), running)
