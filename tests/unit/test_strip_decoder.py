@@ -117,5 +117,5 @@ def test_the_deploy_yaml_says_whether(tmp_path: Path) -> None:
     assert not config("stages: [{stage_id: 1, vae_use_tiling: false}]").vae_decode.use_tiling
     single = "pipeline: bagel_single_stage\nstages: [{stage_id: 0, vae_use_tiling: false}]"
     assert not config(single).vae_decode.use_tiling
-    with pytest.raises(ConfigError, match=r"stages\[0\].vae_use_tiling belongs to the DiT"):
+    with pytest.raises(ConfigError, match=r"stages\[stage_id=0\].vae_use_tiling belongs to the DiT"):
         config("stages: [{stage_id: 0, vae_use_tiling: true}]")
