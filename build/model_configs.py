@@ -13,7 +13,8 @@ from bagel_triton.protocol.request import ENSEMBLE_FIELDS, REQUEST_FIELDS
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
 STREAM = '  { name: "stream" data_type: TYPE_BOOL dims: [ 1 ] optional: true }'
-SLEEP = '  { name: "sleep" data_type: TYPE_STRING dims: [ 1 ] optional: true }'
+CALLS = ("sleep", "adapters")
+CHANGES = [f'  {{ name: "{name}" data_type: TYPE_STRING dims: [ 1 ] optional: true }}' for name in CALLS]
 TYPES = {"BYTES": "TYPE_STRING"}
 
 
@@ -29,7 +30,7 @@ def inputs(model: str) -> list[str]:
     """The inputs of a model that takes requests."""
     if model == "bagel_text2img":
         return [tensor(name, optional=name != "prompt") for name in ENSEMBLE_FIELDS]
-    return [tensor(name) for name in REQUEST_FIELDS] + ([STREAM, SLEEP] if model == "bagel" else [])
+    return [tensor(name) for name in REQUEST_FIELDS] + ([STREAM, *CHANGES] if model == "bagel" else [])
 
 
 def rewritten(model: str, text: str) -> str:

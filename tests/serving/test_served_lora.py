@@ -17,7 +17,8 @@ from bagel_triton.protocol.request import GenerationRequest
 from tests.support.exact import same_image
 from tests.support.lora import write_layers
 from tests.support.runs import generate
-from tests.support.serving import Server
+from tests.support.serving import ANSWER_S, Server
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.long
 FIELDS = {"height": 64, "width": 48, "num_inference_steps": 4, "seed": 3, "cfg_text_scale": 4.0}
@@ -32,7 +33,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def served(checkpoint_dir: Path, adapters: dict[str, str]) -> Iterator[Server]:
     modules = [f"{name}={folder}" for name, folder in adapters.items()]
-    with Server(checkpoint_dir, "--served-model-name", "bagel", "--lora-modules", *modules) as server:
+    options = ("--lora-dir", str(Path(adapters["style"]).parent), "--admin-api-key", "admin")
+    with Server(checkpoint_dir, "--served-model-name", "bagel", *options, "--lora-modules", *modules) as server:
         yield server
 
 
@@ -67,3 +69,36 @@ def test_they_are_listed_and_others_are_not_found(served: Server) -> None:
         body = {"messages": [{"role": "user", "content": "hi"}], "modalities": ["text"], field: "other"}
         reply = httpx.post(f"{served.url}/v1/chat/completions", json=body)
         assert (reply.status_code, reply.json()["error"]["param"]) == (404, field)
+
+
+def test_one_is_loaded_and_unloaded_while_its_request_runs(served: Server) -> None:
+    def change(action: str, **body: str) -> httpx.Response:
+        admin = {"Authorization": "Bearer admin"}
+        return httpx.post(f"{served.url}/v1/{action}_lora_adapter", json=body, headers=admin, timeout=ANSWER_S)
+
+    def drawn(**fields: object) -> NDArray[np.uint8]:
+        message = {"role": "user", "content": "A cute cat"}
+        return served.images({"messages": [message], "modalities": ["image"], **FIELDS, **fields})[0]
+
+    def listed() -> list[str]:
+        return [model["id"] for model in httpx.get(f"{served.url}/v1/models").json()["data"]]
+
+    assert change("load", lora_name="again", lora_path="style").status_code == 200
+    assert listed() == ["bagel", "style", "sketch", "again"]
+    expected = drawn(model="style")
+    assert same_image(drawn(model="again"), expected)
+    refused = [
+        change("load", lora_name="again", lora_path="style"),
+        change("load", lora_name="more", lora_path="nowhere"),
+        change("load", lora_name="more", lora_path="/etc"),
+        change("unload", lora_name="more"),
+    ]
+    assert [reply.status_code for reply in refused] == [400, 404, 400, 404], [reply.text for reply in refused]
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(drawn, model="again", num_inference_steps=100)
+        assert soon(lambda: served.gauge("bagel_requests_active") > 0)
+        assert change("unload", lora_name="again").status_code == 200
+        assert running.result().shape == expected.shape
+    assert listed() == ["bagel", "style", "sketch"]
+    body = {"messages": [{"role": "user", "content": "hi"}], "modalities": ["image"], "lora": "again", **FIELDS}
+    assert served.chat(body).status_code == 404

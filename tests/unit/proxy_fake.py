@@ -24,6 +24,7 @@ from bagel_triton.openai.app import create_app
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.adapters import AdapterCall, AdapterNames
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.events import (
     AnswerEvent,
@@ -103,6 +104,8 @@ class FakeClient:
         self.asleep: SleepState | None = None
         self.while_asleep: Literal["wait", "refuse"] = "wait"
         self.sleeps: list[SleepCall] = []
+        self.loaded: list[str] = []
+        self.adapter_calls: list[AdapterCall] = []
         self.requests: list[GenerationRequest] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled = threading.Event()
@@ -135,6 +138,14 @@ class FakeClient:
         if call.action != "state":
             self.asleep = SleepState("asleep", call.level, self.while_asleep) if call.action == "sleep" else None
         return self.asleep or SleepState("awake", 0, self.while_asleep)
+
+    async def adapters(self, call: AdapterCall) -> AdapterNames:
+        self.adapter_calls.append(call)
+        if call.action == "load":
+            self.loaded.append(call.name)
+        elif call.action == "unload":
+            self.loaded.remove(call.name)
+        return AdapterNames(tuple(self.loaded))
 
     async def close(self) -> None:
         self.closed = True

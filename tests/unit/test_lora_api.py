@@ -11,14 +11,22 @@ from starlette.testclient import TestClient
 
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.openai.app import create_app
+from bagel_triton.openai.settings import HttpOptions
+from bagel_triton.protocol.adapters import AdapterCall
 from bagel_triton.protocol.errors import ModelNotFound
 from bagel_triton.serving import CommandError, flags, serve
 from tests.unit.test_lora import TINY, write_adapter
 from tests.unit.test_serving_flags import parse
 
+ADAPTERS = ("style", "a/b")
+ADMIN = {"Authorization": "Bearer admin"}
 
-def api(client: FakeClient) -> TestClient:
-    return TestClient(create_app(dataclasses.replace(SETTINGS, lora_modules=("style", "a/b")), client))
+
+def api(client: FakeClient, *admin_keys: str) -> TestClient:
+    """The proxy of a server that has those adapters."""
+    client.loaded = client.loaded or [*ADAPTERS]
+    settings = dataclasses.replace(SETTINGS, lora_modules=ADAPTERS, http=HttpOptions(admin_api_keys=admin_keys))
+    return TestClient(create_app(settings, client))
 
 
 @pytest.mark.parametrize(
@@ -96,3 +104,46 @@ def test_a_wrong_adapter_ends_the_start(tmp_path: Path) -> None:
     config = deploy_yaml.DeployConfig(str(TINY), lora_modules={"a": str(folder)})
     with pytest.raises(CommandError, match=r"^--lora-modules: .* adapts connector\.fc2, which an adapter of requests"):
         serve._check_adapters(config)
+
+
+def test_an_adapter_comes_and_goes() -> None:
+    client = FakeClient(*SCRIPT)
+    proxy, other = api(client, "admin"), api(client)
+    body = {"lora_name": "new", "lora_path": "new-folder"}
+    reply = proxy.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+    assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'new' added successfully.")
+    assert client.adapter_calls == [AdapterCall("load", "new", "new-folder")]
+    for one in (proxy, other):  # a proxy that did not load it learns of it from the server
+        assert one.post(CHAT, json=chat_body(model="new")).status_code == 200
+        assert [model["id"] for model in one.get("/v1/models").json()["data"]] == ["bagel", *ADAPTERS, "new"]
+    assert [request.lora for request in client.requests] == ["new", "new"]
+    reply = proxy.post("/v1/unload_lora_adapter", json={"lora_name": "new"}, headers=ADMIN)
+    assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
+    assert proxy.post(CHAT, json=chat_body(model="new")).status_code == 404
+    assert [model["id"] for model in other.get("/v1/models").json()["data"]] == ["bagel", *ADAPTERS]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"lora_path": "x"}, "lora_name"),
+        ({"lora_name": "x"}, "lora_path"),
+        ({"lora_name": "bagel", "lora_path": "x"}, "lora_name"),
+        ({"lora_name": " x", "lora_path": "x"}, "lora_name"),
+        ({"lora_name": "x", "lora_path": 1}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "x", "load_inplace": True}, "load_inplace"),
+        ({"lora_name": "x", "lora_path": "x", "other": 1}, "other"),
+        ([], "body"),
+    ],
+)
+def test_a_wrong_load_is_refused_by_name(body: object, param: str) -> None:
+    client = FakeClient()
+    reply = api(client, "admin").post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert not client.adapter_calls
+
+
+def test_only_an_admin_key_opens_it() -> None:
+    body = {"lora_name": "new", "lora_path": "x"}
+    assert api(FakeClient()).post("/v1/load_lora_adapter", json=body).status_code == 403
+    assert api(FakeClient(), "admin").post("/v1/load_lora_adapter", json=body).status_code == 401

@@ -213,7 +213,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``load`` says which parts of the weights are loaded: with "understanding" those for answers in text, with
     "generation" those that a server of stage 1 needs.
     ``lora_path`` is the folder of a LoRA adapter that is merged into the weights, times ``lora_scale``; empty for none.
-    ``lora_modules`` are the folders of adapters that requests may name, by name.
+    ``lora_modules`` are the folders of adapters that requests may name, by name; others may be loaded while the server
+    runs from below the folder ``lora_dir``, if there is one.
     ``max_generated_image_size`` are the pixels of the largest square image, where that is not the checkpoint's.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
     stages that have their own, by stage id. ``dit_device`` is the device of stage 1 where that is not ``device``.
@@ -230,6 +231,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_path: str = ""
     lora_scale: float = 1.0
     lora_modules: dict[str, str] = {}
+    lora_dir: str = ""
     max_generated_image_size: int | None = None
     connector: Literal["auto", "shm", "cuda_ipc", "mooncake", "mooncake_store"] = "auto"
     mooncake: MooncakeConfig = MooncakeConfig()

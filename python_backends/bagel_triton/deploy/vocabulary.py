@@ -173,6 +173,7 @@ ENGINE: Fields = {
         "NAME=FOLDER, a list of them, or a mapping of names to folders",
         "LoRA adapters (PEFT) that requests choose by name",
     ),
+    "lora_dir": Setting(str, "a folder", "from below it POST /v1/load_lora_adapter loads adapters"),
     "max_cpu_loras": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
     "max_lora_rank": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
     "max_loras": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),

@@ -19,18 +19,21 @@ from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
+from bagel_triton.ipc.adapters import AdapterTable
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import ModelConfig
+from bagel_triton.model.config import CheckpointError, ModelConfig
 from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.model.device import Placement, on_gpu, resolve
 from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.parallel.sizes import Sizes, check
+from bagel_triton.protocol.adapters import folder_below
+from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.weights.adapters import load_adapter
@@ -64,6 +67,7 @@ class StageResources:
     checkpoint: Checkpoint
     placement: Placement
     weights: SharedWeights | None  # None for weights of this process alone
+    model: str = THINKER  # the Triton model that has them
     _loaded: dict[str, torch.nn.Module] = field(default_factory=dict)
     _adapters: dict[str, LoraAdapter] = field(default_factory=dict)
 
@@ -77,7 +81,7 @@ class StageResources:
         placement = resolve(config.device_of(model), config.dtype)
         weights = shared_weights(config.shm_prefix, placement.torch_device)
         checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load, config.max_generated_image_size)
-        return cls(config, checkpoint, placement, weights)
+        return cls(config, checkpoint, placement, weights, model)
 
     def load_bagel(self, quantization: str | None) -> Bagel:
         """The transformer, its weights shared with the server's other processes that quantise them alike."""
@@ -96,13 +100,63 @@ class StageResources:
         return self._once("autoencoder", lambda: load(device, torch.float32, self.weights))
 
     def load_adapters(self) -> Mapping[str, LoraAdapter]:
-        """The adapters that requests may name, by name, in memory of this process."""
-        place, config = self.placement, self.checkpoint.config.language
-        for name, folder in self.config.lora_modules.items():
+        """The adapters that requests may name, by name, in memory of this process; :meth:`adapt` changes them.
+
+        One that was loaded while the server ran, and cannot be loaded again, is left out.
+        """
+        for name, folder in self._table.folders.items():
             if name not in self._adapters:
-                adapter = load_adapter(name, folder, config, place.torch_device, place.torch_dtype)
-                self._adapters[name] = adapter
+                try:
+                    self._adapters[name] = self._load_adapter(name, folder)
+                except CheckpointError:
+                    if self.config.lora_modules.get(name) == folder:
+                        raise
+                    log.exception("the adapter %r is not loaded again", name)
+                    self._table.remove(name)
         return self._adapters
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of those that are loaded."""
+        return tuple(self._adapters)
+
+    def adapt(self, name: str, path: str) -> None:
+        """Load the adapter ``name`` from ``path`` below the configuration's ``lora_dir``, for jobs from now on.
+
+        With an empty ``path`` let go of it; jobs that have it keep it.
+
+        Raises:
+            InvalidRequest: it cannot be loaded, or this stage computes with none; the message says why.
+        """
+        if not path:
+            self._table.remove(name)
+            self._adapters.pop(name, None)
+            return
+        folder = folder_below(self.config.lora_dir, path)
+        ranks = [Sizes.of(self.config, stage).ranks for stage in (THINKER, DIT)]
+        if max(ranks) > 1:
+            raise InvalidRequest(
+                f"lora_path={path!r} is not allowed: ranks compute no adapters of requests; allowed: lora_path of the "
+                "deploy configuration, which merges one",
+                "lora_path",
+            )
+        try:
+            self._adapters[name] = self._load_adapter(name, folder)
+        except CheckpointError as error:
+            raise InvalidRequest(f"lora_path={path!r} is not allowed: {error}", "lora_path") from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {error}", "lora_path") from error
+        self._table.add(name, folder)
+
+    def _load_adapter(self, name: str, folder: str) -> LoraAdapter:
+        place = self.placement
+        adapter = load_adapter(name, folder, self.checkpoint.config.language, place.torch_device, place.torch_dtype)
+        release_intraop_threads()  # the engine computes on other threads
+        return adapter
+
+    @property
+    def _table(self) -> AdapterTable:
+        return AdapterTable(self.config.shm_prefix, self.model, self.config.lora_modules)
 
     def rest(self, level: int) -> bool:
         """Let a sleep of ``level`` begin, once no engine uses the weights; whether they stay loaded.

@@ -1,4 +1,4 @@
-"""An engine that can sleep: it is closed and its memory freed, and built again when it wakes.
+"""An engine that can sleep: it is closed and its memory freed, and built again when it wakes; and its adapters.
 
 The engine itself knows nothing of this. A sleep of level 1 keeps what was loaded where that is host memory; level 2
 drops it, and the checkpoint is read again. Either frees the KV cache, the encoders' caches and a GPU's weights.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -55,6 +55,7 @@ class SleepingEngine(Generic[E]):
         self._changed = threading.Condition()
         self.level, self._target, self.failure = level, level, ""
         self._worker: threading.Thread | None = None
+        self._adapting: tuple[str, str] | None = None  # the name and path of the adapter that changes
         self._closing = threading.Event()
         if not level:
             self._wake()
@@ -73,8 +74,8 @@ class SleepingEngine(Generic[E]):
 
     @property
     def changing(self) -> bool:
-        """Whether it is falling asleep or waking."""
-        return self._target != self.level
+        """Whether it is falling asleep or waking, or an adapter is being loaded."""
+        return self._target != self.level or self._adapting is not None
 
     def state(self) -> tuple[int, bool, str]:
         """The level of its sleep, whether that is changing, and the text form of what the last change failed with."""
@@ -106,9 +107,34 @@ class SleepingEngine(Generic[E]):
         with self._changed:
             self.failure = ""
             self._target = max(level, self.level) if level else 0
-            if self.changing and self._worker is None:
-                self._worker = threading.Thread(target=self._follow, name="sleep", daemon=True)
-                self._worker.start()
+            self._start()
+
+    def adapt(self, name: str, path: str) -> None:
+        """Begin to load the adapter ``name`` from ``path``, or to let go of it where that is empty; returns at once.
+
+        An error stays in :attr:`failure` until the next change.
+
+        Raises:
+            Asleep: there is no engine.
+        """
+        with self._changed:
+            if self.level or self._target:
+                raise Asleep("the stage is asleep; POST /v1/wake before its adapters are changed")
+            self.failure = ""
+            self._adapting = name, path
+            self._start()
+
+    def adapters(self) -> tuple[Collection[str], bool, str]:
+        """Names of the adapters, whether a change is under way, and the text form of what the last one failed with."""
+        with self._changed:
+            names = () if self._resources is None else self._resources.adapter_names
+            return names, self.changing, self.failure
+
+    def _start(self) -> None:
+        """Have a thread make the changes that are left."""
+        if self.changing and self._worker is None:
+            self._worker = threading.Thread(target=self._follow, name="sleep", daemon=True)
+            self._worker.start()
 
     def wait(self) -> None:
         """Wait until no change is under way."""
@@ -128,23 +154,31 @@ class SleepingEngine(Generic[E]):
     def _follow(self) -> None:
         while True:
             with self._changed:
-                target = self._target
-                if target == self.level:
+                target, adapting = self._target, self._adapting
+                if not self.changing:
                     self._worker = None
                     self._changed.notify_all()
                     return
             failure = ""
             try:
-                if target:
+                if adapting is not None and self._resources is not None:
+                    self._resources.adapt(*adapting)
+                elif target == self.level:
+                    pass
+                elif target:
                     self._finish_jobs()
                     self._sleep(target)
                 else:
                     self._wake()
             except Exception as error:
-                log.exception("it could not %s", "sleep" if target else "wake")
+                action = "sleep" if target else "wake"
+                log.exception("it could not %s", action if adapting is None else f"change the adapter {adapting[0]!r}")
                 failure = from_exception(error).to_text()
             with self._changed:
-                if failure:
+                if adapting is not None:
+                    self.failure = failure
+                    self._adapting = None if self._adapting == adapting else self._adapting
+                elif failure:
                     self.failure, self._target = failure, self.level
                 else:
                     self.level = target

@@ -7,8 +7,9 @@ Arithmetic is that of PEFT (arXiv 2106.09685): ``x @ W.T + (x @ down.T) @ up.T``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -27,10 +28,14 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
-    """The adapter ``name``: each layer's updates, by projection and whether they are the generation expert's."""
+    """The adapter ``name``: each layer's updates, by projection and whether they are the generation expert's.
+
+    ``number`` is its own in this process, so what was computed with an earlier one of that name is not taken for its.
+    """
 
     name: str
     layers: Sequence[Mapping[tuple[bool, Projection], LowRank]]
+    number: int = field(default_factory=itertools.count().__next__)
 
     @property
     def nbytes(self) -> int:

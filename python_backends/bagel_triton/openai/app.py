@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bagel_triton
-from bagel_triton.openai import chat, images, openapi, page, request_log, responses, sleep
+from bagel_triton.openai import admin, chat, images, lora, openapi, page, request_log, responses, sleep
 from bagel_triton.openai.endpoint import Api, ReceiveBuffer
 from bagel_triton.openai.errors import ErrorBody, error_body, error_detail, http_exception
 from bagel_triton.openai.image_fetch import RemoteImages
@@ -63,6 +63,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
         *responses.routes(api),
         *status_routes(api, metrics),
         *sleep.routes(api),
+        *lora.routes(api),
         *openapi.routes(api, is_open),
         *page.routes(),
     ]
@@ -100,9 +101,9 @@ def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
             )
         )
     if options.api_keys:
-        around.append(Middleware(ApiKeys, options.api_keys, lambda path: is_open(path) or path in sleep.PATHS))
+        around.append(Middleware(ApiKeys, options.api_keys, lambda path: is_open(path) or path in admin.PATHS))
     if options.admin_api_keys:
-        around.append(Middleware(ApiKeys, options.admin_api_keys, lambda path: path not in sleep.PATHS))
+        around.append(Middleware(ApiKeys, options.admin_api_keys, lambda path: path not in admin.PATHS))
     return around
 
 
@@ -193,12 +194,13 @@ def _model_routes(api: Api) -> list[Route]:
     @api.endpoint
     async def models(request: Request) -> Response:
         # One entry for all names: a client that shows the list would show one model under each of them.
-        listed = (api.settings.served_model_names[0], *api.settings.lora_modules)
+        await api.refresh_adapters()
+        listed = (api.settings.served_model_names[0], *api.adapters)
         return JSONResponse({"object": "list", "data": [entry(name) for name in listed]})
 
     @api.endpoint
     async def model(request: Request) -> Response:
-        return JSONResponse(entry(api.served_model(request.path_params["model"])))
+        return JSONResponse(entry(await api.served_model(request.path_params["model"])))
 
     async def version(request: Request) -> Response:
         return JSONResponse({"version": bagel_triton.__version__})

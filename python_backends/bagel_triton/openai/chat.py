@@ -33,7 +33,7 @@ def routes(api: Api) -> list[Route]:
     async def chat_completions(request: Request) -> Response:
         body = await api.parse(request, parse)
         task = to_task(body)
-        header = new_header(api.served_model(body.model, task.given))
+        header = new_header(await api.served_model(body.model, task.given))
         responses = api.run(task, request, header.id)
         options = reply_options(body, task.modality, request.headers, api.settings.http.image_reply)
         if body.stream:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
 import functools
 import io
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -22,7 +23,8 @@ from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, Unsupported
 from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.schema import GivenFields
 from bagel_triton.openai.settings import ProxySettings
-from bagel_triton.protocol.errors import Cancelled, InvalidRequest, ModelNotFound, Overloaded
+from bagel_triton.protocol.adapters import AdapterCall
+from bagel_triton.protocol.errors import BagelError, Cancelled, InvalidRequest, ModelNotFound, Overloaded
 from bagel_triton.telemetry import tracing
 from bagel_triton.triton.client import Client, StageResponse, let_others_run
 
@@ -80,6 +82,10 @@ class Api:
     source: ImageLoader
     receiving: ReceiveBuffer
     created: int = field(default_factory=lambda: int(time.time()))
+    _adapters: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_adapters", list(self.settings.lora_modules))
 
     def endpoint(self, handler: Handler) -> Handler:
         """``handler`` with every exception answered as an error in OpenAI's shape."""
@@ -155,12 +161,31 @@ class Api:
             yield part
 
     @property
+    def adapters(self) -> Sequence[str]:
+        """The names of the server's adapters, as it last said."""
+        return self._adapters
+
+    async def change_adapters(self, call: AdapterCall) -> None:
+        """Carry ``call`` out, and learn the names of the adapters.
+
+        Raises:
+            BagelError: it could not be carried out.
+        """
+        self._adapters[:] = (await self.client.adapters(call)).names
+
+    async def refresh_adapters(self) -> None:
+        """Learn the names of the adapters, which another proxy may have changed; they stay where Triton is gone."""
+        with contextlib.suppress(BagelError, TimeoutError):
+            async with asyncio.timeout(self.settings.ready_timeout_s):
+                await self.change_adapters(AdapterCall("list"))
+
+    @property
     def model_names(self) -> list[str]:
         """What a request may give as model."""
-        names, adapters = self.settings.served_model_names, self.settings.lora_modules
-        return [*names, *adapters, *(f"{name}:{adapter}" for name in names for adapter in adapters)]
+        names = self.settings.served_model_names
+        return [*names, *self.adapters, *(f"{name}:{adapter}" for name in names for adapter in self.adapters)]
 
-    def served_model(self, model: str | None, given: GivenFields | None = None) -> str:
+    async def served_model(self, model: str | None, given: GivenFields | None = None) -> str:
         """The name that the reply carries for a request for ``model``.
 
         Of one that names an adapter, NAME or MODEL:NAME, the adapter is added to the fields that are ``given``.
@@ -169,14 +194,17 @@ class Api:
             ModelNotFound: it is none of those served.
             InvalidRequest: another adapter is given.
         """
-        names, adapters = self.settings.served_model_names, self.settings.lora_modules
+        names = self.settings.served_model_names
         if model is None:
             return names[0]
         if model in names:
             return model
-        adapter = next((name for name in adapters if model in (name, *(f"{served}:{name}" for served in names))), None)
+        if model not in self.model_names:
+            await self.refresh_adapters()
+        called = ((name, (name, *(f"{served}:{name}" for served in names))) for name in self.adapters)
+        adapter = next((name for name, all_names in called if model in all_names), None)
         if adapter is None:
-            raise ModelNotFound.value("model", model, ", ".join([*names, *adapters]))
+            raise ModelNotFound.value("model", model, ", ".join([*names, *self.adapters]))
         if given is not None and given.fields.get("lora") != adapter:
             given.add("lora", adapter, "model")
         return model

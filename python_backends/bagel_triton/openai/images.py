@@ -132,7 +132,7 @@ def routes(api: Api) -> list[Route]:
 
     async def answer(request: Request, body: ImagesBody, images: Images, endpoint: Endpoint) -> Response:
         given = body.generation_fields()
-        job = _Job(body, images, endpoint, new_header(api.served_model(body.model, given)), given)
+        job = _Job(body, images, endpoint, new_header(await api.served_model(body.model, given)), given)
         responses = api.run(job.task(), request, job.header.id)
         if body.stream:
             pieces = _stream(responses, job)

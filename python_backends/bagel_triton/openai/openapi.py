@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import bagel_triton
-from bagel_triton.openai import sleep
+from bagel_triton.openai import admin
 from bagel_triton.openai.chat_schema import MAX_MODALITIES, ChatBody
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.openai.errors import ErrorBody
@@ -109,6 +109,8 @@ def describe(api: Api, is_open: Callable[[str], bool]) -> Json:
     edit = schemas["JsonEditsBody"]
     edit["properties"] |= {name: {"anyOf": [*_LINK["anyOf"], _LINKS]} for name in ("image", "images")}
     edit["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
+    for name, fields in (("LoadAdapter", ["lora_name", "lora_path"]), ("UnloadAdapter", ["lora_name"])):
+        schemas[name] = {"type": "object", "required": fields, "properties": dict.fromkeys(fields, _TEXT)}
     schemas["Response"] = {"type": "object", "required": ["id", "object", "status", "output", "model", "created_at"]}
     document: Json = {
         "openapi": "3.1.0",
@@ -128,7 +130,7 @@ def describe(api: Api, is_open: Callable[[str], bool]) -> Json:
     if api.settings.http.admin_api_keys:
         schemes = document["components"].setdefault("securitySchemes", {})
         schemes["admin"] = {"type": "http", "scheme": "bearer"}
-    for path in sleep.PATHS:
+    for path in admin.PATHS:
         _secure(document["paths"][path], [{"admin": []}] if api.settings.http.admin_api_keys else [])
     return document
 
@@ -280,6 +282,8 @@ def _paths() -> Json:
         "/sleep": _sleep(any_json, error),
         "/wake_up": {"post": {"summary": "As /v1/wake", "responses": {"200": awake, "default": error}}},
         "/is_sleeping": get("Whether the server sleeps, as vLLM has it"),
+        "/v1/load_lora_adapter": _adapter("Load a LoRA adapter", "LoadAdapter", text, error),
+        "/v1/unload_lora_adapter": _adapter("Unload a LoRA adapter", "UnloadAdapter", text, error),
         "/health": get("Whether every stage is ready", answers=unready),
         "/health/ready": get("The same", answers=unready),
         "/health/live": get("That this process answers"),
@@ -296,6 +300,11 @@ def _sleep(state: Json, error: Json) -> Json:
     done = {"description": "Its state", "content": {"application/json": state}}
     operation = {"summary": "Free the server's memory", "parameters": [level]}
     return {"post": {**operation, "responses": {"200": done, "default": error}}}
+
+
+def _adapter(summary: str, name: str, done: Json, error: Json) -> Json:
+    body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}{name}"}}}}
+    return {"post": {"summary": summary, "requestBody": body, "responses": {**done, "default": error}}}
 
 
 def _page(document: Json) -> str:

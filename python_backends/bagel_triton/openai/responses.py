@@ -44,7 +44,7 @@ def routes(api: Api) -> list[Route]:
     async def responses(request: Request) -> Response:
         body = await api.parse(request, parse)
         task = to_task(body)
-        model = api.served_model(body.model, task.given)
+        model = await api.served_model(body.model, task.given)
         header = Header(f"resp_{uuid.uuid4().hex}", int(time.time()), model, time.perf_counter())
         stages = api.run(task, request, header.id)
         reply = _Reply(body, header)

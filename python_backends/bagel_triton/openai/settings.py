@@ -55,7 +55,7 @@ class AllowedSources:
 class HttpOptions:
     """Settings of the HTTP server, which do not depend on Triton.
 
-    With ``api_keys`` a request must carry one of them, and a sleep or wake one of ``admin_api_keys``.
+    With ``api_keys`` a request must carry one of them, and a change of the server one of ``admin_api_keys``.
     ``cors_origins`` are the origins whose
     pages may call the API, ``*`` for any. Times are in seconds: a connection has
     ``header_timeout_s`` to send a request's header, ``body_timeout_s`` to send its body,
@@ -157,8 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="a key for /v1/sleep and /v1/wake, which no other key opens; without one they are closed; may be "
-        f"repeated; or ${ADMIN_KEY_VARIABLE}",
+        help="a key for /v1/sleep, /v1/wake and loading adapters, which no other key opens; without one they are "
+        f"closed; may be repeated; or ${ADMIN_KEY_VARIABLE}",
     )
     group.add_argument("--admin-api-key-file", type=Path, metavar="FILE", help="more of them, as --api-key-file")
     group.add_argument(

@@ -9,28 +9,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from bagel_triton.openai.admin import check_key, json_body
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.sleep import Level, SleepCall, SleepState
-
-#: Paths that need an admin key, and no other.
-PATHS = ("/v1/sleep", "/v1/wake", "/sleep", "/wake_up", "/is_sleeping")
-MAX_BODY = 1024
-
-
-class AdminKeyNeeded(InvalidRequest):
-    """The server has no admin key, so that nobody may change its state."""
-
-    http_status = 403
 
 
 def routes(api: Api) -> list[Route]:
     """The routes."""
 
     async def change(call: SleepCall) -> SleepState:
-        if not api.settings.http.admin_api_keys:
-            flags = "--admin-api-key, --admin-api-key-file or $BAGEL_ADMIN_API_KEY"
-            raise AdminKeyNeeded(f"this server has no admin key; start it with {flags}")
+        check_key(api)
         return await api.client.sleep(call)
 
     @api.endpoint
@@ -82,20 +71,7 @@ async def _level(request: Request) -> Level:
     _check_query(request, ("level",))
     given: object = request.query_params.get("level")
     if given is None:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                raise InvalidRequest(f'the body has more than {MAX_BODY} bytes; allowed: {{"level": 1}} or 2')
-        try:
-            found = msgspec.json.decode(bytes(body) or b"{}")
-        except msgspec.DecodeError as error:
-            raise InvalidRequest(f"the body is not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise InvalidRequest.value("body", found, "a JSON object")
-        for name in found:
-            if name != "level":
-                raise InvalidRequest.unknown(name, name, ["level"])
+        found = await json_body(request, ["level"], '{"level": 1} or 2')
         given = 1 if found.get("level") is None else found["level"]
     levels: dict[object, Level] = {1: 1, 2: 2, "1": 1, "2": 2}
     if isinstance(given, bool) or not isinstance(given, int | str) or given not in levels:

@@ -41,6 +41,7 @@ LISTED = {
     "lora_path": "DIR",
     "lora_scale": "F",
     "lora_modules": "NAME=DIR",
+    "lora_dir": "DIR",
     "max_generated_image_size": "PIXELS",
 }
 _UNLISTED = (

@@ -247,6 +247,10 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
     if config.lora_path:
         config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).resolve()))
+    if config.lora_dir:
+        if not Path(config.lora_dir).expanduser().is_dir():
+            raise CommandError(f"--lora-dir={config.lora_dir} is not a folder")
+        config = msgspec.structs.replace(config, lora_dir=str(Path(config.lora_dir).expanduser().resolve()))
     modules = {name: str(Path(folder).resolve()) for name, folder in config.lora_modules.items()}
     config = msgspec.structs.replace(config, lora_modules=modules)
     names = options.model_names(checkpoint)

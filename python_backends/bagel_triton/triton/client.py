@@ -24,9 +24,11 @@ from tritonclient.utils import np_to_triton_dtype
 from bagel_triton.deploy.topology import DIT, MODELS, ORCHESTRATOR
 from bagel_triton.ipc import liveness
 from bagel_triton.ipc.sleep_gate import SleepGate
+from bagel_triton.protocol.adapters import AdapterCall, AdapterNames
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, PartialImageEvent, decode_event
 from bagel_triton.protocol.intervals import WATCH_S
+from bagel_triton.protocol.messages import Message
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.protocol.sleep import SleepCall, SleepState
 from bagel_triton.protocol.tensors import Arrays, to_tensors
@@ -125,6 +127,9 @@ class Client(Protocol):
         Raises:
             BagelError: it could not be changed, or Triton is gone.
         """
+
+    async def adapters(self, call: AdapterCall) -> AdapterNames:
+        """Load or unload an adapter, or find out which there are; errors likewise."""
 
     async def close(self) -> None:
         """Give the connection back."""
@@ -232,10 +237,17 @@ class TritonClient:
         return None if found.state == "awake" else found
 
     async def sleep(self, call: SleepCall) -> SleepState:
+        return msgspec.json.decode(await self._state("sleep", call), type=SleepState)
+
+    async def adapters(self, call: AdapterCall) -> AdapterNames:
+        return msgspec.json.decode(await self._state("adapters", call), type=AdapterNames)
+
+    async def _state(self, name: str, call: Message) -> bytes:
+        """The state that :data:`ORCHESTRATOR` answers with to the input ``name`` alone."""
         stream = self._connected().stream_stream(
             _STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
         )
-        arrays: Arrays = {"sleep": np.array([msgspec.json.encode(call)], dtype=np.object_)}
+        arrays: Arrays = {name: np.array([msgspec.json.encode(call)], dtype=np.object_)}
         message, contents = _message(ORCHESTRATOR, "", arrays)
         message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)
         responses = stream(_once(message.SerializeToString()))
@@ -252,7 +264,7 @@ class TritonClient:
         events = InferResult(answer.infer_response).as_numpy("event")
         if events is None or events.size != 1:
             raise Internal(f"a response of {ORCHESTRATOR} carries no state")
-        return msgspec.json.decode(events.reshape(-1)[0], type=SleepState)
+        return bytes(events.reshape(-1)[0])
 
     async def _loaded_models(self, channel: grpc.aio.Channel) -> tuple[str, ...]:
         """Our models that this Triton loads, and :data:`ORCHESTRATOR` in any case.

@@ -14,10 +14,13 @@ import msgspec
 import numpy as np
 
 from bagel_triton.deploy.config import DeployConfig, from_environment
+from bagel_triton.deploy.topology import DECODER, ORCHESTRATOR
 from bagel_triton.ipc import control_file
+from bagel_triton.ipc.adapters import AdapterTable
 from bagel_triton.ipc.liveness import Announcement, end_when
 from bagel_triton.ipc.sleep_gate import SleepGate
 from bagel_triton.pipeline.pipeline import GeneratedImage, Item, PartialImage, Pipeline
+from bagel_triton.protocol.adapters import decode_adapter_call
 from bagel_triton.protocol.errors import Cancelled, Overloaded, StageUnavailable, from_exception
 from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.intervals import REQUEST_S
@@ -28,6 +31,7 @@ from bagel_triton.telemetry import tracing
 from bagel_triton.telemetry.metrics import METRIC_DEFS, SUPERVISOR, Metrics, NoMetrics
 from bagel_triton.telemetry.tracing import Span
 from bagel_triton.triton import io as triton_io
+from bagel_triton.triton.adapters import AdapterStage, RemoteAdapters, ServerAdapters
 from bagel_triton.triton.metrics import TritonMetrics
 from bagel_triton.triton.sleep import ServerSleep, Sleeper, StageSleeper
 from bagel_triton.triton.stages import StageConnections, TritonStages
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 LAST_S = 0.5  # for requests that are being ended
 STREAM = "stream"  # input of ``bagel``: false for a single response
 SLEEP = "sleep"  # input of ``bagel``: a change of the server's state, see :mod:`bagel_triton.protocol.sleep`
+ADAPTERS = "adapters"  # likewise: a change of its adapters, see :mod:`bagel_triton.protocol.adapters`
 
 
 class InFlight:
@@ -111,11 +116,13 @@ class Orchestrator:
         self._closing = threading.Event()
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
+        self._table = AdapterTable(config.shm_prefix, ORCHESTRATOR, config.lora_modules)
         replicas = self._replicas(config)
         connect = partial(StageConnections, config.models, triton_io.model_call, self._announcement, config.shm_prefix)
         self._connections = None if one_process else connect(replicas)
         set_addresses = None if replicas is None else replicas.set_addresses
         self._sleep = ServerSleep(gate, config.bagel.while_asleep, self._sleepers, self._metrics or NoMetrics())
+        self._adapters = ServerAdapters(self._table, gate, self._adapter_stages)
         counters = self._metrics or _NoCounters()
         control_file.start_watching(config.shm_prefix, counters, self._closing, set_addresses)
 
@@ -125,7 +132,8 @@ class Orchestrator:
         from bagel_triton.triton.replicas import Replicas  # gRPC, which one host does not need
 
         metrics = self._metrics or NoMetrics()
-        return Replicas(config.remote_models, config.remote_addresses, config.bagel.lb_policy, metrics)
+        servers = config.remote_models, config.remote_addresses
+        return Replicas(*servers, config.bagel.lb_policy, metrics, lambda: self._table.added)
 
     def _sleepers(self) -> dict[str, Sleeper]:
         """Every stage, wherever it is."""
@@ -133,6 +141,14 @@ class Orchestrator:
             return {"bagel": self._local}
         assert self._connections is not None, "the stages are elsewhere"
         return {name: StageSleeper(call) for name, call in self._connections.stage_calls().items()}
+
+    def _adapter_stages(self) -> dict[str, AdapterStage]:
+        """Every stage that computes with adapters, likewise."""
+        if self._local is not None:
+            return {"bagel": self._local}
+        assert self._connections is not None, "the stages are elsewhere"
+        calls = self._connections.stage_calls()
+        return {name: RemoteAdapters(call) for name, call in calls.items() if not name.startswith(DECODER)}
 
     def execute(self, requests: list[Any]) -> list[None] | None:
         """Follow every request from a thread of its own."""
@@ -164,6 +180,11 @@ class Orchestrator:
             state = self._sleep.answer(call, lambda: self._gone(reply))
             reply.finish({"event": triton_io.bytes_array(msgspec.json.encode(state))})
             return
+        if ADAPTERS in inputs:
+            change = decode_adapter_call(bytes(inputs[ADAPTERS].reshape(-1)[0]))
+            names = self._adapters.answer(change, lambda: self._gone(reply))
+            reply.finish({"event": triton_io.bytes_array(msgspec.json.encode(names))})
+            return
         streams = bool(inputs.pop(STREAM, np.array([True])).reshape(-1)[0]) and self.streams
         timeout_s = timeout_of(inputs)
 
@@ -176,7 +197,8 @@ class Orchestrator:
             if timeout_s is not None and waited_s > REQUEST_S:
                 timeout_s = max(timeout_s - waited_s, REQUEST_S)
                 inputs["timeout"] = np.array([timeout_s])
-            self._run(request, inputs, streams, timeout_s, reply, span)
+            with self._adapters.request(adapter_of(inputs)):
+                self._run(request, inputs, streams, timeout_s, reply, span)
 
     def _run(
         self, request: Any, inputs: Any, streams: bool, timeout_s: float | None, reply: triton_io.Reply, span: Span
@@ -210,6 +232,7 @@ class Orchestrator:
         if self.streams:
             self._gate.open()
             self._gate.drain(False)
+            self._table.reset()
         self._outbox.close()
         self._tracing.close()
         if self._metrics is not None:
@@ -221,6 +244,15 @@ def timeout_of(inputs: Arrays) -> float | None:
     """The ``timeout`` among a request's tensors; None without one, and for a value that the planner refuses."""
     given = float(inputs["timeout"].reshape(-1)[0]) if "timeout" in inputs else 0.0
     return given if 0 < given < math.inf else None
+
+
+def adapter_of(inputs: Arrays) -> str:
+    """The ``lora`` among a request's tensors; empty without one, and for a value that the planner refuses."""
+    given = inputs["lora"].reshape(-1)[:1].tolist() if "lora" in inputs else []
+    try:
+        return given[0].decode() if given and isinstance(given[0], bytes) else ""
+    except UnicodeDecodeError:
+        return ""
 
 
 def _response(item: Item[Any]) -> Arrays:

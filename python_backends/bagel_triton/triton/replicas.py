@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from bagel_triton.deploy.config import Policy
 from bagel_triton.deploy.topology import DIT
@@ -15,7 +15,7 @@ from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.telemetry.metrics import Metrics
 from bagel_triton.triton.client import READY_S, RemoteServer
 from bagel_triton.triton.stages import ModelCall, TicketClient
-from bagel_triton.triton.tickets import exchange
+from bagel_triton.triton.tickets import Adapt, StageStatus, exchange
 
 LAST_S = 0.5  # for the aborts that are queued for a server that leaves
 # A server that has just come back is in after its next check; /health, which asks it, is sooner.
@@ -26,9 +26,15 @@ class Replica:
     """A server of stage 1: its readiness, and the tickets of each of its ``models``."""
 
     def __init__(
-        self, address: str, models: Sequence[str], balancer: Balancer, reported: Callable[[], None] = lambda: None
+        self,
+        address: str,
+        models: Sequence[str],
+        balancer: Balancer,
+        reported: Callable[[], None] = lambda: None,
+        adapters: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        self.address, self._balancer, self._reported = address, balancer, reported
+        self.address, self._balancer, self._reported, self._adapters = address, balancer, reported, adapters
+        self._brought: set[str] = set()  # names of the adapters that it was called to load
         self.server = RemoteServer(address, models, self._report)
         self.clients = {model: TicketClient(self.server.model_call(model)) for model in models}
         self._ask = self.server.model_call(DIT, READY_S)
@@ -47,6 +53,7 @@ class Replica:
     def _check(self) -> None:
         if not self.server.ready:
             self._balancer.report(self.address, "down")
+            self._brought.clear()
             return
         # A stage that is too busy to answer keeps the state that it had: its readiness decides whether it is there.
         with contextlib.suppress(BagelError):
@@ -54,6 +61,15 @@ class Replica:
             if (status := answer.status) is not None:
                 state: State = "draining" if status.draining else "ready"
                 self._balancer.report(self.address, state, status.work_of_others)
+                self._bring_adapters(status)
+
+    def _bring_adapters(self, status: StageStatus) -> None:
+        """Have it load an adapter that was loaded before it came."""
+        for name, path in self._adapters().items():
+            if not status.changing and name not in status.adapters and name not in self._brought:
+                self._brought.add(name)
+                exchange(self._ask, Adapt(name, path))
+                return  # the next at the next check, as it loads one at a time
 
 
 class Replicas:
@@ -64,10 +80,18 @@ class Replicas:
         addresses: gRPC addresses, HOST:PORT, of the servers known at the start.
         policy: how requests are shared among them.
         metrics: gets the state of each.
+        adapters: paths of the adapters that every server needs beside its own, by name.
     """
 
-    def __init__(self, models: Sequence[str], addresses: Sequence[str], policy: Policy, metrics: Metrics) -> None:
-        self.models, self._metrics = tuple(models), metrics
+    def __init__(
+        self,
+        models: Sequence[str],
+        addresses: Sequence[str],
+        policy: Policy,
+        metrics: Metrics,
+        adapters: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self.models, self._metrics, self._adapters = tuple(models), metrics, adapters
         self.balancer = Balancer(policy)
         self._lock, self._replicas = threading.Lock(), dict[str, Replica]()
         self._checked = threading.Condition(self._lock)
@@ -81,7 +105,7 @@ class Replicas:
             self.balancer.set_members(addresses)
             for address in addresses:
                 if address not in self._replicas:
-                    self._replicas[address] = Replica(address, self.models, self.balancer, self._note)
+                    self._replicas[address] = Replica(address, self.models, self.balancer, self._note, self._adapters)
         for replica in left:
             replica.close(LAST_S)
         self._show()

@@ -23,6 +23,7 @@ from bagel_triton.telemetry.metrics import SUPERVISOR
 from bagel_triton.triton import io as triton_io
 from bagel_triton.triton.metrics import TritonMetrics
 from bagel_triton.triton.tickets import (
+    Adapt,
     Drain,
     Fetch,
     News,
@@ -168,15 +169,18 @@ class StageModel:
             self._tickets.drain(call.on)
         elif isinstance(call, Sleep):
             self._engine.change(call.level)
+        elif isinstance(call, Adapt):
+            self._engine.adapt(call.name, call.path)
         else:
             self._submit(call, inputs, request.request_id())
         ticket = {"ticket": triton_io.message_array(TicketAnswer(token))}
         return triton_io.response({**ticket, **outputs}, request.requested_output_names())
 
     def _status(self, call: Status) -> StageStatus:
+        adapters = tuple(self._engine.adapters()[0])
         level, changing, failure = self._engine.state()
         status = self._tickets.status(call)
-        return msgspec.structs.replace(status, asleep=level, changing=changing, failure=failure)
+        return msgspec.structs.replace(status, asleep=level, changing=changing, failure=failure, adapters=adapters)
 
     def _submit(self, call: Submit, inputs: Arrays, request_id: str) -> None:
         def start(progress: Any) -> tuple[Work, Job[Any, Any]]:

@@ -103,11 +103,18 @@ class Sleep(Message, frozen=True, tag="sleep"):
     level: int
 
 
+class Adapt(Message, frozen=True, tag="adapt"):
+    """Begin to load the adapter ``name`` from ``path``, or to let go of it where that is empty, likewise."""
+
+    name: str
+    path: str = ""
+
+
 class TicketCall(Message, frozen=True):
     """The input ``ticket`` of a stage; the answer repeats ``token``."""
 
     token: int
-    call: Submit | Poll | Fetch | Status | Drain | Sleep
+    call: Submit | Poll | Fetch | Status | Drain | Sleep | Adapt
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -154,8 +161,8 @@ class News(Message, frozen=True):
 class StageStatus(Message, frozen=True):
     """A stage's load: jobs whose result has not been taken, and the work of all owners but the one that asks.
 
-    ``asleep`` is the level of its sleep, ``changing`` whether that is about to change, and ``failure`` the text form
-    of the error that the last change ended with.
+    ``asleep`` is the level of its sleep, ``changing`` whether that or its ``adapters`` are about to change, and
+    ``failure`` the text form of the error that the last change ended with.
     """
 
     draining: bool
@@ -164,6 +171,7 @@ class StageStatus(Message, frozen=True):
     asleep: int = 0
     changing: bool = False
     failure: str = ""
+    adapters: tuple[str, ...] = ()
 
 
 class TicketAnswer(Message, frozen=True):
@@ -454,7 +462,7 @@ def decode_call(data: bytes) -> TicketCall:
 
 def exchange(
     call: Callable[..., Arrays],
-    message: Submit | Poll | Fetch | Status | Drain | Sleep,
+    message: Submit | Poll | Fetch | Status | Drain | Sleep | Adapt,
     outputs: Sequence[str] = (),
     arrays: Arrays | None = None,
     request_id: str = "",

@@ -61,7 +61,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         pool = ThreadPool.of(model.device)
         super().__init__(metrics, config.max_waiting, pool, model.device)
         self._model, self._consumer, self.config, self.ranks = model, consumer, config, ranks
-        self._geometry, self._kv_tokens, self._adapters = geometry, kv_tokens, adapters or {}
+        self._geometry, self._kv_tokens, self._adapters = geometry, kv_tokens, {} if adapters is None else adapters
         self._runs: list[FlowRun] = []
         self._paced = Paced(model.device)
         if ranks is None:
@@ -151,6 +151,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     @torch.inference_mode()
     def _begin(self, job: DitJob, rows: int, columns: int, slots: list[slice]) -> FlowRun:
         model, task, settings = self._model, job.task, job.task.flow
+        check_adapter(task.lora, self._adapters)  # it may have been unloaded since the job came
         stores = self._claim(task, slots)
         channels = model.config.latent.token_channels
         times = get_timesteps(settings.num_inference_steps, settings.timestep_shift)

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.topology import ORCHESTRATOR
 from bagel_triton.engine.preprocess.image_input import image_segments
+from bagel_triton.ipc.adapters import AdapterTable
 from bagel_triton.model.config import ModelConfig, segment_tokens
 from bagel_triton.model.tokenizer import IMAGE_PAD, Tokenizer, is_template, unwrapped
 from bagel_triton.protocol.errors import InvalidRequest, format_value
@@ -251,7 +253,8 @@ class RequestPlanner:
         tokenizer = Tokenizer(config.checkpoint, model.language.vocab_size)
         think, timeout_s = config.topology.think_by_default, config.bagel.request_timeout_s
         draws = config.load != "understanding"
-        return cls(model, tokenizer, think, timeout_s, config.request_defaults, draws, config.lora_modules)
+        adapters = AdapterTable(config.shm_prefix, ORCHESTRATOR, config.lora_modules)
+        return cls(model, tokenizer, think, timeout_s, config.request_defaults, draws, adapters)
 
     def expand(self, request: GenerationRequest, client_id: str = "") -> Plan:
         """The plan of a request.

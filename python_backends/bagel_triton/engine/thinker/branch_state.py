@@ -161,7 +161,7 @@ class BranchState:
 
     @property
     def _start(self) -> ChunkBoundary:
-        return _START if self.adapter is None else replace(_START, key=_key(b"lora", self.adapter.name.encode()))
+        return _START if self.adapter is None else replace(_START, key=_key(b"lora", str(self.adapter.number).encode()))
 
     @property
     def _shared_boundary(self) -> ChunkBoundary:

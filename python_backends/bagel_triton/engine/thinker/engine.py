@@ -133,6 +133,7 @@ class Admission:
         """The run of ``job``, which holds nothing yet."""
         plan, kv_pool = job.task, self._kv_pool
         check_plan(plan, self._model)
+        check_adapter(plan.lora, self._adapters)  # it may have been unloaded since the job came
         adapter = self._adapters[plan.lora] if plan.lora else None
         branches = build_branch_states(plan.branches, kv_pool, self._model, self._draws(plan), adapter)
         needed = self._worst_case(branches, plan.decoding)
@@ -241,7 +242,8 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
-        self._config, self._draws_images, self._adapters = config, autoencoder is not None, adapters or {}
+        self._config, self._draws_images = config, autoencoder is not None
+        self._adapters: Mapping[str, LoraAdapter] = {} if adapters is None else adapters
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         encodings = EncodingCache(config.encoder_cache_mb * 10**6, self.metrics)
         self._ranks = ranks

@@ -1,0 +1,225 @@
+"""Adapters that are loaded and unloaded while a server runs: by its stages, and by its orchestrators."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.engine.build import Models, StageResources
+from bagel_triton.engine.sleep import SleepingEngine
+from bagel_triton.ipc.adapters import AdapterTable
+from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.ipc.sleep_gate import SleepGate
+from bagel_triton.pipeline.local import LocalStages
+from bagel_triton.protocol.adapters import AdapterCall, AdapterNames
+from bagel_triton.protocol.errors import Asleep, BagelError, Cancelled, InvalidRequest, ModelNotFound, StageUnavailable
+from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.triton.adapters import ServerAdapters
+from tests.support.lora import write_layers
+from tests.support.runs import generate
+from tests.support.waiting import soon
+from tests.unit.test_lora import write_adapter
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
+IMAGE = GenerationRequest(prompt="A cute cat", height=32, width=32, seed=1, num_inference_steps=3)
+
+
+def chosen(name: str) -> GenerationRequest:
+    return msgspec.structs.replace(IMAGE, lora=name)
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters: ``first``, ``second``, ``other`` of modules that only merging changes, ``wide``."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("first", "second")):
+        write_layers(folder / name, seed, rank=4)
+    write_adapter(folder / "other")
+    wide, wrong = folder / "wide", torch.zeros(4, 7)
+    shutil.copytree(folder / "first", wide)
+    _rewrite(wide, lambda tensors: tensors | {next(name for name in tensors if "lora_A" in name): wrong})
+    (folder / "empty").mkdir()
+    (folder / "out").symlink_to("/")
+    return folder
+
+
+def _rewrite(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.fixture
+def prefix() -> Iterator[str]:
+    prefix = f"bagel_triton_test_{secrets.token_hex(4)}"
+    yield prefix
+    for path in SHM_DIRECTORY.glob(f"{prefix}*"):
+        path.unlink()
+
+
+class Server:
+    """The engines of one process, and an orchestrator's view of their adapters."""
+
+    def __init__(self, prefix: str, folder: Path, **modules: str) -> None:
+        given: dict[str, Any] = {"shm_prefix": prefix, "lora_dir": str(folder), "lora_modules": modules}
+        config = DeployConfig(str(CHECKPOINT), device="cpu", dtype="float32", **given)
+        self.stages: SleepingEngine[LocalStages] = SleepingEngine(
+            lambda: StageResources.open(config),
+            lambda resources: LocalStages(config, None, Models.load(resources), resources),
+        )
+        table = AdapterTable(prefix, "bagel", modules)
+        self.adapters = ServerAdapters(table, SleepGate(prefix), lambda: {"bagel": self.stages})
+
+    def load(self, name: str, path: str) -> AdapterNames:
+        return self.adapters.answer(AdapterCall("load", name, path), never)
+
+    def unload(self, name: str) -> AdapterNames:
+        return self.adapters.answer(AdapterCall("unload", name), never)
+
+    def draw(self, name: str = "") -> torch.Tensor:
+        with self.adapters.request(name):
+            return generate(self.stages.engine, chosen(name) if name else IMAGE).pixels[0]
+
+
+@pytest.fixture
+def server(prefix: str, folder: Path) -> Iterator[Server]:
+    server = Server(prefix, folder, start=str(folder / "first"))
+    yield server
+    server.stages.close()
+
+
+def test_a_loaded_adapter_draws_as_one_of_the_start_and_its_name_may_become_anothers(server: Server) -> None:
+    plain, first = server.draw(), server.draw("start")
+    assert server.load("new", "first") == AdapterNames(("start", "new"))
+    assert torch.equal(server.draw("new"), first)
+    assert not torch.equal(first, plain)
+    assert server.unload("new") == AdapterNames(("start",))
+    with pytest.raises(ModelNotFound):
+        server.draw("new")
+    server.load("new", "second")  # the prefixes of the first are not taken for its own
+    second = server.draw("new")
+    assert not torch.equal(second, first)
+    server.stages.change(2)
+    server.stages.wait()
+    with pytest.raises(Asleep):
+        server.stages.adapt("late", "first")
+    server.stages.change(0)
+    server.stages.wait()
+    assert server.stages.failure == ""
+    assert torch.equal(server.draw("new"), second)
+    assert torch.equal(server.draw(), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "kind", "message"),
+    [
+        ("start", "second", InvalidRequest, "lora_name='start' is not allowed"),
+        ("new", "nowhere", ModelNotFound, "lora_path='nowhere' is not allowed"),
+        ("new", "first\0", ModelNotFound, "lora_path="),
+        ("new", "..", InvalidRequest, "lora_path='..' is not allowed; allowed: a folder below that of --lora-dir"),
+        ("new", "/etc", InvalidRequest, "lora_path='/etc' is not allowed; allowed: a folder below"),
+        ("new", "out/etc", InvalidRequest, "lora_path='out/etc' is not allowed; allowed: a folder below"),
+        ("new", "empty", InvalidRequest, "lora_path='empty' is not allowed: .*adapter_config.json"),
+        ("new", "other", InvalidRequest, "lora_path='other' is not allowed: .* adapts connector.fc2"),
+        ("new", "wide", InvalidRequest, "lora_path='wide' is not allowed: .* of shape"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_by_name(
+    prefix: str, folder: Path, name: str, path: str, kind: type[BagelError], message: str
+) -> None:
+    adapters = refusing(prefix, str(folder))
+    with pytest.raises(kind, match=f"^{message}") as refused:
+        adapters.answer(AdapterCall("load", name, path), never)
+    assert type(refused.value) is kind
+    assert adapters.answer(AdapterCall("list"), never) == AdapterNames(("start",))
+
+
+class _Idle:
+    """No engine at all."""
+
+    is_lost = False
+
+    def close(self) -> None:
+        pass
+
+
+def refusing(prefix: str, folder: str) -> ServerAdapters:
+    """Those of a server without weights, whose one adapter is there by name."""
+    config = DeployConfig(str(CHECKPOINT), device="cpu", dtype="float32", shm_prefix=prefix, lora_dir=folder)
+    stages: SleepingEngine[Any] = SleepingEngine(lambda: StageResources.open(config), lambda _: _Idle())
+    table = AdapterTable(prefix, "bagel", {"start": "first"})
+    return ServerAdapters(table, SleepGate(prefix), lambda: {"bagel": stages})
+
+
+def test_without_a_folder_nothing_is_loaded(prefix: str) -> None:
+    with pytest.raises(InvalidRequest, match="lora_dir"):
+        refusing(prefix, "").answer(AdapterCall("load", "new", "first"), never)
+
+
+class FakeStage:
+    """A stage that takes what it is given, or fails."""
+
+    def __init__(self, failure: str = "") -> None:
+        self.names: list[str] = []
+        self.failure, self.given = "", failure
+
+    def adapt(self, name: str, path: str) -> None:
+        self.failure = self.given if path else ""
+        if not self.failure:
+            self.names = [*self.names, name] if path else [known for known in self.names if known != name]
+
+    def adapters(self) -> tuple[list[str], bool, str]:
+        return self.names, False, self.failure
+
+
+def orchestrator(prefix: str, *stages: FakeStage) -> ServerAdapters:
+    named = {f"stage {number}": stage for number, stage in enumerate(stages)}
+    return ServerAdapters(AdapterTable(prefix, "bagel", {}), SleepGate(prefix), lambda: named)
+
+
+def test_an_adapter_that_one_stage_refuses_is_on_none(prefix: str) -> None:
+    good, bad = FakeStage(), FakeStage("INVALID_ARGUMENT: InvalidRequest(lora_path): no")
+    adapters = orchestrator(prefix, good, bad)
+    with pytest.raises(InvalidRequest, match=r"^no$"):
+        adapters.answer(AdapterCall("load", "new", "x"), never)
+    assert (good.names, adapters.answer(AdapterCall("list"), never)) == ([], AdapterNames(()))
+
+
+def test_requests_of_every_orchestrator_end_before_their_adapter_is_unloaded(prefix: str) -> None:
+    stage = FakeStage()
+    one, other = orchestrator(prefix, stage), orchestrator(prefix, stage)
+    one.answer(AdapterCall("load", "new", "x"), never)
+    unloading = threading.Thread(target=lambda: one.answer(AdapterCall("unload", "new"), never))
+    with other.request("new"), other.request(""):
+        with pytest.raises(Cancelled):
+            one.answer(AdapterCall("unload", "new"), lambda: True)
+        assert one.answer(AdapterCall("list"), never) == AdapterNames(("new",))
+        unloading.start()
+        assert soon(lambda: not other.answer(AdapterCall("list"), never).names)
+        with pytest.raises(ModelNotFound), other.request("new"):
+            pass
+        assert stage.names == ["new"]
+    unloading.join()
+    assert stage.names == []
+    with pytest.raises(ModelNotFound, match="lora_name='new'"):
+        one.answer(AdapterCall("unload", "new"), never)
+
+
+def test_a_server_that_sleeps_changes_no_adapter(prefix: str) -> None:
+    SleepGate(prefix).close(1)
+    with pytest.raises(StageUnavailable, match="asleep"):
+        orchestrator(prefix, FakeStage()).answer(AdapterCall("load", "new", "x"), never)
