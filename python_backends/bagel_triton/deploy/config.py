@@ -124,14 +124,16 @@ class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queued images. With ``use_tiling`` an image above 512x512 pixels is decoded strip by
     strip, in a fraction of the memory. None leaves that to the server: it decodes whole on a
     GPU whose memory has room for it by the plan at the start, and in strips elsewhere.
+    ``patch_parallel_size`` ranks share the rows of every image, in strips.
     """
 
     max_batch_size: int = 4
     max_waiting: int = 1024
     use_tiling: bool | None = None
+    patch_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_waiting"):
+        for name in ("max_batch_size", "max_waiting", "patch_parallel_size"):
             value = getattr(self, name)
             _require(f"vae_decode.{name}", value, value >= 1, "an integer >= 1")
 

@@ -89,8 +89,8 @@ def converts(value: Any, kind: Any) -> bool:
 # --- the two tables that several levels share ---
 
 ONE_DEVICE = (
-    "it is not built; several ranks share a stage's heads (tensor_parallel_size), or the DiT's branches of guidance "
-    "(cfg_parallel_size) or rows (ulysses_degree)"
+    "it is not built; several ranks share a stage's heads (tensor_parallel_size), the DiT's branches of guidance "
+    "(cfg_parallel_size) or rows (ulysses_degree), or an image's decoding (vae_patch_parallel_size)"
 )
 THINKER_RANKS = "the thinker's ranks share its heads (tensor_parallel_size); others are the DiT's, stage 1"
 ALL_LORAS = "all adapters of `lora_modules` are in memory, each with its own rank"
@@ -127,10 +127,12 @@ PARALLEL: Fields = {
     "ulysses_mode": Neutral(ONE_DEVICE, ("strict", "advanced_uaa")),
     "use_hsdp": Neutral(ONE_DEVICE, _OFF),
     "vae_parallel_mode": Neutral(ONE_DEVICE, type=str),
-    "vae_patch_parallel_size": _one(),
+    "vae_patch_parallel_size": Setting(Count, COUNT, "ranks that share the rows of an image to decode", ("dit",)),
 }
-DIT_RANKS = ("cfg_parallel_size", "ulysses_degree")  # the sizes with an effect, of stage 1
+DIT_RANKS = ("cfg_parallel_size", "ulysses_degree")  # the DiT's sizes with an effect
 RANKS = ("tensor_parallel_size", *DIT_RANKS)  # and those of either stage
+DECODER_RANKS = "vae_patch_parallel_size"
+OF_STAGE_1 = (*DIT_RANKS, DECODER_RANKS)
 # Engine options of vLLM and vLLM-Omni, at a stage or for all stages.
 ENGINE: Fields = {
     **PARALLEL,
@@ -216,7 +218,7 @@ TOP: Fields = {
     "connectors": Setting(dict, "a mapping of names to {name, extra}", "what carries KV from stage to stage"),
     "platforms": Setting(dict, "a mapping with cpu or cuda", "changes for machines without or with CUDA"),
     **ENGINE,
-    **{name: Neutral("write it under stage 1", (1,)) for name in RANKS},
+    **{name: Neutral("write it under stage 1", (1,)) for name in (*RANKS, DECODER_RANKS)},
     "async_chunk": Neutral("a stage gets its input whole", (False,)),
     "edges": Neutral("the only edge is from stage 0 to stage 1", type=list[Any]),
     "enable_prefix_caching": Setting(bool, BOOLEAN, "for the thinker's stage", ("thinker",)),

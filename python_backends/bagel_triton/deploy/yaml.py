@@ -170,7 +170,7 @@ class _Builder:
             "dit": self._values(
                 "dit", second, _DIT_FIELDS + (() if topology.one_process else ("max_num_batched_tokens",))
             ),
-            "vae_decode": self._values("vae_decode", second, ("vae_use_tiling",), "vae_"),
+            "vae_decode": self._values("vae_decode", second, ("vae_use_tiling", "vae_patch_parallel_size"), "vae_"),
         }
         if "enable_prefix_caching" in top and "enable_prefix_caching" not in parts["thinker"]:
             parts["thinker"]["enable_prefix_caching"] = self._value(
@@ -269,12 +269,14 @@ class _Builder:
         if len(listed) < 2:
             return
         ranks = math.prod(int(found[name].value) for name in vocabulary.RANKS if name in found)
+        if vocabulary.DECODER_RANKS in found:  # the decoder's ranks are on the same devices
+            ranks = max(ranks, int(found[vocabulary.DECODER_RANKS].value))
         devices = found["devices"]
         if len(listed) != ranks:
             self._problems.add(
                 devices,
                 f"={devices.value!r} is not allowed: {len(listed)} devices for a stage of {ranks}; "
-                f"allowed: as many as {', '.join(vocabulary.RANKS)} make",
+                f"allowed: as many as {', '.join(vocabulary.RANKS)} make, or {vocabulary.DECODER_RANKS}",
             )
         elif self._platform() == "cuda":
             self._problems.add(devices, f"={devices.value!r} is not supported: ranks are processes of a CPU today")
@@ -292,7 +294,7 @@ class _Builder:
         for name, node in self._flags.every_stage.items():
             if only is not None:
                 self._refuse_elsewhere(name, node, only, topology)
-            elif name in vocabulary.DIT_RANKS and node.value != 1 and not topology.one_process:
+            elif name in vocabulary.OF_STAGE_1 and node.value != 1 and not topology.one_process:
                 self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.THINKER_RANKS}")
         for stage_id in range(len(topology.stages)):
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
@@ -317,7 +319,7 @@ class _Builder:
             return
         if name == DEFAULTS and only == DIT_STAGE:
             self._problems.add(node, _DEFAULTS_ELSEWHERE)
-        elif name in vocabulary.DIT_RANKS and only == THINKER_STAGE:
+        elif name in vocabulary.OF_STAGE_1 and only == THINKER_STAGE:
             if node.value > 1:
                 self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.THINKER_RANKS}; allowed: 1")
         elif engine not in setting.engines and node.value is not False:  # what is off is off there
@@ -346,7 +348,7 @@ class _Builder:
             assert isinstance(setting, vocabulary.Setting), "no other field is found"
             if engine in setting.engines:
                 continue
-            if name in vocabulary.RANKS:
+            if name in vocabulary.OF_STAGE_1:
                 if node.value > 1:
                     refused = f"={node.value!r} is not supported: {vocabulary.THINKER_RANKS}; allowed: 1"
                     self._problems.add(node, refused)

@@ -15,7 +15,7 @@ import torch
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig
 from bagel_triton.deploy.connector import choose
-from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
@@ -224,10 +224,12 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks, adapters)
 
 
-def open_ranks(resources: StageResources, stage: str, model: Bagel, share: bool) -> RankGroup | None:
+def open_ranks(
+    resources: StageResources, stage: str, model: Bagel | None, share: bool, autoencoder: Autoencoder | None = None
+) -> RankGroup | None:
     """The ranks of the Triton model ``stage``, of which ``model`` becomes the first one's; None where it has one alone.
 
-    With ``share`` they map the server's weights; without, each loads its own.
+    With ``share`` they map the server's weights; without, each loads its own. With an ``autoencoder`` they decode too.
     """
     config = resources.config
     if Sizes.of(config, stage).ranks == 1:
@@ -235,13 +237,14 @@ def open_ranks(resources: StageResources, stage: str, model: Bagel, share: bool)
     check(config, resources.checkpoint.config.language, resources.placement.device)
     from bagel_triton.parallel.group import RankGroup
 
-    return RankGroup.start(config, stage, model, share)
+    return RankGroup.start(config, stage, model, share, autoencoder)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
     """The decoder."""
-    config = resources.config.decoder
-    return DecoderEngine(resources.load_autoencoder(), resources.checkpoint.config.latent, config, metrics)
+    autoencoder, latent = resources.load_autoencoder(), resources.checkpoint.config.latent
+    ranks = open_ranks(resources, DECODER, None, share=True, autoencoder=autoencoder)
+    return DecoderEngine(autoencoder, latent, resources.config.decoder, metrics, ranks)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,27 +19,40 @@ from bagel_triton.model.cuda.decoder import whole_decoder
 from bagel_triton.protocol.errors import Cancelled
 from bagel_triton.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from bagel_triton.parallel.group import RankGroup
+
 DecodeJob = Job[Latents, Tensor]
 
 
 class DecoderEngine(EngineLoop[Latents, Tensor]):
     """Owns the autoencoder's decoder, from one thread; results are uint8 [height, width, 3].
 
-    Previews wait behind all images, and are dropped once their request's image is there.
+    Previews wait behind all images, and are dropped once their request's image is there. ``ranks`` decode, if there
+    are any; they are closed with it.
     """
 
     stage = "vae_decode"
 
     def __init__(
-        self, autoencoder: Autoencoder, latent: LatentConfig, config: VaeDecodeConfig, metrics: Metrics | None = None
+        self,
+        autoencoder: Autoencoder,
+        latent: LatentConfig,
+        config: VaeDecodeConfig,
+        metrics: Metrics | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
         device = next(autoencoder.parameters()).device
         super().__init__(metrics, config.max_waiting, device=device)
         self._autoencoder, self._latent, self._config = autoencoder, latent, config
         # On a CPU batching gains nothing, and a convolution's rounding depends on the batch.
         self._limit = 1 if device.type == "cpu" else config.max_batch_size
-        self._in_strips = partial(strips.decode_in_strips, autoencoder.decoder)
+        self._in_strips: Callable[[Tensor], Tensor] = partial(strips.decode_in_strips, autoencoder.decoder)
         self._whole = whole_decoder(autoencoder.decoder, device)
+        self._ranks = ranks
+        if ranks is not None:
+            self._in_strips = self._whole = ranks.decode
+            ranks.join(self.end)
         self._batch: list[DecodeJob] = []
         self.start()
 
@@ -81,3 +96,9 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
 
     def _free(self, job: DecodeJob) -> None:
         self._batch.remove(job)
+
+    def close(self) -> None:
+        """Stop the thread, and the ranks."""
+        super().close()
+        if self._ranks is not None:
+            self._ranks.close()

@@ -47,10 +47,18 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, height, width], same shape out."""
         h = self.norm(x)
+        return x + self.attend(h, h)
+
+    def attend(self, rows: Tensor, whole: Tensor) -> Tensor:
+        """What some normed ``rows`` [batch, channels, rows, width] find in the ``whole`` map; their shape out."""
         # With other strides torch falls back to an attention that holds the scores of all pixels.
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous().unsqueeze(1) for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # [batch, 1, pixels, channels]
-        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))  # type: ignore[no-any-return]
+        q, k, v = (
+            conv(h).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
+            for conv, h in ((self.q, rows), (self.k, whole), (self.v, whole))
+        )
+        found = F.scaled_dot_product_attention(q, k, v)  # [batch, 1, pixels, channels]
+        out: Tensor = self.proj_out(found.squeeze(1).transpose(1, 2).unflatten(2, rows.shape[2:]))
+        return out
 
 
 class Middle(nn.Module):

@@ -29,12 +29,14 @@ from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.store import PagedStep, WorkspaceStep
+from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel import messages
 from bagel_triton.parallel.layout import NOTHING, Part, PoolLayout, StoresLayout, by_sequence, parts_of
-from bagel_triton.parallel.messages import Arrange, Attach, Forward, Free, Keep, Meet, Message, Start
+from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Start
+from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.parallel.worker import READY
@@ -59,6 +61,7 @@ class RankGroup:
         self._lock = threading.Lock()
         self._users = 0
         self._model: RankModel
+        self._decoder: RankDecoder
         self._cache: Tensor | None = None  # rank 0's heads of the thinker's
         self._numbers: dict[int, int] = {}  # of stores, by the id of rank 0's
         self._newest = 0
@@ -69,10 +72,13 @@ class RankGroup:
             threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
     @classmethod
-    def start(cls, config: DeployConfig, stage: str, model: Bagel, share: bool) -> Self:
+    def start(
+        cls, config: DeployConfig, stage: str, model: Bagel | None, share: bool, autoencoder: Autoencoder | None = None
+    ) -> Self:
         """Start the other ranks of the Triton model ``stage``, and make ``model`` rank 0's share.
 
-        They load ``model``'s checkpoint; with ``share`` they map the server's shared weights.
+        They load ``model``'s checkpoint; with ``share`` they map the server's shared weights. With an ``autoencoder``
+        they also decode images; those of the decoder have no ``model``.
 
         Raises:
             RuntimeError: a rank ended before it was ready; its own log says why.
@@ -88,7 +94,7 @@ class RankGroup:
         group = cls(stage, processes, threads)
         try:
             for rank in range(1, ranks):
-                group._send(rank, Start(config, stage, rank, str(meeting), threads, share))
+                group._send(rank, Start(config, stage, rank, str(meeting), threads, share, autoencoder is not None))
             for rank, process in enumerate(processes, start=1):
                 assert process.stdout is not None, "a pipe"
                 if process.stdout.readline() != READY:
@@ -97,7 +103,10 @@ class RankGroup:
                 group._send(rank, Meet())
             join(meeting, 0, ranks, config.bagel.stage_timeout_s)
             times = selftest()
-            group._model = RankModel(model, sizes, group._pool)
+            if model is not None:
+                group._model = RankModel(model, sizes, group._pool)
+            if autoencoder is not None:
+                group._decoder = RankDecoder(autoencoder.decoder, config.vae_decode.patch_parallel_size, group._pool)
         except BaseException:
             group._stop()
             raise
@@ -180,6 +189,21 @@ class RankGroup:
                 if (rows := part.returned) is not None:
                     out[rows] = receive(embeddings.new_empty(len(rows), embeddings.shape[1]), rank)
             return out
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The decoder's pixels of ``z`` [batch, latent_channels, height, width]: [batch, 3, 8 * height, 8 * width].
+
+        Raises:
+            StageUnavailable: a rank has ended.
+        """
+        if z.shape[2] < self._decoder.ranks:
+            return self._decoder.alone(z)
+        with self._together():
+            batch, channels, height, width = z.shape
+            for rank in range(1, self._decoder.ranks):
+                self._send(rank, Decode((batch, channels, height, width)))
+                send(z, rank)
+            return self._decoder.decode(z)
 
     def close(self) -> None:
         """End the other ranks, once every engine that has joined is closed."""

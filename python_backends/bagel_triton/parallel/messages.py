@@ -23,7 +23,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The first message: who the receiver is, and the file where all ranks meet.
 
     It is a rank of ``stage``, a Triton model. With ``share`` the weights are those of the server with the
-    configuration's prefix.
+    configuration's prefix. With ``decodes`` it decodes images, beside what the stage does.
     """
 
     config: DeployConfig
@@ -32,6 +32,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     meeting: str
     threads: int
     share: bool
+    decodes: bool
 
 
 class Meet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -73,7 +74,13 @@ class Free(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     stores: tuple[int, ...]
 
 
-Message = Start | Meet | Attach | Keep | Arrange | Forward | Free
+class Decode(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Decode your rows of the latents that follow, [batch, latent_channels, height, width] float32."""
+
+    shape: tuple[int, int, int, int]
+
+
+Message = Start | Meet | Attach | Keep | Arrange | Forward | Free | Decode
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

@@ -103,7 +103,8 @@ class RankModel:
             return
         from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = init_device_mesh(model.device.type, sizes, mesh_dim_names=sizes._fields)
+        shape = {"cfg": sizes.cfg, "ulysses": sizes.ulysses, "tensor": sizes.tensor}
+        mesh = init_device_mesh(model.device.type, (*shape.values(),), mesh_dim_names=(*shape,))
         if sizes.ulysses > 1:
             self._group = mesh["ulysses"].get_group()
         if sizes.tensor > 1:

@@ -5,26 +5,34 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig, ThinkerConfig
-from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.model.config import LanguageConfig
 
 MOST = 64  # of the sizes that an error lists
-WORDS = {"cfg": "the branches of guidance", "ulysses": "the rows", "tensor": "the heads"}
+WORDS = {
+    "cfg": "the branches of guidance",
+    "ulysses": "the rows",
+    "tensor": "the heads",
+    "patch": "the rows of an image to decode",
+}
 
 
 class Sizes(NamedTuple):
     """A stage's mesh: ``cfg`` groups of ranks with sequences of their own; in each, ``ulysses`` that share the rows.
 
-    Each of those is ``tensor`` ranks that share the heads.
+    Each of those is ``tensor`` ranks that share the heads. Or ``patch`` ranks share the rows of an image to decode.
     """
 
     cfg: int = 1
     ulysses: int = 1
     tensor: int = 1
+    patch: int = 1
 
     @classmethod
     def of(cls, config: DeployConfig, stage: str) -> Sizes:
-        """Those of the Triton model ``stage``, :data:`THINKER` or :data:`DIT`."""
+        """Those of the Triton model ``stage``, :data:`THINKER`, :data:`DIT` or :data:`DECODER`."""
+        if stage == DECODER:
+            return cls(patch=config.vae_decode.patch_parallel_size)
         if stage == THINKER:
             return cls(tensor=config.thinker.tensor_parallel_size)
         return cls(config.dit.cfg_parallel_size, config.dit.ulysses_degree, config.dit.tensor_parallel_size)
@@ -32,12 +40,12 @@ class Sizes(NamedTuple):
     @property
     def ranks(self) -> int:
         """All of the mesh."""
-        return self.cfg * self.ulysses * self.tensor
+        return self.cfg * self.ulysses * self.tensor * self.patch
 
     def place(self, rank: int) -> Sizes:
-        """A rank's index in each dimension; neighbours share heads."""
+        """A transformer's rank's index in each dimension; neighbours share heads."""
         others, tensor = divmod(rank, self.tensor)
-        return Sizes(*divmod(others, self.ulysses), tensor)
+        return Sizes(*divmod(others, self.ulysses), tensor, 0)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self._asdict().items() if size > 1)
@@ -67,7 +75,7 @@ def divides(config: LanguageConfig, ranks: int) -> bool:
 def summary(config: DeployConfig) -> str:
     """The ranks of the stages that this server has, in words; empty where each has one."""
     found = []
-    for stage in (THINKER, DIT):
+    for stage in (THINKER, DIT, DECODER):
         sizes = Sizes.of(config, stage)
         if stage in config.models or config.topology.one_process:
             shared = " and ".join(f"{WORDS[name]} ({size})" for name, size in sizes._asdict().items() if size > 1)
@@ -83,6 +91,41 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
     """
     _check_stage("thinker", config.thinker, config, language, device)
     _check_stage("dit", config.dit, config, language, device)
+    _check_decoder(config, device)
+    if config.topology.one_process:
+        check_one_process(config)
+
+
+def check_one_process(config: DeployConfig) -> None:
+    """Refuse ranks of the stages that cannot be one group, where all stages are in one process.
+
+    Raises:
+        ConfigError: names the sizes.
+    """
+    thinker, dit, decoder = (Sizes.of(config, stage) for stage in (THINKER, DIT, DECODER))
+    if min(thinker.ranks, dit.ranks) > 1 and thinker.tensor != dit.tensor:
+        raise ConfigError(f"in one process the DiT's ranks, {dit}, must be those of the thinker, {thinker}")
+    ranks = max(thinker.ranks, dit.ranks)
+    if 1 < ranks < decoder.patch:
+        raise ConfigError(
+            f"vae_patch_parallel_size={decoder.patch} is not allowed in one process: the other stages have {ranks} "
+            f"ranks, which decode as well; allowed: 1 to {ranks}"
+        )
+
+
+def _check_decoder(config: DeployConfig, device: str) -> None:
+    ranks = config.vae_decode.patch_parallel_size
+    field = f"vae_patch_parallel_size={ranks}"
+    if ranks == 1:
+        return
+    if config.load == "understanding":
+        raise ConfigError(f"{field} with load=understanding is not supported: nothing is drawn; set one of them")
+    if config.vae_decode.use_tiling is False:
+        raise ConfigError(
+            f"{field} with vae_use_tiling=false is not supported: ranks decode in strips; leave vae_use_tiling out"
+        )
+    if not device.startswith("cpu"):
+        raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
 
 
 def _check_stage(

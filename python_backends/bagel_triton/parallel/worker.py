@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagel_triton.deploy.topology import THINKER
+from bagel_triton.deploy.topology import DECODER, THINKER
 from bagel_triton.kv.store import PagedStep, WorkspaceStep, map_store
+from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
-from bagel_triton.model.device import resolve
+from bagel_triton.model.device import Placement, resolve
 from bagel_triton.parallel.layout import PoolLayout
-from bagel_triton.parallel.messages import Arrange, Attach, Forward, Free, Keep, Meet, Message, Start, read
+from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Start, read
+from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -86,14 +88,21 @@ class Worker:
         return torch.empty(sides, dtype=self._model.dtype, device=self._model.device)
 
 
-def load(start: Start) -> Bagel:
-    """The whole transformer; a tensor-parallel rank keeps its part of it later."""
+def load(start: Start, place: Placement) -> tuple[Bagel | None, Autoencoder | None]:
+    """The whole transformer and the autoencoder, where the rank has them.
+
+    A tensor-parallel rank keeps its part of the transformer later.
+    """
     config = start.config
-    place = resolve(config.device_of(start.stage), config.dtype)
     weights = shared_weights(config.shm_prefix, place.torch_device) if start.share else None
     checkpoint = Checkpoint(config.checkpoint, config.adapter, most_pixels=config.max_generated_image_size)
-    stage = config.thinker if start.stage == THINKER else config.dit
-    return checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, stage.quantization)
+    model = autoencoder = None
+    if start.stage != DECODER:
+        stage = config.thinker if start.stage == THINKER else config.dit
+        model = checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, stage.quantization)
+    if start.decodes:
+        autoencoder = checkpoint.load_autoencoder(place.torch_device, torch.float32, weights)
+    return model, autoencoder
 
 
 def main() -> None:
@@ -110,17 +119,27 @@ def main() -> None:
     start = messages.get()
     assert isinstance(start, Start), "the first message"
     torch.set_num_threads(start.threads)
-    model = load(start)
+    place = resolve(start.config.device_of(start.stage), start.config.dtype)
+    model, autoencoder = load(start, place)
     os.write(sys.stdout.fileno(), READY)
     assert isinstance(messages.get(), Meet), "the second message"
     sizes = Sizes.of(start.config, start.stage)
     join(Path(start.meeting), start.rank, sizes.ranks, start.config.bagel.stage_timeout_s)
     selftest()
-    pool = ThreadPool.of(model.device)
+    pool = ThreadPool.of(place.torch_device)
     pool.use_caller_thread()
-    worker = Worker(RankModel(model, sizes, pool))
+    worker = None if model is None else Worker(RankModel(model, sizes, pool))
+    ranks = start.config.vae_decode.patch_parallel_size
+    decoder = None if autoencoder is None else RankDecoder(autoencoder.decoder, ranks, pool)
     while True:
-        worker.handle(messages.get())
+        message = messages.get()
+        if isinstance(message, Decode):
+            assert decoder is not None, "this rank decodes"
+            with torch.inference_mode():
+                decoder.decode(receive(torch.empty(message.shape, device=place.torch_device), 0))
+        else:
+            assert worker is not None, "this rank has a transformer"
+            worker.handle(message)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig
-from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.engine.build import Models, StageResources, open_ranks
 from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.dit.run import Latents
@@ -20,7 +20,7 @@ from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
-from bagel_triton.parallel.sizes import Sizes
+from bagel_triton.parallel.sizes import Sizes, check_one_process
 from bagel_triton.pipeline.pipeline import StageCall
 from bagel_triton.protocol.events import StageStats
 from bagel_triton.protocol.messages import DenoiseJob, Plan, SchedulingParams, ThinkerOutput
@@ -50,8 +50,7 @@ class LocalStages:
         sizes = [Sizes.of(config, stage) for stage in (THINKER, DIT)]
         # A process is in one group of ranks: the DiT's, which the thinker uses where they share the heads, or its own.
         together = sizes[0].tensor == sizes[1].tensor > 1
-        if min(size.ranks for size in sizes) > 1 and not together:
-            raise ConfigError(f"in one process the DiT's ranks, {sizes[1]}, must be those of the thinker, {sizes[0]}")
+        check_one_process(config)
         models = Models.load(resources, own=together) if models is None else models
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
@@ -66,12 +65,16 @@ class LocalStages:
             model if together or size.tensor == 1 else replace(resources, weights=None).own_bagel(None)
             for size in sizes
         ]
-        ranks = [open_ranks(resources, DIT, own[1], share=False)]
-        ranks.insert(0, ranks[0] if together else open_ranks(resources, THINKER, own[0], share=False))
+        decoding = autoencoder if Sizes.of(config, DECODER).ranks > 1 else None
+        ranks = [open_ranks(resources, DIT, own[1], False, decoding)]
+        ranks.insert(0, ranks[0] if together else open_ranks(resources, THINKER, own[0], False, decoding))
+        decoders = None if decoding is None else ranks[1] or ranks[0]
+        if decoding is not None and decoders is None:
+            decoders = open_ranks(resources, DECODER, None, False, decoding)
         thinker = self.producer, config.thinker, metrics, adapters, ranks[0]
         self.thinker = ThinkerEngine(own[0], autoencoder, tokenizer, *thinker)
         self.dit = DitEngine(own[1], LocalConsumer(), config.dit, vision_tokens, *pool, metrics, ranks[1], adapters)
-        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics)
+        self.decoder = DecoderEngine(autoencoder, model_config.latent, config.decoder, metrics, decoders)
         self._engines: tuple[EngineLoop[Any, Any], ...] = (self.decoder, self.dit, self.thinker)
 
     def expand(self, request: GenerationRequest) -> StageCall[Plan]:

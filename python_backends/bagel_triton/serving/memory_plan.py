@@ -124,7 +124,10 @@ def plan(
     tiled = config.vae_decode.use_tiling is not False
     # Images above 512x512 are decoded one at a time.
     decoded = 1 if not on_gpu or height * width > strips.WORTH_IT else config.decoder.max_batch_size
-    decoding = decode_bytes(autoencoder.decoder, height, width, tiled, on_gpu)
+    decoders = config.vae_decode.patch_parallel_size
+    decoding = decode_bytes(autoencoder.decoder, height, width, tiled, on_gpu, decoders)
+    # In one process each rank has an autoencoder of its own, as it shares no weights.
+    decoder_ranks = (max(decoders, config.dit.ranks) - 1) * autoencoder_weights if one_process and decoders > 1 else 0
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = model.vae_resize.size(width, height)
     stages: tuple[StageMemory, ...] = (
@@ -147,7 +150,7 @@ def plan(
         ),
         StageMemory(
             "vae_decode",
-            weights=autoencoder_weights,
+            weights=autoencoder_weights + decoder_ranks,
             activations=decoded * decoding + (module_bytes(autoencoder.decoder) // 2 if on_gpu else 0),
         ),
     )
@@ -164,6 +167,7 @@ def plan(
         sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
         weights = sum(sizes[form] for form in loaded) + autoencoder_weights
         weights += (thinker_ranks if stage_id != 1 else 0) + (dit_ranks if stage_id != 0 else 0)
+        weights += decoder_ranks
         weights += adapters if one_process else adapters * sum(stage.stage != "vae_decode" for stage in stages)
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
@@ -326,24 +330,26 @@ def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, thr
     return tokens * (2 * hidden + heads) * itemsize + tiles + spare
 
 
-def decode_bytes(decoder: Decoder, height: int, width: int, tiled: bool = False, on_gpu: bool = False) -> int:
-    """Activations of decoding one image at their peak, in a convolution of the last level.
+def decode_bytes(
+    decoder: Decoder, height: int, width: int, tiled: bool = False, on_gpu: bool = False, ranks: int = 1
+) -> int:
+    """Activations of decoding one image at their peak, in a convolution of the last level, on all ``ranks``.
 
     Whole on a GPU that is in a norm of that level: a map in bfloat16, and two in float32.
 
     In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
-    what one strip needs.
+    what one strip needs, on each rank.
     """
     first: nn.Conv2d = decoder.up[0].block[0].conv1  # type: ignore[index, union-attr]
     channels_in, channels_out = first.in_channels, first.out_channels
-    if not tiled or height * width <= strips.WORTH_IT:
+    if ranks == 1 and (not tiled or height * width <= strips.WORTH_IT):
         if on_gpu:
             wide, narrow = torch.float32.itemsize, torch.bfloat16.itemsize
             return max(channels_in, channels_out) * (2 * wide + narrow) * height * width
         return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
     whole = max(channels_in, 2 * channels_out) * height
     strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
-    return (whole + strip) * width * torch.float32.itemsize
+    return (whole + ranks * strip) * width * torch.float32.itemsize
 
 
 def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
