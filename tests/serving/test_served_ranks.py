@@ -45,6 +45,19 @@ stages:
 """,
         ("dit",),
     ),
+    "vae": (
+        """\
+stages:
+  - stage_id: 0
+    devices: "0"
+  - stage_id: 1
+    devices: "0,1"
+    vae_use_tiling: true
+    parallel_config:
+      vae_patch_parallel_size: 2
+""",
+        ("vae_decode",),
+    ),
 }
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "2"))
 REFERENCE = image_body(EIGHT[1], seed=1)
@@ -121,9 +134,10 @@ def test_a_killed_rank_is_the_stage_dying(ranked: Ranked) -> None:
     chance = random.Random(0)
     for number in range(KILLS * len(ranked.stages)):
         stage = ranked.stages[number % len(ranked.stages)]
-        load = Load(ranks, AT_WORK[stage], CLIENT_S)
-        until(lambda stage=stage: bool(ranks.gauge(f"bagel_{stage}_active")), "the stage is not at work", CLIENT_S)
-        time.sleep(chance.uniform(0.0, 0.5))
+        load = Load(ranks, AT_WORK.get(stage, []), CLIENT_S)  # an image is decoded in no time
+        if stage in AT_WORK:
+            until(lambda stage=stage: bool(ranks.gauge(f"bagel_{stage}_active")), "the stage is not at work", CLIENT_S)
+            time.sleep(chance.uniform(0.0, 0.5))
         pids = [*rank_pids(ranks, stage), *stage_pids(ranks, stage)]
         killed_at = time.monotonic()
         if number // len(ranked.stages) % 2:

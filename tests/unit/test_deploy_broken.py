@@ -209,7 +209,7 @@ stages:
     max_num_seq: 3
     default_sampling_params: {top_p: 2, seeed: 1}
   - stage_id: 1
-    parallel_config: {tensor_parallel_size: 0, vae_patch_parallel_size: 4}
+    parallel_config: {tensor_parallel_size: 0, vae_patch_parallel_size: 0}
     input_connectors: {from_stage_0: net}
 connectors:
   kv: {name: Carrier}

@@ -57,7 +57,7 @@ def test_files_fit_the_schema(path: Path) -> None:
     [
         ("pipelin: bagel", [".pipelin"]),
         ("pipeline: bagle", [".pipeline=bagle"]),
-        ("stages: [{stage_id: 0, max_num_seq: 1, vae_patch_parallel_size: 2}]", 2),
+        ("stages: [{stage_id: 0, max_num_seq: 1, ring_degree: 2}]", 2),
         ("platforms: {cpu: {stages: [{stage_id: 0, kv: 1}]}}", 1),
         ("stage_args: [{stage_id: 0, engine_args: {model_stage: vae}}]", 1),
         ("connectors: {a: {name: Carrier}}", 1),

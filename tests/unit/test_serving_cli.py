@@ -40,7 +40,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["completion", "bsh"], "shell='bsh' is not allowed; did you mean bash? allowed: bash, zsh, tcsh"),
         (["serve", "x", "--nonsense"], "see bagel-triton serve --help"),
         (["serve", "x", "--mod", "y"], "--mod"),
-        (["serve", "x", "--vae-patch-parallel-size", "2"], "it is not built; several ranks share"),
+        (["serve", "x", "--ring-degree", "2"], "it is not built; several ranks share"),
         (["serve", "x", "--quantization", "gptq"], "allowed: auto, int8"),
         (["sevre"], "COMMAND='sevre' is not allowed; did you mean serve? allowed: serve, proxy"),
         ([], "COMMAND"),

@@ -207,7 +207,7 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
     ("flag", "message"),
     [
         ("-tp 0", "--tensor-parallel-size=0 is not allowed; allowed: an integer from 1 to"),
-        ("--vae-patch-parallel-size 2", "--vae-patch-parallel-size=2 is not supported: it is not built; several"),
+        ("--ring 2", "--ring-degree=2 is not supported: it is not built; several"),
         ("--use-hsdp", "--use-hsdp=true is not supported: it is not built; several"),
         (
             "--quantization gptq",
