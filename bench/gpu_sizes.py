@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from bagel_triton.deploy.config import DeployConfig, DitConfig, Quantization, ThinkerConfig
+from bagel_triton.deploy.config import ALL_LAYERS_GB, DeployConfig, DitConfig, Quantization, ThinkerConfig
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.device import Placement
@@ -81,33 +81,51 @@ def _write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
         file.truncate(file.tell() + end)
 
 
-def needed(checkpoint: Checkpoint, form: Quantization | None, side: int, images: int) -> int:
-    """Bytes that ``bagel_single_stage`` takes on a GPU with a small KV cache pool."""
-    thinker = ThinkerConfig(kv_tokens=LEAST_TOKENS, max_num_batched_tokens=CHUNK, quantization=form)
+def needed(checkpoint: Checkpoint, form: Quantization | None, side: int, images: int, offload_gb: float = 0.0) -> int:
+    """Bytes that ``bagel_single_stage`` takes on a GPU with a small KV cache pool, and layers in the host's memory."""
+    thinker = ThinkerConfig(
+        kv_tokens=LEAST_TOKENS, max_num_batched_tokens=CHUNK, quantization=form, cpu_offload_gb=offload_gb
+    )
     parts = {"thinker": thinker, "dit": DitConfig(max_num_seqs=images, quantization=form)}
     config = DeployConfig(str(checkpoint.directory), pipeline="bagel_single_stage")
     return memory_plan.plan(checkpoint, msgspec.structs.replace(config, **parts), GPU, side, side).total
 
 
-def most_images(checkpoint: Checkpoint, form: Quantization | None, side: int) -> list[int]:
+def most_images(checkpoint: Checkpoint, form: Quantization | None, side: int, offload_gb: float = 0.0) -> list[int]:
     """For each of ``SIZES``: how many images of ``side`` x ``side`` can be denoised together, at most ``MOST``.
 
     The server takes no larger ones.
     """
     checkpoint = Checkpoint(checkpoint.directory, most_pixels=side**2)
-    totals = [needed(checkpoint, form, side, count) for count in range(1, MOST + 1)]
+    totals = [needed(checkpoint, form, side, count, offload_gb) for count in range(1, MOST + 1)]
     return [sum(total <= int(size * (1 - DRIVER) * 2**30) for total in totals) for size in SIZES]
 
 
 def table(checkpoint: Checkpoint) -> str:
     """In Markdown: for each size of a GPU, the images that each form leaves room for."""
     names = ["bfloat16" if form is None else form for form in FORMS]
-    heads = [f"{name}, {side}x{side}" for name in names for side in SIDES]
+    kinds = [(name, form, 0.0) for name, form in zip(names, FORMS, strict=True)]
+    kinds.append(("bfloat16 and all layers offloaded", None, ALL_LAYERS_GB))
+    heads = [f"{name}, {side}x{side}" for name, _, _ in kinds for side in SIDES]
     rows = [["GPU", *heads], ["---"] * (1 + len(heads))]
-    columns = [most_images(checkpoint, form, side) for form in FORMS for side in SIDES]
+    columns = [most_images(checkpoint, form, side, offload_gb) for _, form, offload_gb in kinds for side in SIDES]
     for size, *counts in zip(SIZES, *columns, strict=True):
         rows.append([f"{size} GB", *(str(count) if count else "-" for count in counts)])
     return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows)
+
+
+def offloads(checkpoint: Checkpoint) -> str:
+    """What offloading takes of the host, and how few images of 512x512 a small GPU has room for with it."""
+    said = []
+    for form in FORMS:
+        host, slots = checkpoint.offloaded_bytes(GPU.torch_dtype, form, ALL_LAYERS_GB)
+        small = Checkpoint(checkpoint.directory, most_pixels=min(SIDES) ** 2)
+        least = needed(small, form, min(SIDES), 1, ALL_LAYERS_GB)
+        said.append(
+            f"{form or 'bfloat16'}: {host / 2**30:.1f} GiB on the host, {slots / 2**30:.2f} GiB of slots, "
+            f"one image of 512x512 from {least / 2**30:.1f} GiB"
+        )
+    return "; ".join(said)
 
 
 def texts(directory: Path) -> str:
@@ -127,6 +145,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bagel_triton_") as folder:
         write_published(Path(folder) / "published")
         print(table(Checkpoint(Path(folder) / "published")))
+        print(f"\nAll layers offloaded: {offloads(Checkpoint(Path(folder) / 'published'))}")
         print(f"\nTexts alone: {texts(Path(folder) / 'published')}")
 
 

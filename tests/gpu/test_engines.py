@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
 from bagel_triton.model.attention import attend
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of, varlen_attention
 from bagel_triton.pipeline.local import LocalStages
@@ -56,6 +56,23 @@ def test_a_text_is_the_one_recorded(stages: LocalStages, dtype: str, case: Case)
     assert answer.tokens > 0
     if dtype == "float32":  # bfloat16 may choose another of two tokens that are about as likely
         assert answer.content == case.text
+
+
+@pytest.mark.parametrize("offload_gb", [2**-30, 1.0], ids=["one-layer", "all-layers"])
+def test_offloaded_layers_draw_what_was_recorded(dtype: str, offload_gb: float) -> None:
+    """Thinker and DiT take turns in the slots, while the next layer is copied."""
+    thinker = ThinkerConfig(cpu_offload_gb=offload_gb)
+    config = DeployConfig(str(DATA / "tiny-a"), device=str(GPU), dtype=dtype, thinker=thinker)  # type: ignore[arg-type]
+    stages = LocalStages(config)
+    try:
+        cases = [case for case in CASES if case.height][:3]
+        for case in cases:
+            assert relative_rms(generate(stages, case.request).latents[0].tokens, case.tensors()["latent"]) < RMS[dtype]
+        alone = [generate(stages, case.request) for case in cases]
+        for ours, expected in zip(generate_together(stages, [case.request for case in cases]), alone, strict=True):
+            assert relative_rms(ours.latents[0].tokens, expected.latents[0].tokens) < RMS[dtype]
+    finally:
+        stages.close()
 
 
 def test_a_text_is_sampled_from_its_seed(stages: LocalStages) -> None:

@@ -23,8 +23,10 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.parametrize("form", vocabulary.QUANTIZATIONS)
 def test_it_draws_says_what_it_drew_and_batches_like_plain_weights(form: str) -> None:
-    with Server(source_file(TOY), "--quantization", form) as server:
-        chosen = "none (auto: the first of none, int8, nf4 that fits)" if form == "auto" else form
+    offload = ("--enable-layerwise-offload",) if form == "auto" else ()
+    with Server(source_file(TOY), "--quantization", form, *offload) as server:
+        auto = "none, offloaded to the host: all layers (auto: the first of none, int8, nf4, and that with layers on"
+        chosen = f"{auto} the host, that fits)" if form == "auto" else form
         assert [line.split(maxsplit=1)[1].strip() for line in server.output if "quantization" in line] == [chosen]
 
         def drawn(seed: int) -> NDArray[np.uint8]:

@@ -154,7 +154,7 @@ ONE_LINE = [
     ),
     (
         "stages: [{stage_id: 0, enable_cpu_offload: true}]",
-        ":1: stages[stage_id=0].enable_cpu_offload=true is not supported: wei",
+        ":1: stages[stage_id=0].enable_cpu_offload=true is not supported: every stage nee",
     ),
     (
         "stages: [{stage_id: 0, block_size: 16}]",

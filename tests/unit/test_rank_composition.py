@@ -39,6 +39,7 @@ ENTRIES = [(row[0], size, entry) for row in ROWS for size, entry in zip(SIZES, r
 FIELDS: dict[str, list[tuple[dict[str, Any], int | None, dict[str, Any]]]] = {
     **{name: [({field: 2}, stage_id, {})] for name, (stage_id, field) in [*SIZES.items()][:4]},
     "`quantization`": [({}, None, {"quantization": "int8"})],
+    "`cpu_offload_gb`": [({}, None, {"cpu_offload_gb": 1})],
     "`lora_path`": [({}, None, {"lora_path": "ADAPTER"})],
     "`lora_modules`": [({}, None, {"lora_modules": {"a": "ADAPTER"}})],
     "`dtype: bfloat16`": [({}, None, {"dtype": "bfloat16"})],

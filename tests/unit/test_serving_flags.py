@@ -215,7 +215,7 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
         ),
         ("--worker-backend ray", "--worker-backend='ray' is not supported: there is no Ray cluster; each stage is a"),
         ("--ray-address auto", "--ray-address='auto' is not supported: there is no Ray cluster"),
-        ("--enable-cpu-offload", "--enable-cpu-offload=true is not supported: weights are not moved between devices"),
+        ("--enable-cpu-offload", "--enable-cpu-offload=true is not supported: every stage needs the transformer"),
         ("--cache-backend tea_cache", "--cache-backend='tea_cache' is not supported: ask for it in a request: `cache"),
         ("--omni-dp-size-local 2", "--omni-dp-size-local=2 is not supported: start each server of stage 1 by itself"),
         ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization=1.5 is not allowed; allowed: a number above 0, at"),

@@ -21,6 +21,7 @@ from bagel_triton.protocol.request import Modality
 Load = Literal["all", "understanding", "generation"]  # as bagel_triton.model.slim, which imports torch
 Quantization = Literal["int8", "int8_w8a8", "fp8", "fp8_w8a8", "int4", "nf4"]
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
+ALL_LAYERS_GB = 1024.0  # of ``cpu_offload_gb``: more than any checkpoint has
 MIN_BLOCKS = 8  # of a KV pool that is shared between processes: what the connector's self-test takes
 CHECKPOINT_VARIABLE = "BAGEL_TRITON_CHECKPOINT"
 
@@ -50,7 +51,8 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool keep prefixes for later requests; ``encoder_cache_mb`` megabytes keep the encoders'
     outputs for images. With a ``gpu_memory_utilization`` the server sizes the pool on a GPU, to
     ``kv_tokens`` at least. With ``enforce_eager`` a GPU decodes without CUDA graphs. ``quantization`` is the form of
-    the transformer's weights; None for those of ``dtype``. ``tensor_parallel_size`` ranks share its heads.
+    the transformer's weights; None for those of ``dtype``. ``cpu_offload_gb`` GiB of them stay in the host's memory
+    and are copied to the device a layer at a time. ``tensor_parallel_size`` ranks share its heads.
     """
 
     max_num_seqs: int = 64
@@ -65,6 +67,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     quantization: Quantization | Literal["auto"] | None = None
+    cpu_offload_gb: float = 0.0
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("max_num_seqs", "max_num_batched_tokens", *sizes):
             value = getattr(self, name)
             _require(f"thinker.{name}", value, value >= 1, "an integer >= 1")
+        _require("thinker.cpu_offload_gb", self.cpu_offload_gb, self.cpu_offload_gb >= 0, "GiB >= 0")
         _require("thinker.encoder_cache_mb", self.encoder_cache_mb, self.encoder_cache_mb >= 0, "an integer >= 0")
         for name in ("lease_ttl_s", "admission_timeout_s"):
             value = getattr(self, name)
@@ -90,9 +94,8 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens of a step over all their branches (a request that is alone may exceed both),
     ``max_waiting`` the queued requests. ``gpu_memory_utilization`` is the part of a GPU that this
     stage and the decoder may take. With ``enforce_eager`` a GPU denoises without CUDA graphs. Stages with the same
-    ``quantization`` share their weights. The ranks of a stage share its heads (``tensor_parallel_size``) or its
-    images' branches (``cfg_parallel_size``), or a
-    step's rows (``ulysses_degree``).
+    ``quantization`` share their weights. ``cpu_offload_gb`` is as the thinker's. The ranks of a stage share its heads
+    (``tensor_parallel_size``), its images' branches (``cfg_parallel_size``), or a step's rows (``ulysses_degree``).
     """
 
     max_num_seqs: int = 8
@@ -101,6 +104,7 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     quantization: Quantization | Literal["auto"] | None = None
+    cpu_offload_gb: float = 0.0
     tensor_parallel_size: int = 1
     cfg_parallel_size: int = 1
     ulysses_degree: int = 1
@@ -110,6 +114,7 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", *sizes):
             value = getattr(self, name)
             _require(f"dit.{name}", value, value >= 1, "an integer >= 1")
+        _require("dit.cpu_offload_gb", self.cpu_offload_gb, self.cpu_offload_gb >= 0, "GiB >= 0")
 
     @property
     def ranks(self) -> int:

@@ -97,8 +97,8 @@ ALL_LORAS = "all adapters of `lora_modules` are in memory, each with its own ran
 NAMED_QUANTIZATION = "name a form in `quantization`; a checkpoint's own is read from its config.json"
 QUANTIZATIONS = ("auto", *get_args(Quantization))
 UNSUPPORTED_OFFLOAD = (
-    "weights are not moved between devices; on one GPU the stages share them, and `pipeline: bagel_single_stage` "
-    "has one copy anyway"
+    "every stage needs the transformer, so no part of the model rests for long; layers are offloaded by "
+    "`cpu_offload_gb` or `enable_layerwise_offload`"
 )
 REPLICAS = "start each server of stage 1 by itself, as many as there are devices: docs/deploy.md, several DiT hosts"
 OTHER_CODE = "code of another server is not loaded; `pipeline` decides what a stage does"
@@ -139,6 +139,11 @@ ENGINE: Fields = {
     "async_scheduling": Neutral("", _EITHER),
     "cache_backend": Neutral("ask for it in a request: `cache: taylorseer`", ("none",)),
     "cache_config": Neutral("ask for a cache in a request: `cache: taylorseer`", ({},)),
+    "cpu_offload_gb": Setting(
+        Annotated[float, Meta(ge=0)],
+        "GiB >= 0",
+        "GiB of the transformer's layers that stay in the host's memory, and are copied to the GPU one after the other",
+    ),
     "compilation_config": Neutral("nothing is compiled", ({}, 0)),
     "diffusion_attention_backend": Neutral("the device and dtype decide it, and `serve` prints it", ("auto",)),
     "diffusion_attention_config": Neutral("the device and dtype decide it, and `serve` prints it", ({},)),
@@ -153,7 +158,7 @@ ENGINE: Fields = {
     "enable_cpu_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
     "enable_diffusion_pipeline_profiler": Neutral("traces and /metrics have each stage's times", _OFF),
     "enable_distributed_layerwise_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
-    "enable_layerwise_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
+    "enable_layerwise_offload": Setting(bool, BOOLEAN, "all layers stay in the host's memory: see cpu_offload_gb"),
     "enable_sleep_mode": Neutral("", _EITHER),
     "engine_extras": Neutral("write the fields directly under the stage", ({},)),
     "hf_overrides": Neutral(

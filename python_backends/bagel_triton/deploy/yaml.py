@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from bagel_triton.deploy import located, vocabulary
 from bagel_triton.deploy.config import (
+    ALL_LAYERS_GB,
     MIN_BLOCKS,
     BagelConfig,
     ConfigError,
@@ -51,6 +53,8 @@ _THINKER_FIELDS = (
     "enforce_eager",
     "gpu_memory_utilization",
     "quantization",
+    "cpu_offload_gb",
+    "enable_layerwise_offload",
     "tensor_parallel_size",
 )
 _DIT_FIELDS = (
@@ -59,6 +63,8 @@ _DIT_FIELDS = (
     "gpu_memory_utilization",
     "enforce_eager",
     "quantization",
+    "cpu_offload_gb",
+    "enable_layerwise_offload",
     *vocabulary.RANKS,
 )
 
@@ -176,9 +182,12 @@ class _Builder:
             parts["thinker"]["enable_prefix_caching"] = self._value(
                 "thinker.enable_prefix_caching", top["enable_prefix_caching"]
             )
-        for part in ("thinker", "dit") if "quantization" in top else ():
-            if "quantization" not in parts[part]:
-                parts[part]["quantization"] = self._value(f"{part}.quantization", top["quantization"])
+        for part, name in product(("thinker", "dit"), ("quantization", "cpu_offload_gb", "enable_layerwise_offload")):
+            if name in top and name not in parts[part]:
+                parts[part][name] = self._value(f"{part}.{name}", top[name])
+        for part in ("thinker", "dit"):
+            if parts[part].pop("enable_layerwise_offload", False):
+                parts[part]["cpu_offload_gb"] = ALL_LAYERS_GB
         fields |= self._defaults(first, second)
         fields["addresses"] = self._addresses(stages, topology)
         self._problems.raise_if_any()

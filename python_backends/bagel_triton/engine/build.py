@@ -83,14 +83,18 @@ class StageResources:
         checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load, config.max_generated_image_size)
         return cls(config, checkpoint, placement, weights, model)
 
-    def load_bagel(self, quantization: str | None) -> Bagel:
-        """The transformer, its weights shared with the server's other processes that quantise them alike."""
-        return self._once("bagel", lambda: self.own_bagel(quantization))
+    def load_bagel(self, quantization: str | None, offload_gb: float = 0.0) -> Bagel:
+        """The transformer, its weights shared with the server's other processes that quantise them alike.
 
-    def own_bagel(self, quantization: str | None) -> Bagel:
+        ``offload_gb`` GiB of them stay in the host's memory.
+        """
+        return self._once("bagel", lambda: self.own_bagel(quantization, offload_gb))
+
+    def own_bagel(self, quantization: str | None, offload_gb: float = 0.0) -> Bagel:
         """The same, for a caller that changes it: it is not kept for the engine after a sleep."""
         place = self.placement
-        model = self.checkpoint.load_bagel(place.torch_device, place.torch_dtype, self.weights, quantization)
+        device, dtype = place.torch_device, place.torch_dtype
+        model = self.checkpoint.load_bagel(device, dtype, self.weights, quantization, offload_gb)
         release_intraop_threads()  # the engine computes on other threads
         return model
 
@@ -205,7 +209,9 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
     cut = config.thinker.tensor_parallel_size > 1
-    model = (resources.own_bagel if cut else resources.load_bagel)(config.thinker.quantization)
+    model = (resources.own_bagel if cut else resources.load_bagel)(
+        config.thinker.quantization, config.thinker.cpu_offload_gb
+    )
     adapters = resources.load_adapters()
     autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
     ranks = open_ranks(resources, THINKER, model, share=True)
@@ -219,7 +225,9 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
     cut = resources.config.dit.tensor_parallel_size > 1
-    model = (resources.own_bagel if cut else resources.load_bagel)(resources.config.dit.quantization)
+    model = (resources.own_bagel if cut else resources.load_bagel)(
+        resources.config.dit.quantization, resources.config.dit.cpu_offload_gb
+    )
     ranks, adapters = open_ranks(resources, DIT, model, share=True), resources.load_adapters()
     return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks, adapters)
 
@@ -259,7 +267,8 @@ class Models:
     def load(cls, resources: StageResources, own: bool = False) -> Models:
         """Load them for this process alone; with ``own`` for a caller that changes the transformer."""
         alone = replace(resources, weights=None)
-        bagel = (alone.own_bagel if own else alone.load_bagel)(resources.config.thinker.quantization)
+        thinker = resources.config.thinker
+        bagel = (alone.own_bagel if own else alone.load_bagel)(thinker.quantization, thinker.cpu_offload_gb)
         return cls(resources.checkpoint.config, bagel, alone.load_autoencoder())
 
 

@@ -99,7 +99,15 @@ class Forward(Protocol):
 
 def forward_on(device: torch.device, transformer: Transformer, pool: ThreadPool) -> Forward:
     """The executor for ``device``; ``pool`` is a CPU's."""
-    return CudaExecutor(transformer) if on_gpu(device) else CpuExecutor(transformer, pool)
+    executor = CudaExecutor(transformer) if on_gpu(device) else CpuExecutor(transformer, pool)
+    if (offload := transformer.offload) is None:
+        return executor
+
+    def forward(embeddings: Tensor, batch: PackedBatch, kv: Any) -> Tensor:
+        with offload.forward():
+            return executor(embeddings, batch, kv)
+
+    return forward
 
 
 @contextlib.contextmanager

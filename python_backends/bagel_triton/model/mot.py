@@ -17,7 +17,9 @@ the same from the same weights, faster.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -161,8 +163,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
+class Offload(Protocol):
+    """Layers that are not always on the device: see :mod:`bagel_triton.model.offload`."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Around each forward."""
+
+    def fetch(self, layer: int) -> None:
+        """Before the layer number ``layer`` is computed."""
+
+
 class Transformer(nn.Module):
     """Embedding, layers and the two final norms."""
+
+    offload: Offload | None = None
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
@@ -176,5 +190,7 @@ class Transformer(nn.Module):
         """Hidden states of a batch's embeddings, before the final norm: [tokens, hidden], same shape out."""
         x = embeddings
         for number, layer in enumerate(self.layers):
+            if self.offload is not None:
+                self.offload.fetch(number)
             x = layer(x, batch, kv, number)
         return x

@@ -148,6 +148,11 @@ def _check_stage(
             f"{field} with lora_modules is not supported: ranks compute no adapters of requests; set one of them, or "
             "merge one adapter with lora_path"
         )
+    if settings.cpu_offload_gb:
+        raise ConfigError(
+            f"{field} with cpu_offload_gb={settings.cpu_offload_gb:g} is not supported: each rank has its weights on "
+            "the device; set one of them"
+        )
     if not device.startswith("cpu"):
         raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
     if tensor * ulysses > 1 and settings.quantization is not None:

@@ -42,6 +42,7 @@ LISTED = {
     "ulysses_degree": "N",
     "vae_patch_parallel_size": "N",
     "quantization": "FORM",
+    "cpu_offload_gb": "GIB",
     "lora_path": "DIR",
     "lora_scale": "F",
     "lora_modules": "NAME=DIR",

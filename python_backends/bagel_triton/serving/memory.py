@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bagel_triton.deploy.config import ConfigError, DeployConfig, Quantization
+from bagel_triton.deploy.config import ALL_LAYERS_GB, ConfigError, DeployConfig, Quantization
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
@@ -81,6 +81,10 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
     if private is not None and not config.topology.one_process:
         print(f"They cannot on {placement.device}: {private}.")
+    if need.offloaded:
+        from bagel_triton.serving.memory_plan import readable
+
+        print(f"Offloaded to the host's memory: {readable(need.offloaded)}.")
     if free is not None:
         print("This machine has it." if problem is None else f"This machine does not have it: {problem}")
 
@@ -147,8 +151,17 @@ def _planned(
     stored = checkpoint.form(None) is not None
     tries = AUTO if not stored and "auto" in (config.thinker.quantization, config.dit.quantization) else (None,)
     on_gpu, tiling = placement.torch_device.type == "cuda", config.vae_decode.use_tiling
-    for form, tiled in product(tries, (False, True) if on_gpu and tiling is None else (tiling,)):
+    gigabytes: list[float | None] = [None]
+    attempts = [*product(tries, gigabytes, (False, True) if on_gpu and tiling is None else (tiling,))]
+    if on_gpu and len(tries) > 1 and not (config.thinker.cpu_offload_gb or config.dit.cpu_offload_gb):
+        # The last resort, in strips: as many layers on the host as it takes.
+        layers = checkpoint.config.language.num_layers
+        layer, _ = checkpoint.offloaded_bytes(placement.torch_dtype, tries[-1], 2**-30)
+        attempts += [(tries[-1], count * layer / 2**30, tiling is not False) for count in range(1, layers + 1)]
+    for form, offload_gb, tiled in attempts:
         tried = _quantized(config, form)
+        if offload_gb is not None:
+            tried = _offloaded(tried, offload_gb)
         tried = msgspec.structs.replace(tried, vae_decode=msgspec.structs.replace(tried.vae_decode, use_tiling=tiled))
         problem: NotEnoughMemory | None = None
         try:
@@ -176,11 +189,25 @@ def _quantized(config: DeployConfig, form: Quantization | None) -> DeployConfig:
     return msgspec.structs.replace(config, **stages)
 
 
+def _offloaded(config: DeployConfig, gigabytes: float) -> DeployConfig:
+    """``config`` with so many GiB of each stage's weights on the host."""
+    thinker = msgspec.structs.replace(config.thinker, cpu_offload_gb=gigabytes)
+    return msgspec.structs.replace(
+        config, thinker=thinker, dit=msgspec.structs.replace(config.dit, cpu_offload_gb=gigabytes)
+    )
+
+
 def quantization_summary(checkpoint: Checkpoint, config: DeployConfig) -> str:
     """The form of each stage's weights, in words."""
     forms = [checkpoint.form(stage.quantization) for stage in (config.thinker, config.dit)]
     thinker, dit = ("none" if form is None else form.name for form in forms)
-    return thinker if thinker == dit or config.topology.one_process else f"{thinker} (thinker), {dit} (dit)"
+    forms_said = thinker if thinker == dit or config.topology.one_process else f"{thinker} (thinker), {dit} (dit)"
+    parts = {"thinker": config.thinker.cpu_offload_gb, "dit": config.dit.cpu_offload_gb}
+    if config.topology.one_process or config.load == "understanding":
+        del parts["dit"]
+    layers = [f"{stage}: {size:.4g} GiB" for stage, size in parts.items() if size]
+    said = "all layers" if all(size >= ALL_LAYERS_GB for size in parts.values()) else ", ".join(layers)
+    return f"{forms_said}, offloaded to the host: {said}" if layers else forms_said
 
 
 def table(need: MemoryPlan) -> str:

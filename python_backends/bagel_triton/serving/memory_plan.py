@@ -60,7 +60,7 @@ class MemoryPlan:
     ``weights`` are those of all stages, each counted as often as it is in memory.
     ``shared`` is what lies in the host's shared memory: the connector ``shm``'s pool, and those of a CPU's weights
     that cannot be mapped from the checkpoint's files. ``contexts`` are those of the processes on a GPU, Triton's among
-    them.
+    them. ``offloaded`` are weights in the host's memory, for a GPU.
     """
 
     stages: tuple[StageMemory, ...]
@@ -68,6 +68,7 @@ class MemoryPlan:
     weights: int
     shared: int
     contexts: int = 0
+    offloaded: int = 0
 
     @property
     def kv(self) -> int:
@@ -111,14 +112,23 @@ def plan(
     with torch.device("meta"):
         autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
     autoencoder_weights = module_bytes(checkpoint.autoencoder())
-    thinker_weights, dit_weights = (checkpoint.bagel_bytes(dtype, form) for form in quantization)
+    on_gpu = placement.torch_device.type == "cuda"
+    gigabytes = config.thinker.cpu_offload_gb, (config.thinker if one_process else config.dit).cpu_offload_gb
+    moved = [checkpoint.offloaded_bytes(dtype, *stage) for stage in zip(quantization, gigabytes, strict=True)]
+    resident = [
+        checkpoint.bagel_bytes(dtype, form) - (host if on_gpu else 0)
+        for form, (host, _) in zip(quantization, moved, strict=True)
+    ]
+    thinker_weights, dit_weights = (size + slots for size, (_, slots) in zip(resident, moved, strict=True))
+    at_work = moved[:1] if one_process or not draws else moved if config.stage_id is None else [moved[config.stage_id]]
+    offloaded = sum(host for host, _ in at_work) if on_gpu else 0
+    shares_weights = shares_weights and not offloaded  # each process copies from its own
     thinker_ranks, dit_ranks = rank_weights(config, thinker_weights, dit_weights)
     adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     images = config.dit.max_num_seqs
     latents = latent_tokens(model, height, width)
-    on_gpu = placement.torch_device.type == "cuda"
     side = model.latent.max_side  # a GPU's workspace is made once, for the largest
     workspace = workspace_tokens(model, images, *((side, side) if on_gpu else (height, width)))
     tiled = config.vae_decode.use_tiling is not False
@@ -164,15 +174,15 @@ def plan(
         loaded = quantization if stage_id is None else (quantization[stage_id],)
         if len({form and form.storage for form in map(checkpoint.form, loaded)}) == 1:
             loaded = loaded[:1]
-        sizes = dict(zip(quantization, (thinker_weights, dit_weights), strict=True))
-        weights = sum(sizes[form] for form in loaded) + autoencoder_weights
+        sizes = dict(zip(quantization, resident, strict=True))
+        weights = sum(sizes[form] for form in loaded) + autoencoder_weights + sum(slots for _, slots in at_work)
         weights += (thinker_ranks if stage_id != 1 else 0) + (dit_ranks if stage_id != 0 else 0)
         weights += decoder_ranks
         weights += adapters if one_process else adapters * sum(stage.stage != "vae_decode" for stage in stages)
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
     processes = 1 if one_process or config.stage_id is not None else len(stages)
-    return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0)
+    return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0, offloaded)
 
 
 def rank_weights(config: DeployConfig, thinker: int, dit: int) -> tuple[int, int]:
@@ -240,6 +250,11 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
             f"the KV cache pool ({readable(need.stages[0].kv)}) and converted weights need {readable(need.shared)} of "
             f"shared memory and {readable(available.shared)} are free: enlarge /dev/shm (a container's --shm-size), "
             f"or lower thinker.kv_tokens={config.thinker.kv_tokens}, or use the checkpoint's own dtype"
+        )
+    if need.offloaded > available.host:
+        raise NotEnoughMemory(
+            f"the weights that are offloaded need {readable(need.offloaded)} of the host's memory and "
+            f"{readable(available.host)} are free: lower cpu_offload_gb, or quantise the weights"
         )
     if available.device is None:
         needed, free, where = need.total, available.host, "memory"

@@ -524,7 +524,8 @@ def _quantization(config: DeployConfig, deploy: DeployConfig) -> str:
 
     chosen = memory.quantization_summary(Checkpoint(deploy.checkpoint), deploy)
     auto = "auto" in (config.thinker.quantization, config.dit.quantization)
-    return f"{chosen} (auto: the first of {', '.join(map(str, memory.AUTO)).lower()} that fits)" if auto else chosen
+    tried = f"{', '.join(map(str, memory.AUTO)).lower()}, and that with layers on the host,"
+    return f"{chosen} (auto: the first of {tried} that fits)" if auto else chosen
 
 
 def _dit_device(config: DeployConfig, placement: Placement) -> str | None:

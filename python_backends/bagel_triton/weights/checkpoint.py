@@ -7,7 +7,7 @@ parameter belongs to one expert and may hold several tensors, one above the othe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, LanguageConfig, ModelConfig
 from bagel_triton.model.cpu.row_stable import make_row_stable
+from bagel_triton.model.offload import SLOTS, LayerOffload, offloadable, offloadable_bytes, offloaded
 from bagel_triton.model.quantization import FORMS, SCALE, Form, QuantizedLinear, quantize
 from bagel_triton.model.slim import Load, slim_autoencoder, slim_transformer
 from bagel_triton.weights import validation
@@ -175,10 +176,12 @@ class Checkpoint:
         dtype: torch.dtype,
         shared: SharedWeights | None = None,
         quantization: str | None = None,
+        offload_gb: float = 0.0,
     ) -> Bagel:
         """The transformer with its flow head, on ``device`` in ``dtype``; its weights are in ``shared``, if given.
 
         With a ``quantization``, one of ``FORMS``, its layers are quantised one after the other as they are read.
+        ``offload_gb`` GiB of weights stay in the host's memory; on a GPU none are ``shared`` then.
 
         Raises:
             CheckpointError: a tensor has values that are NaN or infinite; errors as of :meth:`form`.
@@ -189,13 +192,31 @@ class Checkpoint:
         if device.type == "cpu":
             with torch.device("meta"):
                 make_row_stable(module, *ROW_STABLE, few_rows={"language_model.lm_head"})
-        return self._fill(module, self._weights, device, dtype, shared)
+        transformer = module.language_model.model
+        layers = offloaded(self.config.language.num_layers, offloadable_bytes(transformer), offload_gb)
+        if not layers:
+            return self._fill(module, self._weights, device, dtype, shared)
+        host = {f"language_model.model.{name}" for layer in layers for name in offloadable(transformer, layer)}
+        if device.type != "cpu":
+            shared = None
+        module = self._fill(module, self._weights, device, dtype, shared, host)
+        with torch.inference_mode(False):
+            LayerOffload(transformer, layers, device)
+        return module
 
     def load_autoencoder(
         self, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None
     ) -> Autoencoder:
         """The autoencoder, likewise."""
         return self._fill(self.autoencoder(), self._autoencoder, device, dtype, shared)
+
+    def offloaded_bytes(self, dtype: torch.dtype, quantization: str | None, gigabytes: float) -> tuple[int, int]:
+        """Bytes of weights that stay in the host's memory where ``gigabytes`` GiB are to, and those on the device in
+        their place; errors as of :meth:`form`."""
+        transformer = self.bagel(dtype, quantization).language_model.model
+        layer = offloadable_bytes(transformer)
+        count = len(offloaded(self.config.language.num_layers, layer, gigabytes))
+        return count * layer, min(count, SLOTS) * layer
 
     def stored_apart(self, dtype: torch.dtype, quantizations: Sequence[str | None] = (None,)) -> int:
         """Bytes of all weights that processes on a CPU cannot map from the checkpoint's files.
@@ -233,6 +254,7 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         shared: SharedWeights | None,
+        host: Collection[str] = (),
     ) -> Module:
         if shared is not None and shared.device != device:
             raise ValueError(f"device={device}: the shared weights are on {shared.device}")
@@ -247,11 +269,12 @@ class Checkpoint:
             elif kind == "weight":
                 sources[name] = self._quantized(layers[layer], files, names)
         try:
-            state = (
-                on_device(sources, device, dtype)
-                if shared is None
-                else shared.converted(sources, dtype, files.identity + self._adapters_identity)
-            )
+            if shared is not None:
+                state = shared.converted(sources, dtype, files.identity + self._adapters_identity)
+            else:
+                there = {name: source for name, source in sources.items() if name not in host}
+                here = {name: source for name, source in sources.items() if name in host}
+                state = on_device(there, device, dtype) | on_device(here, torch.device("cpu"), dtype)
         except validation.NotFinite as error:
             shape = tuple(module.state_dict()[error.parameter].shape)
             names = [*stored_tensors(error.parameter, shape, self.config.language)]

@@ -58,8 +58,9 @@ class DeviceSteps:
         self._packed: tuple[list[BranchItem], StepShape, NDArray[np.int64], tuple[AdaptedRows, ...]] | None = None
         self._upload = Upload(device)
         self._graphs: GraphCache[StepShape] | None = None
-        # torch's plain attention reads lengths on the host, which a graph cannot.
-        if attention_kernel(device, model.dtype).name == "torch-flash" and not config.enforce_eager:
+        # torch's plain attention reads lengths on the host, which a graph cannot; nor has it copies of layers.
+        captures = attention_kernel(device, model.dtype).name == "torch-flash"
+        if captures and model.language_model.model.offload is None and not config.enforce_eager:
             self._graphs = GraphCache(device, lambda shape, inputs: (self._step(shape, inputs, self._rows),))
             hidden = model.config.language.hidden_size
             self._rows = torch.empty(GRAPH_ROWS, hidden, dtype=model.dtype, device=device)

@@ -98,6 +98,7 @@ class Prefiller:
         self._upload = Upload(model.device)
         captures = on_gpu(model.device) and attention_kernel(model.device, model.dtype).name == "torch-flash"
         block_tokens = kv_pool.geometry.block_tokens
+        captures = captures and model.language_model.model.offload is None  # whose copies no graph has
         self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
         self._pool, self._forward = pool, forward or forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():

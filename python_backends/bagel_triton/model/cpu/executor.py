@@ -137,6 +137,7 @@ class _Run:
         self, transformer: Transformer, batch: PackedBatch, kv: SequenceKV, pool: ThreadPool, embeddings: Tensor
     ) -> None:
         self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
+        self._offload = transformer.offload
         self._batch, self._kv, self._pool, self._embeddings = batch, kv, pool, embeddings
         self._x = torch.empty_like(embeddings)  # the residual, which every layer updates in place
         self._tiles = tiles_of(batch, pool.size)
@@ -144,13 +145,20 @@ class _Run:
 
     def result(self) -> Tensor:
         """Hidden states of the rows that are wanted; the others are undefined."""
+        self._fetch(0)
         self._pool.parallel_for(self._begin, self._tiles)
         last = len(self._layers) - 1
         for index in range(len(self._layers)):
             self._attend(index, [span for span in self._kv.spans if index < last or self._batch.wants(span)])
             tiles = [tile for tile in self._tiles if index < last or self._batch.wants(tile.rows)]
+            self._fetch(index + 1)
             self._pool.parallel_for(partial(self._pass_on, index), tiles)
         return self._x
+
+    def _fetch(self, index: int) -> None:
+        """Have a layer's weights here where they are offloaded, and the layer's before it."""
+        if self._offload is not None and index < len(self._layers):
+            self._offload.fetch(index)
 
     def _begin(self, tile: RowTile) -> None:
         self._x[tile.rows] = self._embeddings[tile.rows]

@@ -40,7 +40,7 @@ class CudaExecutor:
 
     def __init__(self, transformer: Transformer) -> None:
         self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
-        self._config = transformer.config
+        self._config, self._offload = transformer.config, transformer.offload
         device = transformer.norm.weight.device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.inference_mode():
@@ -55,6 +55,8 @@ class CudaExecutor:
         """Hidden states before the final norm, in place of ``embeddings`` [tokens, hidden]."""
         x = embeddings
         for number, layer in enumerate(self._layers):
+            if self._offload is not None:
+                self._offload.fetch(number)
             last = number == len(self._layers) - 1
             parts = [
                 _Part(expert, rows, self._head_norms[expert], _updates(number, expert is layer.gen, batch, rows))
