@@ -1,4 +1,4 @@
-"""A whole server whose stages have two ranks, from vLLM-Omni's own YAML: the same replies, and none outlives a kill."""
+"""A server whose stages have two and four ranks, from vLLM-Omni's YAML and flags: the replies of one, and kills."""
 
 from __future__ import annotations
 
@@ -7,46 +7,50 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.serving.test_together import EIGHT, essence, image_body
+from tests.serving.test_together import CASES, EIGHT, essence, image_body
 from tests.support.exact import same_image
-from tests.support.killing import Load, arguments, descendants, health, kill, shared_files, stage_pids, until
-from tests.support.serving import Server
+from tests.support.killing import Load, arguments, descendants, health, shared_files, stage_pids, until
+from tests.support.serving import Server, chat_body, reply_images
 
-# By name: a file, and its stages with a rank beside the first.
-FILES = {
-    "tensor": (
-        """\
-stages:
-  - stage_id: 0
-    devices: "0,1"
-    tensor_parallel_size: 2
-  - stage_id: 1
-    devices: "0,1"
-    parallel_config:
-      tensor_parallel_size: 2
-""",
-        ("thinker", "dit"),
-    ),
-    "cfg": (
-        """\
+# By name: a file or flags, and how many ranks each stage has.
+ULYSSES = """\
 stages:
   - stage_id: 0
     devices: "0"
   - stage_id: 1
     devices: "0,1"
     parallel_config:
+      ulysses_degree: 2
+"""
+CFG_ULYSSES = """\
+stages:
+  - stage_id: 0
+    devices: "0"
+  - stage_id: 1
+    devices: "0,1,2,3"
+    parallel_config:
       cfg_parallel_size: 2
-""",
-        ("dit",),
-    ),
-    "vae": (
-        """\
+      ulysses_degree: 2
+"""
+CFG_TENSOR = """\
+stages:
+  - stage_id: 0
+    devices: "0"
+  - stage_id: 1
+    devices: "0,1,2,3"
+    parallel_config:
+      cfg_parallel_size: 2
+      tensor_parallel_size: 2
+"""
+VAE = """\
 stages:
   - stage_id: 0
     devices: "0"
@@ -55,14 +59,26 @@ stages:
     vae_use_tiling: true
     parallel_config:
       vae_patch_parallel_size: 2
-""",
-        ("vae_decode",),
-    ),
+"""
+MESHES: dict[str, tuple[str | list[str], dict[str, int]]] = {
+    "flags": (["--tensor-parallel-size", "2"], {"thinker": 2, "dit": 2}),
+    "ulysses": (ULYSSES, {"thinker": 1, "dit": 2}),
+    "cfg_ulysses": (CFG_ULYSSES, {"thinker": 1, "dit": 4}),
+    "cfg_tensor": (CFG_TENSOR, {"thinker": 1, "dit": 4}),
+    "vae": (VAE, {"vae_decode": 2}),
 }
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "2"))
 REFERENCE = image_body(EIGHT[1], seed=1)
 TEXT = {"messages": [{"role": "user", "content": "Describe a cat"}], "modalities": ["text"], "max_tokens": 24}
 SAMPLED = {**TEXT, "temperature": 0.9, "seed": 7, "n": 2}
+KINDS = (
+    *("t2i_default", "t2i_no_cfg", "t2i_taylorseer", "t2i_think"),
+    *("edit_wide", "edit_think", "vqa", "vqa_think", "chat"),
+)
+BODIES = [
+    *(chat_body(case.request) for case in CASES if case.name in KINDS),
+    *(TEXT, SAMPLED, {**REFERENCE, "n": 3}),
+]
 AT_WORK = {
     "dit": [image_body({**EIGHT[0], "num_inference_steps": 1000}, seed) for seed in (1, 2)],
     "thinker": [{**TEXT, "max_tokens": 8000, "ignore_eos": True, "n": n} for n in (1, 2)],
@@ -70,84 +86,101 @@ AT_WORK = {
 NOTICE_S, FAIL_S, RELOAD_S, CLIENT_S = 15.0, 30.0, 120.0, 120.0
 
 
-def rank_pids(server: Server, stage: str | None = None) -> list[int]:
-    """The living ranks but the first, of one stage or of all."""
-    of = stage_pids(server, stage) if stage is not None else [server.process.pid]
-    found = {pid for parent in of for pid in descendants(parent)}
+def rank_pids(server: Server, stage: str) -> list[int]:
+    """The living ranks of a stage but the first."""
+    found = {pid for parent in stage_pids(server, stage) for pid in descendants(parent)}
     return sorted(pid for pid in found if "bagel_triton.parallel.worker" in arguments(pid))
 
 
-def served(checkpoint: Path, folder: Path, name: str) -> Iterator[Server]:
-    path = folder / "deploy.yaml"
-    path.write_text(FILES[name][0])
-    with Server(checkpoint, "--deploy-config", str(path), "--worker-backend", "process") as running:
-        yield running
+@dataclass(frozen=True)
+class Ranked:
+    """A server, and how many ranks each of its stages has."""
+
+    server: Server
+    ranks: dict[str, int]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank is there."""
+        return all(len(rank_pids(self.server, stage)) == ranks - 1 for stage, ranks in self.ranks.items())
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages with a rank beside the first."""
+        return [stage for stage, ranks in self.ranks.items() if ranks > 1]
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def ranked(
+    request: pytest.FixtureRequest, checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ranked]:
+    """Told to stop, it leaves neither a process nor a file."""
+    given, ranks = MESHES[request.param]
+    if isinstance(given, str):
+        path = tmp_path_factory.mktemp("ranks") / "deploy.yaml"
+        path.write_text(given)
+        given = ["--deploy-config", str(path)]
+    with Server(checkpoint_dir, *given, "--worker-backend", "process") as running:
+        yield Ranked(running, ranks)
         family = descendants(running.process.pid)
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
     assert not shared_files(running)
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """A server, and those of its stages that have a rank beside the first."""
-
-    server: Server
-    stages: tuple[str, ...]
-
-    @property
-    def whole(self) -> bool:
-        """Whether every rank is there."""
-        return all(len(rank_pids(self.server, stage)) == 1 for stage in self.stages)
-
-
-@pytest.fixture(scope="module", params=FILES)
-def ranked(
-    request: pytest.FixtureRequest, checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ranked]:
-    """Told to stop, it leaves neither a process nor a file."""
-    for running in served(checkpoint_dir, tmp_path_factory.mktemp("ranks"), request.param):
-        yield Ranked(running, FILES[request.param][1])
+@pytest.fixture(scope="module")
+def of_one_rank(server: Server) -> list[dict[str, Any]]:
+    """What each of ``BODIES`` is answered with by a server without ranks."""
+    return [server.chat(body).json() for body in BODIES]
 
 
 @pytest.mark.long
-def test_replies_are_those_of_one_rank(server: Server, ranked: Ranked) -> None:
+def test_replies_are_those_of_one_rank(of_one_rank: list[dict[str, Any]], ranked: Ranked) -> None:
     assert ranked.whole
-    ranks = ranked.server
-    bodies = [image_body(fields, seed) for seed, fields in enumerate(EIGHT)]
-    for ended in Load(ranks, [*bodies, TEXT, SAMPLED], CLIENT_S):
-        assert ended.status == 200, ended.reply
-    for body in bodies:
-        for one, other in zip(ranks.images(body), server.images(body), strict=True):
-            assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
-    for body in (TEXT, SAMPLED):
-        one, other = (of.chat(body).json() for of in (ranks, server))
-        assert essence(one)[:2] == essence(other)[:2]
+    check_replies(ranked.server, of_one_rank)
+    assert ranked.whole
+
+
+def check_replies(server: Server, of_one_rank: list[dict[str, Any]]) -> None:
+    """All recorded kinds of requests at once: text to image, editing, thinking, text, and several images of one."""
+    with ThreadPoolExecutor(len(BODIES)) as pool:
+        responses = list(pool.map(server.chat, BODIES))
+    for body, response, expected in zip(BODIES, responses, of_one_rank, strict=True):
+        assert response.status_code == 200, response.text
+        reply = response.json()
+        assert essence(reply) == essence(expected), body
+        if isinstance(expected["choices"][0]["message"]["content"], list):
+            for one, other in zip(reply_images(reply), reply_images(expected), strict=True):
+                assert np.abs(one.astype(int) - other.astype(int)).max() <= 1, body
 
 
 @pytest.mark.long
 @pytest.mark.timeout(300 * (KILLS + 1))
+@pytest.mark.parametrize("ranked", ["flags", "ulysses", "vae"], indirect=True)
 def test_a_killed_rank_is_the_stage_dying(ranked: Ranked) -> None:
-    """Ranks are killed in turn, every other time with the stage's own process, at random times of a load."""
-    ranks = ranked.server
-    image = ranks.images(REFERENCE)[0]
-    before = shared_files(ranks)
+    """Any rank is killed, the first one every fourth time, at random times of a load; its other requests may end."""
+    server = ranked.server
+    image = server.images(REFERENCE)[0]
+    before = shared_files(server)
     chance = random.Random(0)
     for number in range(KILLS * len(ranked.stages)):
         stage = ranked.stages[number % len(ranked.stages)]
-        load = Load(ranks, AT_WORK.get(stage, []), CLIENT_S)  # an image is decoded in no time
-        if stage in AT_WORK:
-            until(lambda stage=stage: bool(ranks.gauge(f"bagel_{stage}_active")), "the stage is not at work", CLIENT_S)
-            time.sleep(chance.uniform(0.0, 0.5))
-        pids = [*rank_pids(ranks, stage), *stage_pids(ranks, stage)]
+        at_work = AT_WORK.get(stage, [])  # an image is decoded in no time
+        load = Load(server, [*at_work, REFERENCE], CLIENT_S)
+        if at_work:
+            until(lambda stage=stage: bool(server.gauge(f"bagel_{stage}_active")), "the stage is not at work", CLIENT_S)
+        time.sleep(chance.uniform(0.0, 0.5))
+        others, first = rank_pids(server, stage), stage_pids(server, stage)
         killed_at = time.monotonic()
-        if number // len(ranked.stages) % 2:
-            kill(ranks, stage)
-        else:
-            os.kill(pids[0], signal.SIGKILL)
+        killed = first[0] if number // len(ranked.stages) % 4 == 1 else chance.choice(others)
+        os.kill(killed, signal.SIGKILL)
+        statuses = []
         for ended in load:
-            assert ended.status == 503, ended.reply
+            statuses.append(ended.status)
+            assert ended.status == 503 or same_image(reply_images(ended.reply)[0], image), ended.reply
             assert ended.at - killed_at < FAIL_S
-        until(lambda pids=pids: not any(arguments(pid) for pid in pids), "a process is left", NOTICE_S)
-        until(lambda: health(ranks) == 200 and ranked.whole, "the stage is not back", RELOAD_S)
-        assert same_image(ranks.images(REFERENCE)[0], image)
-        assert shared_files(ranks) == before
+        assert statuses.count(503) >= len(at_work)
+        until(lambda pids=(*others, *first): not any(map(arguments, pids)), "a process is left", NOTICE_S)
+        until(lambda: health(server) == 200 and ranked.whole, "the stage is not back", RELOAD_S)
+        assert same_image(server.images(REFERENCE)[0], image)
+        assert shared_files(server) == before
+        print(f"kill {number}: rank {'0' if killed in first else others.index(killed) + 1} of {stage}, {statuses}")
