@@ -39,8 +39,7 @@ def test_loading_has_a_time_limit(refusal: Refusal, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--prompts", "x", "--worker-backend", "ray"], "no Ray cluster"),
-        (["--prompts", "x", "--ray-address", "auto"], "--ray-address='auto' is not supported: there is no Ray cluster"),
+        (["--prompts", "x", "--worker-backend", "mpi"], "--worker-backend='mpi' is not allowed; allowed: process, ray"),
         (["--prompts", "x", "--init-sleep-seconds", "-1"], "--init-sleep-seconds=-1 is not allowed"),
         (["--prompts", "x", "--quantization", "gptq"], "--quantization='gptq' is not allowed; allowed: auto, int8"),
         (["--prompts", "x", "--init-timeout", "0"], "--init-timeout=0"),

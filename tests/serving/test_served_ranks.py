@@ -120,7 +120,7 @@ def ranked(
         path = tmp_path_factory.mktemp("ranks") / "deploy.yaml"
         path.write_text(given)
         given = ["--deploy-config", str(path)]
-    with Server(checkpoint_dir, *given, "--worker-backend", "process") as running:
+    with Server(checkpoint_dir, *given, "--worker-backend", "process", start_s=400) as running:
         yield Ranked(running, ranks)
         family = descendants(running.process.pid)
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]

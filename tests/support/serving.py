@@ -49,6 +49,7 @@ class Server:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        start_s: float = START_S,
     ) -> None:
         program = Path(sys.executable).with_name("bagel-triton")
         self.process = subprocess.Popen(
@@ -62,7 +63,7 @@ class Server:
         ready = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(ready,), daemon=True)
         self._reader.start()
-        if not ready.wait(START_S) or not self.url:
+        if not ready.wait(start_s) or not self.url:
             self.process.kill()
             raise AssertionError("the server did not become ready:\n" + "".join(self.output))
         self.grpc, self.http = self._printed("Triton gRPC"), self._printed("Triton HTTP")

@@ -14,12 +14,10 @@ from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.parallel import sizes
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.serving import flags, serve
 from bagel_triton.weights.checkpoint import inspect
 from tests.support.nearness import mean_levels
 from tests.support.runs import generate, result_of
 from tests.unit.test_lora import write_adapter
-from tests.unit.test_serving_flags import Parser, Refused
 
 # The table's columns: a stage and its field.
 SIZES = {
@@ -50,7 +48,8 @@ FIELDS: dict[str, list[tuple[dict[str, Any], int | None, dict[str, Any]]]] = {
     "`device: cuda`": [({}, None, {"device": "cuda"})],
     "`vae_patch_parallel_size`": [({"parallel_config": {"vae_patch_parallel_size": 2}}, 1, {})],
     "`vae_use_tiling: false`": [({"vae_use_tiling": False}, 1, {})],
-    "`use_hsdp`, `ring_degree`, `--worker-backend ray`": [
+    "`worker_backend: ray`": [({}, None, {"worker_backend": "ray"})],
+    "`use_hsdp`, `ring_degree`": [
         ({"use_hsdp": True}, None, {}),
         ({"ring_degree": 2}, None, {}),
     ],
@@ -99,7 +98,10 @@ def checkpoint(row: str, size: str, checkpoint_dir: Path, other_checkpoint: Path
 
 
 @pytest.mark.parametrize(("row", "size", "entry"), ENTRIES)
-def test_an_entry_is_true(checkpoint: Path, tmp_path: Path, row: str, size: str, entry: str) -> None:
+def test_an_entry_is_true(
+    checkpoint: Path, tmp_path: Path, row: str, size: str, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "find_spec", lambda name: name)  # Ray is optional
     for fields, of, top in FIELDS[row]:
         if entry.startswith("serves"):
             assert ranks_of(config_of(checkpoint, tmp_path, size, fields, of, top)) & {2, 4}
@@ -111,12 +113,15 @@ def test_an_entry_is_true(checkpoint: Path, tmp_path: Path, row: str, size: str,
         assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", ["--worker-backend ray", "--ray-address 127.0.0.1:6379"])
-def test_ray_is_refused(flag: str) -> None:
-    parser = Parser(allow_abbrev=False)
-    serve.add_arguments(parser)
-    with pytest.raises(Refused, match="is not supported: there is no Ray cluster"):
-        flags.flags_of(parser.parse_args(["x", "--tensor-parallel-size", "2", *flag.split()]))
+@pytest.mark.parametrize("size", SIZES)
+def test_ray_that_is_not_installed_is_named(
+    checkpoint_dir: Path, tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"^worker_backend='ray' .* pip install 'bagel-triton\[ray\]'; allowed: process"
+    ):
+        config_of(checkpoint_dir, tmp_path, size, {}, None, {"worker_backend": "ray"})
 
 
 @pytest.mark.parametrize("stage", ["thinker", "dit"])
@@ -158,6 +163,8 @@ SERVED = [
 @pytest.mark.parametrize(("row", "size"), SERVED)
 def test_it_serves_what_one_rank_does(checkpoint: Path, tmp_path: Path, row: str, size: str) -> None:
     [(fields, of, top)] = FIELDS[row]
+    if "worker_backend" in top:
+        pytest.skip("tests/serving/test_ray_ranks.py has a cluster")
     config = config_of(checkpoint, tmp_path, size, fields, of, top)
     if config.load == "understanding":
         pytest.skip("it draws nothing")

@@ -203,6 +203,16 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
     assert resolve(tmp_path, *flag.split()).config == resolve(tmp_path).config
 
 
+def test_ray_starts_the_ranks_where_there_are_any(tmp_path: Path) -> None:
+    flags = ["--worker-backend", "ray", "--ray-address", "10.0.0.1:6379"]
+    found = resolve(tmp_path, "-tp", "2", *flags)
+    assert (found.config.worker_backend, found.config.ray_address) == ("ray", "10.0.0.1:6379")
+    assert not [note for note in found.notes if "ray" in note]
+    for given, why in ((flags, "every stage has one rank"), (["-tp", "2", *flags[2:]], "worker_backend is process")):
+        [*_, last] = resolve(tmp_path, *given).notes
+        assert last.startswith("--ray-address='10.0.0.1:6379' changes nothing: " + why)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -213,8 +223,8 @@ def test_a_flag_without_an_effect_is_taken(tmp_path: Path, flag: str) -> None:
             "--quantization gptq",
             "--quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8, fp8, fp8_w8a8, ",
         ),
-        ("--worker-backend ray", "--worker-backend='ray' is not supported: there is no Ray cluster; each stage is a"),
-        ("--ray-address auto", "--ray-address='auto' is not supported: there is no Ray cluster"),
+        ("--worker-backend mpi", "--worker-backend='mpi' is not allowed; allowed: process, ray"),
+        ("--ray-address ray://head:10001", "--ray-address='ray://head:10001' is not allowed; allowed: HOST:PORT of"),
         ("--enable-cpu-offload", "--enable-cpu-offload=true is not supported: every stage needs the transformer"),
         ("--cache-backend tea_cache", "--cache-backend='tea_cache' is not supported: ask for it in a request: `cache"),
         ("--omni-dp-size-local 2", "--omni-dp-size-local=2 is not supported: start each server of stage 1 by itself"),

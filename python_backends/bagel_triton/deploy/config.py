@@ -19,6 +19,7 @@ from bagel_triton.protocol.request import Modality
 
 # The forms of bagel_triton.model.quantization.FORMS, which imports torch.
 Load = Literal["all", "understanding", "generation"]  # as bagel_triton.model.slim, which imports torch
+WorkerBackend = Literal["process", "ray"]
 Quantization = Literal["int8", "int8_w8a8", "fp8", "fp8_w8a8", "int4", "nf4"]
 DEPLOY_VARIABLE = "BAGEL_TRITON_DEPLOY"
 ALL_LAYERS_GB = 1024.0  # of ``cpu_offload_gb``: more than any checkpoint has
@@ -223,6 +224,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``lora_modules`` are the folders of adapters that requests may name, by name; others may be loaded while the server
     runs from below the folder ``lora_dir``, if there is one.
     ``max_generated_image_size`` are the pixels of the largest square image, where that is not the checkpoint's.
+    ``worker_backend`` starts the ranks of a stage but the first: as child processes, or as actors of the Ray cluster at
+    ``ray_address``, HOST:PORT; "auto" is that of this host.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
     stages that have their own, by stage id. ``dit_device`` is the device of stage 1 where that is not ``device``.
     ``text_defaults`` and ``image_defaults`` are values of request fields for requests of that kind that leave them out.
@@ -247,6 +250,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dit: DitConfig = DitConfig()
     vae_decode: VaeDecodeConfig = VaeDecodeConfig()
     bagel: BagelConfig = BagelConfig()
+    worker_backend: WorkerBackend = "process"
+    ray_address: str = "auto"
     stage_id: int | None = None
     addresses: dict[int, tuple[str, ...]] = {}
     text_defaults: dict[str, Any] = {}

@@ -153,7 +153,7 @@ ENGINE: Fields = {
     "diffusion_offload_config": Neutral(UNSUPPORTED_OFFLOAD, ({},)),
     "diffusion_quantization_config": Neutral(NAMED_QUANTIZATION, ({},)),
     "disable_log_stats": Neutral("", _EITHER),
-    "distributed_executor_backend": Neutral("there is no Ray cluster; each stage is a process", ("mp", "uni")),
+    "distributed_executor_backend": Neutral("set worker_backend, process or ray, at the top", ("mp", "uni")),
     "enable_chunked_prefill": Neutral("", _EITHER),
     "enable_cpu_offload": Neutral(UNSUPPORTED_OFFLOAD, _OFF),
     "enable_diffusion_pipeline_profiler": Neutral("traces and /metrics have each stage's times", _OFF),
@@ -218,6 +218,16 @@ TOP: Fields = {
     ),
     "while_asleep": Setting(
         Literal["wait", "refuse"], "wait, refuse", "what becomes of requests while the server sleeps"
+    ),
+    "worker_backend": Setting(
+        Literal["process", "multi_process", "mp", "ray"],
+        "process, ray",
+        "what starts a stage's ranks but the first: this server, or a Ray cluster",
+    ),
+    "ray_address": Setting(
+        Annotated[str, Meta(pattern=r"^(auto|[^:/\s]+:[0-9]{1,5})$")],
+        "HOST:PORT of the cluster's head, or auto, the one that this host is in",
+        "the Ray cluster of worker_backend: ray",
     ),
     "stages": Setting(list, "a list of stages, each with a stage_id", "the stages' limits"),
     "connectors": Setting(dict, "a mapping of names to {name, extra}", "what carries KV from stage to stage"),

@@ -198,6 +198,7 @@ class _Builder:
             vae_decode=VaeDecodeConfig(**parts["vae_decode"]),
             **fields,
         )
+        self._note_ray(config, top)
         return Deployment(config, self._origins, tuple(dict.fromkeys(self._notes)))
 
     # --- platforms ---
@@ -444,8 +445,24 @@ class _Builder:
     def _top_fields(self, top: dict[str, Node]) -> dict[str, Any]:
         fields: dict[str, Any] = {name: self._value(name, top[name]) for name in ("pipeline", "load") if name in top}
         names = [name for name in ("request_timeout_s", "while_asleep") if name in top]
+        if "worker_backend" in top:
+            ray = self._value("worker_backend", top["worker_backend"]) == "ray"
+            fields["worker_backend"] = "ray" if ray else "process"
+        if "ray_address" in top:
+            fields["ray_address"] = self._value("ray_address", top["ray_address"])
         fields["bagel"] = BagelConfig(**{name: self._value(f"bagel.{name}", top[name]) for name in names})
         return fields
+
+    def _note_ray(self, config: DeployConfig, top: dict[str, Node]) -> None:
+        """Note what is said of Ray where it has nothing to start."""
+        if config.worker_backend == "ray":
+            names, why = ["worker_backend", "ray_address"], "every stage has one rank, its own process"
+            if max(config.thinker.ranks, config.dit.ranks, config.vae_decode.patch_parallel_size) > 1:
+                return
+        else:
+            names, why = ["ray_address"], "worker_backend is process"
+        for node in (top[name] for name in names if name in top):
+            self._notes.append(f"{node.origin.prefix}{node.path}={node.value!r} changes nothing: {why}")
 
     def _of_all_stages(self, name: str, top: dict[str, Node], stages: dict[int, dict[str, Node]]) -> dict[str, Any]:
         """The field ``name`` where the top or a stage has it, which must be the same for all."""

@@ -214,7 +214,7 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     )
     adapters = resources.load_adapters()
     autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
-    ranks = open_ranks(resources, THINKER, model, share=True)
+    ranks = open_ranks(resources, THINKER, model, share=True, one_host=True)
     return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics, adapters, ranks)
 
 
@@ -233,11 +233,17 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
 
 
 def open_ranks(
-    resources: StageResources, stage: str, model: Bagel | None, share: bool, autoencoder: Autoencoder | None = None
+    resources: StageResources,
+    stage: str,
+    model: Bagel | None,
+    share: bool,
+    autoencoder: Autoencoder | None = None,
+    one_host: bool = False,
 ) -> RankGroup | None:
     """The ranks of the Triton model ``stage``, of which ``model`` becomes the first one's; None where it has one alone.
 
     With ``share`` they map the server's weights; without, each loads its own. With an ``autoencoder`` they decode too.
+    With ``one_host`` all are on this host, as the thinker's are, which map its KV cache.
     """
     config = resources.config
     if Sizes.of(config, stage).ranks == 1:
@@ -245,7 +251,7 @@ def open_ranks(
     check(config, resources.checkpoint.config.language, resources.placement.device)
     from bagel_triton.parallel.group import RankGroup
 
-    return RankGroup.start(config, stage, model, share, autoencoder)
+    return RankGroup.start(config, stage, model, share, autoencoder, one_host)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:

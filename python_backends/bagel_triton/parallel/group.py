@@ -1,32 +1,27 @@
 """Rank 0 of a stage and the ranks that it drives: one owner of their lives, one order of their work.
 
-Rank 0 is the stage's own process. It starts the others on this host, and each forward goes out to them as a message
-and tensors. The ranks have no state of requests: a mapping of the thinker's KV cache, the DiT's stores of keys and
+Rank 0 is the stage's own process. It starts the others, and each forward goes out to them as a message and tensors.
+The ranks have no state of requests: a mapping of the thinker's KV cache, the DiT's stores of keys and
 values, which rank 0 numbers, and one layout.
 
 A rank that ends is the stage's end: ``lost`` is called, the forward in flight fails with ``StageUnavailable``, the
-process exits, and what replaces it starts a new group. The other ranks end when rank 0's pipes close.
+process exits, and what replaces it starts a new group. The other ranks end when rank 0's sockets close.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
-import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import IO, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.kv.block_pool import KVCachePool
 from bagel_triton.kv.store import PagedStep, WorkspaceStep
 from bagel_triton.model.autoencoder import Autoencoder
@@ -34,12 +29,12 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel import messages
+from bagel_triton.parallel.launch import LOOPBACK, Rank, RankProcess
 from bagel_triton.parallel.layout import NOTHING, Part, PoolLayout, StoresLayout, by_sequence, parts_of
-from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Start
+from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Ready, Start
 from bagel_triton.parallel.patches import RankDecoder
-from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
+from bagel_triton.parallel.rank import Arranged, RankModel, join, meet, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
-from bagel_triton.parallel.worker import READY
 from bagel_triton.protocol.errors import StageUnavailable
 
 STOP_S = 5.0
@@ -52,8 +47,8 @@ class RankGroup:
     Threads: one forward or change of stores at a time; two engines of one process may share a group.
     """
 
-    def __init__(self, stage: str, processes: list[subprocess.Popen[bytes]], threads: int) -> None:
-        self._stage, self._processes = stage, processes
+    def __init__(self, stage: str, ranks: Sequence[Rank], threads: int) -> None:
+        self._stage, self._ranks = stage, ranks
         self._pool, self._threads_before = ThreadPool(threads), torch.get_num_threads()
         torch.set_num_threads(threads)
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -68,40 +63,51 @@ class RankGroup:
         self._arranged: PagedStep | WorkspaceStep | None = None
         self._parts: list[Part] = []
         self._own: Arranged | None = None
-        for rank, process in enumerate(processes, start=1):
-            threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
+        for number in self._others:
+            threading.Thread(target=self._watch, args=(number,), name=f"rank-{number}", daemon=True).start()
 
     @classmethod
     def start(
-        cls, config: DeployConfig, stage: str, model: Bagel | None, share: bool, autoencoder: Autoencoder | None = None
+        cls,
+        config: DeployConfig,
+        stage: str,
+        model: Bagel | None,
+        share: bool,
+        autoencoder: Autoencoder | None = None,
+        one_host: bool = False,
     ) -> Self:
         """Start the other ranks of the Triton model ``stage``, and make ``model`` rank 0's share.
 
-        They load ``model``'s checkpoint; with ``share`` they map the server's shared weights. With an ``autoencoder``
-        they also decode images; those of the decoder have no ``model``.
+        They load ``model``'s checkpoint; with ``share`` those of this host map the server's shared weights. With an
+        ``autoencoder`` they also decode images; those of the decoder have no ``model``. With ``one_host`` all are on
+        this host, as :meth:`attach` needs it.
 
         Raises:
-            RuntimeError: a rank ended before it was ready; its own log says why.
+            RuntimeError: a rank could not be started, or ended before it was ready; its own log says why.
         """
-        sizes = Sizes.of(config, stage)
-        ranks = sizes.ranks
-        meeting = SHM_DIRECTORY / f"{config.shm_prefix}_ranks_{secrets.token_hex(4)}"
-        python = sys.executable or shutil.which("python3") or "python3"  # of Triton's stub, that on its PATH
-        command = [python, "-P", "-m", "bagel_triton.parallel.worker"]
-        processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(1, ranks)]
+        sizes, timeout_s = Sizes.of(config, stage), config.bagel.stage_timeout_s
         # Each has its part of the threads that this process would have.
-        threads = max(torch.get_num_threads() // ranks, 1)
-        group = cls(stage, processes, threads)
+        threads = max(torch.get_num_threads() // sizes.ranks, 1)
+        ranks: Sequence[Rank]
+        if config.worker_backend == "ray":
+            from bagel_triton.parallel.actors import start_actors
+
+            host, ranks = start_actors(config.ray_address, sizes.ranks - 1, one_host)
+        else:
+            host, ranks = LOOPBACK, [RankProcess.start() for _ in range(1, sizes.ranks)]
+        group = cls(stage, ranks, threads)
         try:
-            for rank in range(1, ranks):
-                group._send(rank, Start(config, stage, rank, str(meeting), threads, share, autoencoder is not None))
-            for rank, process in enumerate(processes, start=1):
-                assert process.stdout is not None, "a pipe"
-                if process.stdout.readline() != READY:
-                    raise RuntimeError(f"rank {rank} of {ranks} ended before it had its weights")
-            for rank in range(1, ranks):
-                group._send(rank, Meet())
-            join(meeting, 0, ranks, config.bagel.stage_timeout_s)
+            for number, rank in enumerate(ranks, start=1):
+                group._send(
+                    number, Start(config, stage, number, threads, share and rank.is_here, autoencoder is not None)
+                )
+            for number, rank in enumerate(ranks, start=1):
+                if not isinstance(messages.read(rank.connection), Ready):
+                    raise RuntimeError(f"rank {number} of {sizes.ranks}, {rank}, ended before it had its weights")
+            store = meet(host, sizes.ranks, timeout_s)
+            for number in group._others:
+                group._send(number, Meet(host, store.port))
+            join(store, host, 0, sizes.ranks, timeout_s)
             times = selftest()
             if model is not None:
                 group._model = RankModel(model, sizes, group._pool)
@@ -110,11 +116,9 @@ class RankGroup:
         except BaseException:
             group._stop()
             raise
-        finally:
-            meeting.unlink(missing_ok=True)
         tried = ", ".join(f"{name} of 1 MiB {milliseconds:.2f} ms" for name, milliseconds in times.items())
-        pids = ", ".join(str(process.pid) for process in processes)
-        log.info("%s: mesh [%s] by gloo, ranks 1 to %d are processes %s; %s", stage, sizes, ranks - 1, pids, tried)
+        others = ", ".join(f"rank {number} is {rank}" for number, rank in enumerate(ranks, start=1))
+        log.info("%s: mesh [%s] by gloo at %s; %s; %s", stage, sizes, host, others, tried)
         return group
 
     def join(self, lost: Callable[[], None]) -> None:
@@ -213,17 +217,10 @@ class RankGroup:
 
     def _stop(self) -> None:
         self._closing.set()
-        for process in self._processes:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
-        for process in self._processes:
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for rank in self._ranks:
+            rank.close()
+        for rank in self._ranks:
+            rank.reap(STOP_S)
         if dist.is_initialized():
             dist.destroy_process_group()
         self._pool.close()
@@ -231,7 +228,7 @@ class RankGroup:
 
     @property
     def _others(self) -> range:
-        return range(1, len(self._processes) + 1)
+        return range(1, len(self._ranks) + 1)
 
     def _arrange(self, batch: PackedBatch, kv: PagedStep | WorkspaceStep) -> None:
         """Send each rank its part of a new layout."""
@@ -274,14 +271,13 @@ class RankGroup:
                 raise StageUnavailable(f"a rank of the {self._stage} has ended; the stage starts again") from error
 
     def _send(self, rank: int, message: Message) -> None:
-        pipe: IO[bytes] | None = self._processes[rank - 1].stdin
-        assert pipe is not None, "a pipe"
-        messages.write(pipe, message)
+        messages.write(self._ranks[rank - 1].connection, message)
 
-    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        status = process.wait()
+    def _watch(self, number: int) -> None:
+        rank = self._ranks[number - 1]
+        how = rank.wait()
         if not self._closing.is_set():
-            log.error("%s: rank %d, process %d, has ended with status %d", self._stage, rank, process.pid, status)
+            log.error("%s: rank %d, %s, %s", self._stage, number, rank, how)
             self._end()
 
     def _end(self) -> None:

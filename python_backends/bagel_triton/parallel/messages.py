@@ -1,14 +1,13 @@
-"""What rank 0 sends to the other ranks of its stage, by a pipe each; tensors follow by torch's process group.
+"""What rank 0 sends to the other ranks of its stage, by a socket each; tensors follow by torch's process group.
 
-A rank waits for its next message on the pipe, so an idle one takes no time, and the end of the pipe is the end of
+A rank waits for its next message on the socket, so an idle one takes no time, and the end of the socket is the end of
 rank 0, however that came.
 """
 
 from __future__ import annotations
 
-import os
+import socket
 import struct
-from typing import IO
 
 import msgspec
 
@@ -20,7 +19,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The first message: who the receiver is, and the file where all ranks meet.
+    """The first message: who the receiver is.
 
     It is a rank of ``stage``, a Triton model. With ``share`` the weights are those of the server with the
     configuration's prefix. With ``decodes`` it decodes images, beside what the stage does.
@@ -29,14 +28,20 @@ class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     config: DeployConfig
     stage: str
     rank: int
-    meeting: str
     threads: int
     share: bool
     decodes: bool
 
 
+class Ready(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A rank's only message: it has its weights."""
+
+
 class Meet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Every rank has its weights: join the process group now, and take part in its self-test."""
+    """Every rank has its weights: join the process group at rank 0's address now, and take part in its self-test."""
+
+    host: str
+    port: int
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -80,32 +85,35 @@ class Decode(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     shape: tuple[int, int, int, int]
 
 
-Message = Start | Meet | Attach | Keep | Arrange | Forward | Free | Decode
+Message = Start | Ready | Meet | Attach | Keep | Arrange | Forward | Free | Decode
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
-def write(pipe: IO[bytes], message: Message) -> None:
+def write(connection: socket.socket, message: Message) -> None:
     """Send one message.
 
     Raises:
-        OSError: the rank has ended.
+        OSError: the other end is gone.
     """
     data = msgspec.msgpack.encode(message)
-    pipe.write(_LENGTH.pack(len(data)) + data)
-    pipe.flush()
+    connection.sendall(_LENGTH.pack(len(data)) + data)
 
 
-def read(descriptor: int) -> Message | None:
-    """The next message; None at the end of the pipe."""
-    head = _exactly(descriptor, _LENGTH.size)
-    body = None if head is None else _exactly(descriptor, _LENGTH.unpack(head)[0])
+def read(connection: socket.socket) -> Message | None:
+    """The next message; None where the other end is gone."""
+    head = receive_exactly(connection, _LENGTH.size)
+    body = None if head is None else receive_exactly(connection, _LENGTH.unpack(head)[0])
     return None if body is None else _decoder.decode(body)
 
 
-def _exactly(descriptor: int, size: int) -> bytes | None:
+def receive_exactly(connection: socket.socket, size: int) -> bytes | None:
+    """The next ``size`` bytes; None where the other end is gone before."""
     data = b""
     while len(data) < size:
-        more = os.read(descriptor, size - len(data))
+        try:
+            more = connection.recv(size - len(data))
+        except ConnectionError:
+            return None
         if not more:
             return None
         data += more

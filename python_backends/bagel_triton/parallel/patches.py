@@ -89,7 +89,6 @@ class RankDecoder:
     def __init__(self, decoder: Decoder, ranks: int, pool: ThreadPool) -> None:
         self.ranks, self._decoder, self._pool = ranks, decoder, pool
         self._others = OtherRanks(ranks)
-        dist.barrier()  # groups meet in the same file, which rank 0 removes now
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode this rank's rows of ``z`` [batch, latent_channels, height, width], of at least a row for each rank.

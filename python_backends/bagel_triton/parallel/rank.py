@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import socket
+import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import Store, TCPStore
 
 from bagel_triton.model.attention import StepKV
 from bagel_triton.model.bagel import Bagel
@@ -25,39 +29,80 @@ from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.parallel.ulysses import UlyssesKV
 
 SELFTEST_BYTES = 1 << 20
-# Ranks are processes of one host; gloo would else listen at the address of the host's name.
-INTERFACE_VARIABLE, LOOPBACK = "GLOO_SOCKET_IFNAME", "lo"
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+SIOCGIFADDR = 0x8915  # of Linux: an interface's IPv4 address
 
 
-def join(meeting: Path, rank: int, ranks: int, timeout_s: float) -> None:
-    """Join the process group that meets at the file ``meeting``; a collective fails after ``timeout_s`` seconds."""
-    os.environ.setdefault(INTERFACE_VARIABLE, LOOPBACK)
-    store = FileStore(str(meeting), ranks)
+def listen(host: str) -> socket.socket:
+    """A socket that listens at any port of ``host``, an IPv4 address of this machine, and nowhere else."""
+    listening = socket.socket()
+    listening.bind((host, 0))
+    listening.listen()
+    return listening
+
+
+def meet(host: str, ranks: int, timeout_s: float) -> TCPStore:
+    """Where ``ranks`` meet, at any port of rank 0's address ``host``; it ends with this process."""
+    timeout = timedelta(seconds=timeout_s)
+    listening = listen(host)
+    port = listening.getsockname()[1]
+    # torch's own socket would listen at every address.
+    return TCPStore(host, port, ranks, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def join(store: Store, host: str, rank: int, ranks: int, timeout_s: float) -> None:
+    """Join the process group that meets at ``store``; a collective fails after ``timeout_s`` seconds.
+
+    ``host`` is this rank's own address: gloo would else listen at the address of the host's name.
+    """
+    if (interface := interface_of(host)) is not None:
+        os.environ.setdefault(INTERFACE_VARIABLE, interface)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+
+
+def interface_of(host: str) -> str | None:
+    """The network interface whose IPv4 address is ``host``; None where none is."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an IPv4 address
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == host:
+                    return name
+    return None
 
 
 def selftest() -> dict[str, float]:
     """Try what ranks do with one another, on all of them at once; milliseconds by name, for a MiB.
 
     Raises:
-        RuntimeError: the sum is not right, or a rank has ended.
+        RuntimeError: a result is not right, or a rank has ended.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    data = torch.full((SELFTEST_BYTES // 4,), float(rank + 1))
-    found: dict[str, float] = {}
-    for name in ("all_reduce", "send"):
-        dist.barrier()
-        started = time.perf_counter()
-        if name == "all_reduce":
-            dist.all_reduce(data)
-        elif rank:
-            receive(data, 0)
+    part = SELFTEST_BYTES // 4 // ranks
+    numbers = torch.arange(1.0, ranks + 1)
+    own = numbers[rank].repeat(part * ranks)
+    summed, exchanged, sent = own.clone(), torch.empty_like(own), own.clone()
+
+    def send_all() -> None:
+        if rank:
+            receive(sent, 0)
         else:
             for other in range(1, ranks):
-                send(data, other)
+                send(sent, other)
+
+    tried: dict[str, tuple[Callable[[], Any], Tensor, Tensor]] = {
+        "all_reduce": (lambda: dist.all_reduce(summed), summed, numbers.sum().expand(ranks)),
+        "all_to_all": (lambda: dist.all_to_all_single(exchanged, own), exchanged, numbers),
+        "send": (send_all, sent, numbers[0].expand(ranks)),
+    }
+    found: dict[str, float] = {}
+    for name, (run, result, expected) in tried.items():
+        dist.barrier()
+        started = time.perf_counter()
+        run()
         found[name] = (time.perf_counter() - started) * 1e3
-    if float(data[-1]) != ranks * (ranks + 1) / 2:
-        raise RuntimeError(f"the ranks' sum is {float(data[-1])}, not {ranks * (ranks + 1) / 2}")
+        if not torch.equal(result, expected.repeat_interleave(part)):
+            raise RuntimeError(f"the self-test of the ranks' {name} gave {result[::part].tolist()}")
     return found
 
 
@@ -111,7 +156,6 @@ class RankModel:
             from bagel_triton.parallel.tensor import shard
 
             shard(transformer, mesh["tensor"])
-        dist.barrier()  # groups of a mesh meet in the same file, which rank 0 removes now
 
     def kv_heads(self, rank: int) -> slice:
         """The KV heads that ``rank`` keeps of each context."""

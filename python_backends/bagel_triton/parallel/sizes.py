@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from bagel_triton.deploy.config import ConfigError, DeployConfig, DitConfig, ThinkerConfig
@@ -80,6 +81,8 @@ def summary(config: DeployConfig) -> str:
         if stage in config.models or config.topology.one_process:
             shared = " and ".join(f"{WORDS[name]} ({size})" for name, size in sizes._asdict().items() if size > 1)
             found += [f"{stage}: {sizes.ranks} processes share {shared}, by gloo"] if shared else []
+    if found and config.worker_backend == "ray":
+        found.append(f"all but the first of a stage are actors of the Ray cluster at {config.ray_address}")
     return "; ".join(found)
 
 
@@ -89,6 +92,12 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
     Raises:
         ConfigError: names the field, its value, and what is allowed.
     """
+    ranks = max(Sizes.of(config, stage).ranks for stage in (THINKER, DIT, DECODER))
+    if config.worker_backend == "ray" and ranks > 1 and find_spec("ray") is None:
+        raise ConfigError(
+            "worker_backend='ray' is not allowed: the package ray is not installed: pip install 'bagel-triton[ray]'; "
+            "allowed: process"
+        )
     _check_stage("thinker", config.thinker, config, language, device)
     _check_stage("dit", config.dit, config, language, device)
     _check_decoder(config, device)

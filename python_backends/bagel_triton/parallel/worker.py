@@ -1,6 +1,7 @@
-"""The process of a rank other than 0: ``python -m bagel_triton.parallel.worker``, with its pipe as standard input.
+"""A rank other than 0: ``python -m bagel_triton.parallel.worker`` with a socket as standard input, or a Ray actor.
 
-It ends when the pipe does. An error ends it as well, and with it the stage: see :mod:`bagel_triton.parallel.group`.
+Its process ends when the socket does. An error ends it as well, and with it the stage: see
+:mod:`bagel_triton.parallel.group`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from bagel_triton.deploy.topology import DECODER, THINKER
 from bagel_triton.kv.store import PagedStep, WorkspaceStep, map_store
@@ -21,15 +26,15 @@ from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Placement, resolve
+from bagel_triton.parallel import messages
+from bagel_triton.parallel.launch import LOOPBACK
 from bagel_triton.parallel.layout import PoolLayout
-from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Start, read
+from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Ready, Start
 from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import shared_weights
-
-READY = b"ready\n"  # on standard output, once the weights are loaded
 
 
 class Worker:
@@ -105,26 +110,27 @@ def load(start: Start, place: Placement) -> tuple[Bagel | None, Autoencoder | No
     return model, autoencoder
 
 
-def main() -> None:
-    """Follow rank 0 until it ends."""
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+def follow(connection: socket.socket, host: str) -> NoReturn:
+    """Follow rank 0, at the other end of ``connection``, until it ends; ``host`` is this rank's own address."""
+    waiting: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
-    def follow() -> None:
-        while (message := read(sys.stdin.fileno())) is not None:
-            messages.put(message)
+    def take() -> None:
+        while (message := messages.read(connection)) is not None:
+            waiting.put(message)
         os._exit(0)  # also while a forward waits for another rank
 
-    threading.Thread(target=follow, name="rank-0", daemon=True).start()
-    start = messages.get()
+    threading.Thread(target=take, name="rank-0", daemon=True).start()
+    start = waiting.get()
     assert isinstance(start, Start), "the first message"
     torch.set_num_threads(start.threads)
     place = resolve(start.config.device_of(start.stage), start.config.dtype)
     model, autoencoder = load(start, place)
-    os.write(sys.stdout.fileno(), READY)
-    assert isinstance(messages.get(), Meet), "the second message"
-    sizes = Sizes.of(start.config, start.stage)
-    join(Path(start.meeting), start.rank, sizes.ranks, start.config.bagel.stage_timeout_s)
+    messages.write(connection, Ready())
+    meeting = waiting.get()
+    assert isinstance(meeting, Meet), "the second message"
+    sizes, timeout_s = Sizes.of(start.config, start.stage), start.config.bagel.stage_timeout_s
+    store = TCPStore(meeting.host, meeting.port, sizes.ranks, timeout=timedelta(seconds=timeout_s))
+    join(store, host, start.rank, sizes.ranks, timeout_s)
     selftest()
     pool = ThreadPool.of(place.torch_device)
     pool.use_caller_thread()
@@ -132,7 +138,7 @@ def main() -> None:
     ranks = start.config.vae_decode.patch_parallel_size
     decoder = None if autoencoder is None else RankDecoder(autoencoder.decoder, ranks, pool)
     while True:
-        message = messages.get()
+        message = waiting.get()
         if isinstance(message, Decode):
             assert decoder is not None, "this rank decodes"
             with torch.inference_mode():
@@ -143,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    follow(socket.socket(fileno=sys.stdin.fileno()), LOOPBACK)

@@ -66,8 +66,10 @@ class LocalStages:
             for size in sizes
         ]
         decoding = autoencoder if Sizes.of(config, DECODER).ranks > 1 else None
-        ranks = [open_ranks(resources, DIT, own[1], False, decoding)]
-        ranks.insert(0, ranks[0] if together else open_ranks(resources, THINKER, own[0], False, decoding))
+        ranks = [open_ranks(resources, DIT, own[1], False, decoding, one_host=together)]
+        ranks.insert(
+            0, ranks[0] if together else open_ranks(resources, THINKER, own[0], False, decoding, one_host=True)
+        )
         decoders = None if decoding is None else ranks[1] or ranks[0]
         if decoding is not None and decoders is None:
             decoders = open_ranks(resources, DECODER, None, False, decoding)

@@ -48,6 +48,8 @@ LISTED = {
     "lora_modules": "NAME=DIR",
     "lora_dir": "DIR",
     "max_generated_image_size": "PIXELS",
+    "worker_backend": "BACKEND",
+    "ray_address": "HOST:PORT",
 }
 _UNLISTED = (
     "block_tokens",
@@ -61,7 +63,6 @@ _UNLISTED = (
 _SHORT = {"tensor_parallel_size": ["-tp"], "pipeline_parallel_size": ["-pp"], "data_parallel_size": ["-dp"]}
 _LONG = {"ulysses_degree": ["--usp"], "ring_degree": ["--ring"]}
 _Natural = Annotated[float, Meta(ge=0)]
-_NO_RAY = "there is no Ray cluster; each stage is a process of this server"
 # Flags that are no fields of a file.
 OTHERS: Fields = {
     "omni": Neutral("", (True, False)),
@@ -83,7 +84,7 @@ OTHERS: Fields = {
     "omni_heartbeat_timeout": Neutral("seconds >= 0; a dead stage is noticed within ten", type=_Natural),
     "omni_lb_policy": Neutral(vocabulary.REPLICAS, POLICIES),
     "omni_replica_address": "serve has it, as --host-address",
-    "ray_address": _NO_RAY,
+    "ray_address": vocabulary.TOP["ray_address"],
     "request_batch_max_wait_ms": Neutral("a request never waits for others to join its batch", (0,)),
     "shm_threshold_bytes": vocabulary.TOP["shm_threshold_bytes"],
     "stage_init_timeout": Neutral("seconds >= 0; serve waits for the stages, and reports", type=_Natural),
@@ -91,7 +92,7 @@ OTHERS: Fields = {
     "task": Neutral("modalities are a request's", ("generate", "auto")),
     "tokenizer": "the checkpoint's own tokenizer is used",
     "tokenizer_mode": Neutral("the checkpoint's own tokenizer is used", ("auto",)),
-    "worker_backend": Neutral(_NO_RAY, ("process", "multi_process", "mp")),
+    "worker_backend": vocabulary.TOP["worker_backend"],
 }
 _OTHER_NAMES = {"omni_replica_address": ["-ora"]}
 _JSON = {
@@ -201,7 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser, exclude: Sequence[str] = ()) 
     load = vocabulary.TOP["load"]
     assert isinstance(load, Setting)
     group.add_argument("--load", metavar="PARTS", help=f"{load.doc} (default: all)")
-    fields: dict[str, Field] = {name: vocabulary.STAGE[name] for name in (*LISTED, *_UNLISTED)}
+    fields: dict[str, Field] = {name: {**OTHERS, **vocabulary.STAGE}[name] for name in (*LISTED, *_UNLISTED)}
     fields |= vocabulary.ENGINE
     for name, field in {**fields, **OTHERS}.items():
         if name in exclude:
@@ -238,6 +239,8 @@ def flags_of(args: argparse.Namespace) -> Flags:
                 every[name] = of_value(value, Origin(flag), flag)
             else:
                 top = merged(top, by_stage)
+        elif isinstance(OTHERS.get(name), Setting):
+            top = merged(top, _top(flag, name, value))
         elif name not in OTHERS:
             every[name] = of_value(value, Origin(flag), flag)
     return Flags(top, every, getattr(args, "stage_id", None))
