@@ -211,11 +211,14 @@ def pack_latents(latent: Tensor, patch: int) -> Tensor:
     return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
 
 
-def encode(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """An image's posterior: [height, width, 3] in [-1, 1] -> means, log variances [1, 2 * channels, h, w] float32."""
+def encode(autoencoder: Autoencoder, pixels: Tensor, encoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """An image's posterior: [height, width, 3] in [-1, 1] -> means, log variances [1, 2 * channels, h, w] float32.
+
+    ``encoder`` runs instead of the autoencoder's plain one.
+    """
     weight = autoencoder.encoder.conv_in.weight
     image = pixels.permute(2, 0, 1).unsqueeze(0).to(device=weight.device, dtype=weight.dtype)  # [1, 3, H, W]
-    moments: Tensor = autoencoder.encoder(image)
+    moments: Tensor = (encoder or autoencoder.encoder)(image)
     return moments.float()
 
 

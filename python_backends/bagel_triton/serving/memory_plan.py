@@ -138,6 +138,7 @@ def plan(
     decoding = decode_bytes(autoencoder.decoder, height, width, tiled, on_gpu, decoders)
     # In one process each rank has an autoencoder of its own, as it shares no weights.
     decoder_ranks = (max(decoders, config.dit.ranks) - 1) * autoencoder_weights if one_process and decoders > 1 else 0
+    halves = [module_bytes(part) // 2 if on_gpu else 0 for part in (autoencoder.encoder, autoencoder.decoder)]
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = model.vae_resize.size(width, height)
     stages: tuple[StageMemory, ...] = (
@@ -149,7 +150,8 @@ def plan(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads())
                 + dense_bytes(model.language, forms[0], placement),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width) if draws else 0,
-            ),
+            )
+            + (halves[0] if draws else 0),
         ),
         StageMemory(
             "dit",
@@ -161,7 +163,7 @@ def plan(
         StageMemory(
             "vae_decode",
             weights=autoencoder_weights + decoder_ranks,
-            activations=decoded * decoding + (module_bytes(autoencoder.decoder) // 2 if on_gpu else 0),
+            activations=decoded * decoding + halves[1],
         ),
     )
     in_files = placement.torch_device.type == "cpu" and not one_process

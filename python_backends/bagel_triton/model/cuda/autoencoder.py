@@ -1,20 +1,20 @@
-"""The autoencoder's decoder on a GPU: whole images, in bfloat16 and channels last, with norms in float32.
+"""The autoencoder on a GPU: whole images, in bfloat16 and channels last, with norms in float32.
 
-A decoder's time is that of its convolutions, which tensor cores take in bfloat16 with the channels of a pixel side by
-side. A norm subtracts two large sums, so it is computed in float32 and rounded once. No GPU has run this yet; tests
-compare it with float32 on a CPU.
+Its time is that of its convolutions, which tensor cores take in bfloat16 with the channels of a pixel side by side. A
+norm subtracts two large sums, so it is computed in float32 and rounded once. No GPU has run this yet; tests compare it
+with float32 on a CPU.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bagel_triton.model.autoencoder import Decoder
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Float32Norm(nn.Module):
@@ -30,10 +30,10 @@ class Float32Norm(nn.Module):
         return wide.to(x.dtype, memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
-def in_bfloat16(decoder: Decoder) -> Decoder:
-    """A copy of a float32 ``decoder`` that computes in bfloat16; the norms' weights are the same memory."""
+def in_bfloat16(network: Network) -> Network:
+    """A copy of a float32 encoder or decoder that computes in bfloat16; the norms' weights are the same memory."""
     replaced: dict[int, Any] = {}  # by id, as deepcopy keeps what it has copied
-    for module in decoder.modules():
+    for module in network.modules():
         if isinstance(module, nn.GroupNorm):
             replaced[id(module)] = Float32Norm(module)
         elif isinstance(module, nn.Conv2d):
@@ -41,12 +41,12 @@ def in_bfloat16(decoder: Decoder) -> Decoder:
                 layout = torch.channels_last if weight.dim() == 4 else torch.preserve_format
                 half = weight.detach().to(torch.bfloat16, memory_format=layout)
                 replaced[id(weight)] = nn.Parameter(half, requires_grad=False)
-    return copy.deepcopy(decoder, replaced)
+    return copy.deepcopy(network, replaced)
 
 
-def whole_decoder(decoder: Decoder, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What decodes images whole on ``device``: float32 latents in, float32 pixels out."""
+def whole(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What runs an encoder or decoder on ``device`` over whole images: float32 in and out."""
     if device.type == "cpu":
-        return decoder
-    half = in_bfloat16(decoder)
-    return lambda z: half(z.to(torch.bfloat16, memory_format=torch.channels_last)).float()
+        return network
+    half = in_bfloat16(network)
+    return lambda x: half(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
