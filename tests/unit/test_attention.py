@@ -116,8 +116,27 @@ def test_a_gpu_takes_flash_and_never_cudnn(
 ) -> None:
     """cuDNN plans anew for every number of keys, so with every token of a text."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    assert kernel(torch.bfloat16, (9, 0)).name == "torch-flash"
+    assert kernel(torch.bfloat16, (9, 0)).is_flash
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_hopper_takes_flash_3_where_it_is_installed(
+    kernel: Callable[[torch.dtype, tuple[int, int]], AttentionKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", chosen.append)
+    assert kernel(torch.bfloat16, (9, 0)) == ("flash-2", "torch's own; flash_attn_interface is not installed")
+    monkeypatch.setattr("bagel_triton.model.attention.find_spec", lambda name: object())
+    assert kernel(torch.bfloat16, (10, 0)) == ("flash-2", "torch's own; flash-3 needs compute capability 9.0, not 10.0")
+    assert chosen == []
+    assert kernel(torch.bfloat16, (9, 0)) == ("flash-3", "flash_attn_interface is installed")
+    assert chosen == ["FA3"]
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", broken)
+    assert kernel(torch.bfloat16, (9, 0)).name == "flash-2"
 
 
 def test_what_flash_does_not_take_is_said(kernel: Callable[[torch.dtype, tuple[int, int]], AttentionKernel]) -> None:

@@ -15,7 +15,7 @@ from bench.gpu_report import main
 
 DOCS = "# Benchmarks\n\n- [Not run yet](#not-run-yet)\n\n## All benches\n\nThese.\n\n## Not run yet\n\nThose.\n"
 PROBE = """\
-{"section": "facts", "torch": "2.11.0+cu130", "cuda": "13.0", "kernel": ["torch-flash", "all at once"]}
+{"section": "facts", "torch": "2.11.0+cu130", "cuda": "13.0", "kernel": ["flash-2", "all at once"]}
 {"section": "module", "name": "flashinfer", "missing": "No module named 'flashinfer'"}
 {"section": "device", "name": "NVIDIA H200", "sms": 132, "free": 150000000000}
 {"section": "facts", "took": 1.5}

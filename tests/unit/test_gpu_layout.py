@@ -20,7 +20,7 @@ from bagel_triton.kv.store import PagedKeys
 from bagel_triton.model.attention import AttentionKernel, QuerySpan, attend
 from bagel_triton.model.autoencoder import decode, encode, sample
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of, varlen_attention
-from bagel_triton.model.cuda.decoder import in_bfloat16
+from bagel_triton.model.cuda.autoencoder import in_bfloat16
 from bagel_triton.model.cuda.executor import CudaExecutor
 from bagel_triton.model.cuda.graphs import DecodeInputs, GraphCache, filled
 from bagel_triton.pipeline.local import LocalStages
@@ -78,7 +78,7 @@ def stages(adapter: str) -> Iterator[LocalStages]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("model.device", "engine.thinker.prefill", "engine.dit.engine"):
             patch.setattr(f"bagel_triton.{module}.on_gpu", lambda device: True)
-        flash = AttentionKernel("torch-flash", "so steps are graphs")
+        flash = AttentionKernel("flash-2", "so steps are graphs")
         for module in ("engine.thinker.prefill", "engine.dit.steps"):
             patch.setattr(f"bagel_triton.{module}.attention_kernel", lambda device, dtype: flash)
         patch.setattr(GraphCache, "_capture", _captured)
@@ -109,11 +109,17 @@ def test_a_text_is_the_one_recorded(stages: LocalStages, case: Case) -> None:
 
 
 def test_rows_of_an_adapter_are_those_of_merged_weights(stages: LocalStages, adapter: str) -> None:
-    """Beside rows without one; a text and a step that have an adapter are no graphs."""
+    """Beside rows without one, in graphs of their own."""
     request, words = (next(case.request for case in CASES if case.name == name) for name in ("t2i_default", "chat"))
     styled, said = (msgspec.structs.replace(one, lora="style") for one in (request, words))
     both = generate_together(stages, [request, styled])
     (text,) = result_of(stages.think(result_of(stages.expand(said)))).answers
+    steps, decode = stages.dit._steps, stages.thinker._prefiller._graphs
+    assert isinstance(steps, DeviceSteps)
+    for cache in (steps._graphs, decode and decode._cache):
+        assert cache is not None
+        graphs = [met.graph for key, met in cache._met.items() if key[-1]]
+        assert any(isinstance(graph, Replayed) and graph.replays for graph in graphs)
     merged = LocalStages(config(lora_path=adapter))
     try:
         expected = [generate(stages, request), generate(merged, request)]
@@ -227,13 +233,18 @@ def test_pixels_in_bfloat16_with_norms_in_float32_are_near_float32s() -> None:
     autoencoder = checkpoint.load_autoencoder(torch.device("cpu"), torch.float32)
     before = {name: weight.clone() for name, weight in autoencoder.state_dict().items()}
     with torch.inference_mode():
-        half = in_bfloat16(autoencoder.decoder)
+        half, half_encoder = in_bfloat16(autoencoder.decoder), in_bfloat16(autoencoder.encoder)
         ramp = torch.linspace(-1, 1, 128)
         for image in (
             _random(3, 128, 128, 3).clamp(-1, 1),
             torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], ramp.flip(0)), -1),
         ):
             moments = encode(autoencoder, image)
+            means, near_means = (
+                one[:, : autoencoder.latent_channels]
+                for one in (moments, encode(autoencoder, image, lambda x: half_encoder(x.to(torch.bfloat16)).float()))
+            )
+            assert relative_rms(near_means, means) < 0.02
             latent = sample(moments, torch.zeros_like(moments[:, : autoencoder.latent_channels]))
             exact = decode(autoencoder, latent).float()
             near = decode(autoencoder, latent, lambda z: half(z.to(torch.bfloat16)).float()).float()

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -116,18 +117,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
+FLASH_3 = "flash_attn_interface"  # FlashAttention's package for Hopper, which torch can call in place of its own kernel
+
+
 class AttentionKernel(NamedTuple):
     """The kernel of the attention, and why it is that one."""
 
     name: str
     why: str
 
+    @property
+    def is_flash(self) -> bool:
+        """Whether all sequences are one call of torch's flash operation, which a CUDA graph can capture."""
+        return self.name.startswith("flash")
+
 
 @cache
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     """The kernel for a device and dtype; on a GPU, cuDNN's is switched off for the whole process."""
     if device.type != "cuda":
-        return AttentionKernel("torch-sdpa", "a CPU's")
+        return AttentionKernel("torch-sdpa", "on a CPU, a sequence at a time")
     # It builds a plan for every new number of keys, so for every token of a text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype not in (torch.bfloat16, torch.float16):
@@ -137,4 +146,15 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKerne
         return AttentionKernel("torch-sdpa", f"flash needs compute capability 8.0, not {major}.{minor}")
     if not torch.backends.cuda.is_flash_attention_available():
         return AttentionKernel("torch-sdpa", "this torch was built without flash")
-    return AttentionKernel("torch-flash", "all sequences in one call, no plans, no masks")
+    if (major, minor) != (9, 0):
+        return AttentionKernel("flash-2", f"torch's own; flash-3 needs compute capability 9.0, not {major}.{minor}")
+    if find_spec(FLASH_3) is None:
+        return AttentionKernel("flash-2", f"torch's own; {FLASH_3} is not installed")
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        return AttentionKernel("flash-2", f"torch's own; {FLASH_3} needs torch 2.11, not {torch.__version__}")
+    try:
+        activate("FA3")  # for torch's flash operation, in the whole process
+    except (ImportError, RuntimeError) as error:
+        return AttentionKernel("flash-2", f"torch's own; {FLASH_3} cannot be used: {error}")
+    return AttentionKernel("flash-3", f"{FLASH_3} is installed")

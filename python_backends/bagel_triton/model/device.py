@@ -40,7 +40,7 @@ class Placement:
     def attention(self) -> str:
         """The kernel of the attention, and why it is that one."""
         name, why = attention_kernel(self.torch_device, self.torch_dtype)
-        return name if self.torch_device.type == "cpu" else f"{name} ({why})"
+        return f"{name} ({why})"
 
 
 def resolve(device: str, dtype: str) -> Placement:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+from weakref import ref
 
 from torch import Tensor
 
@@ -62,6 +63,20 @@ def adapted_rows(spans: Sequence[tuple[int, int, LoraAdapter | None]]) -> tuple[
         else:
             joined.append(AdaptedRows(start, stop, adapter))
     return tuple(joined)
+
+
+WeakRows = tuple[tuple[int, int, ref[LoraAdapter]], ...]
+
+
+def weakly(adapted: Sequence[AdaptedRows]) -> WeakRows:
+    """``adapted`` as a key that does not keep an adapter: that of a dead one equals no other."""
+    return tuple((start, stop, ref(adapter)) for start, stop, adapter in adapted)
+
+
+def strongly(rows: WeakRows) -> tuple[AdaptedRows, ...]:
+    """The rows again; their adapters must be alive."""
+    alive = [(start, stop, known()) for start, stop, known in rows]
+    return tuple(AdaptedRows(start, stop, adapter) for start, stop, adapter in alive if adapter is not None)
 
 
 def within(adapted: Sequence[AdaptedRows], rows: slice) -> tuple[AdaptedRows, ...]:

@@ -18,7 +18,7 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cuda.graphs import GraphCache
 from bagel_triton.model.cuda.upload import Upload
 from bagel_triton.model.device import Forward
-from bagel_triton.model.lora import AdaptedRows
+from bagel_triton.model.lora import AdaptedRows, WeakRows, strongly, weakly
 from bagel_triton.model.mot import PackedBatch, rotary_tables
 from bagel_triton.protocol.messages import KVGeometry
 
@@ -57,11 +57,11 @@ class DeviceSteps:
         self.workspace = WorkspacePool(geometry, slots, model.dtype, device)
         self._packed: tuple[list[BranchItem], StepShape, NDArray[np.int64], tuple[AdaptedRows, ...]] | None = None
         self._upload = Upload(device)
-        self._graphs: GraphCache[StepShape] | None = None
+        self._graphs: GraphCache[tuple[StepShape, WeakRows]] | None = None
         # torch's plain attention reads lengths on the host, which a graph cannot; nor has it copies of layers.
-        captures = attention_kernel(device, model.dtype).name == "torch-flash"
-        if captures and model.language_model.model.offload is None and not config.enforce_eager:
-            self._graphs = GraphCache(device, lambda shape, inputs: (self._step(shape, inputs, self._rows),))
+        captures = attention_kernel(device, model.dtype).is_flash and model.language_model.model.offload is None
+        if captures and not config.enforce_eager:
+            self._graphs = GraphCache(device, self._captured)
             hidden = model.config.language.hidden_size
             self._rows = torch.empty(GRAPH_ROWS, hidden, dtype=model.dtype, device=device)
 
@@ -71,14 +71,18 @@ class DeviceSteps:
             rows = StepRows.of(items)
             self._packed = items, *shaped(items, rows), rows.adapted(items)
         _, shape, numbers, adapted = self._packed
-        if self._graphs is None or shape.rows > GRAPH_ROWS or adapted:  # a graph has no adapters
+        if self._graphs is None or shape.rows > GRAPH_ROWS:
             (inputs,), _ = self._upload((numbers,), ())
-            return self._step(shape, inputs, torch.cat(list(embedded)), adapted)
+            return self._step(shape, adapted, inputs, torch.cat(list(embedded)))
         torch.cat(list(embedded), out=self._rows[: shape.rows])
-        (hidden,) = self._graphs.run(shape, numbers)
+        (hidden,) = self._graphs.run((shape, weakly(adapted)), numbers)
         return hidden
 
-    def _step(self, shape: StepShape, inputs: Tensor, rows: Tensor, adapted: tuple[AdaptedRows, ...] = ()) -> Tensor:
+    def _captured(self, key: tuple[StepShape, WeakRows], inputs: Tensor) -> tuple[Tensor]:
+        shape, adapted = key
+        return (self._step(shape, strongly(adapted), inputs, self._rows),)
+
+    def _step(self, shape: StepShape, adapted: tuple[AdaptedRows, ...], inputs: Tensor, rows: Tensor) -> Tensor:
         """What a graph captures; ``rows`` start with the embeddings."""
         positions, kv = placed(shape, inputs, self.workspace.store)
         cos, sin = rotary_tables(positions, self._model.config.language, self._model.dtype)

@@ -20,6 +20,7 @@ from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sa
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.cuda import autoencoder as cuda_autoencoder
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInputs
 from bagel_triton.model.cuda.upload import Upload
@@ -96,12 +97,13 @@ class Prefiller:
     ) -> None:
         self._model, self._autoencoder, self._kv_pool, self._encodings = model, autoencoder, kv_pool, encodings
         self._upload = Upload(model.device)
-        captures = on_gpu(model.device) and attention_kernel(model.device, model.dtype).name == "torch-flash"
+        captures = on_gpu(model.device) and attention_kernel(model.device, model.dtype).is_flash
         block_tokens = kv_pool.geometry.block_tokens
         captures = captures and model.language_model.model.offload is None  # whose copies no graph has
         self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
         self._pool, self._forward = pool, forward or forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
+            self._encoder = None if autoencoder is None else cuda_autoencoder.whole(autoencoder.encoder, model.device)
             self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
             # t = 0: no noise left. Without an autoencoder no image is encoded.
             self._clean = None if autoencoder is None else model.time_embedder(torch.zeros(1, device=model.device))
@@ -117,22 +119,19 @@ class Prefiller:
         Raises:
             KVCacheFull: nothing was computed, but some contexts were extended.
         """
-        # A graph has no adapters.
-        texts_alone = [
-            chunk
-            for chunk in chunks
-            if isinstance(chunk, TextChunk) and chunk.scored and chunk.tokens == 1 and chunk.adapter is None
-        ]
+        texts_alone = [chunk for chunk in chunks if isinstance(chunk, TextChunk) and chunk.scored and chunk.tokens == 1]
         if self._graphs is not None and len(texts_alone) == len(chunks) and (found := self._decoded(texts_alone)):
             return found
         logits = self._forwarded(chunks)
         return logits, logits.argmax(dim=-1)
 
     def _decoded(self, chunks: Sequence[TextChunk]) -> tuple[Tensor, Tensor] | None:
-        """A token more for each of many texts, by a CUDA graph; None where there is none for so many."""
+        """A token more for each of many texts, by a CUDA graph; None where there is none for them."""
         assert self._graphs is not None, "the caller has looked"
         contexts = [chunk.context for chunk in chunks]
-        if not self._graphs.takes(len(contexts)):
+        first, *others = {chunk.adapter for chunk in chunks}
+        # A graph for every order in which texts of several adapters come would be captured more often than it runs.
+        if others or not self._graphs.takes(len(contexts)):
             return None
         slots = torch.cat([context.extend(1) for context in contexts]).tolist()
         positions = [context.next_position for context in contexts]
@@ -142,16 +141,20 @@ class Prefiller:
         starts = [at * self._kv_pool.geometry.block_tokens for at in accumulate(map(len, blocks), initial=0)][:-1]
         token_ids = [chunk.token_ids[0] for chunk in chunks]
         lengths = [context.tokens for context in contexts]
-        return self._graphs.run(DecodeInputs(token_ids, positions, slots, lengths, starts, [*chain(*blocks)]))
+        return self._graphs.run(DecodeInputs(token_ids, positions, slots, lengths, starts, [*chain(*blocks)]), first)
 
-    def _decode_step(self, inputs: StaticInputs) -> tuple[Tensor, Tensor]:
-        """The step that a graph captures: a row for each text."""
+    def _decode_step(self, inputs: StaticInputs, adapter: LoraAdapter | None) -> tuple[Tensor, Tensor]:
+        """The step that a graph captures: a row for each text, all with ``adapter``."""
         texts, model, pool = len(inputs.token_ids), self._model, self._kv_pool
         group = tuple(KeySpan(row, row + 1, 0, 0, causal=True) for row in range(texts))
         call = call_of(group, inputs.numbers, inputs.max_length)
         kv = PoolStep(pool.store, inputs.slots, inputs.blocks, [call], pool.geometry.block_tokens)
         cos, sin = rotary_tables(inputs.positions, model.config.language, model.dtype)
-        hidden = self._forward(model.embed_text(inputs.token_ids), PackedBatch(0, cos, sin), kv)
+        hidden = self._forward(
+            model.embed_text(inputs.token_ids),
+            PackedBatch(0, cos, sin, adapted=adapted_rows([(0, texts, adapter)])),
+            kv,
+        )
         logits = model.logits(hidden)
         return logits, logits.argmax(dim=-1)
 
@@ -249,7 +252,7 @@ class Prefiller:
         autoencoder, clean = self._autoencoder, self._clean
         assert autoencoder is not None, "without one no image is drawn"
         assert clean is not None, "likewise"
-        moments = self._encode("vae", segment, lambda: encode(autoencoder, _pixels(segment)))
+        moments = self._encode("vae", segment, lambda: encode(autoencoder, _pixels(segment), self._encoder))
         z = sample(moments, chunk.noise)
         rows, columns = segment.height // latent.stride, segment.width // latent.stride
         tokens = pack_latents(z[0], latent.patch_size).to(self._model.device)

@@ -85,7 +85,7 @@ def call_of(group: tuple[KeySpan, ...], numbers: Tensor, max_length: int = 0) ->
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall) -> Tensor:
     """query [rows of the call, heads, head_dim]; key and value [keys, kv_heads, head_dim] -> like query, contiguous."""
-    if attention_kernel(query.device, query.dtype).name == "torch-flash":
+    if attention_kernel(query.device, query.dtype).is_flash:
         longest_rows = max(span.stop - span.start for span in call.spans)
         starts = call.query_starts, call.key_starts, longest_rows, call.max_length
         out: Tensor = torch.ops.aten._flash_attention_forward(

@@ -4,8 +4,8 @@ A graph replays the same kernels on the same memory, so it belongs to a key: all
 else varies is numbers in one tensor. The first step of a key runs as it is, and sets up the libraries; the second is
 captured. All graphs of an engine share their memory, as one runs at a time. No GPU has run this yet.
 
-For decoding the key is a number of texts and of blocks, both rounded up. Rows that fill up repeat the last text,
-whose token is then written to its slot twice; blocks that fill up are read and not used.
+For decoding the key is a number of texts and of blocks, both rounded up, and the adapter of all texts. Rows that fill
+up repeat the last text, whose token is then written to its slot twice; blocks that fill up are read and not used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from bagel_triton.model.cuda.upload import Numbers, Upload
+from bagel_triton.model.lora import LoraAdapter
 
 TEXTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MIN_BLOCKS = 64
@@ -123,32 +125,39 @@ class StaticInputs:
     max_length: int
 
 
+DecodeKey = tuple[int, int, ref[LoraAdapter] | None]  # texts, blocks, and the adapter of all texts
+
+
 class DecodeGraphs:
     """Runs ``step`` as a graph: from inputs to logits [texts, vocabulary] and the best token ids [texts]."""
 
     def __init__(
-        self, device: torch.device, block_tokens: int, step: Callable[[StaticInputs], tuple[Tensor, Tensor]]
+        self,
+        device: torch.device,
+        block_tokens: int,
+        step: Callable[[StaticInputs, LoraAdapter | None], tuple[Tensor, Tensor]],
     ) -> None:
         self._block_tokens, self._step = block_tokens, step
-        self._cache: GraphCache[tuple[int, int]] = GraphCache(device, self._on)
+        self._cache: GraphCache[DecodeKey] = GraphCache(device, self._on)
 
     def takes(self, texts: int) -> bool:
         """Whether there can be a graph for so many texts."""
         return texts <= TEXTS[-1]
 
-    def run(self, inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
-        """Logits and best tokens, of as many texts as it takes."""
+    def run(self, inputs: DecodeInputs, adapter: LoraAdapter | None = None) -> tuple[Tensor, Tensor]:
+        """Logits and best tokens, of as many texts as it takes, which all have ``adapter`` or none."""
         count = len(inputs.token_ids)
         sizes = _sizes(count, len(inputs.blocks))
-        logits, best = self._cache.run(sizes, filled(inputs, *sizes))
+        logits, best = self._cache.run((*sizes, None if adapter is None else ref(adapter)), filled(inputs, *sizes))
         return logits[:count], best[:count]
 
-    def _on(self, sizes: tuple[int, int], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _on(self, key: DecodeKey, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The step on what :func:`filled` makes."""
-        texts, blocks = sizes
+        texts, blocks, known = key
         token_ids, positions, slots, at, call = inputs.split((texts, texts, texts, blocks, 3 * texts + 2))
         longest = blocks * self._block_tokens
-        return self._step(StaticInputs(token_ids, positions, slots, at, call.to(torch.int32), longest))
+        static = StaticInputs(token_ids, positions, slots, at, call.to(torch.int32), longest)
+        return self._step(static, None if known is None else known())
 
 
 def _sizes(texts: int, blocks: int) -> tuple[int, int]:
