@@ -10,7 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.rehearsal.fake_gpu import Tally
-from tests.rehearsal.scenes import Stage, at_full_depth, decode_of, edit, image, pixels_of, step_of
+from tests.rehearsal.scenes import (
+    Stage,
+    adapted,
+    at_full_depth,
+    decode_of,
+    edit,
+    encoding_of,
+    image,
+    pixels_of,
+    step_of,
+)
 
 # Rates a kernel reaches, not the data sheet's: products and flash-2 attention in bfloat16, and memory.
 PRODUCTS, ATTENTION = 650e12, 330e12
@@ -38,6 +48,7 @@ class Budget:
     kernels: int
     waits: int
     cheap: bool = False  # it is rehearsed by every run of the tests
+    form: str | None = None  # of quantised weights
 
 
 BUDGETS = (
@@ -46,12 +57,17 @@ BUDGETS = (
     Budget("guided step, edit, 512", lambda stage: step_of(stage, edit(512)), 50, 1),
     Budget("guided step, 4 images, 512", lambda stage: step_of(stage, image(512, n=4)), 120, 1),
     Budget("guided step, 512, no graph", lambda stage: step_of(stage, image(512), graphs=False), 699, 1, cheap=True),
+    Budget("guided step, 512, adapter", lambda stage: step_of(stage, adapted(stage, image(512))), 40, 1),
+    Budget("guided step, 512, fp8_w8a8", lambda stage: step_of(stage, image(512)), 40, 1, form="fp8_w8a8"),
     Budget("decode, 1 text", lambda stage: decode_of(stage, 1), 10, 1),
     Budget("decode, 8 texts", lambda stage: decode_of(stage, 8), 10, 1),
     Budget("decode, 32 texts", lambda stage: decode_of(stage, 32), 10, 1, cheap=True),
     Budget("decode, 8 sampled texts", lambda stage: decode_of(stage, 8, temperature=1.0), 20, 1),
     Budget("decode, 32 texts, every setting", lambda stage: decode_of(stage, 32, **EVERY), 60, 1, cheap=True),
+    Budget("decode, 8 texts, adapter", lambda stage: decode_of(stage, 8, adapter=True), 10, 1, cheap=True),
+    Budget("decode, 8 texts, int8", lambda stage: decode_of(stage, 8), 10, 1, form="int8"),
     Budget("decode, 32 texts, no graph", lambda stage: decode_of(stage, 32, graphs=False), 500, 1, cheap=True),
+    Budget("an image to edit, encoded, 512", lambda stage: encoding_of(stage, 512), 999, 9),
     Budget("pixels, 1024", lambda stage: pixels_of(stage, 1024), 300, 1, cheap=True),
 )
 
@@ -81,7 +97,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for budget in BUDGETS:
         if not sys.argv[1:] or budget.name in sys.argv[1:]:
-            print(row(budget.name, at_full_depth(budget.scene)), flush=True)
+            print(row(budget.name, at_full_depth(budget.scene, form=budget.form)), flush=True)
 
 
 if __name__ == "__main__":

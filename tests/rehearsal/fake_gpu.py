@@ -230,7 +230,7 @@ class Counting(TorchDispatchMode):
         if any(tensor.device.type != "cuda" for tensor in tensors):
             shapes = [f"{tensor.device.type}{list(tensor.shape)}" for tensor in tensors]
             raise DeviceMix(f"{packet}: {', '.join(shapes)}")
-        if packet in (aten.copy_, aten._to_copy, aten.index_copy_):
+        if packet in (aten.copy_, aten._to_copy, aten.index_copy_, aten._scaled_mm):
             return
         dtypes = {tensor.dtype for tensor in on_gpu if tensor.dtype.is_floating_point and tensor.dim()}
         if len(dtypes) > 1 and packet is not aten.native_layer_norm:

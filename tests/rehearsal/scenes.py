@@ -14,7 +14,7 @@ from unittest import mock
 import msgspec
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.engine.build import Models
@@ -22,6 +22,8 @@ from bagel_triton.engine.dit.run import Latents
 from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
+from bagel_triton.model.lora import LoraAdapter, LowRank, Projection
+from bagel_triton.model.quantization import FORMS, quantize
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.messages import DenoiseJob
 from bagel_triton.protocol.request import GenerationRequest
@@ -69,8 +71,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(layers: int) -> Iterator[Stage]:
-    """The engines of one process, at the published size but for the number of layers, in bfloat16."""
+def stage(layers: int, form: str | None = None) -> Iterator[Stage]:
+    """The engines of one process, at the published size but for the number of layers, in bfloat16 or quantised."""
     config = dataclasses.replace(
         PUBLISHED,
         language=dataclasses.replace(PUBLISHED.language, num_layers=layers),
@@ -79,19 +81,21 @@ def stage(layers: int) -> Iterator[Stage]:
     with mock.patch.object(EngineLoop, "start"), fake_gpu() as gpu, torch.inference_mode():
         with torch.device("meta"):
             bagel = Bagel(config).to(torch.bfloat16)
+            if form is not None:
+                quantize(bagel.language_model.model, FORMS[form])
             autoencoder = Autoencoder(autoencoder_shapes(config, AUTOENCODER_WIDTHS))
         models = Models(config, _placed(bagel), _placed(autoencoder))
         yield Stage(gpu, LocalStages(DeployConfig(str(TINY), device="cuda:0", dtype="bfloat16"), models=models))
 
 
-def at_full_depth(scene: Callable[[Stage], Tally], few: int = 2) -> Tally:
+def at_full_depth(scene: Callable[[Stage], Tally], few: int = 2, form: str | None = None) -> Tally:
     """What ``scene`` gives a GPU at the published depth, from that of ``few`` layers and of one more.
 
     The layers are alike, so each adds the same; the first and the last are among the few.
     """
     tallies = []
     for layers in (few, few + 1):
-        with stage(layers) as engines:
+        with stage(layers, form) as engines:
             tallies.append(scene(engines))
     return tallies[0].extrapolated(tallies[1], PUBLISHED.language.num_layers - few)
 
@@ -100,9 +104,35 @@ def _placed(module: Any) -> Any:
     """``module`` with fake weights on the GPU."""
     for one in module.modules():
         for name, weight in list(one.named_parameters(recurse=False)):
-            fake = torch.empty(weight.shape, dtype=weight.dtype, device=GPU)
-            setattr(one, name, nn.Parameter(fake, requires_grad=False))
+            setattr(one, name, nn.Parameter(_fake(*weight.shape, dtype=weight.dtype), requires_grad=False))
+        for name, codes in list(one.named_buffers(recurse=False)):
+            setattr(one, name, _fake(*codes.shape, dtype=codes.dtype))
     return module
+
+
+def _fake(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=GPU)
+
+
+def adapted(scene: Stage, request: GenerationRequest, rank: int = 16) -> GenerationRequest:
+    """``request`` with an adapter of all projections, which the engines have from here on."""
+    language = scene.stages.thinker._model.config.language
+    hidden, inner = language.hidden_size, language.intermediate_size
+    queries, keys = (heads * language.head_dim for heads in (language.num_heads, language.num_kv_heads))
+    shapes: dict[Projection, tuple[int, int]] = {
+        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+    }  # fmt: skip
+    updates = {
+        (gen, name): LowRank(_fake(rank, width), _fake(height, rank))
+        for gen in (False, True)
+        for name, (height, width) in shapes.items()
+    }
+    adapters = {"style": LoraAdapter("style", [updates] * language.num_layers)}
+    stages = scene.stages
+    for holder in (stages.thinker, stages.thinker._admission, stages.dit, stages.planner):
+        holder._adapters = adapters  # type: ignore[attr-defined]
+    return msgspec.structs.replace(request, lora="style")
 
 
 def image(side: int, steps: int = 8, **more: Any) -> GenerationRequest:
@@ -129,7 +159,7 @@ def step_of(scene: Stage, request: GenerationRequest, graphs: bool = True) -> Ta
     return [scene.turn(dit) for _ in range(3)][-1]
 
 
-def decode_of(scene: Stage, texts: int, graphs: bool = True, **sampling: Any) -> Tally:
+def decode_of(scene: Stage, texts: int, graphs: bool = True, adapter: bool = False, **sampling: Any) -> Tally:
     """A step of that many texts at once, whose prompts differ."""
     if not graphs:
         scene.stages.thinker._prefiller._graphs = None
@@ -137,11 +167,22 @@ def decode_of(scene: Stage, texts: int, graphs: bool = True, **sampling: Any) ->
         GenerationRequest(prompt=f"{number} " + PROMPT * 3, modality="text", max_tokens=64, **sampling)
         for number in range(texts)
     ]
+    if adapter:
+        requests = [adapted(scene, request) for request in requests[:1]] + [
+            msgspec.structs.replace(request, lora="style") for request in requests[1:]
+        ]
     jobs = [scene.think(request) for request in requests]
     thinker = scene.stages.thinker
     scene.until(thinker, lambda: all(run.decoders for run in thinker._running) and len(thinker._running) == texts)
     assert not any(job.done.done() for job in jobs)
     return [scene.turn(thinker) for _ in range(4)][-1]
+
+
+def encoding_of(scene: Stage, side: int) -> Tally:
+    """The turn of the thinker that encodes an image to edit for the DiT."""
+    job = scene.think(edit(side))
+    turns = scene.until(scene.stages.thinker, job.done.done)
+    return max(turns, key=lambda turn: turn.kernels["convolution"])
 
 
 def pixels_of(scene: Stage, side: int) -> Tally:

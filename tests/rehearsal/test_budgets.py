@@ -17,7 +17,7 @@ GPU = torch.device("cuda:0")
     [pytest.param(one, id=one.name, marks=() if one.cheap else pytest.mark.long) for one in BUDGETS],
 )
 def test_a_step_keeps_its_budget(budget: Budget) -> None:
-    tally = at_full_depth(budget.scene)
+    tally = at_full_depth(budget.scene, form=budget.form)
     assert tally.launches <= budget.kernels, tally.kernels.most_common()
     assert tally.stops <= budget.waits, tally.waits
     assert tally.masks == 0  # flash refuses them

@@ -1,4 +1,4 @@
-"""Ports: free ones differ, a busy one is a clear error."""
+"""Ports: free ones differ, a busy one is a clear error. And how a GPU is shared."""
 
 import socket
 
@@ -48,3 +48,10 @@ def test_a_port_of_another_address():
         assert machine.choose_ports({"--a": port}) == {"--a": port}
         with pytest.raises(CommandError, match=rf"127\.0\.0\.2 port {port}.*--a"):
             machine.choose_ports({"--a": port}, {"--a": "127.0.0.2"})
+
+
+def test_processes_share_a_gpu_by_mps_where_its_daemon_runs(tmp_path):
+    environ = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert machine.gpu_sharing(environ).startswith("time slices (nvidia-cuda-mps-control")
+    (tmp_path / "control").touch()
+    assert machine.gpu_sharing(environ) == "MPS"

@@ -13,6 +13,16 @@ from pathlib import Path
 import bagel_triton
 from bagel_triton.serving import CommandError
 
+# --- the GPU ---
+
+
+def gpu_sharing(environ: Mapping[str, str] = os.environ) -> str:
+    """How processes share a GPU: by NVIDIA's MPS, whose daemon has a pipe, or by turns."""
+    if (Path(environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control").exists():
+        return "MPS"
+    return "time slices (nvidia-cuda-mps-control -d before serve lets stages compute at the same time)"
+
+
 # --- the TCP ports that tritonserver will bind ---
 
 LOOPBACK = "127.0.0.1"

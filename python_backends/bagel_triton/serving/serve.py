@@ -302,6 +302,11 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
                 **({"LoRA modules": ", ".join(deploy.lora_modules)} if deploy.lora_modules else {}),
                 "attention": placement.attention,
+                **(
+                    {"GPU shared by": machine.gpu_sharing()}
+                    if placement.torch_device.type == "cuda" and not deploy.topology.one_process
+                    else {}
+                ),
                 "KV connector": connector,
                 **({"ranks": ranks} if (ranks := sizes.summary(deploy)) else {}),
                 **_request_defaults(deploy),
