@@ -67,7 +67,7 @@ BUDGETS = (
     Budget("decode, 8 texts, adapter", lambda stage: decode_of(stage, 8, adapter=True), 10, 1, cheap=True),
     Budget("decode, 8 texts, int8", lambda stage: decode_of(stage, 8), 10, 1, form="int8"),
     Budget("decode, 32 texts, no graph", lambda stage: decode_of(stage, 32, graphs=False), 500, 1, cheap=True),
-    Budget("an image to edit, encoded, 512", lambda stage: encoding_of(stage, 512), 999, 9),
+    Budget("an image to edit, encoded, 512", lambda stage: encoding_of(stage, 512), 900, 4),
     Budget("pixels, 1024", lambda stage: pixels_of(stage, 1024), 300, 1, cheap=True),
 )
 
