@@ -150,7 +150,12 @@ def check_replies(server: Server, of_one_rank: list[dict[str, Any]]) -> None:
         assert essence(reply) == essence(expected), body
         if isinstance(expected["choices"][0]["message"]["content"], list):
             for one, other in zip(reply_images(reply), reply_images(expected), strict=True):
-                assert np.abs(one.astype(int) - other.astype(int)).max() <= 1, body
+                assert nearly(one, other), body
+
+
+def nearly(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether both are one image, but for what ranks round: how rows are shared depends on the other requests."""
+    return int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
 @pytest.mark.long
@@ -176,7 +181,7 @@ def test_a_killed_rank_is_the_stage_dying(ranked: Ranked) -> None:
         statuses = []
         for ended in load:
             statuses.append(ended.status)
-            assert ended.status == 503 or same_image(reply_images(ended.reply)[0], image), ended.reply
+            assert ended.status == 503 or nearly(reply_images(ended.reply)[0], image), ended.reply
             assert ended.at - killed_at < FAIL_S
         assert statuses.count(503) >= len(at_work)
         until(lambda pids=(*others, *first): not any(map(arguments, pids)), "a process is left", NOTICE_S)
