@@ -83,14 +83,17 @@ def prefix() -> Iterator[str]:
 
 @pytest.fixture
 def stages(checkpoint_dir: Path, prefix: str) -> Iterator[SleepingStages]:
-    """Stages whose weights are quantised, so that they are in shared memory, with 64 MiB of KV cache."""
+    """Stages whose weights are quantised, so that they are in shared memory, with 64 MiB of KV cache.
+
+    The DiT's layers are offloaded.
+    """
     config = DeployConfig(
         checkpoint=str(checkpoint_dir),
         device="cpu",
         dtype="float32",
         shm_prefix=prefix,
         thinker=ThinkerConfig(kv_tokens=64 * MIB // 1024, quantization="int8"),
-        dit=DitConfig(quantization="int8"),
+        dit=DitConfig(quantization="int8", cpu_offload_gb=1.0),
     )
     running = SleepingStages(config)
     yield running
