@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
 from bagel_triton.engine.build import StageResources
@@ -36,6 +38,11 @@ SLOW = {
     "dit": (ThinkerConfig(), TENSOR),
     "cfg_tensor": (THINKER, DitConfig(tensor_parallel_size=2, cfg_parallel_size=2)),
     "cfg_ulysses": (ThinkerConfig(), DitConfig(cfg_parallel_size=2, ulysses_degree=2)),
+    "hsdp": (ThinkerConfig(), DitConfig(use_hsdp=True, hsdp_shard_size=2)),
+    "hsdp_ulysses": (
+        ThinkerConfig(),
+        DitConfig(use_hsdp=True, cfg_parallel_size=2, ulysses_degree=2, hsdp_shard_size=2, hsdp_replicate_size=2),
+    ),
 }
 # Fewer rows than four ranks.
 SMALL = GenerationRequest(prompt="x", height=16, width=16, seed=1, num_inference_steps=3, cfg_text_scale=1.0)
@@ -111,6 +118,26 @@ def test_ranks_are_started_anew_after_a_sleep(checkpoint_dir: Path, mode: str) -
         found.append(generate(stages, MIXED[2]))
         stages.close()
     assert_same(found[0].pixels[0], found[1].pixels[0])
+
+
+def test_a_rank_of_hsdp_keeps_its_part_of_every_layer(other_checkpoint: Path) -> None:
+    """And gives what one rank does, also with fewer branches than ranks; the thinker has its own weights."""
+    found, kept = [], []
+    for dit in (DitConfig(use_hsdp=True, hsdp_shard_size=3), DitConfig()):
+        stages = stages_of(other_checkpoint, ThinkerConfig(), dit)
+        try:
+            found.append([generate(stages, request) for request in (SMALL, MIXED[2])])
+            layers = stages.dit._model.language_model.model.layers
+            kept.append(sum((to_local(weight)).nbytes for weight in layers.parameters()))
+        finally:
+            stages.close()
+    for ours, expected in zip(*found, strict=True):
+        assert distance(ours.latents[0].tokens, expected.latents[0].tokens) < TOLERANCE
+    assert kept[1] / 3 <= kept[0] < kept[1] / 2.9
+
+
+def to_local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 @pytest.fixture(scope="module", params=[*MODES, *(pytest.param(mode, marks=pytest.mark.long) for mode in SLOW)])

@@ -133,8 +133,8 @@ ONE_LINE = [
         ":1: stages[stage_id=0].cfg_parallel_size=2 is not supported: the thinker's ranks share its heads",
     ),
     (
-        "stages: [{stage_id: 1, parallel_config: {use_hsdp: true}}]",
-        ":1: stages[stage_id=1].parallel_config.use_hsdp=true is not s",
+        "stages: [{stage_id: 0, parallel_config: {use_hsdp: true}}]",
+        ":1: stages[stage_id=0].parallel_config.use_hsdp=true is not supported: the thinker's ranks share its heads",
     ),
     (
         "stages: [{stage_id: 0, quantization: gptq}]",

@@ -26,7 +26,9 @@ SIZES = {
     "`cfg_parallel_size`": (1, "cfg_parallel_size"),
     "`ulysses_degree`": (1, "ulysses_degree"),
     "`vae_patch_parallel_size`": (1, "vae_patch_parallel_size"),
+    "`use_hsdp`": (1, "use_hsdp"),
 }
+BESIDE: dict[str, dict[str, Any]] = {"use_hsdp": {"use_hsdp": True, "hsdp_shard_size": 2}}  # of others 2 alone
 DOC = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
@@ -47,10 +49,10 @@ FIELDS: dict[str, list[tuple[dict[str, Any], int | None, dict[str, Any]]]] = {
     "`load: understanding`": [({}, None, {"load": "understanding"})],
     "`device: cuda`": [({}, None, {"device": "cuda"})],
     "`vae_patch_parallel_size`": [({"parallel_config": {"vae_patch_parallel_size": 2}}, 1, {})],
+    "`use_hsdp`": [(BESIDE["use_hsdp"], 1, {})],
     "`vae_use_tiling: false`": [({"vae_use_tiling": False}, 1, {})],
     "`worker_backend: ray`": [({}, None, {"worker_backend": "ray"})],
-    "`use_hsdp`, `ring_degree`": [
-        ({"use_hsdp": True}, None, {}),
+    "`ring_degree`": [
         ({"ring_degree": 2}, None, {}),
     ],
 }
@@ -73,7 +75,7 @@ def config_of(
     one = top.get("pipeline") == "bagel_single_stage"
     stage_id, name = SIZES[size]
     stages: dict[int, dict[str, Any]] = {}
-    for number, values in ((stage_id, {name: 2}), (stage_id if of is None else of, fields)):
+    for number, values in ((stage_id, BESIDE.get(name, {name: 2})), (stage_id if of is None else of, fields)):
         stages.setdefault(0 if one else number, {}).update(values)
     written = {"device": "cpu", **top, "stages": [{"stage_id": number, **stages[number]} for number in stages]}
     path = folder / "deploy.yaml"
@@ -152,10 +154,10 @@ def test_rows_are_shared_by_as_many_ranks_as_heads_are(checkpoint_dir: Path) -> 
             sizes.check(DeployConfig(checkpoint=str(checkpoint_dir), dit=dit), language, "cpu")
 
 
+# Of sizes that have tests of their own, a few.
+FEW = ("`pipeline: bagel_single_stage`", "`dtype: bfloat16`", "`cfg_parallel_size`")
 SERVED = [
-    entry[:2]
-    for entry in ENTRIES
-    if entry[2].startswith("serves") and (entry[1] != "`vae_patch_parallel_size`" or "single_stage" in entry[0])
+    entry[:2] for entry in ENTRIES if entry[2].startswith("serves") and (entry[1] in [*SIZES][:4] or entry[0] in FEW)
 ]
 
 
@@ -175,7 +177,7 @@ def test_it_serves_what_one_rank_does(checkpoint: Path, tmp_path: Path, row: str
         **{name: getattr(config, name) for name in ("checkpoint", "pipeline", "device", "dtype")},
         lora_path=config.lora_path,
         thinker=msgspec.structs.replace(config.thinker, tensor_parallel_size=1),
-        dit=msgspec.structs.replace(config.dit, tensor_parallel_size=1, cfg_parallel_size=1, ulysses_degree=1),
+        dit=DitConfig(quantization=config.dit.quantization),
     )
     images, texts = [], []
     for one in (config, alone):

@@ -218,7 +218,7 @@ def test_ray_starts_the_ranks_where_there_are_any(tmp_path: Path) -> None:
     [
         ("-tp 0", "--tensor-parallel-size=0 is not allowed; allowed: an integer from 1 to"),
         ("--ring 2", "--ring-degree=2 is not supported: it is not built; several"),
-        ("--use-hsdp", "--use-hsdp=true is not supported: it is not built; several"),
+        ("--hsdp-shard-size -2", "--hsdp-shard-size=-2 is not allowed; allowed: an integer from 1 to"),
         (
             "--quantization gptq",
             "--quantization='gptq' is not allowed; allowed: auto, int8, int8_w8a8, fp8, fp8_w8a8, ",

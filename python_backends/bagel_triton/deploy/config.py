@@ -97,6 +97,8 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage and the decoder may take. With ``enforce_eager`` a GPU denoises without CUDA graphs. Stages with the same
     ``quantization`` share their weights. ``cpu_offload_gb`` is as the thinker's. The ranks of a stage share its heads
     (``tensor_parallel_size``), its images' branches (``cfg_parallel_size``), or a step's rows (``ulysses_degree``).
+    With ``use_hsdp`` each of ``hsdp_shard_size`` ranks, -1 for all, keeps a part of the weights, in
+    ``hsdp_replicate_size`` groups; where no other size says what they compute, they share the branches.
     """
 
     max_num_seqs: int = 8
@@ -109,18 +111,37 @@ class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensor_parallel_size: int = 1
     cfg_parallel_size: int = 1
     ulysses_degree: int = 1
+    use_hsdp: bool = False
+    hsdp_shard_size: int = -1
+    hsdp_replicate_size: int = 1
 
     def __post_init__(self) -> None:
-        sizes = ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree")
+        sizes = ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree", "hsdp_replicate_size")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", *sizes):
             value = getattr(self, name)
             _require(f"dit.{name}", value, value >= 1, "an integer >= 1")
         _require("dit.cpu_offload_gb", self.cpu_offload_gb, self.cpu_offload_gb >= 0, "GiB >= 0")
+        shards = self.hsdp_shard_size
+        _require("dit.hsdp_shard_size", shards, shards >= 1 or shards == -1, "an integer >= 1, or -1 for all ranks")
 
     @property
     def ranks(self) -> int:
         """Processes that compute the stage's forwards, this one included."""
-        return self.tensor_parallel_size * self.cfg_parallel_size * self.ulysses_degree
+        return self.tensor_parallel_size * self.cfg_ranks * self.ulysses_degree
+
+    @property
+    def cfg_ranks(self) -> int:
+        """Groups of ranks that have branches of their own."""
+        if self.use_hsdp and self.cfg_parallel_size * self.ulysses_degree == 1:
+            return max(self.hsdp_shard_size, 1) * self.hsdp_replicate_size
+        return self.cfg_parallel_size
+
+    @property
+    def shards(self) -> int:
+        """Ranks that have a part each of one copy of the weights; 1 where each has all."""
+        if not self.use_hsdp:
+            return 1
+        return self.hsdp_shard_size if self.hsdp_shard_size > 0 else max(self.ranks // self.hsdp_replicate_size, 1)
 
 
 class VaeDecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

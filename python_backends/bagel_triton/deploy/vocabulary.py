@@ -90,7 +90,8 @@ def converts(value: Any, kind: Any) -> bool:
 
 ONE_DEVICE = (
     "it is not built; several ranks share a stage's heads (tensor_parallel_size), the DiT's branches of guidance "
-    "(cfg_parallel_size) or rows (ulysses_degree), or an image's decoding (vae_patch_parallel_size)"
+    "(cfg_parallel_size), rows (ulysses_degree) or weights (use_hsdp), or an image's decoding "
+    "(vae_patch_parallel_size)"
 )
 THINKER_RANKS = "the thinker's ranks share its heads (tensor_parallel_size); others are the DiT's, stage 1"
 ALL_LORAS = "all adapters of `lora_modules` are in memory, each with its own rank"
@@ -117,22 +118,28 @@ PARALLEL: Fields = {
     "cfg_parallel_size": Setting(Count, COUNT, "ranks that share the branches of guidance, and images", ("dit",)),
     "data_parallel_size": _one(),
     "enable_expert_parallel": Neutral(ONE_DEVICE, _OFF),
-    "hsdp_replicate_size": _one(),
-    "hsdp_shard_size": _one(-1),
+    "hsdp_replicate_size": Setting(Count, COUNT, "copies of the weights that use_hsdp shards", ("dit",)),
+    "hsdp_shard_size": Setting(
+        Annotated[int, Meta(ge=-1, le=2**31 - 1)],
+        "an integer from 1 to 2147483647, or -1 for all ranks of a copy",
+        "ranks that keep a part each of one copy of the weights, with use_hsdp",
+        ("dit",),
+    ),
     "pipeline_parallel_size": _one(),
     "ring_degree": _one(),
     "sequence_parallel_size": _one(),
     "tensor_parallel_size": Setting(Count, COUNT, "ranks that share each layer's heads"),
     "ulysses_degree": Setting(Count, COUNT, "ranks that share a step's rows, and its heads in the attention", ("dit",)),
     "ulysses_mode": Neutral(ONE_DEVICE, ("strict", "advanced_uaa")),
-    "use_hsdp": Neutral(ONE_DEVICE, _OFF),
+    "use_hsdp": Setting(bool, BOOLEAN, "keep a part of every layer's weights on each rank", ("dit",)),
     "vae_parallel_mode": Neutral(ONE_DEVICE, type=str),
     "vae_patch_parallel_size": Setting(Count, COUNT, "ranks that share the rows of an image to decode", ("dit",)),
 }
 DIT_RANKS = ("cfg_parallel_size", "ulysses_degree")  # the DiT's sizes with an effect
 RANKS = ("tensor_parallel_size", *DIT_RANKS)  # and those of either stage
 DECODER_RANKS = "vae_patch_parallel_size"
-OF_STAGE_1 = (*DIT_RANKS, DECODER_RANKS)
+HSDP = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
+OF_STAGE_1 = (*DIT_RANKS, *HSDP, DECODER_RANKS)
 # Engine options of vLLM and vLLM-Omni, at a stage or for all stages.
 ENGINE: Fields = {
     **PARALLEL,
@@ -233,7 +240,9 @@ TOP: Fields = {
     "connectors": Setting(dict, "a mapping of names to {name, extra}", "what carries KV from stage to stage"),
     "platforms": Setting(dict, "a mapping with cpu or cuda", "changes for machines without or with CUDA"),
     **ENGINE,
-    **{name: Neutral("write it under stage 1", (1,)) for name in (*RANKS, DECODER_RANKS)},
+    **{name: Neutral("write it under stage 1", (1,)) for name in (*RANKS, "hsdp_replicate_size", DECODER_RANKS)},
+    "use_hsdp": Neutral("write it under stage 1", _OFF),
+    "hsdp_shard_size": Neutral("write it under stage 1", (1, -1)),
     "async_chunk": Neutral("a stage gets its input whole", (False,)),
     "edges": Neutral("the only edge is from stage 0 to stage 1", type=list[Any]),
     "enable_prefix_caching": Setting(bool, BOOLEAN, "for the thinker's stage", ("thinker",)),

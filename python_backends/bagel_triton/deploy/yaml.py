@@ -7,7 +7,6 @@ the fields, and ``vocabulary.py`` declares them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -66,6 +65,7 @@ _DIT_FIELDS = (
     "cpu_offload_gb",
     "enable_layerwise_offload",
     *vocabulary.RANKS,
+    *vocabulary.HSDP,
 )
 
 
@@ -178,6 +178,8 @@ class _Builder:
             ),
             "vae_decode": self._values("vae_decode", second, ("vae_use_tiling", "vae_patch_parallel_size"), "vae_"),
         }
+        if not parts["dit"].get("use_hsdp") and parts["dit"].get("hsdp_shard_size") == 1:
+            del parts["dit"]["hsdp_shard_size"]  # as if it were not there
         if "enable_prefix_caching" in top and "enable_prefix_caching" not in parts["thinker"]:
             parts["thinker"]["enable_prefix_caching"] = self._value(
                 "thinker.enable_prefix_caching", top["enable_prefix_caching"]
@@ -278,7 +280,8 @@ class _Builder:
         listed = str(found["devices"].value).split(",") if "devices" in found else []
         if len(listed) < 2:
             return
-        ranks = math.prod(int(found[name].value) for name in vocabulary.RANKS if name in found)
+        sizes = {name: found[name].value for name in (*vocabulary.RANKS, *vocabulary.HSDP) if name in found}
+        ranks = DitConfig(**{**sizes, "hsdp_shard_size": sizes.get("hsdp_shard_size") or -1}).ranks
         if vocabulary.DECODER_RANKS in found:  # the decoder's ranks are on the same devices
             ranks = max(ranks, int(found[vocabulary.DECODER_RANKS].value))
         devices = found["devices"]
@@ -286,7 +289,8 @@ class _Builder:
             self._problems.add(
                 devices,
                 f"={devices.value!r} is not allowed: {len(listed)} devices for a stage of {ranks}; "
-                f"allowed: as many as {', '.join(vocabulary.RANKS)} make, or {vocabulary.DECODER_RANKS}",
+                f"allowed: as many as {', '.join((*vocabulary.RANKS, *vocabulary.HSDP[1:]))} make, or "
+                f"{vocabulary.DECODER_RANKS}",
             )
         elif self._platform() == "cuda":
             self._problems.add(devices, f"={devices.value!r} is not supported: ranks are processes of a CPU today")
@@ -304,8 +308,8 @@ class _Builder:
         for name, node in self._flags.every_stage.items():
             if only is not None:
                 self._refuse_elsewhere(name, node, only, topology)
-            elif name in vocabulary.OF_STAGE_1 and node.value != 1 and not topology.one_process:
-                self._notes.append(f"{node.path}={node.value!r} is for stage 1: {vocabulary.THINKER_RANKS}")
+            elif name in vocabulary.OF_STAGE_1 and _several(node) and not topology.one_process:
+                self._notes.append(f"{node.path}={format_value(node.value)} is for stage 1: {vocabulary.THINKER_RANKS}")
         for stage_id in range(len(topology.stages)):
             engine = "thinker" if stage_id == THINKER_STAGE else "dit"
             stage = by_id.get(stage_id, Node({"stage_id": Node(stage_id, _NOTHING.origin)}, _NOTHING.origin))
@@ -330,8 +334,8 @@ class _Builder:
         if name == DEFAULTS and only == DIT_STAGE:
             self._problems.add(node, _DEFAULTS_ELSEWHERE)
         elif name in vocabulary.OF_STAGE_1 and only == THINKER_STAGE:
-            if node.value > 1:
-                self._problems.add(node, f"={node.value!r} is not supported: {vocabulary.THINKER_RANKS}; allowed: 1")
+            if _several(node):
+                self._problems.add(node, _not_of_thinker(node))
         elif engine not in setting.engines and node.value is not False:  # what is off is off there
             there = 0 if engine == "dit" else 1
             self._problems.add(node, f"={format_value(node.value)} belongs to stage {there}: give it to that server")
@@ -359,9 +363,8 @@ class _Builder:
             if engine in setting.engines:
                 continue
             if name in vocabulary.OF_STAGE_1:
-                if node.value > 1:
-                    refused = f"={node.value!r} is not supported: {vocabulary.THINKER_RANKS}; allowed: 1"
-                    self._problems.add(node, refused)
+                if _several(node):
+                    self._problems.add(node, _not_of_thinker(node))
                 del found[name]
                 continue
             if node.value is not False:  # what is off is off there
@@ -621,6 +624,16 @@ def _fields_of(defaults: Node) -> Iterator[tuple[str, Node]]:
             yield from _fields_of(entry)
         else:
             yield name, entry
+
+
+def _several(node: Node) -> bool:
+    """Whether a size, or the switch of one, means more than one rank."""
+    return node.value is True or (node.value is not False and node.value > 1)
+
+
+def _not_of_thinker(node: Node) -> str:
+    allowed = "false" if node.value is True else "1"
+    return f"={format_value(node.value)} is not supported: {vocabulary.THINKER_RANKS}; allowed: {allowed}"
 
 
 def _or(names: tuple[str, ...]) -> str:

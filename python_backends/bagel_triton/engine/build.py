@@ -224,7 +224,8 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     consumer = open_consumer(resources.config, resources.placement.torch_device)
     vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
-    cut = resources.config.dit.tensor_parallel_size > 1
+    sizes = Sizes.of(resources.config, DIT)
+    cut = sizes.tensor * sizes.shard > 1
     model = (resources.own_bagel if cut else resources.load_bagel)(
         resources.config.dit.quantization, resources.config.dit.cpu_offload_gb
     )

@@ -143,9 +143,9 @@ class Layer(nn.Module):
         self.gen, self.und = Expert(config), Expert(config)
 
     def experts(self, batch: PackedBatch) -> Iterator[tuple[Expert, slice]]:
-        """The experts that have rows, and those rows, in order."""
+        """The experts that have rows, and those rows, in order; of a batch without rows the first."""
         for expert, start, stop in ((self.gen, 0, batch.gen_rows), (self.und, batch.gen_rows, batch.tokens)):
-            if start < stop:
+            if start < stop or (expert is self.gen and not batch.tokens):
                 yield expert, slice(start, stop)
 
     def forward(self, x: Tensor, batch: PackedBatch, kv: StepKV, layer: int) -> Tensor:

@@ -178,7 +178,10 @@ class RankGroup:
         with self._together():
             if kv is not self._arranged:
                 self._arrange(batch, kv)
-            others = [(rank, part) for rank, part in enumerate(self._parts) if rank and part.layout.tokens]
+            shards = self._model.sizes.shard
+            others = [
+                (rank, part) for rank, part in enumerate(self._parts) if rank and (part.layout.tokens or shards > 1)
+            ]
             for rank, part in others:
                 self._send(rank, Forward())
                 send(part.of(embeddings), rank)

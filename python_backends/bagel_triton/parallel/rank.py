@@ -143,13 +143,18 @@ class RankModel:
         transformer = model.language_model.model
         self._forward: Any = partial(_plainly, transformer, pool)
         self._group: dist.ProcessGroup | None = None  # of the ranks that share rows
-        if sizes.tensor * sizes.ulysses == 1:
+        if sizes.tensor * sizes.ulysses * sizes.shard == 1:
             self._forward = forward_on(model.device, transformer, pool)
             return
         from torch.distributed.device_mesh import init_device_mesh
 
         shape = {"cfg": sizes.cfg, "ulysses": sizes.ulysses, "tensor": sizes.tensor}
         mesh = init_device_mesh(model.device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+        if sizes.shard > 1:
+            from bagel_triton.parallel import hsdp
+
+            copies = (sizes.ranks // sizes.shard, sizes.shard)
+            hsdp.shard(transformer, init_device_mesh(model.device.type, copies, mesh_dim_names=("replicate", "shard")))
         if sizes.ulysses > 1:
             self._group = mesh["ulysses"].get_group()
         if sizes.tensor > 1:
@@ -190,7 +195,7 @@ class RankModel:
 
     def forward(self, embeddings: Tensor, arranged: Arranged) -> Tensor:
         """Hidden states before the final norm, [rows, hidden], of this rank's rows."""
-        if len(embeddings):
+        if len(embeddings) or self.sizes.shard > 1:  # all ranks gather each layer's weights
             return self._forward(embeddings, arranged.batch, arranged.kv)  # type: ignore[no-any-return]
         # Without rows it has heads still.
         query_heads = self.config.num_heads // self.sizes.tensor

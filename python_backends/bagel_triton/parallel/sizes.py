@@ -15,6 +15,7 @@ WORDS = {
     "ulysses": "the rows",
     "tensor": "the heads",
     "patch": "the rows of an image to decode",
+    "shard": "the weights",
 }
 
 
@@ -22,12 +23,14 @@ class Sizes(NamedTuple):
     """A stage's mesh: ``cfg`` groups of ranks with sequences of their own; in each, ``ulysses`` that share the rows.
 
     Each of those is ``tensor`` ranks that share the heads. Or ``patch`` ranks share the rows of an image to decode.
+    Of all ranks, ``shard`` adjacent ones keep a part each of one copy of the weights.
     """
 
     cfg: int = 1
     ulysses: int = 1
     tensor: int = 1
     patch: int = 1
+    shard: int = 1
 
     @classmethod
     def of(cls, config: DeployConfig, stage: str) -> Sizes:
@@ -36,7 +39,8 @@ class Sizes(NamedTuple):
             return cls(patch=config.vae_decode.patch_parallel_size)
         if stage == THINKER:
             return cls(tensor=config.thinker.tensor_parallel_size)
-        return cls(config.dit.cfg_parallel_size, config.dit.ulysses_degree, config.dit.tensor_parallel_size)
+        dit = config.dit
+        return cls(dit.cfg_ranks, dit.ulysses_degree, dit.tensor_parallel_size, shard=dit.shards)
 
     @property
     def ranks(self) -> int:
@@ -46,7 +50,7 @@ class Sizes(NamedTuple):
     def place(self, rank: int) -> Sizes:
         """A transformer's rank's index in each dimension; neighbours share heads."""
         others, tensor = divmod(rank, self.tensor)
-        return Sizes(*divmod(others, self.ulysses), tensor, 0)
+        return Sizes(*divmod(others, self.ulysses), tensor, 0, rank % self.shard)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self._asdict().items() if size > 1)
@@ -122,6 +126,30 @@ def check_one_process(config: DeployConfig) -> None:
         )
 
 
+def _check_hsdp(dit: DitConfig) -> None:
+    """Refuse sizes of HSDP that do not make the DiT's ranks."""
+    shard, replicate = dit.hsdp_shard_size, dit.hsdp_replicate_size
+    if not dit.use_hsdp:
+        for name in ("hsdp_shard_size", "hsdp_replicate_size"):
+            if getattr(dit, name) > 1:
+                raise ConfigError(f"dit.{name}={getattr(dit, name)} is not allowed without use_hsdp: true; allowed: 1")
+        return
+    if dit.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"dit.use_hsdp=true with tensor_parallel_size={dit.tensor_parallel_size} is not supported: each has its "
+            "own way to cut the weights; set one of them"
+        )
+    if dit.ranks == 1:
+        raise ConfigError(
+            "dit.use_hsdp=true is not allowed for one rank; set hsdp_shard_size, cfg_parallel_size or ulysses_degree"
+        )
+    if dit.shards * replicate != dit.ranks:
+        raise ConfigError(
+            f"dit.hsdp_shard_size={shard} with hsdp_replicate_size={replicate} is not allowed for the {dit.ranks} "
+            "ranks of cfg_parallel_size and ulysses_degree; allowed: sizes whose product is that"
+        )
+
+
 def _check_decoder(config: DeployConfig, device: str) -> None:
     ranks = config.vae_decode.patch_parallel_size
     field = f"vae_patch_parallel_size={ranks}"
@@ -141,15 +169,20 @@ def _check_stage(
     stage: str, settings: ThinkerConfig | DitConfig, config: DeployConfig, language: LanguageConfig, device: str
 ) -> None:
     sizes = Sizes.of(config, stage)
+    if isinstance(settings, DitConfig):
+        _check_hsdp(settings)
     if sizes.ranks == 1:
         return
     tensor, ulysses = sizes.tensor, sizes.ulysses
-    name = next(
-        name
-        for name in ("tensor_parallel_size", "ulysses_degree", "cfg_parallel_size")
-        if getattr(settings, name, 1) > 1
-    )
-    field = f"{stage}.{name}={getattr(settings, name)}"
+    if isinstance(settings, DitConfig) and settings.use_hsdp:
+        field = f"{stage}.use_hsdp=true"
+    else:
+        name = next(
+            name
+            for name in ("tensor_parallel_size", "ulysses_degree", "cfg_parallel_size")
+            if getattr(settings, name, 1) > 1
+        )
+        field = f"{stage}.{name}={getattr(settings, name)}"
     if stage == "dit" and config.load == "understanding":
         raise ConfigError(f"{field} with load=understanding is not supported: nothing is drawn; set one of them")
     if config.lora_modules:
@@ -164,8 +197,9 @@ def _check_stage(
         )
     if not device.startswith("cpu"):
         raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
-    if tensor * ulysses > 1 and settings.quantization is not None:
-        why = "quantised weights are not cut" if tensor > 1 else "ranks that share rows run plain modules"
+    if tensor * ulysses * sizes.shard > 1 and settings.quantization is not None:
+        cut = tensor * sizes.shard > 1
+        why = "quantised weights are not cut" if cut else "ranks that share rows run plain modules"
         others = "set one of them, or cfg_parallel_size" if stage == "dit" else "set one of them"
         raise ConfigError(f"{field} with quantization={settings.quantization} is not supported: {why}; {others}")
     if not divides(language, tensor):

@@ -123,7 +123,7 @@ def plan(
     at_work = moved[:1] if one_process or not draws else moved if config.stage_id is None else [moved[config.stage_id]]
     offloaded = sum(host for host, _ in at_work) if on_gpu else 0
     shares_weights = shares_weights and not offloaded  # each process copies from its own
-    thinker_ranks, dit_ranks = rank_weights(config, thinker_weights, dit_weights)
+    thinker_ranks, dit_ranks = rank_weights(config, thinker_weights, dit_weights, model.language.num_layers)
     adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
@@ -156,7 +156,7 @@ def plan(
         StageMemory(
             "dit",
             weights=dit_weights + dit_ranks + adapters,
-            kv=workspace * token * config.dit.cfg_parallel_size,
+            kv=workspace * token * config.dit.cfg_ranks,
             activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
             + dense_bytes(model.language, forms[1], placement),
         ),
@@ -187,10 +187,13 @@ def plan(
     return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0, offloaded)
 
 
-def rank_weights(config: DeployConfig, thinker: int, dit: int) -> tuple[int, int]:
+def rank_weights(config: DeployConfig, thinker: int, dit: int, layers: int) -> tuple[int, int]:
     """Bytes that each stage's ranks have beside the copy of ``thinker`` or ``dit`` bytes that stages share."""
-    if config.topology.one_process:  # the ranks are those of both, and each loads the whole before it keeps a part
-        return 0, (config.dit.ranks - 1) * dit
+    if config.topology.one_process:  # each rank loads the whole before it keeps a part
+        return 0, (config.dit.ranks - (config.dit.shards == 1)) * dit
+    if config.dit.shards > 1:  # one copy for each group of ranks, and on each a layer at work and the next
+        dit_ranks = config.dit.ranks // config.dit.shards * dit + config.dit.ranks * 2 * dit // layers
+        return (thinker if config.thinker.tensor_parallel_size > 1 else 0, dit_ranks)
     # The parts of tensor-parallel ranks are one copy together.
     return (
         thinker if config.thinker.tensor_parallel_size > 1 else 0,
