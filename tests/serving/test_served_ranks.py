@@ -50,6 +50,17 @@ stages:
       cfg_parallel_size: 2
       tensor_parallel_size: 2
 """
+HSDP = """\
+stages:
+  - stage_id: 0
+    devices: "0"
+  - stage_id: 1
+    devices: "0,1"
+    parallel_config:
+      use_hsdp: true
+      hsdp_shard_size: 2
+      hsdp_replicate_size: 1
+"""
 VAE = """\
 stages:
   - stage_id: 0
@@ -65,6 +76,7 @@ MESHES: dict[str, tuple[str | list[str], dict[str, int]]] = {
     "ulysses": (ULYSSES, {"thinker": 1, "dit": 2}),
     "cfg_ulysses": (CFG_ULYSSES, {"thinker": 1, "dit": 4}),
     "cfg_tensor": (CFG_TENSOR, {"thinker": 1, "dit": 4}),
+    "hsdp": (HSDP, {"thinker": 1, "dit": 2}),
     "vae": (VAE, {"vae_decode": 2}),
 }
 KILLS = int(os.environ.get("BAGEL_TRITON_KILLS", "2"))

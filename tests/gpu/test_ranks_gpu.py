@@ -1,0 +1,113 @@
+"""Every way in which ranks share a stage, over NCCL on two GPUs: what one rank computes.
+
+No server starts ranks on a GPU yet; this is what it would build on. A forward of two branches is cut as rank 0 cuts
+it, and each rank compares its rows with those of the whole.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from bagel_triton.model.attention import QuerySpan
+from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.mot import rotary_tables
+from bagel_triton.parallel.layout import StoresLayout, by_sequence, parts_of
+from bagel_triton.parallel.patches import RankDecoder
+from bagel_triton.parallel.rank import RankModel
+from bagel_triton.parallel.sizes import Sizes
+from bagel_triton.weights.checkpoint import Checkpoint
+
+RANKS = 2
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"ranks over NCCL need {RANKS} CUDA devices"),
+]
+MODES = {
+    "tensor": Sizes(tensor=RANKS),
+    "guidance": Sizes(cfg=RANKS),
+    "ulysses": Sizes(ulysses=RANKS),
+    "hsdp": Sizes(cfg=RANKS, shard=RANKS),
+}
+PAST, LATENTS, VISION = 5, 6, 2  # tokens of each of two branches: kept before, and in a step
+ROWS = 2 * (LATENTS + VISION)
+
+
+def two_branches() -> StoresLayout:
+    """[latents of both | vision tokens of both], each branch with a store of its own."""
+    spans, writes = [], []
+    for branch in range(2):
+        gen = branch * LATENTS, (branch + 1) * LATENTS
+        und = 2 * LATENTS + branch * VISION, 2 * LATENTS + (branch + 1) * VISION
+        spans += [QuerySpan(*gen, branch, False), QuerySpan(*und, branch, False)]
+        writes.append(((*gen, PAST), (*und, PAST + LATENTS)))
+    return StoresLayout(ROWS, 2 * LATENTS, None, tuple(spans), (0, 1), tuple(writes))
+
+
+def join(rank: int, meeting: str, kind: str) -> tuple[torch.device, torch.Generator]:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if kind == "cuda" else "gloo"
+    store = dist.FileStore(meeting, RANKS)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    return device, torch.Generator().manual_seed(0)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+@torch.inference_mode()
+def forward(rank: int, meeting: str, checkpoint: str, sizes: Sizes, kind: str) -> None:
+    """A rank: its part of a forward is that of one rank."""
+    device, generator = join(rank, meeting, kind)
+    model = Checkpoint(checkpoint).load_bagel(device, torch.float32)
+    config, layout = model.config.language, two_branches()
+    slots = PAST + LATENTS + VISION
+    shape = 2, config.num_layers, 2, slots, config.num_kv_heads, config.head_dim
+    stores = torch.randn(shape, generator=generator).to(device)
+    embeddings = torch.randn(ROWS, config.hidden_size, generator=generator).to(device)
+    cos, sin = rotary_tables(torch.arange(ROWS, device=device), config, torch.float32)
+    whole = model.language_model.model(embeddings, layout.batch(cos, sin), layout.kv([*stores.clone()]))
+
+    ranked = RankModel(model, sizes, ThreadPool(1))
+    cut = [(layout, None)] if sizes.cfg == 1 else [*by_sequence(layout, sizes.cfg)]
+    part = parts_of(cut, sizes)[rank]
+    own = {number: ranked.own_heads(stores[number]).contiguous() for number in range(2)}
+    assert isinstance(part.layout, StoresLayout)
+    arranged = ranked.arranged(part.layout, part.of(cos), part.of(sin), part.layout.kv(own))
+    same(ranked.forward(part.of(embeddings), arranged), part.of(whole))
+    dist.destroy_process_group()
+
+
+@torch.inference_mode()
+def decode(rank: int, meeting: str, checkpoint: str, kind: str) -> None:
+    """A rank: on the first the image is that of the plain decoder."""
+    device, generator = join(rank, meeting, kind)
+    decoder = Checkpoint(checkpoint).load_autoencoder(device, torch.float32).decoder
+    z = torch.randn(1, 16, 13, 6, generator=generator) * torch.linspace(0.1, 3, 13)[:, None]
+    found = RankDecoder(decoder, RANKS, ThreadPool(1)).decode(z.to(device))
+    if rank == 0:
+        same(found, decoder(z.to(device)))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_compute_what_one_does(checkpoint_dir: Path, tmp_path: Path, mode: str) -> None:
+    arguments = str(tmp_path / "meeting"), str(checkpoint_dir), MODES[mode], "cuda"
+    multiprocessing.spawn(forward, arguments, RANKS)
+
+
+def test_two_ranks_decode_what_one_does(checkpoint_dir: Path, tmp_path: Path) -> None:
+    multiprocessing.spawn(decode, (str(tmp_path / "meeting"), str(checkpoint_dir), "cuda"), RANKS)
