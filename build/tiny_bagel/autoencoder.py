@@ -122,7 +122,7 @@ def train(
     trained = [value for value in model.parameters() if value.requires_grad]
     kernels = [value for value in trained if value.ndim == 4 and min(value.shape[:2]) >= LATENT_CHANNELS]
     chosen = {id(value) for value in kernels}
-    muon = Muon(kernels)
+    muon = Muon(kernels, ranks)
     adam = torch.optim.AdamW(
         [value for value in trained if id(value) not in chosen], betas=(0.9, 0.98), weight_decay=0, fused=True
     )

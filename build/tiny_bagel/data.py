@@ -170,9 +170,9 @@ def exchange(tokenizer: Tokenizer, form: Form, asked: str, answer: str, picture:
 
 #: Samples of each task in a batch of 32, before and after :data:`TURN` of the time; a fraction is the probability of
 #: one more. Drawing comes first: a thing is drawn well before it is named well.
-EARLY = {"draw": 20, "wide": 0.5, "edit": 4, "describe": 2, "ask": 3, "plan": 1, "reason": 0.4, "chat": 0.6}
-LATE = {"draw": 7.5, "wide": 1, "edit": 9, "describe": 5, "ask": 6, "plan": 2, "reason": 0.5, "chat": 1}
-TURN = 0.4
+EARLY = {"draw": 18, "wide": 0.5, "edit": 6, "describe": 2, "ask": 3, "plan": 1, "reason": 0.4, "chat": 0.6}
+LATE = {"draw": 6.5, "wide": 1, "edit": 10.5, "describe": 4.5, "ask": 6, "plan": 2, "reason": 0.5, "chat": 1}
+TURN = 0.35
 
 
 class Sampler:

@@ -163,7 +163,7 @@ def _attribute(rng: random.Random, scene: Scene) -> str:
 
 def caption(rng: random.Random, scene: Scene) -> str:
     """One of the many ways to ask for a scene."""
-    if len(scene.things) == 1 and rng.random() < 0.08:
+    if len(scene.things) == 1 and rng.random() < 0.14:
         return _attribute(rng, scene)
     two = len(scene.things) > 1
     usual_places = two and [thing.place for thing in scene.things] == ["left", "right"]

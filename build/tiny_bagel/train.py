@@ -31,11 +31,12 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.tokenizer import Tokenizer
 from build.tiny_bagel import autoencoder as ae
 from build.tiny_bagel import checkpoint, data, forward, parallel, sheet, vision
+from build.tiny_bagel.optimizer import Muon
 from build.tiny_bagel.world import CENTERS, PLACES, SIDE, Pixels, Scene, random_scene, render
 
-PICTURES, EDIT_SHARE, WIDE_SHARE = 4_000, 0.75, 0.02
+PICTURES, EDIT_SHARE, WIDE_SHARE = 4_000, 1.0, 0.02
 """Encoded images of each process; pairs of them, and larger images of each size, to each of these."""
-LEARNING_RATE = 2e-3
+ADAM_RATE, MUON_RATE = 2e-3, 1e-2
 WARM_UP = 0.015
 """Share of the time."""
 TEXT_WEIGHT = 0.3
@@ -158,18 +159,30 @@ def _pools(path: Path, autoencoder: Autoencoder, pictures: int, seed: int, shown
     return pools
 
 
-def _rate(share: float) -> float:
-    if share < WARM_UP:
-        return LEARNING_RATE * share / WARM_UP
-    return LEARNING_RATE * max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
+class Optimizer:
+    """Muon for the layers' matrices, AdamW for embeddings, the ends of the network, norms and biases."""
 
+    def __init__(self, model: Bagel, ranks: parallel.Ranks) -> None:
+        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name}
+        rest = [p for name, p in model.named_parameters() if name not in matrices]
+        self._muon = Muon(matrices.values(), ranks)
+        self._adam = torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0, fused=True)
 
-def _optimizer(model: Bagel) -> torch.optim.AdamW:
-    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
-    chosen = {id(value) for value in matrices}
-    rest = [value for value in model.parameters() if id(value) not in chosen]
-    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    def step(self, share: float) -> float:
+        """Step with the rates of this share of the time; the factor that they have then."""
+        factor = share / WARM_UP if share < WARM_UP else max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
+        for group in self._adam.param_groups:
+            group["lr"] = ADAM_RATE * factor
+        self._adam.step()
+        self._muon.step(MUON_RATE * factor)
+        return factor
+
+    def state(self) -> dict[str, Any]:
+        return {"adam": self._adam.state_dict(), "muon": self._muon.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._adam.load_state_dict(state["adam"])
+        self._muon.load(state["muon"])
 
 
 def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, pictures: int = PICTURES) -> None:
@@ -183,12 +196,12 @@ def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, 
     for name, state in torch.load(folder / "vision.pt").items():
         getattr(model, name).load_state_dict(state)
     averaged = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = _optimizer(model)
+    optimizer = Optimizer(model, ranks)
     step, before = 0, 0.0
     if (folder / "model.pt").exists():
         saved = torch.load(folder / "model.pt")
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load(saved["optimizer"])
         averaged, step, before = saved["averaged"], saved["step"], saved["seconds"]
     draws = 1_000_000 * seed + 100 * step + ranks.rank
     sampler = data.Sampler(pools, tokenizer, draws)
@@ -198,26 +211,23 @@ def train_model(ranks: parallel.Ranks, folder: Path, minutes: float, seed: int, 
     bf16 = torch.cpu._is_avx512_bf16_supported()
     share = before / (60 * minutes)
     while share < 1:
-        rate = _rate(share)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         batch = collate(sampler.batch(share))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             flow, text = forward.losses(model, batch)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         weight = TEXT_WEIGHT if share < data.TURN else 2 * TEXT_WEIGHT
         (flow + weight * text).backward()
         now = time.monotonic()
         clock = (before + now - began) / (60 * minutes)
         share, *shown = ranks.average(model.parameters(), [clock, flow.item(), text.item()])
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        factor = optimizer.step(share)
         step += 1
         _average(averaged, model, min(AVERAGING, step / (step + 20)))
-        report(share, step, {"flow": shown[0], "text": shown[1], "rate": rate})
+        report(share, step, {"flow": shown[0], "text": shown[1], "rate": factor})
         if first and (now - saved_at > SAVE_EVERY_S or share >= 1):
             saved_at = now
-            state = {"model": model.state_dict(), "averaged": averaged, "optimizer": optimizer.state_dict()}
+            state = {"model": model.state_dict(), "averaged": averaged, "optimizer": optimizer.state()}
             _save(folder / "model.pt", {**state, "step": step, "seconds": before + now - began})
 
 

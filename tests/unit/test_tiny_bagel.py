@@ -1,6 +1,8 @@
 """The toy: its world, and a training forward that computes what the served model computes."""
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from bagel_triton.model.tokenizer import Tokenizer
 from bagel_triton.weights.checkpoint import Checkpoint
 from build.tiny_bagel import autoencoder as toy_autoencoder
 from build.tiny_bagel import checkpoint, data, evaluate, forward, texts
+from build.tiny_bagel.optimizer import Muon
+from build.tiny_bagel.parallel import Ranks
 from build.tiny_bagel.world import COLORS, KINDS, PLACES, Scene, Thing, random_scene, recognise, render
 
 RED_CIRCLE = Scene((Thing("circle", "red", "center"),), ("blue",))
@@ -223,3 +227,25 @@ def test_the_shipped_checkpoint_draws_a_red_circle_on_blue() -> None:
     frame = np.hypot(*(np.mgrid[:64, :64] - 31.5)) > 20
     assert (red > blue + 60)[disc].mean() > 0.95
     assert (blue > red + 60)[frame].mean() > 0.95
+
+
+def _stepped(ranks: Ranks) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 4), (4, 6), (5, 3, 3, 3))
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    muon = Muon(parameters, ranks)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        muon.step(0.1)
+    return [parameter.detach() for parameter in parameters]
+
+
+def test_training_in_two_processes_steps_as_in_one() -> None:
+    buffers, barrier = torch.zeros(2, 2, 300), threading.Barrier(2)
+    alone = _stepped(Ranks(0, torch.zeros(2, 1, 300), threading.Barrier(1)))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(lambda rank: _stepped(Ranks(rank, buffers, barrier)), range(2)))  # type: ignore[arg-type]
+    for stepped in both:
+        for one, other in zip(stepped, alone, strict=True):
+            torch.testing.assert_close(one, other)
