@@ -26,7 +26,7 @@ test-all: setup ## those that take minutes, too: every case between two hosts, e
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
 	OMP_WAIT_POLICY=PASSIVE GLOG_minloglevel=3 MC_LOG_LEVEL=ERROR $(BIN)/python -m bench $(BENCH_ARGS)
 
-train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cores in two hours and a half
+train-tiny: setup ## train the small model anew in .cache/tiny_bagel, on two cores in two hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m build.tiny_bagel.train .cache/tiny_bagel $(TRAIN_ARGS)
 
 rehearsal: setup ## steps of the published size on a GPU of shapes alone; the table of docs/benchmarks.md

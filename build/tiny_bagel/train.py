@@ -45,11 +45,11 @@ TIME_SHIFT = 3.0
 """As inference's default: the noisy times, at which a drawing's composition is decided, are more frequent."""
 AVERAGING = 0.996
 MINUTES = {
-    "new": (15.0, "of the autoencoder, half of it on crops"),
-    "refine": (25.0, "of the autoencoder on whole images"),
+    "new": (12.0, "of the autoencoder, half of it on crops"),
+    "refine": (18.0, "of the autoencoder on whole images"),
     "vision": (6.0, "of the understanding encoder on labels"),
-    "model": (80.0, "of the transformer"),
-    "decoder": (12.0, "of the autoencoder's decoder alone"),
+    "model": (70.0, "of the transformer"),
+    "decoder": (8.0, "of the autoencoder's decoder alone"),
 }
 SAVE_EVERY_S = 120.0
 BUFFER = 6_000_000

@@ -82,13 +82,16 @@ def test_it_names_what_it_drew(toy: Server, circle: Pixels) -> None:
     assert texts.parse(said(toy, with_image("Describe this image.", circle))) == CIRCLE
 
 
-def test_a_negative_prompt_removes_what_it_names(toy: Server) -> None:
-    def colors(**fields: Any) -> set[str]:
-        scenes = [recognise(pixels) for pixels in reply_images(draw(toy, "a circle", n=4, **fields))]
-        return {thing.color for scene in scenes for thing in scene.things}
+def test_a_negative_prompt_removes_the_color_that_it_names(toy: Server) -> None:
+    def things(**fields: Any) -> set[tuple[str, str]]:
+        scenes = [recognise(pixels) for pixels in reply_images(draw(toy, "A square on white", n=4, **fields))]
+        return {(thing.color, thing.kind) for scene in scenes for thing in scene.things}
 
-    assert "red" in colors()
-    assert "red" not in colors(negative_prompt="a red circle")
+    [(usual, kind)] = things()
+    assert kind == "square"
+    others = things(negative_prompt=usual)
+    assert {kind for _, kind in others} == {"square"}
+    assert usual not in {color for color, _ in others}
 
 
 def test_it_plans_the_image_and_draws_its_plan(toy: Server) -> None:
