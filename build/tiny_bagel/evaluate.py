@@ -139,6 +139,14 @@ def seen(reply: Reply) -> Scene:
     return recognise(reply.pixels[:SIDE, :SIDE])
 
 
+def loose_row(stages: LocalStages, count: int, seed: int, **fields: object) -> Scores:
+    """How often all that is drawn has the color of a prompt that is a color and leaves all else open."""
+    colors = [list(COLORS)[at % len(COLORS)] for at in range(count)]
+    replies = run(stages, [drawing(color, seed + at, **fields) for at, color in enumerate(colors)])
+    drawn = [{thing.color for thing in seen(reply).things} for reply in replies]
+    return {"color": sum(found == {color} for found, color in zip(drawn, colors, strict=True)) / count}
+
+
 def negative_row(stages: LocalStages, rng: random.Random, count: int, seed: int) -> Scores:
     """How often a plain shape of no named color keeps its color when a negative prompt names that.
 
@@ -228,6 +236,8 @@ def evaluate(
         report("draw", scores)
         report("draw, round trip", round_trip(stages, scenes, drawn))
         report("draw, without guidance", draw_row(stages, scenes, seed, cfg_text_scale=1.0)[0])
+        report("draw, a color alone", loose_row(stages, count, seed))
+        report("draw, a color alone, without guidance", loose_row(stages, count, seed, cfg_text_scale=1.0))
         report("draw, never seen in that color", draw_row(stages, pairs, seed)[0])
         if not quick:
             report("draw, think", draw_row(stages, scenes, seed, think=True, max_think_tokens=80)[0])
