@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from bagel_triton.deploy.topology import MODELS
 from bagel_triton.protocol.messages import encode
 from bagel_triton.protocol.sleep import SleepState, State, decode_sleep_call
-from bagel_triton.triton.tickets import StageStatus, TicketAnswer, decode_call
+from bagel_triton.triton.tickets import Adapt, StageStatus, TicketAnswer, decode_call
 
 
 class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -28,6 +28,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         self.answers: dict[str, str | ValueError] = {}
         self.answers_after_s = 0.0
         self.draining, self.work_of_others = False, 0  # what a stage reports of itself
+        self.adapters: dict[str, str] = {}  # paths by name; a call to load one is carried out at once
         self.states: list[State] = ["awake"]  # of the server, the last one for ever
         self.calls: list[str] = []  # of sleep's actions
         self.asked: list[tuple[str, str]] = []
@@ -46,7 +47,10 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
 
     def _status(self, request: Any) -> Any:
         called = decode_call(request.raw_input_contents[0][4:])
-        answer = encode(TicketAnswer(called.token, status=StageStatus(self.draining, 0, self.work_of_others)))
+        if isinstance(called.call, Adapt):
+            self.adapters[called.call.name] = called.call.path
+        status = StageStatus(self.draining, 0, self.work_of_others, adapters=tuple(self.adapters))
+        answer = encode(TicketAnswer(called.token, status=status))
         response = service_pb2.ModelInferResponse(model_name=request.model_name)
         response.outputs.add(name="ticket", datatype="BYTES", shape=[1])
         response.raw_output_contents.append(len(answer).to_bytes(4, "little") + answer)

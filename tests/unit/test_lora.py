@@ -165,6 +165,10 @@ DOWN = f"base_model.model.{LAYER}.mlp.down_proj.lora_A.weight"
         (field(bias="all"), "bias='all' is not allowed; allowed: 'none'"),
         (field(modules_to_save=["lm_head"]), "modules_to_save=['lm_head'] is not allowed"),
         (field(lora_alpha="x"), "lora_alpha='x' is not allowed; allowed: a number"),
+        (field(lora_alpha=1e308), "lora_alpha=1e+308 is not allowed; allowed: a number"),
+        (field(alpha_pattern={"(": 2.0}), "alpha_pattern={'(': 2.0} is not allowed; allowed: numbers by patterns"),
+        (field(alpha_pattern=["q_proj"]), "alpha_pattern=['q_proj'] is not allowed; allowed: numbers by patterns"),
+        (field(alpha_pattern={"q_proj": "2"}), "alpha_pattern[q_proj]='2' is not allowed; allowed: a number"),
         (
             tensors(lambda held: held.pop(DOWN)),
             "layers.1.mlp.down_proj have the shapes [(96, 4)]",

@@ -219,6 +219,12 @@ def test_requests_of_every_orchestrator_end_before_their_adapter_is_unloaded(pre
         one.answer(AdapterCall("unload", "new"), never)
 
 
+def test_a_name_of_no_adapter_leaves_no_file(prefix: str) -> None:
+    with pytest.raises(ModelNotFound), orchestrator(prefix, FakeStage()).request("nothing"):
+        pass
+    assert not list(SHM_DIRECTORY.glob(f"{prefix}_adapter_*"))
+
+
 def test_a_server_that_sleeps_changes_no_adapter(prefix: str) -> None:
     SleepGate(prefix).close(1)
     with pytest.raises(StageUnavailable, match="asleep"):

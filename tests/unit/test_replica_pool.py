@@ -105,3 +105,18 @@ def test_servers_that_leave_are_called_no_more(replicas: Replicas, addresses: li
     replicas.set_addresses([])
     with pytest.raises(StageUnavailable, match="none is known"):
         replicas.take(1)
+
+
+def test_a_server_that_comes_later_gets_the_adapters_of_now(
+    services: list[TritonService], addresses: list[str]
+) -> None:
+    """``style`` was there at the start, and is another one by now."""
+    for service in services:
+        service.adapters = {"style": "first"}
+    now = {"style": "second", "sketch": "third"}
+    replicas = Replicas(MODELS, addresses, "least-outstanding-tokens", NoMetrics(), lambda: now, ["style"])
+    try:
+        assert soon(lambda: all(service.adapters == now for service in services))
+        assert taken(replicas) == set(addresses)
+    finally:
+        replicas.close(1.0)

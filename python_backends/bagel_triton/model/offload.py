@@ -35,7 +35,7 @@ def offloaded(layers: int, layer_bytes: int, gigabytes: float) -> list[int]:
 
     Whole layers, each of ``layer_bytes``, so it may be up to one more.
     """
-    count = min(layers, math.ceil(gigabytes * GIB / layer_bytes)) if layer_bytes else 0
+    count = math.ceil(min(layers, gigabytes * GIB / layer_bytes)) if layer_bytes else 0
     return [layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers]
 
 

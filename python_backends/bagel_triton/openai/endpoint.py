@@ -201,8 +201,8 @@ class Api:
             return model
         if model not in self.model_names:
             await self.refresh_adapters()
-        called = ((name, (name, *(f"{served}:{name}" for served in names))) for name in self.adapters)
-        adapter = next((name for name, all_names in called if model in all_names), None)
+        called = {f"{served}:{name}": name for served in names for name in self.adapters}
+        adapter = model if model in self.adapters else called.get(model)
         if adapter is None:
             raise ModelNotFound.value("model", model, ", ".join([*names, *self.adapters]))
         if given is not None and given.fields.get("lora") != adapter:

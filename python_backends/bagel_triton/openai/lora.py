@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from bagel_triton.openai.admin import ADAPTER_PATHS, check_key, json_body
-from bagel_triton.openai.endpoint import Api
+from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.protocol.adapters import AdapterCall, check_name
 from bagel_triton.protocol.errors import InvalidRequest
 
@@ -31,13 +31,13 @@ def routes(api: Api) -> list[Route]:
         name, path = await _fields(request, "lora_name", "lora_path")
         if name in api.settings.served_model_names:
             raise InvalidRequest.value("lora_name", name, "another name than those of the model")
-        await api.change_adapters(AdapterCall("load", name, path))
+        await unless_gone(request, api.change_adapters(AdapterCall("load", name, path)))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @api.endpoint
     async def unload(request: Request) -> Response:
         (name,) = await _fields(request, "lora_name")
-        await api.change_adapters(AdapterCall("unload", name))
+        await unless_gone(request, api.change_adapters(AdapterCall("unload", name)))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     async def _fields(request: Request, *names: str) -> tuple[str, ...]:

@@ -101,8 +101,9 @@ class ServerAdapters:
         if not name:
             yield
             return
+        check_adapter(name, self._table)  # first, so that a name that is none's leaves no file
         with self._table.using(name):
-            # Looked at with the lock held: an unloading that begins now waits for this request.
+            # Again with the lock held: an unloading that begins now waits for this request.
             check_adapter(name, self._table)
             yield
 

@@ -102,12 +102,12 @@ class Orchestrator:
         gate = SleepGate(config.shm_prefix)
         self._config, self._local, self._gate = config.bagel, None, gate
         if one_process:
-            from bagel_triton.engine.build import Models, StageResources  # otherwise this process needs no torch
+            from bagel_triton.engine.build import StageResources  # otherwise this process needs no torch
             from bagel_triton.engine.sleep import SleepingEngine
             from bagel_triton.pipeline.local import LocalStages
 
             def build(resources: StageResources) -> LocalStages:
-                return LocalStages(config, self._metrics, Models.load(resources), resources)
+                return LocalStages(config, self._metrics, resources=resources)
 
             local = SleepingEngine(lambda: StageResources.open(config), build, gate.level)
             self._local = local
@@ -133,7 +133,7 @@ class Orchestrator:
 
         metrics = self._metrics or NoMetrics()
         servers = config.remote_models, config.remote_addresses
-        return Replicas(*servers, config.bagel.lb_policy, metrics, lambda: self._table.added)
+        return Replicas(*servers, config.bagel.lb_policy, metrics, lambda: self._table.added, config.lora_modules)
 
     def _sleepers(self) -> dict[str, Sleeper]:
         """Every stage, wherever it is."""

@@ -17,6 +17,7 @@ from bagel_triton.triton.client import READY_S, RemoteServer
 from bagel_triton.triton.stages import ModelCall, TicketClient
 from bagel_triton.triton.tickets import Adapt, StageStatus, exchange
 
+RETRY_S = 10.0  # between calls to load an adapter
 LAST_S = 0.5  # for the aborts that are queued for a server that leaves
 # A server that has just come back is in after its next check; /health, which asks it, is sooner.
 SETTLE_S = 4 * WATCH_S
@@ -32,9 +33,11 @@ class Replica:
         balancer: Balancer,
         reported: Callable[[], None] = lambda: None,
         adapters: Callable[[], Mapping[str, str]] = dict,
+        initial: Collection[str] = (),
     ) -> None:
         self.address, self._balancer, self._reported, self._adapters = address, balancer, reported, adapters
-        self._brought: set[str] = set()  # names of the adapters that it was called to load
+        self._initial = initial
+        self._brought: dict[str, tuple[str, float]] = {}  # adapters that it was called to load: path, and when
         self.server = RemoteServer(address, models, self._report)
         self.clients = {model: TicketClient(self.server.model_call(model)) for model in models}
         self._ask = self.server.model_call(DIT, READY_S)
@@ -59,17 +62,26 @@ class Replica:
         with contextlib.suppress(BagelError):
             answer, _ = exchange(self._ask, self.clients[DIT].status_message())
             if (status := answer.status) is not None:
-                state: State = "draining" if status.draining else "ready"
+                state: State = "draining" if status.draining or self._bring_adapters(status) else "ready"
                 self._balancer.report(self.address, state, status.work_of_others)
-                self._bring_adapters(status)
 
-    def _bring_adapters(self, status: StageStatus) -> None:
-        """Have it load an adapter that was loaded before it came."""
+    def _bring_adapters(self, status: StageStatus) -> bool:
+        """Have it load an adapter that was loaded before it came; whether it is at that, and gets no request."""
+        if status.asleep:
+            return False
         for name, path in self._adapters().items():
-            if not status.changing and name not in status.adapters and name not in self._brought:
-                self._brought.add(name)
-                exchange(self._ask, Adapt(name, path))
-                return  # the next at the next check, as it loads one at a time
+            brought, called_at = self._brought.get(name, ("", 0.0))
+            if name in status.adapters and (brought == path or name not in self._initial):
+                continue
+            if status.changing:
+                return True
+            # What it has of an initial name may be the first of that name. What failed is tried again.
+            if brought != path or time.monotonic() - called_at > RETRY_S:
+                self._brought[name] = path, time.monotonic()
+                with contextlib.suppress(BagelError):
+                    exchange(self._ask, Adapt(name, path))
+                    return True  # the next at the next check, as it loads one at a time
+        return False
 
 
 class Replicas:
@@ -81,6 +93,7 @@ class Replicas:
         policy: how requests are shared among them.
         metrics: gets the state of each.
         adapters: paths of the adapters that every server needs beside its own, by name.
+        initial: names of its own, which those may have taken over.
     """
 
     def __init__(
@@ -90,8 +103,9 @@ class Replicas:
         policy: Policy,
         metrics: Metrics,
         adapters: Callable[[], Mapping[str, str]] = dict,
+        initial: Collection[str] = (),
     ) -> None:
-        self.models, self._metrics, self._adapters = tuple(models), metrics, adapters
+        self.models, self._metrics, self._adapters = tuple(models), metrics, (adapters, initial)
         self.balancer = Balancer(policy)
         self._lock, self._replicas = threading.Lock(), dict[str, Replica]()
         self._checked = threading.Condition(self._lock)
@@ -105,7 +119,7 @@ class Replicas:
             self.balancer.set_members(addresses)
             for address in addresses:
                 if address not in self._replicas:
-                    self._replicas[address] = Replica(address, self.models, self.balancer, self._note, self._adapters)
+                    self._replicas[address] = Replica(address, self.models, self.balancer, self._note, *self._adapters)
         for replica in left:
             replica.close(LAST_S)
         self._show()

@@ -23,6 +23,7 @@ from bagel_triton.weights.validation import DTYPES, is_finite
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # Fields of an adapter's configuration that have to be off.
+MAX_ALPHA = 1e6
 _OFF = ("use_dora", "modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias", "trainable_token_indices")
 
 
@@ -59,6 +60,8 @@ class Adapter:
                     f"{files.file()}: lora_A and lora_B of {module} have the shapes {shapes}; "
                     "allowed: [rank, in] and [out, rank]"
                 )
+            if not shapes[0][0]:
+                raise CheckpointError(f"{files.file()}: lora_A and lora_B of {module} have rank 0; allowed: 1 or more")
             down, up = pair["A"], pair["B"]
             self.updates[f"{module}.weight"] = down * (scale * self._scaling(module, len(down))), up
         self.identity = (*files.identity, FileIdentity(f"scale {scale!r}", 0, 0))
@@ -112,7 +115,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in _OFF:
         if config.get(name):
             raise CheckpointError(f"{path}: {name}={config[name]!r} is not allowed; allowed: null, false")
-    alpha = config.get("lora_alpha", 1)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not allowed; allowed: a number")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
+        allowed = "numbers by patterns of names"
+        raise CheckpointError(f"{path}: alpha_pattern={patterns!r} is not allowed; allowed: {allowed}")
+    alphas = {"lora_alpha": config.get("lora_alpha", 1)} | {f"alpha_pattern[{key}]": patterns[key] for key in patterns}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
+            raise CheckpointError(f"{path}: {name}={alpha!r} is not allowed; allowed: a number up to {MAX_ALPHA:g}")
     return dict(config)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError):
+        return False
+    return True
