@@ -117,6 +117,6 @@ def test_a_server_that_comes_later_gets_the_adapters_of_now(
     replicas = Replicas(MODELS, addresses, "least-outstanding-tokens", NoMetrics(), lambda: now, ["style"])
     try:
         assert soon(lambda: all(service.adapters == now for service in services))
-        assert taken(replicas) == set(addresses)
+        assert soon(lambda: taken(replicas) == set(addresses))
     finally:
         replicas.close(1.0)
