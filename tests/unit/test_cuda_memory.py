@@ -6,7 +6,6 @@ import gc
 import os
 import secrets
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,6 +17,7 @@ from bagel_triton.ipc.cuda_memory import CudaBytes, CudaMemory, NotShareable, wh
 from bagel_triton.serving import memory
 from bagel_triton.weights.sharing import DeviceWeights
 from tests.support.fake_cuda_driver import CAPACITY, GRANULARITY, FakeCudaDriver
+from tests.support.leaks import descriptors
 from tests.support.weights import FILES, sources
 
 GPU = torch.device("cuda:0")
@@ -36,11 +36,6 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> F
     monkeypatch.setattr(CudaBytes, "tensor", lambda mapping: fake.bytes_at(mapping.pointer, mapping.size, mapping))
     monkeypatch.setattr(cuda_memory, "device_uuid", lambda device: f"GPU-of-{device}")
     return fake
-
-
-def descriptors() -> set[str]:
-    """Those that are open; what earlier tests have left may be closed at any time."""
-    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 def numbers(size: int) -> Tensor:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import secrets
-import threading
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import pytest
 
 from bagel_triton.ipc import shared_descriptor
 from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from tests.support.descriptor_process import Asker, askers, contents, file_with, grab
+from tests.support.leaks import NO_LEAKS, Leaks
 
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start another user's process")
@@ -26,11 +25,6 @@ def name() -> str:
 
 def never() -> int:
     raise AssertionError("another process holds it")
-
-
-def descriptors() -> int:
-    """How many this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def received(name: str) -> str:
@@ -150,17 +144,17 @@ def test_it_is_not_given_to_another_users_process(name: str, caplog: pytest.LogC
 
 
 def test_closing_leaves_neither_threads_nor_descriptors(name: str) -> None:
-    before = descriptors(), threading.active_count()
+    leaks = Leaks()
     first = SharedDescriptor(name, lambda: file_with("text"))
     second = SharedDescriptor(name, never)
     first.close()
     assert received(name) == contents(second) == "text"
     second.close()
     second.close()
-    assert (descriptors(), threading.active_count()) == before
+    assert leaks.found() == NO_LEAKS
     with pytest.raises(AssertionError, match="another process holds it"):
         received(name)
-    assert (descriptors(), threading.active_count()) == before
+    assert leaks.found() == NO_LEAKS
 
 
 def test_no_room_for_a_descriptor_is_an_error_and_not_a_second_copy(name: str) -> None:
@@ -182,8 +176,8 @@ def test_no_room_for_a_descriptor_is_an_error_and_not_a_second_copy(name: str) -
 def test_more_holders_than_there_are_places_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_descriptor, "HOLDERS", 1)
     held = SharedDescriptor(name, lambda: file_with("text"))
-    before = descriptors()
+    leaks = Leaks()
     with pytest.raises(OSError, match="1 processes hold it already"):
         SharedDescriptor(name, never)
-    assert descriptors() == before
+    assert leaks.found() == NO_LEAKS
     held.close()

@@ -26,6 +26,7 @@ from bagel_triton.protocol.sleep import SleepCall, SleepState
 from bagel_triton.telemetry.metrics import NoMetrics
 from bagel_triton.triton.sleep import ServerSleep
 from bench.process_memory import ProcessMemory
+from tests.support.leaks import Leaks
 from tests.support.runs import generate, result_of, think
 from tests.support.waiting import soon
 
@@ -122,16 +123,17 @@ def test_a_sleep_frees_memory_and_changes_no_pixel(
 @pytest.mark.long
 def test_two_hundred_sleeps_later_the_process_is_as_large_as_after_ten(stages: SleepingStages) -> None:
     expected = generate(stages, IMAGE).pixels[0]
-    sizes, threads = [], []
+    sizes, leaks = [], Leaks()
     for cycle in range(200):
         stages.change(1 + cycle % 2)
+        if cycle == 10:
+            leaks = Leaks()
         if cycle in (10, 199):
             sizes.append(ProcessMemory.own().pss)
-            threads.append(threading.active_count())
         stages.change(0)
         if cycle % 20 == 0 or cycle == 199:
             assert torch.equal(generate(stages, IMAGE).pixels[0], expected)
-    assert threads[0] == threads[1]
+    assert not leaks.threads()
     assert sizes[1] - sizes[0] < 4 * MIB, sizes
 
 

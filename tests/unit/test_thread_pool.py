@@ -15,6 +15,7 @@ from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool, releas
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from tests.support.exact import assert_same
+from tests.support.leaks import NO_LEAKS, Leaks
 from tests.support.runs import generate
 from tests.support.waiting import on_a_thread, soon
 
@@ -101,12 +102,12 @@ def test_intraop_threads_are_for_large_products(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_closed_pool_has_no_threads():
-    before = threading.active_count()
+    leaks = Leaks()
     pool = ThreadPool(4)
     pool.run_with_intraop_threads(lambda: None)
-    assert threading.active_count() == before + 4
+    assert len(leaks.threads()) == 4
     pool.close()
-    assert threading.active_count() == before
+    assert leaks.found() == NO_LEAKS
 
 
 @needs_two_threads

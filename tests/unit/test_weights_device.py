@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -20,6 +19,7 @@ from bagel_triton.weights.sharing import DeviceWeights, WeightStore, shared_weig
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
 from tests.support.kv_process import Peer, peer
+from tests.support.leaks import NO_LEAKS, Leaks
 from tests.support.memfd_memory import MemfdMemory
 from tests.support.waiting import soon
 from tests.support.weight_holder import Counted, CountedWeights, WeightHolder, mapped_file
@@ -155,22 +155,21 @@ def test_tensors_outlive_the_giving(prefix: str) -> None:
 
 
 def test_closing_leaves_neither_threads_nor_descriptors_nor_memory(prefix: str) -> None:
-    def here() -> tuple[int, int, int]:
-        mapped = Path("/proc/self/maps").read_text().count("memfd:weights")
-        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), mapped
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:weights")
 
-    before = here()
+    leaks, before = Leaks(), mapped()
     for broken in (MemfdMemory(), MemfdMemory(no_export=True), MemfdMemory(no_import=True)):
         weights = broken.weights(prefix)
         held = [loaded(weights, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)]
         weights.close()
         weights.close()
         del held
-        assert here() == before
+        assert (leaks.found(), mapped()) == (NO_LEAKS, before)
     full = MemfdMemory(full=True).weights(prefix)
     with pytest.raises(MemoryError, match="the device is full"):
         loaded(full)
-    assert here() == before
+    assert (leaks.found(), mapped()) == (NO_LEAKS, before)
 
 
 def test_a_source_that_cannot_be_read_is_the_error_and_leaves_nothing(weights: DeviceWeights) -> None:
