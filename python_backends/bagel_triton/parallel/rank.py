@@ -81,7 +81,7 @@ def selftest() -> dict[str, float]:
     part = SELFTEST_BYTES // 4 // ranks
     numbers = torch.arange(1.0, ranks + 1)
     own = numbers[rank].repeat(part * ranks)
-    summed, exchanged, sent = own.clone(), torch.empty_like(own), own.clone()
+    summed, gathered, exchanged, sent = own.clone(), torch.zeros_like(own), torch.zeros_like(own), own.clone()
 
     def send_all() -> None:
         if rank:
@@ -92,6 +92,7 @@ def selftest() -> dict[str, float]:
 
     tried: dict[str, tuple[Callable[[], Any], Tensor, Tensor]] = {
         "all_reduce": (lambda: dist.all_reduce(summed), summed, numbers.sum().expand(ranks)),
+        "all_gather": (lambda: dist.all_gather([*gathered.split(part)], own[:part]), gathered, numbers),
         "all_to_all": (lambda: dist.all_to_all_single(exchanged, own), exchanged, numbers),
         "send": (send_all, sent, numbers[0].expand(ranks)),
     }
