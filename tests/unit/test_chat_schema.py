@@ -138,6 +138,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"max_tokens": 1, "extra_body": {"max_completion_tokens": 1}}, "extra_body.max_completion_tokens", "both given"),
     ({"heigth": 64}, "heigth", "heigth is not a known field; did you mean height? allowed: cache, cfg_img_scale, "),
     ({"extra_body": {"Seed": 4}}, "extra_body.Seed", "is not a known field; did you mean seed? allowed: "),
+    ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "is not allowed; allowed: each token once"),
     ({"prompt": "x"}, "prompt", "prompt is not a known field; allowed: "),
     ({"image": "x"}, "image", "image is not a known field"),
 ]
@@ -160,7 +161,11 @@ def test_a_bad_body_is_refused_by_field_value_and_what_is_allowed(
         (b'"text"', "body='text' is not allowed; allowed: a JSON object"),
         (b"{}", "messages is required"),
         (b'{"messages": ' + b"[" * 100_000, "the body is not JSON: it is nested too deeply"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: "),
+        (
+            b'{"messages": [{"role": "user", "content": "a\\ud800"}]}',
+            "messages[0].content='a\\ud800' is not allowed; allowed",
+        ),
+        (b'{"metadata": {"\\udfff": 1}}', "metadata.\udfff is no name of a field; allowed: whole Unicode characters"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": NaN}', "n=NaN is not allowed; allowed: "),
     ],
 )
@@ -180,6 +185,7 @@ USER = '"messages": [{"role": "user", "content": "x"}]'
         (f'{{{USER}, "seed": 1, {USER}}}', "messages"),
         (f'{{{USER}, "extra_body": {{"n": 1, "n": 1}}}}', "n"),
         ('{"messages": [{"role": "user", "role": "user", "content": "x"}]}', "role"),
+        (r'{"\ud800": 1, "\ud800": 2}', "\ud800"),
     ],
 )
 def test_a_field_that_is_there_twice_is_refused(data: str, param: str) -> None:

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import gzip
+import json
 import os
 import random
 import socket
@@ -144,6 +145,66 @@ def test_a_body_of_two_lengths_is_refused_and_its_connection_closed() -> None:
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert answer.count(b"HTTP/1.1") == 1
     assert b"allowed: one of them" in answer
+
+
+def exchanged(url: str, *pieces: bytes) -> bytes:
+    """The server's bytes in reply to ``pieces``, until it closes the connection."""
+    with connection(url) as client:
+        with contextlib.suppress(ConnectionError):  # it need not read on once it has refused
+            for piece in pieces:
+                client.sendall(piece)
+        return b"".join(iter(lambda: client.recv(10_000), b""))
+
+
+def test_a_whole_url_is_a_target_like_its_path() -> None:
+    """RFC 9112, section 3.2.2; its host is that of the request, not the header's."""
+    head = b" HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n"
+    with served(FakeClient(), HttpOptions()) as url:
+        for target in (b"http://proxy/version", b"HTTP://proxy:1/version?x=1", b"https://proxy/%76ersion"):
+            assert b"200 OK" in exchanged(url, b"GET " + target + head)
+        assert b"text/html" in exchanged(url, b"GET http://proxy" + head)
+        assert b"did you mean /v1/models?" in exchanged(url, b"GET http://proxy/models" + head)
+        drawn = b'{"prompt":"a cat","response_format":"url"}'
+        length = f"\r\nContent-Length: {len(drawn)}\r\n\r\n".encode()
+        target = b"POST http://proxy/v1/images/generations" + head.removesuffix(b"\r\n\r\n") + length
+        assert b'"url":"http://proxy/v1/images/files/' in exchanged(url, target + drawn)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "message"),
+    [
+        (
+            [b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 70_000 + b"\r\n\r\n"],
+            431,
+            "allowed: at most 65536",
+        ),
+        ([b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 70_000], 431, "allowed: at most 65536"),
+        ([b"GET /version?" + b"x" * 66_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"], 431, "allowed: at most 65536"),
+        ([b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"], 400, "is not HTTP/1.1: illegal request line"),
+        ([b"GET /version HTTP/1.1\r\n\r\n"], 400, "is not HTTP/1.1: Missing mandatory Host: header"),
+        (
+            [b"POST /ping HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n"],
+            501,
+            "Only Transfer-Encoding: chunked",
+        ),
+        (
+            [f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode()],
+            400,
+            "chunk header",
+        ),
+    ],
+)
+def test_what_is_not_http_is_refused_in_the_shape_of_every_error(
+    pieces: list[bytes], status: int, message: str
+) -> None:
+    with served(FakeClient(), HttpOptions()) as url:
+        head, _, body = exchanged(url, *pieces).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"content-type: application/json" in head.lower()
+    assert b"connection: close" in head.lower()
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
 
 
 def test_a_second_request_on_a_connection_has_its_own_time_for_its_header() -> None:

@@ -85,6 +85,13 @@ def test_a_stage_that_meets_a_server_being_stopped_is_unavailable(text: str, sta
     assert text in reply.json()["error"]["message"]
 
 
+def test_half_a_character_in_an_error_is_escaped() -> None:
+    """A body is refused before its surrogates are looked for; no reply can hold one."""
+    error = http(FakeClient()).post(CHAT, content=rb'{"\ud800": 1, "\ud800": 2}').json()["error"]
+    assert error["param"] == "\\ud800"
+    assert error["message"].startswith("\\ud800 is given 2 times")
+
+
 def test_an_error_after_some_progress_still_has_its_status_without_streaming() -> None:
     reply = http(FakeClient(*PROGRESS, errors.Overloaded("full"))).post(CHAT, json=chat_body())
     assert reply.status_code == 429

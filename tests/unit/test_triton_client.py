@@ -150,7 +150,11 @@ def test_a_stages_error_arrives_as_what_it_was() -> None:
 @pytest.mark.parametrize(
     ("script", "kind", "text"),
     [
-        ([refusal("Request for unknown model: 'bagel' is not found")], StageUnavailable, "unknown model"),
+        (
+            [refusal("Request for unknown model: 'bagel' is not found")],
+            StageUnavailable,
+            "bagel is unavailable: it is being loaded",
+        ),
         ([refusal("Stub process 'bagel_0_0' is not healthy.")], StageUnavailable, "not healthy"),
         ([refusal("something else")], Internal, "something else"),
         ([refusal("Server not ready")], StageUnavailable, "Server not ready"),

@@ -25,12 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import bagel_triton
 from bagel_triton.openai import admin, chat, images, lora, openapi, page, request_log, responses, sleep
 from bagel_triton.openai.endpoint import Api, ReceiveBuffer
-from bagel_triton.openai.errors import ErrorBody, error_body, error_detail, http_exception
+from bagel_triton.openai.errors import ErrorBody, error_detail, http_exception
 from bagel_triton.openai.image_fetch import RemoteImages
 from bagel_triton.openai.image_io import ImageLoader
+from bagel_triton.openai.request_head import RequestHead
 from bagel_triton.openai.request_log import CONTENT_TYPE, HttpMetrics, RequestLog
 from bagel_triton.openai.settings import MIB, AllowedSources, HttpOptions, ProxySettings
-from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
+from bagel_triton.protocol.errors import StageUnavailable
 from bagel_triton.triton.client import Client, TritonClient
 
 # Open without a key: the page and the API's description hold no secret (the page prompts for
@@ -88,7 +89,7 @@ def create_app(settings: ProxySettings, client: Client | None = None, remote: Re
 
 def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
     """The outermost first. CORS comes before the keys: a browser's preflight carries none."""
-    around = [Middleware(RequestLog, metrics, options.access_log), Middleware(OneLength)]
+    around = [Middleware(RequestLog, metrics, options.access_log), Middleware(RequestHead)]
     if options.cors_origins:
         exposed = [request_log.HEADER, "Retry-After"]
         around.append(
@@ -105,26 +106,6 @@ def _middleware(options: HttpOptions, metrics: HttpMetrics) -> list[Middleware]:
     if options.admin_api_keys:
         around.append(Middleware(ApiKeys, options.admin_api_keys, lambda path: path not in admin.PATHS))
     return around
-
-
-class OneLength:
-    """Middleware that refuses a body of two lengths, and closes its connection.
-
-    A gateway that goes by the other one would take the rest of the body for a request of another client
-    (RFC 9112, section 6.1).
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        if "transfer-encoding" not in headers or "content-length" not in headers:
-            await self._app(scope, receive, send)
-            return
-        message = "Transfer-Encoding and Content-Length are both given; allowed: one of them"
-        body = msgspec.json.encode(error_body(InvalidRequest(message)))
-        await Response(body, 400, {"Connection": "close"}, media_type="application/json")(scope, receive, send)
 
 
 class ApiKeys:

@@ -51,6 +51,12 @@ class UnsupportedEncoding(InvalidRequest):
     http_status = 415
 
 
+class HeaderTooLarge(InvalidRequest):
+    """The request's header has more bytes than the proxy takes."""
+
+    http_status = 431
+
+
 class RequestTimeout(InvalidRequest):
     """The client took too long to send the request."""
 
@@ -75,7 +81,13 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 def error_detail(message: str, kind: str, param: str | None, code: str) -> ErrorDetail:
     """OpenAI's error object, with the id of the request at hand."""
+    message, param = _encodable(message), None if param is None else _encodable(param)
     return ErrorDetail(message, kind, param, code, request_log.CURRENT.get() or msgspec.UNSET)
+
+
+def _encodable(text: str) -> str:
+    """``text`` with half characters escaped: a request may hold some, and no reply can."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def error_body(error: BagelError) -> ErrorBody:

@@ -8,16 +8,22 @@ import ipaddress
 import logging
 import socket
 import ssl
+import sys
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 import h11
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from bagel_triton.openai.errors import HeaderTooLarge, error_body
+from bagel_triton.openai.request_head import MAX_HEADER
 from bagel_triton.openai.request_log import RequestIdFilter
 from bagel_triton.openai.settings import HttpOptions, OptionError
+from bagel_triton.protocol.errors import InvalidRequest
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -145,6 +151,7 @@ def config(app: Starlette, options: HttpOptions, grace_s: int) -> uvicorn.Config
         log_level="warning",
         access_log=False,  # the API writes its own, with times and request ids
         server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER,
         timeout_keep_alive=options.keep_alive_s,
         timeout_graceful_shutdown=grace_s,
         ssl_certfile=options.ssl_certfile,
@@ -153,7 +160,7 @@ def config(app: Starlette, options: HttpOptions, grace_s: int) -> uvicorn.Config
 
 
 def _protocol(options: HttpOptions) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP/1.1 with limits for a header that does not end and a client that does not read."""
+    """uvicorn's HTTP/1.1 with limits for slow headers and slow readers, and errors in OpenAI's shape."""
 
     class TimedProtocol(H11Protocol):
         _header_timer: asyncio.TimerHandle | None = None
@@ -170,6 +177,27 @@ def _protocol(options: HttpOptions) -> type[asyncio.Protocol]:
                 self._cancel_timers()
             elif self._header_timer is None:
                 self._header_timer = self.loop.call_later(options.header_timeout_s, self.transport.abort)
+
+        def send_400_response(self, msg: str) -> None:
+            # uvicorn calls this where it catches the parser's error, and its own answer is a plain text.
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self._refuse(sys.exception() or ValueError(msg))
+            self.transport.close()  # after a reply that has begun, nothing else can be said
+
+        def _refuse(self, reason: BaseException) -> None:
+            status = reason.error_status_hint if isinstance(reason, h11.RemoteProtocolError) else 400
+            error: InvalidRequest = InvalidRequest(f"the request is not HTTP/1.1: {reason}")
+            if status == HeaderTooLarge.http_status:
+                error = HeaderTooLarge(f"the header is too large; allowed: at most {MAX_HEADER} bytes")
+            body = msgspec.json.encode(error_body(error))
+            headers = [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                ("Connection", "close"),
+            ]
+            response = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
 
         def pause_writing(self) -> None:
             super().pause_writing()

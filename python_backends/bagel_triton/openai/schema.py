@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from bagel_triton.openai.errors import noop_field, not_allowed, unknown_field
+from bagel_triton.openai.errors import noop_field, not_allowed, path, unknown_field
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
 from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS
@@ -106,7 +106,10 @@ def _to_token_ids(bias: Any) -> Any:
         raise not_allowed("an object")
     if not all(re.fullmatch(r"[0-9]{1,9}", token) for token in bias):
         raise not_allowed(REQUEST_FIELDS["logit_bias"].allowed)
-    return {int(token): value for token, value in bias.items()}
+    token_ids = {int(token): value for token, value in bias.items()}
+    if len(token_ids) < len(bias):  # "5" and "05" are one token
+        raise not_allowed("each token once")
+    return token_ids
 
 
 def _validator(name: str, annotation: Any) -> Callable[[Any], Any] | None:
@@ -137,6 +140,7 @@ def _field(name: str) -> Any:
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_WHOLE = "whole Unicode characters; a lone surrogate is half of one"
 # The names of the generation fields in a body, aliases too, and those that they have in the request.
 FIELD_NAMES = {name: name for name in REQUEST_FIELDS if name not in _CONVERSATION} | FIELD_ALIASES
 if TYPE_CHECKING:
@@ -271,15 +275,44 @@ def to_object(data: bytes) -> dict[str, Any]:
     """
     try:
         body = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_to_int)
-        if _SURROGATE.search(data):
-            json.dumps(body, ensure_ascii=False).encode()  # half a character would break every reply that shows it
     except RecursionError as error:
         raise InvalidRequest("the body is not JSON: it is nested too deeply") from error
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {truncate(str(error))}") from error
     if not isinstance(body, dict):
         raise InvalidRequest.value("body", body, "a JSON object")
+    if _SURROGATE.search(data):
+        _check_characters(body)
     return body
+
+
+def _check_characters(body: dict[str, Any]) -> None:
+    """Refuse half a character, which would break every reply that shows it.
+
+    Raises:
+        InvalidRequest: names the field that has a lone surrogate, in its value or its own name.
+    """
+    left: list[tuple[tuple[int | str, ...], Any]] = [((), body)]
+    while left:  # a body may be nested as deeply as the parser allows
+        place, value = left.pop()
+        if isinstance(value, dict):
+            for name, member in value.items():
+                if not _is_whole(name):
+                    named = path((*place, name))
+                    raise InvalidRequest(f"{truncate(named)} is no name of a field; allowed: {_WHOLE}", named)
+                left.append(((*place, name), member))
+        elif isinstance(value, list):
+            left += [((*place, index), member) for index, member in enumerate(value)]
+        elif isinstance(value, str) and not _is_whole(value):
+            raise InvalidRequest.value(path(place), value, _WHOLE)
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _to_int(digits: str) -> int:

@@ -149,12 +149,12 @@ STATUSES = ("200", *sorted({str(kind.http_status) for kind in _KINDS.values()}))
 _GONE = (
     "is not healthy",
     "is not ready",
-    "unknown model",
     "Server not ready",
     "Server is stopping",
     "StatusCode.UNAVAILABLE",
     "The stream is no longer in valid state",
 )
+_UNKNOWN = re.compile(r"unknown model: '(\w+)'")  # to Triton; the names are ours, so it is not loaded now
 _TEXT = re.compile(rf"\b({'|'.join(_KINDS)})\(([^()\n]*)\): (.*)", re.DOTALL)
 
 
@@ -167,6 +167,8 @@ def from_text(text: str) -> BagelError:
     found = _TEXT.search(text)
     if found:
         return _KINDS[found[1]](found[3], found[2] or None)
+    if unknown := _UNKNOWN.search(text):
+        return StageUnavailable(f"{unknown[1]} is unavailable: it is being loaded again; try again in a few seconds")
     if any(words in text for words in _GONE):
         return StageUnavailable(text)
     return Internal(text)
