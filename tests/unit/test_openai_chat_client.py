@@ -246,7 +246,7 @@ def test_without_streaming_the_same_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (("-p", "\udcff"), "the server refused the request (400): the body is not JSON: "),
+        (("-p", "\udcff"), "the server refused the request (400): messages[0].content[0].text='"),
         (
             ("-m", "text2text", "--temperature", "nan"),
             "the server refused the request (400): temperature=NaN is not allowed",
