@@ -214,7 +214,7 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     )
     adapters = resources.load_adapters()
     autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
-    ranks = open_ranks(resources, THINKER, model, share=True, one_host=True)
+    ranks = open_ranks(resources, THINKER, model, share=True)
     return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics, adapters, ranks)
 
 
@@ -239,12 +239,10 @@ def open_ranks(
     model: Bagel | None,
     share: bool,
     autoencoder: Autoencoder | None = None,
-    one_host: bool = False,
 ) -> RankGroup | None:
     """The ranks of the Triton model ``stage``, of which ``model`` becomes the first one's; None where it has one alone.
 
     With ``share`` they map the server's weights; without, each loads its own. With an ``autoencoder`` they decode too.
-    With ``one_host`` all are on this host, as the thinker's are, which map its KV cache.
     """
     config = resources.config
     if Sizes.of(config, stage).ranks == 1:
@@ -252,7 +250,7 @@ def open_ranks(
     check(config, resources.checkpoint.config.language, resources.placement.device)
     from bagel_triton.parallel.group import RankGroup
 
-    return RankGroup.start(config, stage, model, share, autoencoder, one_host)
+    return RankGroup.start(config, stage, model, share, autoencoder)
 
 
 def build_decoder(resources: StageResources, metrics: Metrics | None = None) -> DecoderEngine:
@@ -291,10 +289,9 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
         MemoryError: the pool does not fit.
     """
     blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
-    ranks = config.thinker.ranks > 1
     match choose(config, str(device), config.dit_device).name:
         case "local":
-            return LocalProducer(geometry, blocks, device, ranks)
+            return LocalProducer(geometry, blocks, device)
         case "shm":
             return ShmProducer(geometry, blocks, config.shm_prefix)
         case "cuda_ipc":
@@ -304,13 +301,13 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
         case "mooncake":
             from bagel_triton.kv.connectors.mooncake import MooncakeProducer, TransferEngine
 
-            return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake), ranks)
+            return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake))
         case "mooncake_store":
             from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreProducer, ObjectStore
 
             pool = blocks * geometry.block_tokens * token_bytes(geometry)
             store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(pool))
-            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store, ranks)
+            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store)
 
 
 def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:

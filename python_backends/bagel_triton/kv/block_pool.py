@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -107,7 +106,7 @@ class KVSequence:
         fresh = pool.blocks.allocate(missing + copy_tail)
         if copy_tail:
             tail, copy = self.blocks[-1], fresh.pop(0)
-            pool.store[:, :, copy * size : copy * size + filled] = pool.store[:, :, tail * size : tail * size + filled]
+            pool.copy(tail, copy, filled)
             self.blocks[-1] = copy
             pool.blocks.release([tail])
         self.blocks.extend(fresh)
@@ -124,13 +123,13 @@ class KVCachePool:
     """A store, ``[layers, 2, blocks * block_tokens, kv_heads, head_dim]``, cut into blocks.
 
     ``make_room`` is called with a number of blocks before they are allocated. It may evict
-    cached prefixes to free them. Other processes of this host map the store by ``file``, where there is one.
+    cached prefixes to free them. ``copied`` is called with the slots of each copy inside the store, from and to.
     """
 
-    def __init__(self, store: Tensor, geometry: KVGeometry, file: Path | None = None) -> None:
-        self.store, self.file = store, file
-        self.geometry = geometry
+    def __init__(self, store: Tensor, geometry: KVGeometry) -> None:
+        self.store, self.geometry = store, geometry
         self.make_room: Callable[[int], None] = lambda blocks: None
+        self.copied: Callable[[slice, slice], None] = lambda source, target: None
         self.blocks = BlockAllocator(store.shape[2] // geometry.block_tokens)
 
     @property
@@ -141,6 +140,13 @@ class KVCachePool:
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a new sequence of ``tokens`` takes."""
         return -(-tokens // self.geometry.block_tokens)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first ``tokens`` of block ``source`` to ``target``."""
+        size = self.geometry.block_tokens
+        slots = [slice(block * size, block * size + tokens) for block in (source, target)]
+        self.store[:, :, slots[1]] = self.store[:, :, slots[0]]
+        self.copied(*slots)
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
         """Slots of the tokens ``start:stop`` of ``blocks``, [stop - start] int64, on the CPU."""

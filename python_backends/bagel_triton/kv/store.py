@@ -8,9 +8,7 @@ without a copy.
 
 from __future__ import annotations
 
-import os
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagel_triton.ipc.shm import reserve
 from bagel_triton.model.attention import QuerySpan, SequenceKV
 from bagel_triton.model.cuda.attention import KeySpan, VarlenCall, varlen_attention
 from bagel_triton.protocol.messages import KVGeometry
@@ -36,27 +33,9 @@ def token_bytes(geometry: KVGeometry) -> int:
     return geometry.layers * 2 * geometry.kv_heads * geometry.head_dim * int(itemsize)
 
 
-def new_store(geometry: KVGeometry, slots: int, device: torch.device, shared: bool) -> tuple[Tensor, Path | None]:
-    """An empty store; with ``shared``, on a CPU, and the file by which other processes of this host map it.
-
-    The file has no name of its own: it is gone with this process, or with the tensor and the mappings.
-
-    Raises:
-        MemoryError: shared memory is too small.
-    """
-    shape, dtype = store_shape(geometry, slots), getattr(torch, geometry.dtype)
-    if not shared:
-        return torch.zeros(shape, dtype=dtype, device=device), None
-    descriptor = os.memfd_create("kv_cache")
-    try:
-        reserve(descriptor, slots * token_bytes(geometry), "KV cache")
-        file = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-        store = map_store(file, geometry)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    weakref.finalize(store, os.close, descriptor)
-    return store, file
+def new_store(geometry: KVGeometry, slots: int, device: torch.device) -> Tensor:
+    """An empty store in this process's memory, or that of a GPU."""
+    return torch.zeros(store_shape(geometry, slots), dtype=getattr(torch, geometry.dtype), device=device)
 
 
 def map_store(file: Path, geometry: KVGeometry) -> Tensor:

@@ -23,7 +23,6 @@ from bagel_triton.parallel.messages import receive_exactly
 from bagel_triton.parallel.rank import listen
 
 KEY_BYTES = 32
-NODE_ID_LABEL = "ray.io/node-id"
 PLACEMENT_S = 60.0  # until the cluster has room for the ranks
 START_S = 300.0  # until an actor has started and connected
 POLL_S = 1.0
@@ -105,10 +104,10 @@ class ActorRank:
         self._ended.wait(timeout_s)
 
 
-def start_actors(address: str, count: int, one_host: bool) -> tuple[str, Sequence[ActorRank]]:
+def start_actors(address: str, count: int) -> tuple[str, Sequence[ActorRank]]:
     """Start ``count`` ranks in the Ray cluster at ``address``, each on a CPU of its own.
 
-    With ``one_host`` all are on this host. Returns this host's address in the cluster, and the ranks.
+    Returns this host's address in the cluster, and the ranks.
 
     Raises:
         RuntimeError: there is no such cluster, it has no room, or an actor cannot start there.
@@ -120,15 +119,13 @@ def start_actors(address: str, count: int, one_host: bool) -> tuple[str, Sequenc
     _connect(address)
     host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     bundles = [{"CPU": 1.0}] * count
-    # All on one host and no other is what a label says; PACK takes as few as it can.
-    labels = [{NODE_ID_LABEL: node}] * count if one_host else None
-    group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
+    group = placement_group(bundles, strategy="PACK")
     try:
         if not group.wait(PLACEMENT_S):
-            where = f"node {node[:8]}, which has the thinker's KV cache," if one_host else "the cluster"
+            free = ray.available_resources().get("CPU", 0.0)
             raise RuntimeError(
-                f"worker_backend=ray: {where} has no room for {count} ranks of one CPU each within {PLACEMENT_S:g} s; "
-                f"free are {_free(node if one_host else None):g} CPUs"
+                f"worker_backend=ray: the cluster has no room for {count} ranks of one CPU each within "
+                f"{PLACEMENT_S:g} s; free are {free:g} CPUs"
             )
         remote = ray.remote(num_cpus=1, max_restarts=0)(RankActor)
         places = [PlacementGroupSchedulingStrategy(group, number) for number in range(count)]
@@ -145,8 +142,6 @@ def start_actors(address: str, count: int, one_host: bool) -> tuple[str, Sequenc
                     f"allowed: {bagel_triton.__version__}, as here"
                 )
             ranks.append(ActorRank(actor, group, its_node, its_host, its_node == node))
-        if one_host and (away := [str(rank) for rank in ranks if not rank.is_here]):
-            raise RuntimeError(f"worker_backend=ray: not on node {node[:8]}, which has the KV cache: {', '.join(away)}")
         _accept(host, ranks)
     except BaseException:
         remove_placement_group(group)
@@ -168,16 +163,6 @@ def _connect(address: str) -> None:
             f"worker_backend=ray: no Ray cluster of this host at ray_address={address}: {error}; start one on each "
             "host: ray start --head, then ray start --address HOST:PORT"
         ) from error
-
-
-def _free(node: str | None) -> float:
-    """CPUs that are free on ``node``, or in the cluster."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    if node is None:
-        return float(ray.available_resources().get("CPU", 0.0))
-    return float(available_resources_per_node().get(node, {}).get("CPU", 0.0))
 
 
 def _accept(host: str, ranks: Sequence[ActorRank]) -> None:

@@ -1,8 +1,8 @@
 """Rank 0 of a stage and the ranks that it drives: one owner of their lives, one order of their work.
 
 Rank 0 is the stage's own process. It starts the others, and each forward goes out to them as a message and tensors.
-The ranks have no state of requests: a mapping of the thinker's KV cache, the DiT's stores of keys and
-values, which rank 0 numbers, and one layout.
+The ranks have no state of requests: their heads of the thinker's KV cache, the DiT's stores of keys and values,
+which rank 0 numbers, and one layout.
 
 A rank that ends is the stage's end: ``lost`` is called, the forward in flight fails with ``StageUnavailable``, the
 process exits, and what replaces it starts a new group. The other ranks end when rank 0's sockets close.
@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Self
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.kv.block_pool import KVCachePool
-from bagel_triton.kv.store import PagedStep, WorkspaceStep
+from bagel_triton.kv.store import PagedStep, WorkspaceStep, runs_of
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
@@ -31,7 +30,20 @@ from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel import messages
 from bagel_triton.parallel.launch import LOOPBACK, Rank, RankProcess
 from bagel_triton.parallel.layout import NOTHING, Part, PoolLayout, StoresLayout, by_sequence, parts_of
-from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Ready, Start
+from bagel_triton.parallel.messages import (
+    Arrange,
+    Attach,
+    Collect,
+    Copy,
+    Decode,
+    Forward,
+    Free,
+    Keep,
+    Meet,
+    Message,
+    Ready,
+    Start,
+)
 from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import Arranged, RankModel, join, meet, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
@@ -58,6 +70,8 @@ class RankGroup:
         self._model: RankModel
         self._decoder: RankDecoder
         self._cache: Tensor | None = None  # rank 0's heads of the thinker's
+        self._pool_store: Tensor
+        self._block_tokens: int
         self._numbers: dict[int, int] = {}  # of stores, by the id of rank 0's
         self._newest = 0
         self._arranged: PagedStep | WorkspaceStep | None = None
@@ -74,13 +88,11 @@ class RankGroup:
         model: Bagel | None,
         share: bool,
         autoencoder: Autoencoder | None = None,
-        one_host: bool = False,
     ) -> Self:
         """Start the other ranks of the Triton model ``stage``, and make ``model`` rank 0's share.
 
         They load ``model``'s checkpoint; with ``share`` those of this host map the server's shared weights. With an
-        ``autoencoder`` they also decode images; those of the decoder have no ``model``. With ``one_host`` all are on
-        this host, as :meth:`attach` needs it.
+        ``autoencoder`` they also decode images; those of the decoder have no ``model``.
 
         Raises:
             RuntimeError: a rank could not be started, or ended before it was ready; its own log says why.
@@ -92,7 +104,7 @@ class RankGroup:
         if config.worker_backend == "ray":
             from bagel_triton.parallel.actors import start_actors
 
-            host, ranks = start_actors(config.ray_address, sizes.ranks - 1, one_host)
+            host, ranks = start_actors(config.ray_address, sizes.ranks - 1)
         else:
             host, ranks = LOOPBACK, [RankProcess.start() for _ in range(1, sizes.ranks)]
         group = cls(stage, ranks, threads)
@@ -134,12 +146,39 @@ class RankGroup:
         return len(self._numbers)
 
     def attach(self, pool: KVCachePool) -> None:
-        """Let every rank map the thinker's KV cache, and read and write its own heads of it."""
-        assert pool.file is not None, "a pool that ranks use is in a file"
+        """Let every rank keep its heads of the thinker's KV cache ``pool``; rank 0 writes its own there.
+
+        The other ranks' heads come when a context is lent: see :meth:`collect`.
+        """
+        self._pool_store, self._block_tokens = pool.store, pool.geometry.block_tokens
         self._cache = self._model.own_heads(pool.store)
+        pool.copied = self._copied
         with self._together():
             for rank in self._others:
-                self._send(rank, Attach(str(pool.file), pool.geometry))
+                slots = pool.capacity if rank in self._prefilling else 0
+                self._send(rank, Attach(slots, pool.geometry))
+
+    def collect(self, blocks: Collection[int]) -> None:
+        """Copy the other ranks' heads of ``blocks`` to the KV cache that was attached.
+
+        Raises:
+            StageUnavailable: a rank has ended.
+        """
+        store, size = self._pool_store, self._block_tokens
+        runs = runs_of(sorted(blocks), len(blocks) * size, size)
+        tokens = sum(run.stop - run.start for run in runs)
+        found = {self._model.heads.start}  # where there are fewer KV heads than ranks, several have the same ones
+        with self._together():
+            for rank in self._prefilling[1:]:
+                heads = self._model.kv_heads(rank)
+                if heads.start in found:
+                    continue
+                found.add(heads.start)
+                self._send(rank, Collect(tuple((run.start, run.stop) for run in runs)))
+                theirs = store.new_empty(*store.shape[:2], tokens, heads.stop - heads.start, store.shape[4])
+                receive(theirs, rank)
+                for run, part in zip(runs, theirs.split([run.stop - run.start for run in runs], dim=2), strict=True):
+                    store[:, :, run, heads] = part
 
     def keep(self, store: Tensor, past: int) -> Tensor:
         """Give every rank its heads of ``store``, [layers, 2, slots, kv_heads, head_dim]; returns rank 0's.
@@ -233,6 +272,17 @@ class RankGroup:
     def _others(self) -> range:
         return range(1, len(self._ranks) + 1)
 
+    @property
+    def _prefilling(self) -> range:
+        """The ranks that compute the thinker's forwards; the DiT's other groups of sequences do not."""
+        sizes = self._model.sizes
+        return range(sizes.tensor * sizes.ulysses)
+
+    def _copied(self, source: slice, target: slice) -> None:
+        with self._together():
+            for rank in self._prefilling[1:]:
+                self._send(rank, Copy((source.start, source.stop), (target.start, target.stop)))
+
     def _arrange(self, batch: PackedBatch, kv: PagedStep | WorkspaceStep) -> None:
         """Send each rank its part of a new layout."""
         layouts: list[tuple[PoolLayout | StoresLayout, Tensor | None]]
@@ -242,7 +292,7 @@ class RankGroup:
             assert self._cache is not None, "attached before"
             layouts = [(PoolLayout.of(batch, kv), None)]
             layouts += [(NOTHING, torch.empty(0, dtype=torch.int64))] * (sizes.cfg - 1)
-            own = replace(kv, store=self._cache)
+            own = PoolLayout.of(batch, kv).kv(self._cache)
         else:
             stores = [self._numbers[id(store)] for store in kv.stores]
             layout = StoresLayout.of(batch, kv, stores)

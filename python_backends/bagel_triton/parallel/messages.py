@@ -12,7 +12,7 @@ import struct
 import msgspec
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.parallel.layout import PoolLayout, StoresLayout
+from bagel_triton.parallel.layout import PoolLayout, Run, StoresLayout
 from bagel_triton.protocol.messages import KVGeometry
 
 _LENGTH = struct.Struct("<I")
@@ -45,10 +45,23 @@ class Meet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """``file`` is the thinker's KV cache; the receiver maps it and uses its own heads of it."""
+    """Make a KV cache of ``slots`` for the receiver's heads of the thinker's."""
 
-    file: str
+    slots: int
     geometry: KVGeometry
+
+
+class Copy(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Copy slots of the KV cache to others."""
+
+    source: Run
+    target: Run
+
+
+class Collect(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Send the keys and values at ``slots`` of the KV cache back."""
+
+    slots: tuple[Run, ...]
 
 
 class Keep(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -85,7 +98,7 @@ class Decode(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     shape: tuple[int, int, int, int]
 
 
-Message = Start | Ready | Meet | Attach | Keep | Arrange | Forward | Free | Decode
+Message = Start | Ready | Meet | Attach | Copy | Collect | Keep | Arrange | Forward | Free | Decode
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

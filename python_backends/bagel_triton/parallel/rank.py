@@ -192,7 +192,12 @@ class RankModel:
 
     def own_heads(self, store: Tensor) -> Tensor:
         """This rank's heads of a store [layers, 2, slots, kv_heads, head_dim], a view."""
-        return store[:, :, :, self.kv_heads(dist.get_rank())]
+        return store[:, :, :, self.heads]
+
+    @property
+    def heads(self) -> slice:
+        """The KV heads that this rank keeps."""
+        return self.kv_heads(dist.get_rank())
 
     def forward(self, embeddings: Tensor, arranged: Arranged) -> Tensor:
         """Hidden states before the final norm, [rows, hidden], of this rank's rows."""

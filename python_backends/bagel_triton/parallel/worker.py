@@ -13,23 +13,36 @@ import socket
 import sys
 import threading
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from bagel_triton.deploy.topology import DECODER, THINKER
-from bagel_triton.kv.store import PagedStep, WorkspaceStep, map_store
+from bagel_triton.kv.store import PagedStep, WorkspaceStep, new_store
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Placement, resolve
 from bagel_triton.parallel import messages
 from bagel_triton.parallel.launch import LOOPBACK
-from bagel_triton.parallel.layout import PoolLayout
-from bagel_triton.parallel.messages import Arrange, Attach, Decode, Forward, Free, Keep, Meet, Message, Ready, Start
+from bagel_triton.parallel.layout import PoolLayout, Run
+from bagel_triton.parallel.messages import (
+    Arrange,
+    Attach,
+    Collect,
+    Copy,
+    Decode,
+    Forward,
+    Free,
+    Keep,
+    Meet,
+    Message,
+    Ready,
+    Start,
+)
 from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import Arranged, RankModel, join, receive, selftest, send
 from bagel_triton.parallel.sizes import Sizes
@@ -50,7 +63,13 @@ class Worker:
     def handle(self, message: Message) -> None:
         """Do what a message says."""
         if isinstance(message, Attach):
-            self._cache = self._model.own_heads(map_store(Path(message.file), message.geometry))
+            heads = self._model.heads
+            geometry = msgspec.structs.replace(message.geometry, kv_heads=heads.stop - heads.start)
+            self._cache = new_store(geometry, message.slots, self._model.device)
+        elif isinstance(message, Copy):
+            self._slots(message.target).copy_(self._slots(message.source))
+        elif isinstance(message, Collect):
+            send(torch.cat([self._slots(run) for run in message.slots], dim=2), 0)
         elif isinstance(message, Keep):
             self._keep(message)
         elif isinstance(message, Arrange):
@@ -64,6 +83,11 @@ class Worker:
         else:
             raise ValueError(f"{type(message).__name__} is no message for a rank that has started")
 
+    def _slots(self, run: Run) -> Tensor:
+        """Keys and values at adjacent slots of the KV cache, a view."""
+        assert self._cache is not None, "the KV cache is there before it is used"
+        return self._cache[:, :, slice(*run)]
+
     def _keep(self, message: Keep) -> None:
         store = self._empty(*message.shape)
         past = self._empty(*message.shape[:2], message.past, *message.shape[3:])
@@ -75,7 +99,7 @@ class Worker:
         rows = self._model.rows(layout)
         cos, sin = receive(self._empty(2, rows, 1, self._model.config.head_dim), 0)
         if isinstance(layout, PoolLayout):
-            assert self._cache is not None, "the KV cache is mapped before it is used"
+            assert self._cache is not None, "the KV cache is there before it is used"
             kv: PagedStep | WorkspaceStep = layout.kv(self._cache)
         else:
             kv = layout.kv(self._stores)

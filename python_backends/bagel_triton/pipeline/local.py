@@ -55,7 +55,7 @@ class LocalStages:
         model, autoencoder, model_config = models.bagel, models.autoencoder, models.config
         geometry = kv_geometry(model_config.language, config.thinker.block_tokens, place.dtype_name)
         blocks = -(-config.thinker.kv_tokens // config.thinker.block_tokens)
-        self.producer = LocalProducer(geometry, blocks, place.torch_device, config.thinker.ranks > 1)
+        self.producer = LocalProducer(geometry, blocks, place.torch_device)
         defaults = config.topology.think_by_default, config.bagel.request_timeout_s, config.request_defaults
         adapters = resources.load_adapters()
         self.planner = RequestPlanner(model_config, tokenizer, *defaults, adapters=adapters)
@@ -66,10 +66,8 @@ class LocalStages:
             for size in sizes
         ]
         decoding = autoencoder if Sizes.of(config, DECODER).ranks > 1 else None
-        ranks = [open_ranks(resources, DIT, own[1], False, decoding, one_host=together)]
-        ranks.insert(
-            0, ranks[0] if together else open_ranks(resources, THINKER, own[0], False, decoding, one_host=True)
-        )
+        ranks = [open_ranks(resources, DIT, own[1], False, decoding)]
+        ranks.insert(0, ranks[0] if together else open_ranks(resources, THINKER, own[0], False, decoding))
         decoders = None if decoding is None else ranks[1] or ranks[0]
         if decoding is not None and decoders is None:
             decoders = open_ranks(resources, DECODER, None, False, decoding)

@@ -383,6 +383,8 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
 
     def _publish(self, active: ThinkerRun, flow: FlowSettings) -> DenoiseJob:
         plan, ttl = active.job.task, self._config.lease_ttl_s
+        if self._ranks is not None:
+            self._ranks.collect({block for branch in active.branches for block in branch.context.blocks})
         wait_for_stream(self._model.device)  # a lease carries no ordering
         handles = []
         try:

@@ -21,14 +21,14 @@ _producers: weakref.WeakValueDictionary[str, LocalProducer] = weakref.WeakValueD
 
 
 class LocalProducer(Producer):
-    """A pool of ``blocks`` blocks on ``device`` in this process, which others may map where it is ``shared``."""
+    """A pool of ``blocks`` blocks on ``device`` in this process."""
 
-    def __init__(self, geometry: KVGeometry, blocks: int, device: torch.device, shared: bool = False) -> None:
+    def __init__(self, geometry: KVGeometry, blocks: int, device: torch.device) -> None:
         generation = next(_generations)
         self.name = f"local_{generation}"
-        self.store, file = new_store(geometry, blocks * geometry.block_tokens, device, shared)
+        self.store = new_store(geometry, blocks * geometry.block_tokens, device)
         self.table = LeaseTable(np.zeros(table_words(), dtype=np.int64))
-        self.pool = KVCachePool(self.store, geometry, file)
+        self.pool = KVCachePool(self.store, geometry)
         self.leases = LeaseManager(self.pool, self.table, self.name, "local", generation)
         _producers[self.name] = self
 

@@ -158,22 +158,17 @@ def check_device(config: MooncakeConfig) -> None:
 
 
 class MooncakeProducer(Producer):
-    """A pool of ``blocks`` blocks in this process's memory, registered with ``engine``.
+    """A pool of ``blocks`` blocks in this process's memory, registered with ``engine``."""
 
-    Others may map it where ``shared``.
-    """
-
-    def __init__(
-        self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine, shared: bool = False
-    ) -> None:
+    def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine) -> None:
         generation = time.time_ns()
         slots = blocks * geometry.block_tokens
-        store, file = new_store(geometry, slots, torch.device("cpu"), shared)
+        store = new_store(geometry, slots, torch.device("cpu"))
         self._words = np.zeros(table_words(), dtype=np.int64)
         self._engine: TransferEngine | None = engine
         engine.register(store.data_ptr(), store.nbytes)
         engine.register(self._words.ctypes.data, self._words.nbytes)
-        self.pool = KVCachePool(store, geometry, file)
+        self.pool = KVCachePool(store, geometry)
         address = MooncakeAddress(engine.peer, store.data_ptr(), self._words.ctypes.data, slots)
         name = f"{prefix}_kv_{generation}"
         self.leases = LeaseManager(self.pool, LeaseTable(self._words), name, "mooncake", generation, address=address)

@@ -286,18 +286,13 @@ class StoreLeases:
 
 
 class MooncakeStoreProducer(Producer):
-    """A pool of ``blocks`` blocks in this process's memory, whose contexts are copied to the store.
+    """A pool of ``blocks`` blocks in this process's memory, whose contexts are copied to the store."""
 
-    Others may map it where ``shared``.
-    """
-
-    def __init__(
-        self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore, shared: bool = False
-    ) -> None:
+    def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore) -> None:
         generation = time.time_ns()
         slots = blocks * geometry.block_tokens
-        tokens, file = new_store(geometry, slots, torch.device("cpu"), shared)
-        self.pool = KVCachePool(tokens, geometry, file)
+        tokens = new_store(geometry, slots, torch.device("cpu"))
+        self.pool = KVCachePool(tokens, geometry)
         self.leases = StoreLeases(self.pool, store, f"{prefix}_kv_{generation}", generation)
         self._store: ObjectStore | None = store
 

@@ -100,7 +100,7 @@ class ShmProducer(Producer):
         except MemoryError:
             self._store_path.unlink()
             raise
-        self.pool = KVCachePool(map_store(self._store_path, geometry), geometry, self._store_path)
+        self.pool = KVCachePool(map_store(self._store_path, geometry), geometry)
         self.leases = LeaseManager(self.pool, LeaseTable(self._words.array), name, "shm", generation)
 
     def close(self) -> None:
