@@ -1,7 +1,7 @@
 """Every way in which ranks share a stage, over NCCL on two GPUs: what one rank computes.
 
-No server starts ranks on a GPU yet; this is what it would build on. A forward of two branches is cut as rank 0 cuts
-it, and each rank compares its rows with those of the whole.
+A forward of two branches is cut as rank 0 cuts it, and each rank compares its rows with those of the whole. Then whole
+stages, whose other ranks are processes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.mot import rotary_tables
@@ -23,7 +25,11 @@ from bagel_triton.parallel.layout import StoresLayout, by_sequence, parts_of
 from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import RankModel
 from bagel_triton.parallel.sizes import Sizes
+from bagel_triton.pipeline.local import LocalStages
+from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.weights.checkpoint import Checkpoint
+from tests.parity.test_text2img import MIXED
+from tests.support.runs import generate_together, result_of
 
 RANKS = 2
 pytestmark = [
@@ -36,6 +42,7 @@ MODES = {
     "ulysses": Sizes(ulysses=RANKS),
     "hsdp": Sizes(cfg=RANKS, shard=RANKS),
 }
+TEXT = GenerationRequest(prompt="Describe a cat", modality="text", max_tokens=24)
 PAST, LATENTS, VISION = 5, 6, 2  # tokens of each of two branches: kept before, and in a step
 ROWS = 2 * (LATENTS + VISION)
 
@@ -81,7 +88,7 @@ def forward(rank: int, meeting: str, checkpoint: str, sizes: Sizes, kind: str) -
     cos, sin = rotary_tables(torch.arange(ROWS, device=device), config, torch.float32)
     whole = model.language_model.model(embeddings, layout.batch(cos, sin), layout.kv([*stores.clone()]))
 
-    ranked = RankModel(model, sizes, ThreadPool(1))
+    ranked = RankModel(model, sizes, ThreadPool(1), device)
     cut = [(layout, None)] if sizes.cfg == 1 else [*by_sequence(layout, sizes.cfg)]
     part = parts_of(cut, sizes)[rank]
     own = {number: ranked.own_heads(stores[number]).contiguous() for number in range(2)}
@@ -111,3 +118,31 @@ def test_two_ranks_compute_what_one_does(checkpoint_dir: Path, tmp_path: Path, m
 
 def test_two_ranks_decode_what_one_does(checkpoint_dir: Path, tmp_path: Path) -> None:
     multiprocessing.spawn(decode, (str(tmp_path / "meeting"), str(checkpoint_dir), "cuda"), RANKS)
+
+
+STAGES = {
+    "tensor": {"thinker": ThinkerConfig(tensor_parallel_size=RANKS), "dit": DitConfig(tensor_parallel_size=RANKS)},
+    "guidance": {"dit": DitConfig(cfg_parallel_size=RANKS)},
+    "ulysses": {"dit": DitConfig(ulysses_degree=RANKS)},
+    "hsdp": {"dit": DitConfig(use_hsdp=True, hsdp_shard_size=RANKS)},
+    "vae": {"vae_decode": VaeDecodeConfig(patch_parallel_size=RANKS)},
+}
+
+
+@pytest.mark.parametrize("mode", STAGES)
+def test_stages_on_two_gpus_answer_as_on_one(checkpoint_dir: Path, mode: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    one = DeployConfig(checkpoint=str(checkpoint_dir), device="cuda:0", dtype="float32")
+    found, texts = [], []
+    for config in (one, msgspec.structs.replace(one, **STAGES[mode])):
+        stages = LocalStages(config)
+        try:
+            found.append(generate_together(stages, MIXED))
+            plan = result_of(stages.expand(TEXT))
+            texts.append(result_of(stages.think(plan)).answers[0].text)
+        finally:
+            stages.close()
+    for expected, several in zip(*found, strict=True):
+        for before, pixels in zip(expected.pixels, several.pixels, strict=True):
+            assert int((pixels.int() - before.int()).abs().max()) <= 1
+    assert texts[0] == texts[1]

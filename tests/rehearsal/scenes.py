@@ -71,8 +71,11 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(layers: int, form: str | None = None) -> Iterator[Stage]:
-    """The engines of one process, at the published size but for the number of layers, in bfloat16 or quantised."""
+def stage(layers: int, form: str | None = None, **deploy: Any) -> Iterator[Stage]:
+    """The engines of one process, at the published size but for the number of layers, in bfloat16 or quantised.
+
+    ``deploy`` are fields of their configuration.
+    """
     config = dataclasses.replace(
         PUBLISHED,
         language=dataclasses.replace(PUBLISHED.language, num_layers=layers),
@@ -85,7 +88,8 @@ def stage(layers: int, form: str | None = None) -> Iterator[Stage]:
                 quantize(bagel.language_model.model, FORMS[form])
             autoencoder = Autoencoder(autoencoder_shapes(config, AUTOENCODER_WIDTHS))
         models = Models(config, _placed(bagel), _placed(autoencoder))
-        yield Stage(gpu, LocalStages(DeployConfig(str(TINY), device="cuda:0", dtype="bfloat16"), models=models))
+        deployed = DeployConfig(str(TINY), device="cuda:0", dtype="bfloat16", **deploy)
+        yield Stage(gpu, LocalStages(deployed, models=models))
 
 
 def at_full_depth(scene: Callable[[Stage], Tally], few: int = 2, form: str | None = None) -> Tally:

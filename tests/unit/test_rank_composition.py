@@ -81,7 +81,7 @@ def config_of(
     path = folder / "deploy.yaml"
     path.write_bytes(msgspec.yaml.encode(written))
     config = deploy_yaml.load(path, str(checkpoint))
-    sizes.check(config, inspect(config.checkpoint).language, "cuda:0" if config.device == "cuda" else "cpu")
+    sizes.check(config, inspect(config.checkpoint).language)
     return config
 
 
@@ -138,7 +138,7 @@ def test_a_size_that_does_not_divide_is_refused_with_those_that_do(
         config, **{stage: msgspec.structs.replace(getattr(config, stage), **{SIZES[path][1]: 3})}
     )
     with pytest.raises(ConfigError) as caught:
-        sizes.check(config, inspect(config.checkpoint).language, "cpu")
+        sizes.check(config, inspect(config.checkpoint).language)
     assert str(caught.value).startswith(f"{stage}.tensor_parallel_size=3 does not divide the checkpoint's ")
     assert str(caught.value).endswith(f"; allowed: {allowed}")
 
@@ -151,7 +151,7 @@ def test_rows_are_shared_by_as_many_ranks_as_heads_are(checkpoint_dir: Path) -> 
         (DitConfig(ulysses_degree=2, tensor_parallel_size=2), "1, 3"),
     ):
         with pytest.raises(ConfigError, match=rf"^dit.ulysses_degree=\d.* does not divide .*; allowed: {allowed}$"):
-            sizes.check(DeployConfig(checkpoint=str(checkpoint_dir), dit=dit), language, "cpu")
+            sizes.check(DeployConfig(checkpoint=str(checkpoint_dir), dit=dit), language)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_the_sizes_of_hsdp_make_the_ranks(checkpoint_dir: Path, dit: DitConfig, 
     config, language = DeployConfig(checkpoint=str(checkpoint_dir), dit=dit), inspect(str(checkpoint_dir)).language
     if isinstance(ranks, str):
         with pytest.raises(ConfigError) as caught:
-            sizes.check(config, language, "cpu")
+            sizes.check(config, language)
         assert str(caught.value).startswith(ranks)
         return
-    sizes.check(config, language, "cpu")
+    sizes.check(config, language)
     assert (sizes.Sizes.of(config, DIT).ranks, sizes.Sizes.of(config, DIT).shard) == ranks
 
 

@@ -249,6 +249,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``ray_address``, HOST:PORT; "auto" is that of this host.
     ``stage_id`` is set on a server of one stage; ``addresses`` are the gRPC addresses, HOST:PORT, of the servers of
     stages that have their own, by stage id. ``dit_device`` is the device of stage 1 where that is not ``device``.
+    ``rank_devices`` are those of a stage's ranks, by stage id, where they are not the stage's and the ones after.
     ``text_defaults`` and ``image_defaults`` are values of request fields for requests of that kind that leave them out.
     """
 
@@ -257,6 +258,7 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shm_prefix: str = "bagel_triton"
     device: str = "auto"
     dit_device: str | None = None
+    rank_devices: dict[int, tuple[str, ...]] = {}
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     load: Load = "all"
     lora_path: str = ""
@@ -313,6 +315,18 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The device of a Triton model."""
         on_stage_1 = not self.topology.one_process and model in self.topology.stages[1]
         return self.dit_device if on_stage_1 and self.dit_device is not None else self.device
+
+    def rank_device_of(self, model: str, rank: int) -> str:
+        """The device of a rank of a Triton model: on a GPU that after its neighbour's, where none are named."""
+        own = (number for number, models in enumerate(self.topology.stages) if model in models)
+        stage_id = 0 if self.topology.one_process else next(own)
+        first = self.device_of(model)
+        kind, _, index = first.partition(":")
+        if kind != "cuda":
+            return first
+        if listed := self.rank_devices.get(stage_id):
+            return listed[rank]
+        return f"cuda:{int(index or 0) + rank}"
 
     @property
     def control_model(self) -> str:

@@ -276,7 +276,7 @@ class _Builder:
                 self._problems.add(node, f"={node.value!r} is not that of the stage itself, {own.value!r}")
 
     def _check_devices(self, found: dict[str, Node]) -> None:
-        """Refuse a list of devices that is not one for each rank, or that is on a GPU, where ranks have not run."""
+        """Refuse a list of devices that is not one for each rank, or has one twice."""
         listed = str(found["devices"].value).split(",") if "devices" in found else []
         if len(listed) < 2:
             return
@@ -292,8 +292,8 @@ class _Builder:
                 f"allowed: as many as {', '.join((*vocabulary.RANKS, *vocabulary.HSDP[1:]))} make, or "
                 f"{vocabulary.DECODER_RANKS}",
             )
-        elif self._platform() == "cuda":
-            self._problems.add(devices, f"={devices.value!r} is not supported: ranks are processes of a CPU today")
+        elif len(set(listed)) < len(listed):
+            self._problems.add(devices, f"={devices.value!r} is not allowed; allowed: each device once")
 
     def _flagged(self, stages: list[Node], topology: Topology) -> list[Node]:
         """``stages`` with the flags that are for every stage; those that --stage-overrides sets come before them."""
@@ -505,29 +505,30 @@ class _Builder:
         """The device and dtype that stages name; the dtype must be the same for all."""
         fields = self._of_all_stages("dtype", top, stages)
         device = top.get("device")
-        named = [found["devices"] for found in stages.values() if "devices" in found]
+        named = {stage_id: found["devices"] for stage_id, found in stages.items() if "devices" in found}
         if not named or (device is not None and device.origin.source.startswith("--")):
             return fields if device is None else {**fields, "device": self._value("device", device)}
-        numbers = all(str(node.value).replace(",", "").isdigit() for node in named)
+        first = next(iter(named.values()))
+        numbers = all(str(node.value).replace(",", "").isdigit() for node in named.values())
         if numbers and self._platform() == "cpu":
             if device is None or device.value != "cpu":
-                where = " and ".join(f"{node.path}={format_value(node.value)}" for node in named)
+                where = " and ".join(f"{node.path}={format_value(node.value)}" for node in named.values())
                 self._notes.append(
-                    f"{named[0].origin.prefix}{where}: there is no CUDA device here, so the stages run on the CPU"
+                    f"{first.origin.prefix}{where}: there is no CUDA device here, so the stages run on the CPU"
                 )
             return fields if device is None else {**fields, "device": self._value("device", device)}
-        names = [f"cuda:{node.value}" if str(node.value).isdigit() else str(node.value) for node in named]
-        self._origins["device"] = named[0].origin
-        if len(set(names)) == 1:
-            return {**fields, "device": names[0]}
-        by_stage = {
-            stage_id: (name, found["devices"].origin)
-            for name, (stage_id, found) in zip(
-                names, ((number, found) for number, found in stages.items() if "devices" in found), strict=True
-            )
+        listed = {
+            stage_id: tuple(f"cuda:{one}" if one.isdigit() else one for one in str(node.value).split(","))
+            for stage_id, node in named.items()
         }
-        self._origins["device"], self._origins["dit_device"] = by_stage[THINKER_STAGE][1], by_stage[DIT_STAGE][1]
-        return {**fields, "device": by_stage[THINKER_STAGE][0], "dit_device": by_stage[DIT_STAGE][0]}
+        fields["rank_devices"] = {stage_id: every for stage_id, every in listed.items() if len(every) > 1}
+        self._origins["device"] = first.origin
+        names = {stage_id: every[0] for stage_id, every in listed.items()}
+        if len(set(names.values())) == 1:
+            return {**fields, "device": names[min(names)]}
+        origins = {stage_id: node.origin for stage_id, node in named.items()}
+        self._origins["device"], self._origins["dit_device"] = origins[THINKER_STAGE], origins[DIT_STAGE]
+        return {**fields, "device": names[THINKER_STAGE], "dit_device": names[DIT_STAGE]}
 
     def _connector(
         self, top: dict[str, Node], stages: dict[int, dict[str, Node]], topology: Topology

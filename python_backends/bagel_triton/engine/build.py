@@ -88,13 +88,23 @@ class StageResources:
 
         ``offload_gb`` GiB of them stay in the host's memory.
         """
-        return self._once("bagel", lambda: self.own_bagel(quantization, offload_gb))
+        return self._once("bagel", lambda: self._bagel(quantization, offload_gb, cut=False))
 
-    def own_bagel(self, quantization: str | None, offload_gb: float = 0.0) -> Bagel:
-        """The same, for a caller that changes it: it is not kept for the engine after a sleep."""
+    def model_of(self, stage: str) -> Bagel:
+        """The transformer of the thinker or the DiT, as its ranks need it."""
+        config = self.config.thinker if stage == THINKER else self.config.dit
+        if Sizes.of(self.config, stage).cut:
+            return self.own_bagel(config.quantization)
+        return self.load_bagel(config.quantization, config.cpu_offload_gb)
+
+    def own_bagel(self, quantization: str | None) -> Bagel:
+        """The same, for ranks that cut it: it is not kept for the engine after a sleep, and on the host until then."""
+        return self._bagel(quantization, 0.0, cut=True)
+
+    def _bagel(self, quantization: str | None, offload_gb: float, cut: bool) -> Bagel:
         place = self.placement
         device, dtype = place.torch_device, place.torch_dtype
-        model = self.checkpoint.load_bagel(device, dtype, self.weights, quantization, offload_gb)
+        model = self.checkpoint.load_bagel(device, dtype, self.weights, quantization, offload_gb, cut)
         release_intraop_threads()  # the engine computes on other threads
         return model
 
@@ -208,10 +218,7 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     """The thinker, with a KV cache that the DiT can read."""
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
-    cut = config.thinker.tensor_parallel_size > 1
-    model = (resources.own_bagel if cut else resources.load_bagel)(
-        config.thinker.quantization, config.thinker.cpu_offload_gb
-    )
+    model = resources.model_of(THINKER)
     adapters = resources.load_adapters()
     autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
     ranks = open_ranks(resources, THINKER, model, share=True)
@@ -224,11 +231,7 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     consumer = open_consumer(resources.config, resources.placement.torch_device)
     vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
-    sizes = Sizes.of(resources.config, DIT)
-    cut = sizes.tensor * sizes.shard > 1
-    model = (resources.own_bagel if cut else resources.load_bagel)(
-        resources.config.dit.quantization, resources.config.dit.cpu_offload_gb
-    )
+    model = resources.model_of(DIT)
     ranks, adapters = open_ranks(resources, DIT, model, share=True), resources.load_adapters()
     return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks, adapters)
 
@@ -247,7 +250,7 @@ def open_ranks(
     config = resources.config
     if Sizes.of(config, stage).ranks == 1:
         return None
-    check(config, resources.checkpoint.config.language, resources.placement.device)
+    check(config, resources.checkpoint.config.language)
     from bagel_triton.parallel.group import RankGroup
 
     return RankGroup.start(config, stage, model, share, autoencoder)
@@ -273,7 +276,8 @@ class Models:
         """Load them for this process alone; with ``own`` for a caller that changes the transformer."""
         alone = replace(resources, weights=None)
         thinker = resources.config.thinker
-        bagel = (alone.own_bagel if own else alone.load_bagel)(thinker.quantization, thinker.cpu_offload_gb)
+        quantization = thinker.quantization
+        bagel = alone.own_bagel(quantization) if own else alone.load_bagel(quantization, thinker.cpu_offload_gb)
         return cls(resources.checkpoint.config, bagel, alone.load_autoencoder())
 
 

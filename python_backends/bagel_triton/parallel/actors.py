@@ -104,8 +104,8 @@ class ActorRank:
         self._ended.wait(timeout_s)
 
 
-def start_actors(address: str, count: int) -> tuple[str, Sequence[ActorRank]]:
-    """Start ``count`` ranks in the Ray cluster at ``address``, each on a CPU of its own.
+def start_actors(address: str, count: int, gpus: bool) -> tuple[str, Sequence[ActorRank]]:
+    """Start ``count`` ranks in the Ray cluster at ``address``, each on a CPU of its own, or with ``gpus`` a GPU.
 
     Returns this host's address in the cluster, and the ranks.
 
@@ -118,16 +118,17 @@ def start_actors(address: str, count: int) -> tuple[str, Sequence[ActorRank]]:
 
     _connect(address)
     host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-    bundles = [{"CPU": 1.0}] * count
+    kind = "GPU" if gpus else "CPU"
+    bundles = [{"CPU": 1.0} | ({"GPU": 1.0} if gpus else {})] * count
     group = placement_group(bundles, strategy="PACK")
     try:
         if not group.wait(PLACEMENT_S):
-            free = ray.available_resources().get("CPU", 0.0)
+            free = ray.available_resources().get(kind, 0.0)
             raise RuntimeError(
-                f"worker_backend=ray: the cluster has no room for {count} ranks of one CPU each within "
-                f"{PLACEMENT_S:g} s; free are {free:g} CPUs"
+                f"worker_backend=ray: the cluster has no room for {count} ranks of one {kind} each within "
+                f"{PLACEMENT_S:g} s; free are {free:g} {kind}s"
             )
-        remote = ray.remote(num_cpus=1, max_restarts=0)(RankActor)
+        remote = ray.remote(num_cpus=1, num_gpus=int(gpus), max_restarts=0)(RankActor)
         places = [PlacementGroupSchedulingStrategy(group, number) for number in range(count)]
         actors = [remote.options(scheduling_strategy=place).remote() for place in places]
         try:

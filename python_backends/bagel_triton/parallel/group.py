@@ -26,6 +26,7 @@ from bagel_triton.kv.store import PagedStep, WorkspaceStep, runs_of
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.device import on_gpu, resolve
 from bagel_triton.model.mot import PackedBatch
 from bagel_triton.parallel import messages
 from bagel_triton.parallel.launch import LOOPBACK, Rank, RankProcess
@@ -50,6 +51,7 @@ from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.protocol.errors import StageUnavailable
 
 STOP_S = 5.0
+OWN_GPU = "cuda:0"  # of a Ray actor, which sees no other
 log = logging.getLogger(__name__)
 
 
@@ -59,10 +61,11 @@ class RankGroup:
     Threads: one forward or change of stores at a time; two engines of one process may share a group.
     """
 
-    def __init__(self, stage: str, ranks: Sequence[Rank], threads: int) -> None:
-        self._stage, self._ranks = stage, ranks
-        self._pool, self._threads_before = ThreadPool(threads), torch.get_num_threads()
+    def __init__(self, stage: str, ranks: Sequence[Rank], device: torch.device, threads: int) -> None:
+        self._stage, self._ranks, self._device = stage, ranks, device
+        self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
+        self._pool = ThreadPool.of(device)
         self._closing, self._ended = threading.Event(), threading.Event()
         self._lost: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -98,31 +101,33 @@ class RankGroup:
             RuntimeError: a rank could not be started, or ended before it was ready; its own log says why.
         """
         sizes, timeout_s = Sizes.of(config, stage), config.bagel.stage_timeout_s
+        devices = [config.rank_device_of(stage, number) for number in range(sizes.ranks)]
+        device = resolve(devices[0], config.dtype).torch_device
         # Each has its part of the threads that this process would have.
         threads = max(torch.get_num_threads() // sizes.ranks, 1)
         ranks: Sequence[Rank]
         if config.worker_backend == "ray":
             from bagel_triton.parallel.actors import start_actors
 
-            host, ranks = start_actors(config.ray_address, sizes.ranks - 1)
+            host, ranks = start_actors(config.ray_address, sizes.ranks - 1, on_gpu(device))
+            devices[1:] = [OWN_GPU if on_gpu(device) else devices[0]] * len(ranks)
         else:
             host, ranks = LOOPBACK, [RankProcess.start() for _ in range(1, sizes.ranks)]
-        group = cls(stage, ranks, threads)
+        group = cls(stage, ranks, device, threads)
         try:
             for number, rank in enumerate(ranks, start=1):
-                group._send(
-                    number, Start(config, stage, number, threads, share and rank.is_here, autoencoder is not None)
-                )
+                shared, decodes = share and rank.is_here, autoencoder is not None
+                group._send(number, Start(config, stage, number, devices[number], threads, shared, decodes))
             for number, rank in enumerate(ranks, start=1):
                 if not isinstance(messages.read(rank.connection), Ready):
                     raise RuntimeError(f"rank {number} of {sizes.ranks}, {rank}, ended before it had its weights")
             store = meet(host, sizes.ranks, timeout_s)
             for number in group._others:
                 group._send(number, Meet(host, store.port))
-            join(store, host, 0, sizes.ranks, timeout_s)
-            times = selftest()
+            join(store, host, device, 0, sizes.ranks, timeout_s)
+            times = selftest(device)
             if model is not None:
-                group._model = RankModel(model, sizes, group._pool)
+                group._model = RankModel(model, sizes, group._pool, device)
             if autoencoder is not None:
                 group._decoder = RankDecoder(autoencoder.decoder, config.vae_decode.patch_parallel_size, group._pool)
         except BaseException:
@@ -130,7 +135,7 @@ class RankGroup:
             raise
         tried = ", ".join(f"{name} of 1 MiB {milliseconds:.2f} ms" for name, milliseconds in times.items())
         others = ", ".join(f"rank {number} is {rank}" for number, rank in enumerate(ranks, start=1))
-        log.info("%s: mesh [%s] by gloo at %s; %s; %s", stage, sizes, host, others, tried)
+        log.info("%s: mesh [%s] by %s at %s; %s; %s", stage, sizes, dist.get_backend(), host, others, tried)
         return group
 
     def join(self, lost: Callable[[], None]) -> None:
@@ -300,7 +305,7 @@ class RankGroup:
             first = layouts[0][0]
             assert isinstance(first, StoresLayout), "as it was made"
             own = first.kv(dict(zip(stores, kv.stores, strict=True)))
-        self._parts = parts_of(layouts, sizes)
+        self._parts = [part.on(self._device) for part in parts_of(layouts, sizes)]
         for rank, part in enumerate(self._parts):
             cos, sin = part.of(batch.cos), part.of(batch.sin)
             if rank:

@@ -51,8 +51,9 @@ class PoolLayout(Layout, frozen=True, forbid_unknown_fields=True, tag=True):
 
     def kv(self, store: Tensor) -> PagedStep:
         """Its keys and values in ``store``, the KV cache's or a part of its heads."""
-        sequences = [slice(*runs[0]) if len(runs) == 1 else _slots(runs) for runs in self.sequences]
-        return PagedStep(self.spans, store, _slots(self.writes), sequences, store.device)
+        device = store.device
+        sequences = [slice(*runs[0]) if len(runs) == 1 else _slots(runs).to(device) for runs in self.sequences]
+        return PagedStep(self.spans, store, _slots(self.writes).to(device), sequences, device)
 
 
 class StoresLayout(Layout, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -123,6 +124,11 @@ class Part:
     layout: PoolLayout | StoresLayout
     rows: Tensor | None = None
     returned: Tensor | None = None
+
+    def on(self, device: torch.device) -> Part:
+        """The same, with its numbers on ``device``."""
+        rows, returned = (None if x is None else x.to(device) for x in (self.rows, self.returned))
+        return Part(self.layout, rows, returned)
 
     def of(self, x: Tensor) -> Tensor:
         """The rank's rows of x [tokens, ...]."""

@@ -21,13 +21,14 @@ _LENGTH = struct.Struct("<I")
 class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The first message: who the receiver is.
 
-    It is a rank of ``stage``, a Triton model. With ``share`` the weights are those of the server with the
-    configuration's prefix. With ``decodes`` it decodes images, beside what the stage does.
+    It is a rank of ``stage``, a Triton model, on ``device``. With ``share`` the weights are those of the server with
+    the configuration's prefix. With ``decodes`` it decodes images, beside what the stage does.
     """
 
     config: DeployConfig
     stage: str
     rank: int
+    device: str
     threads: int
     share: bool
     decodes: bool

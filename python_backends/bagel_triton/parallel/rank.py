@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import Store, TCPStore
 
 from bagel_triton.model.attention import StepKV
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
-from bagel_triton.model.device import forward_on
+from bagel_triton.model.device import forward_on, wait_for_stream
 from bagel_triton.model.mot import PackedBatch, Transformer
 from bagel_triton.parallel.layout import PoolLayout, Share, StoresLayout
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.parallel.ulysses import UlyssesKV
 
 SELFTEST_BYTES = 1 << 20
-INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SIOCGIFADDR = 0x8915  # of Linux: an interface's IPv4 address
 
 
@@ -50,14 +50,25 @@ def meet(host: str, ranks: int, timeout_s: float) -> TCPStore:
     return TCPStore(host, port, ranks, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
-def join(store: Store, host: str, rank: int, ranks: int, timeout_s: float) -> None:
+def join(store: Store, host: str, device: torch.device, rank: int, ranks: int, timeout_s: float) -> None:
     """Join the process group that meets at ``store``; a collective fails after ``timeout_s`` seconds.
 
-    ``host`` is this rank's own address: gloo would else listen at the address of the host's name.
+    ``host`` is this rank's own address: gloo would else listen at the address of the host's name, and NCCL at all.
     """
     if (interface := interface_of(host)) is not None:
-        os.environ.setdefault(INTERFACE_VARIABLE, interface)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+        for variable in INTERFACE_VARIABLES:
+            os.environ.setdefault(variable, interface)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if on_gpu else None,
+    )
 
 
 def interface_of(host: str) -> str | None:
@@ -71,15 +82,15 @@ def interface_of(host: str) -> str | None:
     return None
 
 
-def selftest() -> dict[str, float]:
-    """Try what ranks do with one another, on all of them at once; milliseconds by name, for a MiB.
+def selftest(device: torch.device) -> dict[str, float]:
+    """Try what ranks on ``device`` do with one another, on all of them at once; milliseconds by name, for a MiB.
 
     Raises:
         RuntimeError: a result is not right, or a rank has ended.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     part = SELFTEST_BYTES // 4 // ranks
-    numbers = torch.arange(1.0, ranks + 1)
+    numbers = torch.arange(1.0, ranks + 1, device=device)
     own = numbers[rank].repeat(part * ranks)
     summed, gathered, exchanged, sent = own.clone(), torch.zeros_like(own), torch.zeros_like(own), own.clone()
 
@@ -101,6 +112,7 @@ def selftest() -> dict[str, float]:
         dist.barrier()
         started = time.perf_counter()
         run()
+        wait_for_stream(device)
         found[name] = (time.perf_counter() - started) * 1e3
         if not torch.equal(result, expected.repeat_interleave(part)):
             raise RuntimeError(f"the self-test of the ranks' {name} gave {result[::part].tolist()}")
@@ -134,34 +146,48 @@ class Arranged:
     wanted: slice
 
 
-class RankModel:
-    """A rank's share of the transformer, in a process group that has been joined."""
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move what is not on ``device``, in place; torch's own ``to`` would also visit weights that are cut."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.device != device:
+                setattr(module, name, nn.Parameter(weight.to(device), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
 
-    def __init__(self, model: Bagel, sizes: Sizes, pool: ThreadPool) -> None:
+
+class RankModel:
+    """A rank's share of the transformer, in a process group that has been joined.
+
+    A ``model`` that is cut may be on the host: the rank's part of it goes to ``device``, the rest nowhere.
+    """
+
+    def __init__(self, model: Bagel, sizes: Sizes, pool: ThreadPool, device: torch.device) -> None:
         self.sizes, self.place = sizes, sizes.place(dist.get_rank())
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = device, model.dtype
         self.config = model.config.language
         transformer = model.language_model.model
         self._forward: Any = partial(_plainly, transformer, pool)
         self._group: dist.ProcessGroup | None = None  # of the ranks that share rows
         if sizes.tensor * sizes.ulysses * sizes.shard == 1:
-            self._forward = forward_on(model.device, transformer, pool)
+            self._forward = forward_on(device, transformer, pool)
             return
         from torch.distributed.device_mesh import init_device_mesh
 
         shape = {"cfg": sizes.cfg, "ulysses": sizes.ulysses, "tensor": sizes.tensor}
-        mesh = init_device_mesh(model.device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+        mesh = init_device_mesh(device.type, (*shape.values(),), mesh_dim_names=(*shape,))
         if sizes.shard > 1:
             from bagel_triton.parallel import hsdp
 
             copies = (sizes.ranks // sizes.shard, sizes.shard)
-            hsdp.shard(transformer, init_device_mesh(model.device.type, copies, mesh_dim_names=("replicate", "shard")))
+            hsdp.shard(transformer, init_device_mesh(device.type, copies, mesh_dim_names=("replicate", "shard")))
         if sizes.ulysses > 1:
             self._group = mesh["ulysses"].get_group()
         if sizes.tensor > 1:
             from bagel_triton.parallel.tensor import shard
 
-            shard(transformer, mesh["tensor"])
+            shard(transformer, mesh["tensor"], device)
+        _move(model, device)
 
     def kv_heads(self, rank: int) -> slice:
         """The KV heads that ``rank`` keeps of each context."""
@@ -187,7 +213,7 @@ class RankModel:
         kv_heads = [self._kv_heads(place.tensor, number) for number in range(self.sizes.ulysses)]
         first = kv_heads[0].start  # of those that this rank computes
         kv_heads = [slice(part.start - first, part.stop - first) for part in kv_heads]
-        exchanged = UlyssesKV(kv, [share.rows for share in shares], heads, kv_heads, self._group)
+        exchanged = UlyssesKV(kv, [share.rows.to(self.device) for share in shares], heads, kv_heads, self._group)
         return Arranged(PackedBatch(own.gen_rows, cos, sin), exchanged, own.wanted)
 
     def own_heads(self, store: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ class Sizes(NamedTuple):
         """All of the mesh."""
         return self.cfg * self.ulysses * self.tensor * self.patch
 
+    @property
+    def cut(self) -> bool:
+        """Whether a rank keeps a part of the weights."""
+        return self.tensor * self.shard > 1
+
     def place(self, rank: int) -> Sizes:
         """A transformer's rank's index in each dimension; neighbours share heads."""
         others, tensor = divmod(rank, self.tensor)
@@ -84,14 +89,17 @@ def summary(config: DeployConfig) -> str:
         sizes = Sizes.of(config, stage)
         if stage in config.models or config.topology.one_process:
             shared = " and ".join(f"{WORDS[name]} ({size})" for name, size in sizes._asdict().items() if size > 1)
-            found += [f"{stage}: {sizes.ranks} processes share {shared}, by gloo"] if shared else []
+            if shared:
+                devices = [config.rank_device_of(stage, rank) for rank in range(sizes.ranks)]
+                where = f"NCCL, on {', '.join(devices)}" if devices[0] != devices[1] else "gloo"
+                found.append(f"{stage}: {sizes.ranks} processes share {shared}, by {where}")
     if found and config.worker_backend == "ray":
         found.append(f"all but the first of a stage are actors of the Ray cluster at {config.ray_address}")
     return "; ".join(found)
 
 
-def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
-    """Refuse ranks that the checkpoint, the device or another setting does not allow.
+def check(config: DeployConfig, language: LanguageConfig) -> None:
+    """Refuse ranks that the checkpoint or another setting does not allow.
 
     Raises:
         ConfigError: names the field, its value, and what is allowed.
@@ -102,9 +110,9 @@ def check(config: DeployConfig, language: LanguageConfig, device: str) -> None:
             "worker_backend='ray' is not allowed: the package ray is not installed: pip install 'bagel-triton[ray]'; "
             "allowed: process"
         )
-    _check_stage("thinker", config.thinker, config, language, device)
-    _check_stage("dit", config.dit, config, language, device)
-    _check_decoder(config, device)
+    _check_stage("thinker", config.thinker, config, language)
+    _check_stage("dit", config.dit, config, language)
+    _check_decoder(config)
     if config.topology.one_process:
         check_one_process(config)
 
@@ -150,7 +158,7 @@ def _check_hsdp(dit: DitConfig) -> None:
         )
 
 
-def _check_decoder(config: DeployConfig, device: str) -> None:
+def _check_decoder(config: DeployConfig) -> None:
     ranks = config.vae_decode.patch_parallel_size
     field = f"vae_patch_parallel_size={ranks}"
     if ranks == 1:
@@ -161,12 +169,10 @@ def _check_decoder(config: DeployConfig, device: str) -> None:
         raise ConfigError(
             f"{field} with vae_use_tiling=false is not supported: ranks decode in strips; leave vae_use_tiling out"
         )
-    if not device.startswith("cpu"):
-        raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
 
 
 def _check_stage(
-    stage: str, settings: ThinkerConfig | DitConfig, config: DeployConfig, language: LanguageConfig, device: str
+    stage: str, settings: ThinkerConfig | DitConfig, config: DeployConfig, language: LanguageConfig
 ) -> None:
     sizes = Sizes.of(config, stage)
     if isinstance(settings, DitConfig):
@@ -195,8 +201,6 @@ def _check_stage(
             f"{field} with cpu_offload_gb={settings.cpu_offload_gb:g} is not supported: each rank has its weights on "
             "the device; set one of them"
         )
-    if not device.startswith("cpu"):
-        raise ConfigError(f"{field} is not supported on {device}: ranks are processes of a CPU today; allowed: 1")
     if tensor * ulysses * sizes.shard > 1 and settings.quantization is not None:
         cut = tensor * sizes.shard > 1
         why = "quantised weights are not cut" if cut else "ranks that share rows run plain modules"

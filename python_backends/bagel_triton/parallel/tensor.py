@@ -18,8 +18,8 @@ from bagel_triton.model.mot import Layer, Transformer
 from bagel_triton.parallel.sizes import kv_heads_of
 
 
-def shard(transformer: Transformer, mesh: DeviceMesh) -> None:
-    """Keep this rank's part of every layer's weights, in place; nothing is sent.
+def shard(transformer: Transformer, mesh: DeviceMesh, device: torch.device) -> None:
+    """Keep this rank's part of every layer's weights, in place, on ``device``; nothing is sent.
 
     Embedding, norms and vocabulary head stay whole. The checkpoint's sizes have passed
     :func:`~bagel_triton.parallel.sizes.check`.
@@ -39,11 +39,11 @@ def shard(transformer: Transformer, mesh: DeviceMesh) -> None:
         for expert in (layer.gen, layer.und):
             expert.queries_per_key = config.num_heads // ranks // (kv_heads.stop - kv_heads.start)
             for linear, outputs in ((expert.qkv_proj, qkv), (expert.mlp.gate_up_proj, gate_up)):
-                linear.weight = _own(linear.weight[outputs], mesh, 0)
+                linear.weight = _own(linear.weight[outputs].to(device), mesh, 0)
                 if linear.bias is not None:
-                    linear.bias = _own(linear.bias[outputs], mesh, 0)
+                    linear.bias = _own(linear.bias[outputs].to(device), mesh, 0)
             for linear, inputs in ((expert.o_proj, heads), (expert.mlp.down_proj, inner)):
-                linear.weight = _own(linear.weight[:, inputs], mesh, 1)
+                linear.weight = _own(linear.weight[:, inputs].to(device), mesh, 1)
         parallelize_module(layer, mesh, plan)
 
 

@@ -128,7 +128,8 @@ def load(start: Start, place: Placement) -> tuple[Bagel | None, Autoencoder | No
     model = autoencoder = None
     if start.stage != DECODER:
         stage = config.thinker if start.stage == THINKER else config.dit
-        model = checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, stage.quantization)
+        cut = Sizes.of(config, start.stage).cut
+        model = checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, stage.quantization, cut=cut)
     if start.decodes:
         autoencoder = checkpoint.load_autoencoder(place.torch_device, torch.float32, weights)
     return model, autoencoder
@@ -147,18 +148,19 @@ def follow(connection: socket.socket, host: str) -> NoReturn:
     start = waiting.get()
     assert isinstance(start, Start), "the first message"
     torch.set_num_threads(start.threads)
-    place = resolve(start.config.device_of(start.stage), start.config.dtype)
+    place = resolve(start.device, start.config.dtype)
+    device = place.torch_device
     model, autoencoder = load(start, place)
     messages.write(connection, Ready())
     meeting = waiting.get()
     assert isinstance(meeting, Meet), "the second message"
     sizes, timeout_s = Sizes.of(start.config, start.stage), start.config.bagel.stage_timeout_s
     store = TCPStore(meeting.host, meeting.port, sizes.ranks, timeout=timedelta(seconds=timeout_s))
-    join(store, host, start.rank, sizes.ranks, timeout_s)
-    selftest()
-    pool = ThreadPool.of(place.torch_device)
+    join(store, host, device, start.rank, sizes.ranks, timeout_s)
+    selftest(device)
+    pool = ThreadPool.of(device)
     pool.use_caller_thread()
-    worker = None if model is None else Worker(RankModel(model, sizes, pool))
+    worker = None if model is None else Worker(RankModel(model, sizes, pool, device))
     ranks = start.config.vae_decode.patch_parallel_size
     decoder = None if autoencoder is None else RankDecoder(autoencoder.decoder, ranks, pool)
     while True:
@@ -166,7 +168,7 @@ def follow(connection: socket.socket, host: str) -> NoReturn:
         if isinstance(message, Decode):
             assert decoder is not None, "this rank decodes"
             with torch.inference_mode():
-                decoder.decode(receive(torch.empty(message.shape, device=place.torch_device), 0))
+                decoder.decode(receive(torch.empty(message.shape, device=device), 0))
         else:
             assert worker is not None, "this rank has a transformer"
             worker.handle(message)

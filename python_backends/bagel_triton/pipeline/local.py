@@ -62,8 +62,7 @@ class LocalStages:
         vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
         pool = geometry, config.thinker.kv_tokens
         own = [
-            model if together or size.tensor * size.shard == 1 else replace(resources, weights=None).own_bagel(None)
-            for size in sizes
+            model if together or not size.cut else replace(resources, weights=None).own_bagel(None) for size in sizes
         ]
         decoding = autoencoder if Sizes.of(config, DECODER).ranks > 1 else None
         ranks = [open_ranks(resources, DIT, own[1], False, decoding)]

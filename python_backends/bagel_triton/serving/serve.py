@@ -22,6 +22,7 @@ from bagel_triton.deploy import hosts
 from bagel_triton.deploy import yaml as deploy_yaml
 from bagel_triton.deploy.config import POLICIES, ConfigError, DeployConfig, Policy
 from bagel_triton.deploy.connector import ConnectorChoice, choose
+from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
@@ -269,7 +270,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
         _check_adapters(config)
         dit_device = _dit_device(config, placement)
         connector = _connector(config, placement.device, dit_device)
-        _check_ranks(config, dit_device or placement.device)
+        _check_ranks(msgspec.structs.replace(config, device=placement.device, dit_device=dit_device))
         _check_default_size(config)
 
         from bagel_triton.openai import http_server
@@ -554,12 +555,21 @@ def _connector(config: DeployConfig, device: str, dit_device: str | None) -> Con
         raise CommandError(str(error)) from error
 
 
-def _check_ranks(config: DeployConfig, device: str) -> None:
-    """Refuse ranks of stage 1 that the checkpoint or its ``device`` does not allow, before anything is loaded."""
+def _check_ranks(config: DeployConfig) -> None:
+    """Refuse ranks that the checkpoint or this machine's devices do not allow, before anything is loaded."""
+    from bagel_triton.model.device import resolve
     from bagel_triton.weights.checkpoint import inspect
 
     try:
-        sizes.check(config, inspect(config.checkpoint).language, device)
+        sizes.check(config, inspect(config.checkpoint).language)
+        for stage in (THINKER, DIT, DECODER):
+            ranks = sizes.Sizes.of(config, stage).ranks
+            if config.worker_backend == "process" and (stage in config.models or config.topology.one_process):
+                for rank in range(1, ranks):
+                    try:
+                        resolve(config.rank_device_of(stage, rank), config.dtype)
+                    except ValueError as error:
+                        raise ConfigError(f"{stage} has {ranks} ranks, each on a device of its own: {error}") from error
     except ConfigError as error:
         raise CommandError(str(error)) from error
 

@@ -177,11 +177,13 @@ class Checkpoint:
         shared: SharedWeights | None = None,
         quantization: str | None = None,
         offload_gb: float = 0.0,
+        cut: bool = False,
     ) -> Bagel:
         """The transformer with its flow head, on ``device`` in ``dtype``; its weights are in ``shared``, if given.
 
         With a ``quantization``, one of ``FORMS``, its layers are quantised one after the other as they are read.
-        ``offload_gb`` GiB of weights stay in the host's memory; on a GPU none are ``shared`` then.
+        ``offload_gb`` GiB of weights stay in the host's memory; on a GPU none are ``shared`` then. Weights that the
+        caller is to ``cut`` for a GPU are all on the host, since the whole may not fit there.
 
         Raises:
             CheckpointError: a tensor has values that are NaN or infinite; errors as of :meth:`form`.
@@ -192,6 +194,8 @@ class Checkpoint:
         if device.type == "cpu":
             with torch.device("meta"):
                 make_row_stable(module, *ROW_STABLE, few_rows={"language_model.lm_head"})
+        if cut and device.type != "cpu":
+            return self._fill(module, self._weights, torch.device("cpu"), dtype, None)
         transformer = module.language_model.model
         layers = offloaded(self.config.language.num_layers, offloadable_bytes(transformer), offload_gb)
         if not layers:

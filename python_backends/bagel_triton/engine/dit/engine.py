@@ -71,7 +71,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
             ranks.join(self.end)
         self._workspace: WorkspacePool | None = None
         self._steps: HostSteps | DeviceSteps = HostSteps(model, forward)
-        if on_gpu(model.device):
+        if on_gpu(model.device) and ranks is None:
             self._steps = DeviceSteps(model, forward, config, geometry)
             self._workspace = self._steps.workspace
         with torch.inference_mode():
@@ -173,7 +173,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
     def _claim(self, task: DenoiseJob, slots: Sequence[slice]) -> list[Tensor]:
         """Copy each context to the front of a store that has room for a step's tokens behind it.
 
-        On a GPU the stores are ``slots`` of the workspace. Every lease is released, even if some could not be claimed.
+        With a workspace the stores are ``slots`` of it. Every lease is released, even if some could not be claimed.
         """
         stores: list[Tensor] = []
         started = time.monotonic()

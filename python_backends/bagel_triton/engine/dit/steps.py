@@ -1,4 +1,4 @@
-"""A denoising step's forward: on a CPU over the contexts' own stores, on a GPU over the workspace, by CUDA graphs."""
+"""A denoising step's forward: on a CPU and over ranks with the contexts' own stores, else by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class HostSteps:
         """Hidden states of every row, before the final norm; ``embedded`` are the rows' in order."""
         if self._packed is None or self._packed[0] != items:
             rows = StepRows.of(items)
-            cos, sin = rotary_tables(rows.positions, self._model.config.language, self._model.dtype)
+            positions = rows.positions.to(self._model.device)
+            cos, sin = rotary_tables(positions, self._model.config.language, self._model.dtype)
             wanted = slice(0, rows.gen_rows)
             batch = PackedBatch(rows.gen_rows, cos, sin, wanted, rows.adapted(items))
             self._packed = items, batch, workspace_step(items, rows)

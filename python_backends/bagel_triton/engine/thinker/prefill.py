@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bagel_triton.engine.thinker.branch_state import Chunk, ImageChunk, TextChunk
 from bagel_triton.kv.block_pool import KVCachePool, KVSequence
-from bagel_triton.kv.store import PagedKeys, PagedStep, PoolStep
+from bagel_triton.kv.store import PagedKeys, PagedStep, PoolStep, slots_of
 from bagel_triton.model.attention import QuerySpan, attention_kernel
 from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sample
 from bagel_triton.model.bagel import Bagel
@@ -99,7 +99,9 @@ class Prefiller:
         self._upload = Upload(model.device)
         captures = on_gpu(model.device) and attention_kernel(model.device, model.dtype).is_flash
         block_tokens = kv_pool.geometry.block_tokens
-        captures = captures and model.language_model.model.offload is None  # whose copies no graph has
+        # Neither copies of offloaded layers nor other ranks are in a graph.
+        captures = captures and model.language_model.model.offload is None and forward is None
+        self._by_sequence = forward is not None or not on_gpu(model.device)
         self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
         self._pool, self._forward = pool, forward or forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
@@ -220,11 +222,11 @@ class Prefiller:
     ) -> tuple[Tensor, Tensor, PagedStep | PoolStep]:
         """A step's token ids and positions, int64 on the device, and its keys and values."""
         pool, device = self._kv_pool, self._model.device
-        if not on_gpu(device):
-            reads = [pool.read_slots(context) for context in contexts]
-            kv = PagedStep(spans, pool.store, slots, reads, device)
-            return torch.tensor(token_ids, dtype=torch.long), torch.tensor(positions), kv
         size = pool.geometry.block_tokens
+        if self._by_sequence:
+            reads = [slots_of(context.blocks, context.tokens, size) for context in contexts]
+            (ids, at), _ = self._upload((token_ids, positions), ())
+            return ids, at, PagedStep(spans, pool.store, slots, reads, device)
         keys = PagedKeys.of(spans, [(context.blocks, context.tokens) for context in contexts], size)
         groups = grouped(keys.spans)
         longs, ints = self._upload((token_ids, positions, slots, keys.blocks), [numbers_of(group) for group in groups])
