@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,40 @@ def test_each_stage_may_have_a_device_of_its_own(
         if expected[1]
         else [(expected[0], "bagel_text2img")]
     )
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (("'0,1'", "'2,3'"), (["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"])),
+        (("'3,1'", "'3,1'"), (["cuda:3", "cuda:1"], ["cuda:3", "cuda:1"])),
+        (("'1'", "'1'"), (["cuda:1", "cuda:2"], ["cuda:1", "cuda:2"])),  # the next one, where one is named
+        (("'0'", "'2,1'"), (["cuda:0", "cuda:1"], ["cuda:2", "cuda:1"])),
+        (("cpu", "cpu"), (["cpu", "cpu"], ["cpu", "cpu"])),
+    ],
+)
+def test_each_rank_has_a_device_of_its_own(
+    tmp_path: Path, devices: tuple[str, str], expected: tuple[list[str], list[str]]
+) -> None:
+    stages = [
+        f"- {{stage_id: {number}, devices: {device}, tensor_parallel_size: 2}}" for number, device in enumerate(devices)
+    ]
+    config = read(tmp_path, "\n".join(["stages:", *stages]), "cuda").config
+    for models, ranks in zip((("thinker",), ("dit", "vae_decode")), expected, strict=True):
+        for model in models:
+            assert [config.rank_device_of(model, rank) for rank in range(2)] == ranks
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ("'0,1,2'", "='0,1,2' is not allowed: 3 devices for a stage of 2; allowed: as many as "),
+        ("'1,1'", "='1,1' is not allowed; allowed: each device once"),
+    ],
+)
+def test_devices_that_are_not_one_for_each_rank_are_refused(tmp_path: Path, devices: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(tmp_path, f"stages: [{{stage_id: 0, devices: {devices}, tensor_parallel_size: 2}}]", "cuda")
 
 
 PLATFORMS = """

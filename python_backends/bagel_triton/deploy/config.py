@@ -317,11 +317,15 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.dit_device if on_stage_1 and self.dit_device is not None else self.device
 
     def rank_device_of(self, model: str, rank: int) -> str:
-        """The device of a rank of a Triton model: on a GPU that after its neighbour's, where none are named."""
+        """The device of a rank of a Triton model: on a GPU that after its neighbour's, where none are named.
+
+        The stage's own device must be known, and not "auto".
+        """
         own = (number for number, models in enumerate(self.topology.stages) if model in models)
         stage_id = 0 if self.topology.one_process else next(own)
         first = self.device_of(model)
         kind, _, index = first.partition(":")
+        assert kind != "auto", "it is resolved before"
         if kind != "cuda":
             return first
         if listed := self.rank_devices.get(stage_id):

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Self
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -101,8 +102,10 @@ class RankGroup:
             RuntimeError: a rank could not be started, or ended before it was ready; its own log says why.
         """
         sizes, timeout_s = Sizes.of(config, stage), config.bagel.stage_timeout_s
+        device = resolve(config.device_of(stage), config.dtype).torch_device
+        if config.device == "auto":
+            config = msgspec.structs.replace(config, device=str(device))
         devices = [config.rank_device_of(stage, number) for number in range(sizes.ranks)]
-        device = resolve(devices[0], config.dtype).torch_device
         # Each has its part of the threads that this process would have.
         threads = max(torch.get_num_threads() // sizes.ranks, 1)
         ranks: Sequence[Rank]
