@@ -29,6 +29,7 @@ from bagel_triton.parallel.rank import RankModel
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.pipeline import local
 from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.serving.memory_plan import first_rank_weights
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.rehearsal.fake_gpu import fake_gpu
 from tests.rehearsal.scenes import GPU, PROMPT, TINY, Stage, image, stage
@@ -125,5 +126,10 @@ def test_a_part_of_the_weights_is_all_that_comes_to_the_gpu() -> None:
             for name, weight in layers.named_parameters()
         }
         assert {weight.device for weight in model.parameters()} == {GPU}
+    counted = sum(
+        (weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in model.parameters()
+    )
+    planned = first_rank_weights(Checkpoint(config.checkpoint).bagel(torch.bfloat16), Sizes(tensor=2))
+    assert planned <= counted < 1.02 * planned  # norms are not cut
     sizes = {name: weight.numel() for name, weight in whole.named_parameters()}
     assert {own[name].numel() * 2 for name in own if "proj" in name} == {sizes[name] for name in own if "proj" in name}

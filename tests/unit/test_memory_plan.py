@@ -103,6 +103,17 @@ def test_the_pool_is_the_one_that_is_made():
     assert plan_of(thinker=thinker, placement=BFLOAT16).shared == need.stages[0].kv // 2 + PACKED
 
 
+def test_ranks_of_the_thinker_keep_their_heads_of_the_pool():
+    """On a CPU all of them; of GPUs the first one's is what the plan is of, which also has a part of the layers."""
+    ranked = {"thinker": ThinkerConfig(tensor_parallel_size=2), "dit": DitConfig(tensor_parallel_size=2)}
+    alone, ranks = plan_of().stages[0], plan_of(**ranked).stages[0]
+    assert ranks.kv * 2 == alone.kv * 3
+    gpu = Placement(torch.device("cuda:0"), torch.bfloat16)
+    alone, ranks = (plan_of(placement=gpu, **changes).stages[0] for changes in ({}, ranked))
+    assert ranks.kv == alone.kv
+    assert ranks.weights < alone.weights
+
+
 def test_shared_memory_holds_the_pool_of_shm_alone():
     shared = plan_of(placement=BFLOAT16)
     assert shared.shared == shared.stages[0].kv + PACKED

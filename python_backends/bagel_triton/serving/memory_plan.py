@@ -15,16 +15,19 @@ import torch
 from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
+from bagel_triton.deploy.topology import DIT, THINKER
 from bagel_triton.engine.dit.workspace import BRANCHES, latent_tokens, workspace_tokens
 from bagel_triton.engine.thinker.engine import kv_geometry
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
+from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
 from bagel_triton.model.cpu.row_stable import CACHED, WEIGHTS
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
+from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.protocol.events import Stage
 from bagel_triton.weights.adapters import adapter_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -97,7 +100,7 @@ def plan(
     width: int,
     shares_weights: bool = True,
 ) -> MemoryPlan:
-    """Memory of the stages that serve ``config`` at ``placement``.
+    """Memory of the stages that serve ``config`` at ``placement``; of ranks on GPUs that of the first ones' GPU.
 
     Args:
         height: of every image, in pixels; the contexts are those of editing such images.
@@ -124,9 +127,19 @@ def plan(
     offloaded = sum(host for host, _ in at_work) if on_gpu else 0
     shares_weights = shares_weights and not offloaded  # each process copies from its own
     thinker_ranks, dit_ranks = rank_weights(config, thinker_weights, dit_weights, model.language.num_layers)
+    ranks = [Sizes.of(config, stage) for stage in (THINKER, DIT)]
+    if on_gpu:  # which is the first rank's alone
+        thinker_ranks = dit_ranks = 0
+        thinker_weights, dit_weights = (
+            first_rank_weights(checkpoint.bagel(dtype, form), size) if size.cut else weights
+            for size, form, weights in zip(ranks, quantization, (thinker_weights, dit_weights), strict=True)
+        )
     adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
+    # The other ranks' heads of it; on a GPU they are elsewhere.
+    rank_heads = [kv_heads_of(model.language, rank, ranks[0].tensor) for rank in range(1, ranks[0].tensor)]
+    rank_pools = 0 if on_gpu else pool * sum(own.stop - own.start for own in rank_heads) // model.language.num_kv_heads
     images = config.dit.max_num_seqs
     latents = latent_tokens(model, height, width)
     side = model.latent.max_side  # a GPU's workspace is made once, for the largest
@@ -145,7 +158,9 @@ def plan(
         StageMemory(
             "thinker",
             weights=thinker_weights + autoencoder_weights + thinker_ranks + adapters,
-            kv=pool + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
+            kv=pool
+            + rank_pools
+            + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads())
                 + dense_bytes(model.language, forms[0], placement),
@@ -156,7 +171,9 @@ def plan(
         StageMemory(
             "dit",
             weights=dit_weights + dit_ranks + adapters,
-            kv=workspace * token * config.dit.cfg_ranks,
+            kv=workspace
+            * token
+            * (min(config.dit.ranks, 2) if on_gpu else config.dit.cfg_ranks),  # its part and a claim
             activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
             + dense_bytes(model.language, forms[1], placement),
         ),
@@ -173,11 +190,15 @@ def plan(
     weights = sum(stage.weights for stage in stages)
     if one_process or shares_weights:
         stage_id = config.stage_id if draws else 0
-        loaded = quantization if stage_id is None else (quantization[stage_id],)
+        stages_here = (0, 1) if stage_id is None else (stage_id,)
+        apart = [number for number in stages_here if on_gpu and ranks[number].cut]
+        loaded = tuple(quantization[number] for number in stages_here if number not in apart)
         if len({form and form.storage for form in map(checkpoint.form, loaded)}) == 1:
             loaded = loaded[:1]
         sizes = dict(zip(quantization, resident, strict=True))
         weights = sum(sizes[form] for form in loaded) + autoencoder_weights + sum(slots for _, slots in at_work)
+        together = one_process and len(apart) == 2  # of one group
+        weights += sum((thinker_weights, dit_weights)[number] for number in apart[: 1 if together else 2])
         weights += (thinker_ranks if stage_id != 1 else 0) + (dit_ranks if stage_id != 0 else 0)
         weights += decoder_ranks
         weights += adapters if one_process else adapters * sum(stage.stage != "vae_decode" for stage in stages)
@@ -185,6 +206,15 @@ def plan(
             shared += checkpoint.stored_apart(dtype, loaded)
     processes = 1 if one_process or config.stage_id is not None else len(stages)
     return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0, offloaded)
+
+
+def first_rank_weights(model: Bagel, sizes: Sizes) -> int:
+    """Bytes of ``model`` that rank 0 has where ``sizes`` cut it: its part of the layers, and what is in none."""
+    layers = model.language_model.model.layers
+    inside = module_bytes(layers)
+    # Of sharded layers the one at work is whole, and the next one meanwhile.
+    gathered = 2 * inside // len(layers) if sizes.shard > 1 else 0
+    return module_bytes(model) - inside + inside // (sizes.tensor * sizes.shard) + gathered
 
 
 def rank_weights(config: DeployConfig, thinker: int, dit: int, layers: int) -> tuple[int, int]:
