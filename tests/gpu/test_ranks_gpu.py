@@ -139,7 +139,7 @@ def test_stages_on_two_gpus_answer_as_on_one(checkpoint_dir: Path, mode: str) ->
         try:
             found.append(generate_together(stages, MIXED))
             plan = result_of(stages.expand(TEXT))
-            texts.append(result_of(stages.think(plan)).answers[0].text)
+            texts.append(result_of(stages.think(plan)).answers[0].content)
         finally:
             stages.close()
     for expected, several in zip(*found, strict=True):
