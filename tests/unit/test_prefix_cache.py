@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig, ThinkerConfig
+from bagel_triton.engine.thinker import branch_state
 from bagel_triton.kv.block_pool import KVSequence, PrefixCache
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest, ImageRef, TextPart, Turn
 from tests.support.exact import assert_same
 from tests.support.images import png
 from tests.support.kv import GEOMETRY, append, contents_of, new_arena, read
+from tests.support.nearness import relative_rms
 from tests.support.runs import generate
 from tests.support.waiting import soon
 
@@ -177,6 +179,9 @@ REPEATS: dict[str, Sequence[GenerationRequest]] = {
         GenerationRequest(prompt="A cat", seed=1, height=32, num_inference_steps=2, think=True, max_think_tokens=9)
     ]
     * 2,
+    "a long conversation goes on": [
+        chat("Be brief.", *["A cat", "Here"] * turns, "Bigger", image=1) for turns in (30, 60, 90)
+    ],
     "a text longer than a chunk": [
         GenerationRequest(prompt="word " * 700 + end, seed=1, height=32, num_inference_steps=2) for end in "ab"
     ],
@@ -196,6 +201,18 @@ def test_a_request_that_begins_like_an_earlier_one_is_served_from_what_is_kept_t
         if number:
             assert counts.hits() > 0
     assert none.hits() == 0
+
+
+def test_many_short_messages_are_prefilled_in_few_steps(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they are what they are one by one, each branch with its own end among them."""
+    request = chat("Be brief.", *["A cat", "Here"] * 60, "Bigger")
+    (together, counts), (one_by_one, many) = make(), make()
+    few = generate(together, request)
+    monkeypatch.setattr(branch_state, "OWN_CHUNKS", 10**6)
+    expected = generate(one_by_one, request)
+    assert relative_rms(few.latents[0].tokens, expected.latents[0].tokens) < 1e-5
+    assert counts.total["thinker_step_seconds"] < 50
+    assert many.total["thinker_step_seconds"] > 120
 
 
 def test_only_what_is_the_same_is_taken(make: Make) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, takewhile
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +18,7 @@ from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.protocol.messages import Branch, BranchPlan, Segment, TextSegment, VaeSegment, VitSegment
 
 TEXT_CHUNK = 512
+OWN_CHUNKS = 32  # texts after so many segments share chunks: a long conversation takes a step for 512 tokens, not each
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class BranchState:
     draws: Sequence[Tensor] = ()
     adapter: LoraAdapter | None = None
     parent: BranchState | None = None
-    shared: int = 0  # leading segments taken from the parent
+    shared: int = 0  # leading boundaries taken from the parent
     boundaries: list[ChunkBoundary] = field(default_factory=list)
     reached: int = 0  # boundaries that are in the context
     children: list[BranchState] = field(default_factory=list)
@@ -111,7 +115,7 @@ class BranchState:
     @property
     def shared_tokens(self) -> int:
         """Tokens taken from the parent."""
-        return self._shared_boundary.tokens if self.shared else 0
+        return self.boundaries[self.shared - 1].tokens if self.shared else 0
 
     def append(self, segment: Segment) -> None:
         """Add a segment at the end."""
@@ -121,9 +125,10 @@ class BranchState:
     def next_chunk(self, budget: int, alone: bool) -> Chunk | None:
         """The next chunk to append, if it fits into ``budget`` tokens.
 
-        An image is one chunk. Text is cut every ``TEXT_CHUNK`` tokens and nowhere else, so
-        that a context's KV does not depend on the other requests of a step. A chunk that is
-        ``alone`` in its step may exceed the budget.
+        An image is one chunk. Text is cut every ``TEXT_CHUNK`` tokens, and at the end of each of the first
+        ``OWN_CHUNKS`` segments, where the next turn of a conversation finds it cached; nowhere else, so that a
+        context's KV does not depend on the other requests of a step. A chunk that is ``alone`` in its step may exceed
+        the budget.
         """
         if self.waiting or self.complete:
             return None
@@ -133,8 +138,7 @@ class BranchState:
             return None
         segment = self.segments[before.done]
         if isinstance(segment, TextSegment):
-            token_ids = segment.token_ids[before.offset : before.offset + tokens]
-            return TextChunk(self.context, token_ids, adapter=self.adapter)
+            return TextChunk(self.context, self._texts(before, tokens), adapter=self.adapter)
         noise = self._draw(before.done) if isinstance(segment, VaeSegment) else None
         return ImageChunk(self.context, segment, tokens, noise, self.adapter)
 
@@ -154,29 +158,38 @@ class BranchState:
     def fork_children(self) -> None:
         """Fork the branches whose shared prefix is in the context."""
         for child in list(self.children):
-            boundary = child._shared_boundary
+            boundary = child.boundaries[child.shared - 1]
             if boundary.tokens <= self.context.tokens:
-                fork = self.context.fork_at(boundary.tokens, boundary.position)
-                child.adopt(fork, child.boundaries.index(boundary) + 1)
+                child.adopt(self.context.fork_at(boundary.tokens, boundary.position), child.shared)
 
     @property
     def _start(self) -> ChunkBoundary:
         return _START if self.adapter is None else replace(_START, key=_key(b"lora", str(self.adapter.number).encode()))
 
-    @property
-    def _shared_boundary(self) -> ChunkBoundary:
-        return next(boundary for boundary in self.boundaries if boundary.done == self.shared and not boundary.offset)
+    def _texts(self, before: ChunkBoundary, tokens: int) -> tuple[int, ...]:
+        """The ``tokens`` ids of text that follow a boundary, of one segment or several."""
+        ids: list[int] = []
+        offset = before.offset
+        for segment in self.segments[before.done :]:
+            assert isinstance(segment, TextSegment), "a chunk of text holds no image"
+            ids += segment.token_ids[offset : offset + tokens - len(ids)]
+            if len(ids) == tokens:
+                break
+            offset = 0
+        return tuple(ids)
 
     def _boundaries_from(self, first: int) -> Iterator[ChunkBoundary]:
         """The boundaries of the segments from number ``first`` on."""
         boundary = self.boundaries[-1] if self.boundaries else self._start
-        for done, segment in enumerate(self.segments[first:], first):
-            tokens = segment_tokens(segment, self.config)
+        for done, group in self._groups(first):
+            segment = group[0]
             if isinstance(segment, TextSegment):
-                ids = np.asarray(segment.token_ids, dtype=np.int64)
-                for start in range(0, tokens, TEXT_CHUNK):
-                    stop = min(start + TEXT_CHUNK, tokens)
-                    place = (done + 1, 0) if stop == tokens else (done, stop)
+                ends = [*accumulate(segment_tokens(text, self.config) for text in group)]
+                ids = np.concatenate([np.asarray(text.token_ids, dtype=np.int64) for text in group])
+                for start in range(0, len(ids), TEXT_CHUNK):
+                    stop = min(start + TEXT_CHUNK, len(ids))
+                    whole = bisect_right(ends, stop)
+                    place = done + whole, stop - (ends[whole - 1] if whole else 0)
                     key = _key(boundary.key, b"text", ids[start:stop].tobytes())
                     size = stop - start
                     boundary = ChunkBoundary(key, *place, boundary.tokens + size, boundary.position + size)
@@ -185,8 +198,19 @@ class BranchState:
                 what = b"%s %dx%d" % (type(segment).__name__.encode(), segment.height, segment.width)
                 draw = self._draw(done).numpy().tobytes() if isinstance(segment, VaeSegment) else b""
                 key = _key(boundary.key, what, segment.pixels, draw)
-                boundary = ChunkBoundary(key, done + 1, 0, boundary.tokens + tokens, boundary.position + 1)
+                tokens = boundary.tokens + segment_tokens(segment, self.config)
+                boundary = ChunkBoundary(key, done + 1, 0, tokens, boundary.position + 1)
                 yield boundary
+
+    def _groups(self, first: int) -> Iterator[tuple[int, list[Any]]]:
+        """Segments whose chunks are cut together, from number ``first`` on: one, or texts beyond ``OWN_CHUNKS``."""
+        done = first
+        while done < len(self.segments):
+            group = self.segments[done : done + 1]
+            if done >= OWN_CHUNKS and isinstance(group[0], TextSegment):
+                group = [*takewhile(lambda segment: isinstance(segment, TextSegment), self.segments[done:])]
+            yield done, group
+            done += len(group)
 
     def _draw(self, index: int) -> Tensor:
         """The posterior draw of segment ``index``, an image for generation."""
@@ -214,8 +238,8 @@ def build_branch_states(
         if plan.same_as is not None:
             continue
         state = BranchState(plan.branch, list(plan.segments), config, KVSequence(kv_pool), draws, adapter)
-        best = max(states, key=lambda other: _common(other.segments, state.segments), default=None)
-        shared = _common(best.segments, state.segments) if best else 0
+        best = max(states, key=lambda other: _common(other.boundaries, state.boundaries), default=None)
+        shared = _common(best.boundaries, state.boundaries) if best else 0
         if best and shared:
             state.parent, state.shared = best, shared
             best.children.append(state)
@@ -223,8 +247,7 @@ def build_branch_states(
     return states
 
 
-def _common(first: Sequence[Segment], second: Sequence[Segment]) -> int:
-    length = 0
-    while length < min(len(first), len(second)) and first[length] == second[length]:
-        length += 1
-    return length
+def _common(first: Sequence[ChunkBoundary], second: Sequence[ChunkBoundary]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(first, second, strict=False)  # a key is a digest of all that came before
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
