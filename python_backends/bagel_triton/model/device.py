@@ -14,7 +14,7 @@ from bagel_triton.model.attention import attention_kernel
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda.executor import CudaExecutor
-from bagel_triton.model.mot import PackedBatch, Transformer
+from bagel_triton.model.mot import PackedBatch, Reduce, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -97,9 +97,11 @@ class Forward(Protocol):
     def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: Any) -> Tensor: ...
 
 
-def forward_on(device: torch.device, transformer: Transformer, pool: ThreadPool) -> Forward:
-    """The executor for ``device``; ``pool`` is a CPU's."""
-    executor = CudaExecutor(transformer) if on_gpu(device) else CpuExecutor(transformer, pool)
+def forward_on(
+    device: torch.device, transformer: Transformer, pool: ThreadPool, reduce: Reduce | None = None
+) -> Forward:
+    """The executor for ``device``; ``pool`` is a CPU's, and ``reduce`` of a ``transformer`` of some of the heads."""
+    executor = CudaExecutor(transformer, reduce) if on_gpu(device) else CpuExecutor(transformer, pool, reduce)
     if (offload := transformer.offload) is None:
         return executor
 

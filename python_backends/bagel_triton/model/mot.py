@@ -16,7 +16,7 @@ the same from the same weights, faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -161,6 +161,9 @@ class Layer(nn.Module):
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """The experts' rows in one tensor; no copy where one expert has them all."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+Reduce = Callable[[Tensor], None]  # sums a contiguous tensor over the ranks that have the other heads, in place
 
 
 class Offload(Protocol):

@@ -23,7 +23,7 @@ from bagel_triton.model.attention import StepKV
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import forward_on, wait_for_stream
-from bagel_triton.model.mot import PackedBatch, Transformer
+from bagel_triton.model.mot import PackedBatch, Reduce, Transformer
 from bagel_triton.parallel.layout import PoolLayout, Share, StoresLayout
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.parallel.ulysses import UlyssesKV
@@ -146,6 +146,13 @@ class Arranged:
     wanted: slice
 
 
+def _sum_over(group: dist.ProcessGroup) -> Reduce:
+    def reduce(x: Tensor) -> None:
+        dist.all_reduce(x, group=group)
+
+    return reduce
+
+
 def _move(model: nn.Module, device: torch.device) -> None:
     """Move what is not on ``device``, in place; torch's own ``to`` would also visit weights that are cut."""
     for module in model.modules():
@@ -184,10 +191,12 @@ class RankModel:
         if sizes.ulysses > 1:
             self._group = mesh["ulysses"].get_group()
         if sizes.tensor > 1:
-            from bagel_triton.parallel.tensor import shard
+            from bagel_triton.parallel.tensor import own_heads, shard
 
             shard(transformer, mesh["tensor"], device)
         _move(model, device)
+        if sizes.ulysses * sizes.shard == 1:
+            self._forward = forward_on(device, own_heads(transformer), pool, _sum_over(mesh["tensor"].get_group()))
 
     def kv_heads(self, rank: int) -> slice:
         """The KV heads that ``rank`` keeps of each context."""

@@ -7,6 +7,9 @@ linears each rank has plain tensors of its own heads.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.mot import Layer, Transformer
+from bagel_triton.model.slim import LeftOut
 from bagel_triton.parallel.sizes import kv_heads_of
 
 
@@ -32,11 +36,13 @@ def shard(transformer: Transformer, mesh: DeviceMesh, device: torch.device) -> N
     gate_up = torch.cat((inner, config.intermediate_size + inner))
     plan: dict[str, ParallelStyle] = {}
     for name in ("gen", "und"):
+        if isinstance(getattr(transformer.layers[0], name), LeftOut):
+            continue
         plan |= {f"{name}.{column}": ColwiseParallel() for column in ("qkv_proj", "mlp.gate_up_proj")}
         plan |= {f"{name}.{row}": RowwiseParallel() for row in ("o_proj", "mlp.down_proj")}
     layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
     for layer in layers:
-        for expert in (layer.gen, layer.und):
+        for expert in _experts(layer):
             expert.queries_per_key = config.num_heads // ranks // (kv_heads.stop - kv_heads.start)
             for linear, outputs in ((expert.qkv_proj, qkv), (expert.mlp.gate_up_proj, gate_up)):
                 linear.weight = _own(linear.weight[outputs].to(device), mesh, 0)
@@ -45,6 +51,32 @@ def shard(transformer: Transformer, mesh: DeviceMesh, device: torch.device) -> N
             for linear, inputs in ((expert.o_proj, heads), (expert.mlp.down_proj, inner)):
                 linear.weight = _own(linear.weight[:, inputs].to(device), mesh, 1)
         parallelize_module(layer, mesh, plan)
+
+
+def own_heads(transformer: Transformer) -> Transformer:
+    """A transformer of this rank's heads alone, whose weights are the parts that :func:`shard` has left.
+
+    Of each layer it computes this rank's share of a sum over the ranks.
+    """
+    config, expert = transformer.config, _experts(transformer.layers[0])[0]
+    state = {
+        name: weight.to_local() if isinstance(weight, DTensor) else weight
+        for name, weight in transformer.state_dict().items()
+    }
+    heads = int(expert.o_proj.weight.to_local().shape[1]) // config.head_dim
+    kv_heads, inner = heads // expert.queries_per_key, int(expert.mlp.down_proj.weight.to_local().shape[1])
+    with torch.device("meta"):
+        own = Transformer(dataclasses.replace(config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=inner))
+    for name, module in transformer.named_modules():
+        if isinstance(module, LeftOut):
+            own.set_submodule(name, LeftOut())
+    own.load_state_dict(state, assign=True)
+    return own
+
+
+def _experts(layer: Any) -> list[Any]:
+    """Those of a layer that were not left out."""
+    return [expert for expert in (layer.gen, layer.und) if not isinstance(expert, LeftOut)]
 
 
 def _part(size: int, rank: int, ranks: int) -> Tensor:

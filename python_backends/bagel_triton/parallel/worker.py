@@ -124,7 +124,7 @@ def load(start: Start, place: Placement) -> tuple[Bagel | None, Autoencoder | No
     """
     config = start.config
     weights = shared_weights(config.shm_prefix, place.torch_device) if start.share else None
-    checkpoint = Checkpoint(config.checkpoint, config.adapter, most_pixels=config.max_generated_image_size)
+    checkpoint = Checkpoint(config.checkpoint, config.adapter, config.load, config.max_generated_image_size)
     model = autoencoder = None
     if start.stage != DECODER:
         stage = config.thinker if start.stage == THINKER else config.dit

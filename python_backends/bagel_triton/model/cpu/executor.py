@@ -8,12 +8,14 @@ each layer takes longer than the norms do, in page faults.
 
 Hidden states are those of :meth:`Transformer.forward` to the rounding of float32, and those of a
 row do not depend on the tile it is in, on other rows or on the number of threads.
+
+A transformer of some of the heads gives sums to its ranks: twice a layer the tiles' products are reduced together.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -35,7 +37,7 @@ from bagel_triton.model.cpu.row_stable import (
 )
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.lora import QKV, AdaptedRows, LayerUpdates, LowRank, within
-from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Transformer
+from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Reduce, Transformer
 
 MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
 MIN_TILE_ROWS = 64  # fewer are not worth a thread
@@ -104,18 +106,19 @@ def tile_rows(rows: int, threads: int) -> int:
 
 
 class CpuExecutor:
-    """Runs ``transformer`` with the threads of ``pool``."""
+    """Runs ``transformer`` with the threads of ``pool``; ``reduce`` sums a tensor over ranks, in place."""
 
-    def __init__(self, transformer: Transformer, pool: ThreadPool) -> None:
-        self._transformer, self._pool = transformer, pool
+    def __init__(self, transformer: Transformer, pool: ThreadPool, reduce: Reduce | None = None) -> None:
+        self._transformer, self._pool, self._reduce = transformer, pool, reduce
 
     def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: SequenceKV) -> Tensor:
         """Hidden states before the final norm, as of :meth:`Transformer.forward`; ``embeddings`` stay unchanged."""
         pool, config = self._pool, self._transformer.config
         enough_rows = batch.tokens >= pool.size * MIN_TILE_ROWS
         if enough_rows or not pool.prefers_intraop_threads(config.hidden_size * config.intermediate_size):
-            return _Run(self._transformer, batch, kv, pool, embeddings).result()
-        return pool.run_with_intraop_threads(_Run(self._transformer, batch, kv, SINGLE_THREAD, embeddings).result)
+            return _Run(self._transformer, batch, kv, pool, embeddings, self._reduce).result()
+        run = _Run(self._transformer, batch, kv, SINGLE_THREAD, embeddings, self._reduce)
+        return pool.run_with_intraop_threads(run.result)
 
 
 class ScratchBuffers:
@@ -134,7 +137,13 @@ class _Run:
     """One forward: all layers over one batch."""
 
     def __init__(
-        self, transformer: Transformer, batch: PackedBatch, kv: SequenceKV, pool: ThreadPool, embeddings: Tensor
+        self,
+        transformer: Transformer,
+        batch: PackedBatch,
+        kv: SequenceKV,
+        pool: ThreadPool,
+        embeddings: Tensor,
+        reduce: Reduce | None,
     ) -> None:
         self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
         self._offload = transformer.offload
@@ -142,6 +151,8 @@ class _Run:
         self._x = torch.empty_like(embeddings)  # the residual, which every layer updates in place
         self._tiles = tiles_of(batch, pool.size)
         self._scratch = ScratchBuffers(transformer.config, self._x, self._tiles, pool.size)
+        self._reduce = reduce
+        self._sum = self._x if reduce is None else torch.empty_like(self._x)  # takes a tile's products
 
     def result(self) -> Tensor:
         """Hidden states of the rows that are wanted; the others are undefined."""
@@ -152,8 +163,23 @@ class _Run:
             self._attend(index, [span for span in self._kv.spans if index < last or self._batch.wants(span)])
             tiles = [tile for tile in self._tiles if index < last or self._batch.wants(tile.rows)]
             self._fetch(index + 1)
-            self._pool.parallel_for(partial(self._pass_on, index), tiles)
+            if self._reduce is None or not tiles:
+                self._pool.parallel_for(partial(self._pass_on, index), tiles)
+                continue
+            for add in (self._add_attended, self._add_mlp):
+                self._over_ranks(partial(add, index), tiles, self._reduce)
+            if index < last:
+                self._pool.parallel_for(partial(self._project, index + 1), tiles)
         return self._x
+
+    def _over_ranks(self, add: Callable[[RowTile], None], tiles: list[RowTile], reduce: Reduce) -> None:
+        """Add to the residual what ``add`` finds on all ranks."""
+        rows = slice(min(tile.rows.start for tile in tiles), max(tile.rows.stop for tile in tiles))
+        own = self._sum[rows]
+        own.zero_()
+        self._pool.parallel_for(add, tiles)
+        reduce(own)
+        self._x[rows] += own
 
     def _fetch(self, index: int) -> None:
         """Have a layer's weights here where they are offloaded, and the layer's before it."""
@@ -166,7 +192,8 @@ class _Run:
 
     def _pass_on(self, index: int, tile: RowTile) -> None:
         """Take a tile out of a layer, and into the next one while it is in the cache."""
-        self._finish(index, tile)
+        self._add_attended(index, tile)
+        self._add_mlp(index, tile)
         if index + 1 < len(self._layers):
             self._project(index + 1, tile)
 
@@ -213,23 +240,27 @@ class _Run:
         for place, part in zip(places, (*rotated.split([query.shape[1], key.shape[1]], dim=1), values), strict=True):
             place.copy_(part)
 
-    def _finish(self, index: int, tile: RowTile) -> None:
-        """Replace a tile of the residual by the layer's output, as of :meth:`Expert.finish`."""
-        expert, residual, updates = tile.expert(self._layers[index]), self._x[tile.rows], tile.updates(index)
+    def _add_attended(self, index: int, tile: RowTile) -> None:
+        """Add the projection of what a tile's heads found, the first half of :meth:`Expert.finish`."""
+        expert, out, updates = tile.expert(self._layers[index]), self._sum[tile.rows], tile.updates(index)
         attended = self._scratch.attended[tile.rows].flatten(1)
-        add_projection(attended, expert.o_proj, residual, tile.few)
-        updates("o_proj", attended, residual)
-        normed = rms_norm(residual, expert.post_attention_layernorm)
+        add_projection(attended, expert.o_proj, out, tile.few)
+        updates("o_proj", attended, out)
+
+    def _add_mlp(self, index: int, tile: RowTile) -> None:
+        """Add the feed-forward of a tile, the second half."""
+        expert, out, updates = tile.expert(self._layers[index]), self._sum[tile.rows], tile.updates(index)
+        normed = rms_norm(self._x[tile.rows], expert.post_attention_layernorm)
         if tile.few:
             gate, up = project(normed, expert.mlp.gate_up_proj, few=True).chunk(2, dim=1)
             updates("gate_proj", normed, gate)
             updates("up_proj", normed, up)
             active = silu_product(gate, up)
-            add_projection(active, expert.mlp.down_proj, residual, few=True)
-            updates("down_proj", active, residual)
+            add_projection(active, expert.mlp.down_proj, out, few=True)
+            updates("down_proj", active, out)
             return
         inner = self._scratch.inner.pop()
-        _add_mlp(expert.mlp, normed, residual, inner, updates)
+        _add_mlp(expert.mlp, normed, out, inner, updates)
         self._scratch.inner.append(inner)
 
     def _attend(self, index: int, spans: list[QuerySpan]) -> None:

@@ -9,7 +9,7 @@ Hidden states are those of :meth:`Transformer.forward` to rounding. No GPU has r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bagel_triton.model.attention import StepKV
 from bagel_triton.model.lora import QKV, LayerUpdates, LowRank, within
-from bagel_triton.model.mot import Expert, Layer, PackedBatch, Transformer
+from bagel_triton.model.mot import Expert, Layer, PackedBatch, Reduce, Transformer
 from bagel_triton.model.quantization import QuantizedLinear
 
 FEW_ROWS = 64  # of one expert, which run beside the other's
@@ -36,9 +36,10 @@ class _Part:
 
 
 class CudaExecutor:
-    """Runs ``transformer``; build it when the weights are there."""
+    """Runs ``transformer``; build it when the weights are there. ``reduce`` sums a tensor over ranks, in place."""
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, reduce: Reduce | None = None) -> None:
+        self._reduce = reduce
         self._layers: list[Layer] = list(transformer.layers)  # type: ignore[arg-type]
         self._config, self._offload = transformer.config, transformer.offload
         device = transformer.norm.weight.device
@@ -119,12 +120,17 @@ class CudaExecutor:
     def _finish(self, x: Tensor, attended: Tensor, parts: list[_Part]) -> None:
         """Add to x what follows from the attention, [tokens, heads, head_dim], for the rows of ``parts``."""
         first, stop = parts[0].rows.start, parts[-1].rows.stop
+        if self._reduce is not None:
+            found = attended[first:stop].flatten(1)
+            self._add_over_ranks(x, parts, found, [part.expert.o_proj for part in parts], self._reduce)
         inner = x.new_empty(stop - first, parts[0].expert.mlp.gate_up_proj.out_features)
 
         def expand(part: _Part) -> None:
-            expert, residual, found = part.expert, x[part.rows], attended[part.rows].flatten(1)
-            _add_product(found, expert.o_proj, residual)
-            part.updates("o_proj", found, residual)
+            expert, residual = part.expert, x[part.rows]
+            if self._reduce is None:
+                found = attended[part.rows].flatten(1)
+                _add_product(found, expert.o_proj, residual)
+                part.updates("o_proj", found, residual)
             own = inner[part.rows.start - first : part.rows.stop - first]
             normed = expert.post_attention_layernorm(residual)
             if isinstance(expert.mlp.gate_up_proj, QuantizedLinear):
@@ -144,7 +150,26 @@ class CudaExecutor:
             _add_product(own, part.expert.mlp.down_proj, x[part.rows])
             part.updates("down_proj", own, x[part.rows])
 
-        self._each(parts, contract)
+        if self._reduce is None:
+            self._each(parts, contract)
+        else:
+            self._add_over_ranks(x, parts, active, [part.expert.mlp.down_proj for part in parts], self._reduce)
+
+    def _add_over_ranks(
+        self, x: Tensor, parts: list[_Part], inputs: Tensor, layers: Sequence[nn.Linear], reduce: Reduce
+    ) -> None:
+        """Add to the rows of ``parts`` the products of ``inputs``, which are these rows', summed over the ranks."""
+        first, stop = parts[0].rows.start, parts[-1].rows.stop
+        total = x.new_empty(stop - first, x.shape[1])
+        layer_of = dict(zip((part.expert for part in parts), layers, strict=True))
+
+        def multiply(part: _Part) -> None:
+            rows = slice(part.rows.start - first, part.rows.stop - first)
+            torch.mm(inputs[rows], layer_of[part.expert].weight.t(), out=total[rows])
+
+        self._each(parts, multiply)
+        reduce(total)
+        x[first:stop].add_(total)
 
 
 def _updates(number: int, gen: bool, batch: PackedBatch, rows: slice) -> LayerUpdates:
