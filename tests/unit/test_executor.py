@@ -13,7 +13,8 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu import executor, thread_pool
 from bagel_triton.model.cpu.executor import CpuExecutor, tiles_of
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
-from bagel_triton.model.mot import PackedBatch
+from bagel_triton.model.cuda.executor import CudaExecutor
+from bagel_triton.model.mot import PackedBatch, Transformer
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.batches import NewTokens, make_batch, sequence
 from tests.support.exact import assert_same
@@ -70,6 +71,28 @@ def test_threads_change_nothing(
     pool.close()
     for one, other in zip(shared, alone, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("kind", [CpuExecutor, CudaExecutor])
+@torch.inference_mode()
+def test_what_ranks_sum_is_added_to_every_row_once(bagel: Bagel, kind: type[CpuExecutor] | type[CudaExecutor]) -> None:
+    """A rank with half of each product, in place of two whose halves are summed."""
+    layers = bagel.language_model.model
+    whole = Transformer(layers.config)
+    whole.load_state_dict(layers.state_dict())
+    half = Transformer(layers.config)
+    half.load_state_dict(layers.state_dict())
+    for layer in half.layers:
+        for expert in (layer.gen, layer.und):
+            expert.o_proj.weight.mul_(0.5)
+            expert.mlp.down_proj.weight.mul_(0.5)
+    found = []
+    for transformer, reduce in ((whole, None), (half, lambda x: x.mul_(2.0))):
+        embeddings, batch, kv = make_batch(bagel, _images(bagel, (25, 70)), wanted_gen_only=True)
+        pool = () if kind is CudaExecutor else (SINGLE_THREAD,)
+        run = kind(transformer, *pool, reduce)  # type: ignore[call-arg, arg-type]
+        found.append(run(embeddings.clone(), batch, kv)[: batch.gen_rows])
+    assert float((found[0] - found[1]).abs().max()) < 1e-5 * float(found[0].abs().max())
 
 
 def test_rows_that_are_not_wanted_change_nothing(bagel: Bagel) -> None:

@@ -1,8 +1,8 @@
 """Tensor parallelism of the plain transformer, by torch's own means: each rank has some of the heads.
 
 The projections into an attention and a feed-forward are cut by columns and those out of them by rows, so a layer
-sums over the ranks twice (arXiv 1909.08053, section 3). torch keeps the weights as ``DTensor``; between a layer's
-linears each rank has plain tensors of its own heads.
+sums over the ranks twice (arXiv 1909.08053, section 3). torch cuts the weights and keeps them as ``DTensor``; between
+a layer's linears each rank has plain tensors of its own heads.
 """
 
 from __future__ import annotations
