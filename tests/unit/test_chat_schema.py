@@ -115,7 +115,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"stop": 5}, "stop", "stop=5 is not allowed; allowed: a text or a list of texts"),
     ({"stop": ["a", 5]}, "stop[1]", "stop[1]=5 is not allowed; allowed: a text"),
     # fields
-    ({"guidance": 4}, "guidance", "guidance is not a known field; allowed: cache, cfg_img_scale, "),
+    ({"colour": 4}, "colour", "colour is not a known field; allowed: cache, cfg_img_scale, "),
     (
         {"extra_body": {"stepping": 4}},
         "extra_body.stepping",
@@ -124,18 +124,22 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"extra_body": {"messages": []}}, "extra_body.messages", "is not a known field"),
     ({"extra_body": {"extra_body": {}}}, "extra_body.extra_body", "is not a known field"),
     ({"extra_body": {"size": "big"}}, "extra_body.size", "extra_body.size='big' is not allowed; allowed: 'auto' or "),
-    ({"size": "64x64", "height": 64}, "size", "height and size are both given; allowed: one of them"),
-    ({"steps": 4, "num_inference_steps": 4}, "steps", "num_inference_steps and steps are both given"),
+    (
+        {"size": "64x64", "height": 32},
+        "size",
+        "height and size are both given, with the values 32 and 64; allowed: one",
+    ),
+    ({"steps": 4, "num_inference_steps": 5}, "steps", "num_inference_steps and steps are both given"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "allowed: an object of at most 1024 token ids"),
     ({"extra_body": {"height": "5"}}, "extra_body.height", "extra_body.height='5' is not allowed; allowed: an integer"),
     ({"stream_options": {"usage": True}}, "stream_options.usage", "allowed: include_progress, include_usage"),
-    ({"seed": 1, "extra_body": {"seed": 1}}, "extra_body.seed", "seed and extra_body.seed are both given"),
+    ({"seed": 1, "extra_body": {"seed": 2}}, "extra_body.seed", "seed and extra_body.seed are both given"),
     (
-        {"max_tokens": 1, "max_completion_tokens": 1},
+        {"max_tokens": 2, "max_completion_tokens": 1},
         "max_completion_tokens",
-        "max_tokens and max_completion_tokens are both given; allowed: one of them",
+        "max_tokens and max_completion_tokens are both given, with the values 2 and 1; allowed: one of them",
     ),
-    ({"max_tokens": 1, "extra_body": {"max_completion_tokens": 1}}, "extra_body.max_completion_tokens", "both given"),
+    ({"max_tokens": 2, "extra_body": {"max_completion_tokens": 1}}, "extra_body.max_completion_tokens", "both given"),
     ({"heigth": 64}, "heigth", "heigth is not a known field; did you mean height? allowed: cache, cfg_img_scale, "),
     ({"extra_body": {"Seed": 4}}, "extra_body.Seed", "is not a known field; did you mean seed? allowed: "),
     ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "is not allowed; allowed: each token once"),
@@ -176,6 +180,12 @@ def test_what_is_not_a_json_object_is_refused(data: bytes, text: str) -> None:
 
 
 USER = '"messages": [{"role": "user", "content": "x"}]'
+
+
+def test_one_value_under_two_names_is_that_value() -> None:
+    alike = {"steps": 4, "num_inference_steps": 4, "size": "64x32", "width": 64, "seed": 1, "extra_body": {"seed": 1}}
+    request = generation(chat_body(**alike))
+    assert (request.num_inference_steps, request.width, request.height, request.seed) == (4, 64, 32, 1)
 
 
 @pytest.mark.parametrize(

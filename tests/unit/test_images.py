@@ -300,7 +300,7 @@ def test_an_error_before_the_stream_has_its_status() -> None:
     [
         ({"prompt": None}, "prompt", "prompt is required"),
         ({"size": "huge"}, "size", "'auto' or 'WIDTHxHEIGHT'"),
-        ({"size": "64x64", "width": 64}, "size", "width and size are both given"),
+        ({"size": "64x64", "width": 32}, "size", "width and size are both given, with the values 32 and 64"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_compression": 101}, "output_compression", "at most 100"),
         ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
@@ -308,7 +308,15 @@ def test_an_error_before_the_stream_has_its_status() -> None:
         ({"mask": URL}, "mask", "say in the prompt what to change"),
         ({"svg": {"model": "x"}}, "svg", "images are still"),
         ({"sized": "64x64"}, "sized", "did you mean size?"),
-        ({"image": URL}, "image", "not a known field"),
+        ({"image": URL}, "image", "POST /v1/images/edits takes images"),
+        ({"reference_images": [URL]}, "reference_images", "POST /v1/images/edits takes images, in image"),
+        ({"sampler_name": "Euler a"}, "sampler_name", "there is one solver"),
+        ({"n_iter": 4}, "n_iter", "use n"),
+        ({"denoising_strength": 0.5}, "denoising_strength", "how much to change"),
+        ({"enable_hr": True}, "enable_hr", "allowed: false; use size"),
+        ({"guidance": 4}, "guidance", "use guidance_scale"),
+        ({"aspect_ratio": "1:1"}, "aspect_ratio", "use size"),
+        ({"n": "2"}, "n", "an integer"),
     ],
 )
 def test_what_a_generation_cannot_have_is_refused_by_name(fields: dict[str, Any], param: str, advice: str) -> None:
@@ -350,6 +358,8 @@ def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
         ([prompt, ("image", PNG_FILE), ("n", (None, "1")), ("n", (None, "2"))], "n", "allowed: once"),
         ([prompt, ("image", PNG_FILE), ("picture", PNG_FILE)], "picture", "allowed as files: image"),
         ([("image", PNG_FILE)], "prompt", "prompt is required"),
+        ([prompt, ("image", (None, b"\x89PNG"))], "image", "allowed: a text, or a file with a filename"),
+        ([("image", PNG_FILE), ("prompt", (None, b"caf\xe9"))], "prompt", "prompt is not text in UTF-8"),
         ([prompt, ("image", PNG_FILE), ("size[x]", (None, "1"))], "size[x]", "is not a known field"),
         (
             [prompt, ("image", PNG_FILE), ("thinking", (None, "{}")), ("thinking[type]", (None, "enabled"))],
@@ -362,11 +372,9 @@ def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
         assert reply.json()["error"]["param"] == param
         assert advice in reply.json()["error"]["message"]
     cut = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nA ca'
-    latin = cut.replace(b"A ca", b"caf\xe9\r\n--x--\r\n")
     for content, problem in (
         (b"--y", "Invalid multipart data"),
         (cut, "it ends before its last boundary"),
-        (latin, "prompt is not text in UTF-8"),
     ):
         headers = {"content-type": "multipart/form-data; boundary=x"}
         broken = api(FakeClient()).post(EDITS, content=content, headers=headers)

@@ -74,7 +74,7 @@ def test_two_adapters_are_one_too_many() -> None:
     reply = api(FakeClient()).post(CHAT, json=chat_body(model="style", lora="a/b"))
     assert (reply.status_code, reply.json()["error"]["message"]) == (
         400,
-        "lora and model are both given; allowed: one of them",
+        "lora and model are both given, with the values 'a/b' and 'style'; allowed: one of them",
     )
 
 

@@ -85,6 +85,23 @@ def test_a_stage_that_meets_a_server_being_stopped_is_unavailable(text: str, sta
     assert text in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "kind", "allowed"),
+    [
+        (CHAT, "multipart/form-data; boundary=x", "allowed: application/json"),
+        (CHAT, "application/xml", "allowed: application/json"),
+        ("/v1/images/edits", "application/x-www-form-urlencoded", "allowed: application/json or multipart/form-data"),
+    ],
+)
+def test_a_body_that_is_not_json_is_told_by_its_content_type(path: str, kind: str, allowed: str) -> None:
+    """curl sends JSON as application/x-www-form-urlencoded, so only the body itself decides."""
+    client = http(FakeClient())
+    assert client.post(CHAT, json=chat_body(), headers={"content-type": kind}).status_code == 200
+    error = client.post(path, content="prompt=cat", headers={"content-type": kind}).json()["error"]
+    assert error["message"].endswith(f"its content-type is '{kind}'; {allowed}")
+    assert error["code"] == "invalid_request"
+
+
 def test_half_a_character_in_an_error_is_escaped() -> None:
     """A body is refused before its surrogates are looked for; no reply can hold one."""
     error = http(FakeClient()).post(CHAT, content=rb'{"\ud800": 1, "\ud800": 2}').json()["error"]

@@ -217,7 +217,7 @@ def _extra_body(body: dict[str, Any]) -> Mapping[str, Any]:
             raise InvalidRequest.unknown(f"extra_body.{name}", name, known)
     given = {name: value for name, value in extra.items() if value is not None}
     for name in given:
-        if body.get(name) is not None:
+        if body.get(name) not in (None, given[name]):
             param = f"extra_body.{name}"
             raise InvalidRequest(f"{truncate(name)} and {truncate(param)} are both given; allowed: one of them", param)
     return given

@@ -21,10 +21,17 @@ from starlette.responses import Response
 from bagel_triton.openai import request_log
 from bagel_triton.openai.errors import BodyTooLarge, RequestTimeout, UnsupportedEncoding, error_response, to_bagel_error
 from bagel_triton.openai.image_io import ImageLoader
-from bagel_triton.openai.schema import GivenFields
+from bagel_triton.openai.schema import GivenFields, NotJson
 from bagel_triton.openai.settings import ProxySettings
 from bagel_triton.protocol.adapters import AdapterCall
-from bagel_triton.protocol.errors import BagelError, Cancelled, InvalidRequest, ModelNotFound, Overloaded
+from bagel_triton.protocol.errors import (
+    BagelError,
+    Cancelled,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    format_value,
+)
 from bagel_triton.telemetry import tracing
 from bagel_triton.triton.client import Client, StageResponse, let_others_run
 
@@ -99,14 +106,23 @@ class Api:
 
         return answer
 
-    async def parse(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        """The whole body, parsed by ``parse``; a large one is parsed in a thread.
+    async def parse(self, request: Request, parse: Callable[[bytes], T], kinds: str = "application/json") -> T:
+        """The whole body, parsed by ``parse``; a large one is parsed in a thread. An error names the ``kinds`` allowed.
 
         Raises:
             InvalidRequest: the body is too large, or is not what ``parse`` takes.
             Overloaded: all bodies together are too large.
             Cancelled: the client left while it sent the body.
         """
+        try:
+            return await self._parse(request, parse)
+        except NotJson as error:
+            kind = request.headers.get("content-type", "")
+            if not kind or "json" in kind.lower():
+                raise
+            raise NotJson(f"{error.message}; its content-type is {format_value(kind)}; allowed: {kinds}") from error
+
+    async def _parse(self, request: Request, parse: Callable[[bytes], T]) -> T:
         async with self.body(request) as parts:
             body = bytearray()
             async for part in parts:

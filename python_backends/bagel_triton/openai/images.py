@@ -127,7 +127,8 @@ def routes(api: Api) -> list[Route]:
             async with api.body(request) as parts:
                 body, images = await parse_form(request.headers, parts)
         else:
-            body, images = await api.parse(request, parse_json_edit)
+            kinds = "application/json or multipart/form-data"
+            body, images = await api.parse(request, parse_json_edit, kinds)
         return await answer(request, body, images, "image_edit")
 
     async def answer(request: Request, body: ImagesBody, images: Images, endpoint: Endpoint) -> Response:

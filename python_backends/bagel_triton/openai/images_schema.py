@@ -162,6 +162,8 @@ async def parse_form(headers: Headers, stream: AsyncGenerator[bytes, None]) -> t
     )
     try:
         form = await parser.parse()
+    except _NotText as error:
+        raise InvalidRequest(f"{error}; allowed: a text, or a file with a filename", error.name) from error
     except (MultiPartException, ValueError) as error:
         raise InvalidRequest(f"the body is not a form: {getattr(error, 'message', error)}") from error
     if not parser.ended:
@@ -196,6 +198,14 @@ async def _from_form(form: FormData) -> tuple[EditsBody, Images]:
     return _checked(EditsBody, {**_from_texts(texts), **objects}), _enough(images)
 
 
+class _NotText(Exception):
+    """The field ``name`` of a form has no filename, and is no text."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(f"{name} is not text in UTF-8: {cause}")
+        self.name = name
+
+
 class _FormParser(MultiPartParser):
     """Keeps files in memory: they are bounded by the body's limit, and a disk is slower than what reads them."""
 
@@ -211,7 +221,7 @@ class _FormParser(MultiPartParser):
             try:
                 part.data.decode(self._charset or "utf-8")
             except (UnicodeDecodeError, LookupError) as error:  # the parser would read it as another charset
-                raise MultiPartException(f"{part.field_name} is not text in UTF-8: {error}") from error
+                raise _NotText(part.field_name, error) from error
         super().on_part_end()
 
 

@@ -32,7 +32,7 @@ IGNORED: dict[str, frozenset[str]] = {
             # routing of gateways and agents
             *("provider", "models", "route", "session_id", "chat_id", "trace", "request_id", "rid", "cache_salt"),
             *("litellm_metadata", "client_metadata", "litellm_session_id", "litellm_trace_id", "litellm_call_id", "id"),
-            *("tags", "fallbacks", "debug", "speed", "cache_control"),
+            *("tags", "fallbacks", "debug", "speed", "cache_control", "user_id", "end_user_id", "safety_tolerance"),
             # how much of the thinking a reply tells: it is there whole
             "reasoning_summary",
             # how another server would hold its model, cache its prompt or make its noise
@@ -57,6 +57,8 @@ IGNORED: dict[str, frozenset[str]] = {
             # what an earlier reply said about itself
             *("status", "finish_reason", "stop_reason", "usage", "usage_metadata", "response_metadata"),
             *("citations", "sources", "extra_content"),
+            # what an editor notes for itself
+            *("opts", "cycle", "_meta"),
         }
     ),
     "part": frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "id", "uuid", "index", "seed"}),
@@ -81,6 +83,7 @@ _BESIDE = "put its members beside the other fields"
 _SIZE = "use size, or height and width"
 _ONE_SOLVER = "there is one solver: num_inference_steps and timestep_shift set its steps"
 _NO_SAMPLER = "temperature, top_p, top_k, min_p and the penalties are the sampling there is"
+_STILL = "images are still and made of pixels: leave it out, or take png, jpeg or webp as output_format"
 NOOP: dict[str, dict[str, Noop]] = {
     "body": {
         "tools": Noop(([],), _NO_TOOLS),
@@ -94,6 +97,7 @@ NOOP: dict[str, dict[str, Noop]] = {
         "guided_grammar": Noop((), _TEXT_ONLY),
         "grammar": Noop((), _TEXT_ONLY),
         "json_schema": Noop(({},), _TEXT_ONLY),
+        "logits_processors": Noop(([],), _NO_SAMPLER),
         "audio": Noop((), "this model makes no sound: leave it out"),
         "web_search_options": Noop((), _NO_SEARCH),
         "plugins": Noop(([],), "put what the model should know into the prompt"),
@@ -136,6 +140,17 @@ NOOP: dict[str, dict[str, Noop]] = {
         "detokenize": Noop((True,), "use top_logprobs"),
         "deferred": Noop((False,), "this server keeps no replies: use stream=true for a long request"),
         # other servers' names of what this API has
+        "system_prompt": Noop((), "use a message of role system"),
+        "system": Noop((), "use a message of role system"),
+        "use_system_prompt": Noop((False,), "use a message of role system"),
+        "input": Noop((), "use messages; POST /v1/responses takes input"),
+        "output_modalities": Noop((), "use modalities"),
+        "sampling_params_list": Noop(([],), _BESIDE),
+        "sampling_params": Noop(({},), _BESIDE),
+        "guidance": Noop((), "use guidance_scale"),
+        "guidance_scale_2": Noop((), "use true_cfg_scale for guidance by the image"),
+        "context_length": Noop((), "the server's own length is used"),
+        "num_ctx": Noop((), "the server's own length is used"),
         "random_seed": Noop((), "use seed"),
         "max_new_tokens": Noop((), "use max_tokens"),
         "max_output_tokens": Noop((), "use max_tokens"),
@@ -197,6 +212,9 @@ NOOP: dict[str, dict[str, Noop]] = {
         "style": Noop(("vivid", "natural"), "describe the style in the prompt"),
         "moderation": Noop(("auto", "low"), "this server moderates nothing"),
         "background": Noop(("auto", "opaque"), "images are opaque"),
+        "num_frames": Noop((1,), _STILL),
+        "fps": Noop((), _STILL),
+        "layers": Noop((), "an image has one layer"),
         "output_format": Noop(("png",), "POST /v1/images/generations makes jpeg and webp"),
         # switches of other vendors' services
         "safe_prompt": Noop((False,), "write it into a system message"),
@@ -231,16 +249,26 @@ NOOP: dict[str, dict[str, Noop]] = {
         "display": Noop(("summarized",), "thinking is in reasoning_content; include_reasoning=false hides it")
     },
 }
-_STILL = "images are still and made of pixels: leave it out, or take png, jpeg or webp as output_format"
 # The images endpoints: what has no effect in a chat has none there.
 IGNORED["images"] = IGNORED["body"] | {"stream_options", "enable_safety_checker", "disable_safety_checker"}
 NOOP["images"] = NOOP["body"] | {
     "svg": Noop((), _STILL),
     "frame_count": Noop((1,), _STILL),
     "frame_duration_ms": Noop((), _STILL),
-    "num_frames": Noop((1,), _STILL),
-    "fps": Noop((), _STILL),
-    "layers": Noop((), "an image has one layer"),
+    "image": Noop(([],), "POST /v1/images/edits takes images"),
+    "images": Noop(([],), "POST /v1/images/edits takes images"),
+    "image_url": Noop((), "POST /v1/images/edits takes images, in image"),
+    "input_image": Noop((), "POST /v1/images/edits takes images, in image"),
+    "reference_images": Noop(([],), "POST /v1/images/edits takes images, in image"),
+    "sampler": Noop((), _ONE_SOLVER),
+    "sampler_index": Noop((), _ONE_SOLVER),
+    "n_iter": Noop((1,), "use n"),
+    "denoising_strength": Noop((), "say in the prompt how much to change"),
+    "restore_faces": Noop((False,), "describe the faces in the prompt"),
+    "tiling": Noop((False,)),
+    "enable_hr": Noop((False,), _SIZE),
+    "megapixels": Noop((), _SIZE),
+    "sync_mode": Noop((True, False)),
     "output_quality": Noop(("default",), "use output_compression"),
     "response_extension": Noop(("png",), "use output_format"),
     "image_loras": Noop(([],), "the server merges one adapter into its weights: serve --lora-path"),

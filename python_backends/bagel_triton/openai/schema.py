@@ -228,19 +228,21 @@ class GivenFields:
         Nor do previews without a stream, which alone can carry them.
 
         Raises:
-            InvalidRequest: the field is given already.
+            InvalidRequest: the field is given already, with another value.
         """
         if value is None or value == () or value == {} or (name == "partial_images" and not self._stream):
             return
-        if name in self.fields and not (name == "think" and self.fields[name] == value):
-            raise InvalidRequest(f"{self.written[name]} and {alias} are both given; allowed: one of them", alias)
+        if name in self.fields and self.fields[name] != value:
+            first, second = format_value(self.fields[name]), format_value(value)
+            given = f"{self.written[name]} and {alias} are both given, with the values {first} and {second}"
+            raise InvalidRequest(f"{given}; allowed: one of them", alias)
         self.fields[name], self.written[name] = value, self.written.get(name, alias)
 
     def add_size(self, size: str | None, alias: str) -> None:
         """Take width and height from ``size``, which has them in that order; ``auto`` gives neither.
 
         Raises:
-            InvalidRequest: it is no size, or a side is given already.
+            InvalidRequest: it is no size, or a side is given already, with another value.
         """
         if size is None or size.strip() in ("auto", ""):
             return
@@ -267,18 +269,27 @@ class GivenFields:
         return type(error)(message, name)
 
 
+class NotJson(InvalidRequest):
+    """The request body is not JSON."""
+
+    @property
+    def kind(self) -> str:
+        return InvalidRequest.__name__
+
+
 def to_object(data: bytes) -> dict[str, Any]:
     """The JSON object in ``data``; a byte-order mark before it is no part of it.
 
     Raises:
-        InvalidRequest: not JSON, not an object, or a field that is there twice.
+        NotJson: it cannot be parsed.
+        InvalidRequest: not an object, a field that is there twice, or half a character.
     """
     try:
         body = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_to_int)
     except RecursionError as error:
-        raise InvalidRequest("the body is not JSON: it is nested too deeply") from error
+        raise NotJson("the body is not JSON: it is nested too deeply") from error
     except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {truncate(str(error))}") from error
+        raise NotJson(f"the body is not JSON: {truncate(str(error))}") from error
     if not isinstance(body, dict):
         raise InvalidRequest.value("body", body, "a JSON object")
     if _SURROGATE.search(data):
