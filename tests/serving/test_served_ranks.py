@@ -198,6 +198,8 @@ def test_a_killed_rank_is_the_stage_dying(ranked: Ranked) -> None:
         assert statuses.count(503) >= len(at_work)
         until(lambda pids=(*others, *first): not any(map(arguments, pids)), "a process is left", NOTICE_S)
         until(lambda: health(server) == 200 and ranked.whole, "the stage is not back", RELOAD_S)
+        back = time.monotonic() - killed_at
         assert same_image(server.images(REFERENCE)[0], image)
         assert shared_files(server) == before
-        print(f"kill {number}: rank {'0' if killed in first else others.index(killed) + 1} of {stage}, {statuses}")
+        rank = 0 if killed in first else others.index(killed) + 1
+        print(f"kill {number}: rank {rank} of {stage}, {statuses}, back in {back:.1f} s")
