@@ -43,9 +43,12 @@ class Others(Protocol):
 
 
 class Statistics(NamedTuple):
-    """Of ``size`` values of each group: [batch, GROUPS] float64; ``squares`` are summed distances from the mean."""
+    """Of ``size`` values of each group: [batch, GROUPS] float64; ``squares`` are summed distances from the mean.
 
-    size: float
+    The sizes of other ranks' groups come as a tensor, which the host does not wait for.
+    """
+
+    size: float | Tensor
     mean: Tensor
     squares: Tensor
 
@@ -93,8 +96,8 @@ class Strips:
         assert self._statistics is not None, "no map is empty"
         size, mean, squares = whole = self._statistics
         if self.others is not None:
-            parts = self.others.all_of(torch.stack((torch.full_like(mean, size), mean, squares)))
-            every = [Statistics(float(sizes[0, 0]), mean, squares) for sizes, mean, squares in parts]
+            parts = self.others.all_of(torch.stack((torch.ones_like(mean) * size, mean, squares)))
+            every = [Statistics(*part) for part in parts]
             whole = every[0]
             for part in every[1:]:
                 whole = whole.with_more(part)
