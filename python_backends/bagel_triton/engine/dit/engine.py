@@ -190,8 +190,8 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
                 self._consumer.release(handle)
             raise
         if self.ranks is not None:
-            past = [handle.tokens for handle in task.handles]
-            stores = [self.ranks.keep(store, tokens) for store, tokens in zip(stores, past, strict=True)]
+            for number, handle in enumerate(task.handles):  # one by one: the whole of each is freed
+                stores[number] = self.ranks.keep(stores[number], handle.tokens)
         self.metrics.observe("dit_kv_handoff_seconds", time.monotonic() - started)
         return stores
 
