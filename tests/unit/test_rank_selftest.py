@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bagel_triton.parallel.launch import LOOPBACK
 from bagel_triton.parallel.rank import join, selftest
 
+CPU = torch.device("cpu")
 FUNCTIONS = {"all_reduce": "all_reduce", "all_gather": "all_gather", "all_to_all": "all_to_all_single"}
 
 
 @pytest.fixture
 def joined() -> Iterator[None]:
     """A process group of this process alone."""
-    join(dist.HashStore(), LOOPBACK, 0, 1, 30.0)
+    join(dist.HashStore(), LOOPBACK, CPU, 0, 1, 30.0)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("joined")
 def test_each_kind_of_exchange_is_timed() -> None:
-    times = selftest()
+    times = selftest(CPU)
     assert [*times] == [*FUNCTIONS, "send"]
     assert min(times.values()) >= 0
 
@@ -38,4 +40,4 @@ def test_an_exchange_that_gives_wrong_numbers_is_named(name: str, monkeypatch: p
 
     monkeypatch.setattr(dist, FUNCTIONS[name], wrong)
     with pytest.raises(RuntimeError, match=rf"^the self-test of the ranks' {name} gave \[7.0"):
-        selftest()
+        selftest(CPU)

@@ -18,7 +18,7 @@ from bagel_triton.model.mot import Transformer
 def shard(transformer: Transformer, mesh: DeviceMesh) -> None:
     """Keep this rank's part of every layer's weights, in place; nothing is sent.
 
-    ``mesh`` is replicas times shards. Embedding, norms and vocabulary head stay whole.
+    ``mesh`` is shards, or replicas times shards. Embedding, norms and vocabulary head stay whole.
     """
     layers: list[Any] = list(transformer.layers)
     in_layers = {id(weight) for weight in transformer.layers.parameters()}

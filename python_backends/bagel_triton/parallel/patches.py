@@ -24,7 +24,7 @@ class OtherRanks:
 
     def __init__(self, size: int) -> None:
         self.size, self._rank = size, dist.get_rank()
-        self._group = dist.new_group(list(range(size)))
+        self._group = None if size == dist.get_world_size() else dist.new_group(list(range(size)))
 
     def rows(self, height: int) -> slice:
         """This rank's rows of a latent image of ``height`` rows."""

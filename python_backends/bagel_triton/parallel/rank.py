@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Store, TCPStore
 
-from bagel_triton.model.attention import StepKV
+from bagel_triton.model.attention import StepKV, attention_kernel
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import forward_on, wait_for_stream
@@ -28,8 +28,14 @@ from bagel_triton.parallel.layout import PoolLayout, Share, StoresLayout
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.parallel.ulysses import UlyssesKV
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 SELFTEST_BYTES = 1 << 20
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# NCCL takes a name for a prefix, unless it begins with "=".
+INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
+# torch warns where a process sends by the communicator of its collectives; here their order is one, so it is wanted.
+SERIAL_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
 SIOCGIFADDR = 0x8915  # of Linux: an interface's IPv4 address
 
 
@@ -56,8 +62,9 @@ def join(store: Store, host: str, device: torch.device, rank: int, ranks: int, t
     ``host`` is this rank's own address: gloo would else listen at the address of the host's name, and NCCL at all.
     """
     if (interface := interface_of(host)) is not None:
-        for variable in INTERFACE_VARIABLES:
-            os.environ.setdefault(variable, interface)
+        for variable, form in INTERFACE_VARIABLES.items():
+            os.environ.setdefault(variable, form.format(interface))
+    os.environ.setdefault(SERIAL_WARNING, "false")
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -163,6 +170,17 @@ def _move(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
+def _mesh(device: torch.device, **sizes: int) -> DeviceMesh:
+    """All ranks in dimensions of these names and ``sizes``; those of one rank are left out.
+
+    A group of one would be a communicator on a GPU, with buffers.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = {name: size for name, size in sizes.items() if size > 1}
+    return init_device_mesh(device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+
+
 class RankModel:
     """A rank's share of the transformer, in a process group that has been joined.
 
@@ -173,21 +191,18 @@ class RankModel:
         self.sizes, self.place = sizes, sizes.place(dist.get_rank())
         self.device, self.dtype = device, model.dtype
         self.config = model.config.language
+        attention_kernel(device, model.dtype)  # which switches off cuDNN's, as in an engine's process
         transformer = model.language_model.model
         self._forward: Any = partial(_plainly, transformer, pool)
         self._group: dist.ProcessGroup | None = None  # of the ranks that share rows
         if sizes.tensor * sizes.ulysses * sizes.shard == 1:
             self._forward = forward_on(device, transformer, pool)
             return
-        from torch.distributed.device_mesh import init_device_mesh
-
-        shape = {"cfg": sizes.cfg, "ulysses": sizes.ulysses, "tensor": sizes.tensor}
-        mesh = init_device_mesh(device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+        mesh = _mesh(device, cfg=sizes.cfg, ulysses=sizes.ulysses, tensor=sizes.tensor)
         if sizes.shard > 1:
             from bagel_triton.parallel import hsdp
 
-            copies = (sizes.ranks // sizes.shard, sizes.shard)
-            hsdp.shard(transformer, init_device_mesh(device.type, copies, mesh_dim_names=("replicate", "shard")))
+            hsdp.shard(transformer, _mesh(device, replicate=sizes.ranks // sizes.shard, shard=sizes.shard))
         if sizes.ulysses > 1:
             self._group = mesh["ulysses"].get_group()
         if sizes.tensor > 1:
