@@ -113,6 +113,20 @@ def test_a_token_of_several_ranks_is_one_download(engines: Stage) -> None:
     assert token.stops <= 3
 
 
+def test_what_is_queued_ends_before_the_other_ranks_do() -> None:
+    """It waits for their part, and NCCL's end for it."""
+    waits: list[int] = []
+    with fake_gpu() as gpu:
+
+        class Ending(Absent):
+            def close(self) -> None:
+                waits.append(gpu.tally.waits["device"])
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        RankGroup("dit", [Ending()], GPU, 1)._stop()
+    assert waits == [1]
+
+
 def test_a_part_of_the_weights_is_all_that_comes_to_the_gpu() -> None:
     config = DeployConfig(str(TINY), device="cuda:0", dtype="bfloat16")
     whole = Checkpoint(config.checkpoint).bagel(torch.bfloat16).language_model.model.layers

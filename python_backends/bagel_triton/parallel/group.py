@@ -14,12 +14,14 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Self
+from concurrent.futures import Future
+from typing import Self, TypeVar
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.kv.block_pool import KVCachePool
@@ -54,6 +56,7 @@ from bagel_triton.protocol.errors import StageUnavailable
 STOP_S = 5.0
 OWN_GPU = "cuda:0"  # of a Ray actor, which sees no other
 log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 
 class RankGroup:
@@ -127,12 +130,18 @@ class RankGroup:
             store = meet(host, sizes.ranks, timeout_s)
             for number in group._others:
                 group._send(number, Meet(host, store.port))
-            join(store, host, device, 0, sizes.ranks, timeout_s)
-            times = selftest(device)
-            if model is not None:
-                group._model = RankModel(model, sizes, group._pool, device)
-            if autoencoder is not None:
-                group._decoder = RankDecoder(autoencoder.decoder, config.vae_decode.patch_parallel_size, group._pool)
+
+            def build() -> dict[str, float]:
+                join(store, host, device, 0, sizes.ranks, timeout_s)
+                times = selftest(device)
+                if model is not None:
+                    group._model = RankModel(model, sizes, group._pool, device)
+                if autoencoder is not None:
+                    patches = config.vae_decode.patch_parallel_size
+                    group._decoder = RankDecoder(autoencoder.decoder, patches, group._pool)
+                return times
+
+            times = group._while_all_live(build)
         except BaseException:
             group._stop()
             raise
@@ -266,15 +275,46 @@ class RankGroup:
             self._stop()
 
     def _stop(self) -> None:
+        if on_gpu(self._device):  # what is queued there waits for the other ranks' part
+            with contextlib.suppress(RuntimeError):
+                self._while_all_live(lambda: torch.cuda.synchronize(self._device))
         self._closing.set()
         for rank in self._ranks:
             rank.close()
         for rank in self._ranks:
             rank.reap(STOP_S)
-        if dist.is_initialized():
+        if not dist.is_initialized():  # a start that failed counted a group, and the next ranks would count none
+            c10d._world.group_count = 0
+        elif dist.get_backend() == dist.Backend.NCCL:  # whose own end is one of all ranks, which are gone
+            c10d._abort_process_group()
+        else:
             dist.destroy_process_group()
         self._pool.close()
         torch.set_num_threads(self._threads_before)
+
+    def _while_all_live(self, work: Callable[[], Value]) -> Value:
+        """The result of ``work``, which waits for all ranks: NCCL would wait for ever for one that has ended.
+
+        Raises:
+            RuntimeError: a rank has ended, and ``work`` is left to itself.
+        """
+        found, either = Future[Value](), threading.Event()
+
+        def run() -> None:
+            try:
+                found.set_result(work())
+            except BaseException as error:
+                found.set_exception(error)
+            either.set()
+
+        self._lost.append(either.set)
+        if not self._ended.is_set():
+            threading.Thread(target=run, name=f"{self._stage}-ranks", daemon=True).start()
+            either.wait()
+        self._lost.remove(either.set)
+        if not found.done():
+            raise RuntimeError(f"a rank of the {self._stage} has ended; its own log says why")
+        return found.result()
 
     @property
     def _others(self) -> range:
@@ -343,5 +383,5 @@ class RankGroup:
 
     def _end(self) -> None:
         self._ended.set()
-        for lost in self._lost:
+        for lost in list(self._lost):
             lost()
