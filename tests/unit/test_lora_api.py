@@ -91,7 +91,8 @@ def test_they_are_listed_below_the_model() -> None:
 def test_a_file_has_several_forms(written: str, tmp_path: Path) -> None:
     path = tmp_path / "deploy.yaml"
     path.write_text(f"lora_modules: {written}\nenable_lora: true\nmax_loras: 4\nmax_lora_rank: 64\n")
-    assert deploy_yaml.load(path, "checkpoint").lora_modules == {"a": "x", "b": "y/z"}
+    config = deploy_yaml.load(path, "checkpoint")
+    assert (config.lora_modules, config.max_loras, config.max_lora_rank) == ({"a": "x", "b": "y/z"}, 4, 64)
 
 
 def test_a_flag_has_several_adapters() -> None:

@@ -82,7 +82,7 @@ class Server:
             lambda resources: LocalStages(config, None, Models.load(resources), resources),
         )
         table = AdapterTable(prefix, "bagel", modules)
-        self.adapters = ServerAdapters(table, SleepGate(prefix), lambda: {"bagel": self.stages})
+        self.adapters = ServerAdapters(table, SleepGate(prefix), lambda reachable: {"bagel": self.stages})
 
     def load(self, name: str, path: str) -> AdapterNames:
         return self.adapters.answer(AdapterCall("load", name, path), never)
@@ -133,7 +133,7 @@ def test_a_loaded_adapter_draws_as_one_of_the_start_and_its_name_may_become_anot
         ("new", "..", InvalidRequest, "lora_path='..' is not allowed; allowed: a folder below that of --lora-dir"),
         ("new", "/etc", InvalidRequest, "lora_path='/etc' is not allowed; allowed: a folder below"),
         ("new", "out/etc", InvalidRequest, "lora_path='out/etc' is not allowed; allowed: a folder below"),
-        ("new", "empty", InvalidRequest, "lora_path='empty' is not allowed: .*adapter_config.json"),
+        ("new", "empty", InvalidRequest, "lora_path='empty' is not allowed: .*adapter_model.safetensors does not"),
         ("new", "other", InvalidRequest, "lora_path='other' is not allowed: .* adapts connector.fc2"),
         ("new", "wide", InvalidRequest, "lora_path='wide' is not allowed: .* of shape"),
     ],
@@ -157,17 +157,29 @@ class _Idle:
         pass
 
 
-def refusing(prefix: str, folder: str) -> ServerAdapters:
+def refusing(prefix: str, folder: str, max_rank: int | None = None) -> ServerAdapters:
     """Those of a server without weights, whose one adapter is there by name."""
-    config = DeployConfig(str(CHECKPOINT), device="cpu", dtype="float32", shm_prefix=prefix, lora_dir=folder)
+    rules: dict[str, Any] = {"lora_dir": folder, "max_lora_rank": max_rank}
+    config = DeployConfig(str(CHECKPOINT), device="cpu", dtype="float32", shm_prefix=prefix, **rules)
     stages: SleepingEngine[Any] = SleepingEngine(lambda: StageResources.open(config), lambda _: _Idle())
     table = AdapterTable(prefix, "bagel", {"start": "first"})
-    return ServerAdapters(table, SleepGate(prefix), lambda: {"bagel": stages})
+    return ServerAdapters(table, SleepGate(prefix), lambda reachable: {"bagel": stages})
 
 
 def test_without_a_folder_nothing_is_loaded(prefix: str) -> None:
     with pytest.raises(InvalidRequest, match="lora_dir"):
         refusing(prefix, "").answer(AdapterCall("load", "new", "first"), never)
+
+
+def test_one_of_a_higher_rank_or_without_memory_for_it_is_refused(
+    prefix: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = AdapterCall("load", "new", "first")
+    with pytest.raises(InvalidRequest, match=r"first has rank 4; allowed: up to 3 \(max_lora_rank\)"):
+        refusing(prefix, str(folder), max_rank=3).answer(load, never)
+    monkeypatch.setattr("bagel_triton.engine.build.host_memory", lambda: 1000)
+    with pytest.raises(StageUnavailable, match=r"^there is no memory for the adapter in 'first': it needs \S+ MiB"):
+        refusing(prefix, str(folder), max_rank=4).answer(load, never)
 
 
 class FakeStage:
@@ -176,8 +188,11 @@ class FakeStage:
     def __init__(self, failure: str = "") -> None:
         self.names: list[str] = []
         self.failure, self.given = "", failure
+        self.dead = False
 
     def adapt(self, name: str, path: str) -> None:
+        if self.dead:
+            raise StageUnavailable("connection refused")
         self.failure = self.given if path else ""
         if not self.failure:
             self.names = [*self.names, name] if path else [known for known in self.names if known != name]
@@ -186,9 +201,9 @@ class FakeStage:
         return self.names, False, self.failure
 
 
-def orchestrator(prefix: str, *stages: FakeStage) -> ServerAdapters:
+def orchestrator(prefix: str, *stages: FakeStage, default: str = "") -> ServerAdapters:
     named = {f"stage {number}": stage for number, stage in enumerate(stages)}
-    return ServerAdapters(AdapterTable(prefix, "bagel", {}), SleepGate(prefix), lambda: named)
+    return ServerAdapters(AdapterTable(prefix, "bagel", {}), SleepGate(prefix), lambda reachable: named, {default})
 
 
 def test_an_adapter_that_one_stage_refuses_is_on_none(prefix: str) -> None:
@@ -217,6 +232,56 @@ def test_requests_of_every_orchestrator_end_before_their_adapter_is_unloaded(pre
     assert stage.names == []
     with pytest.raises(ModelNotFound, match="lora_name='new'"):
         one.answer(AdapterCall("unload", "new"), never)
+
+
+def test_other_adapters_come_and_go_while_one_waits_for_its_requests(prefix: str) -> None:
+    stage = FakeStage()
+    adapters = orchestrator(prefix, stage)
+    adapters.answer(AdapterCall("load", "slow", "x"), never)
+    again = threading.Thread(target=lambda: adapters.answer(AdapterCall("load", "slow", "y"), never))
+    unloading = threading.Thread(target=lambda: adapters.answer(AdapterCall("unload", "slow"), never))
+    with adapters.request("slow"):
+        unloading.start()
+        assert soon(lambda: not adapters.answer(AdapterCall("list"), never).names)
+        adapters.answer(AdapterCall("load", "new", "x"), never)
+        again.start()  # of the same name; it comes after the unloading
+        assert adapters.answer(AdapterCall("unload", "new"), never) == AdapterNames(())
+        assert stage.names == ["slow"]
+    unloading.join()
+    again.join()
+    assert adapters.answer(AdapterCall("list"), never) == AdapterNames(("slow",))
+
+
+def test_a_dead_stage_is_named_and_the_call_can_be_made_again(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagel_triton.triton.adapters.SILENT_S", 0.1)
+    good, dead = FakeStage(), FakeStage()
+    adapters = orchestrator(prefix, good, dead)
+    adapters.answer(AdapterCall("load", "old", "x"), never)
+    dead.dead = True
+    for call in (AdapterCall("load", "new", "x"), AdapterCall("unload", "old"), AdapterCall("unload", "old")):
+        with pytest.raises(StageUnavailable, match=rf"^stage 1 does not answer, .* '{call.name}': connection refused"):
+            adapters.answer(call, never)
+        with pytest.raises(ModelNotFound), adapters.request("new"):
+            pass
+    dead.dead = False
+    assert adapters.answer(AdapterCall("unload", "old"), never) == AdapterNames(())
+    assert adapters.answer(AdapterCall("load", "new", "x"), never) == AdapterNames(("new",))
+    assert good.names == dead.names == ["new"]
+    with pytest.raises(ModelNotFound, match="lora_name='old'"):
+        adapters.answer(AdapterCall("unload", "old"), never)
+
+
+def test_requests_that_get_an_adapter_by_default_end_before_it_is_unloaded(prefix: str) -> None:
+    stage = FakeStage()
+    adapters = orchestrator(prefix, stage, default="usual")
+    adapters.answer(AdapterCall("load", "usual", "x"), never)
+    for name, unloaded in ((None, False), ("", True)):
+        with adapters.request(name):
+            if unloaded:
+                assert adapters.answer(AdapterCall("unload", "usual"), never) == AdapterNames(())
+            else:
+                with pytest.raises(Cancelled):
+                    adapters.answer(AdapterCall("unload", "usual"), lambda: True)
 
 
 def test_a_name_of_no_adapter_leaves_no_file(prefix: str) -> None:

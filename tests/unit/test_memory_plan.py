@@ -20,11 +20,13 @@ from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.serving import memory_plan as memory
 from bagel_triton.serving.memory_plan import Available, NotEnoughMemory
+from bagel_triton.weights.adapters import adapter_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
 from bagel_triton.weights.tiny.config import TinyConfig
 from bench import gpu_sizes
 from bench.gpu import PUBLISHED
+from tests.support.lora import write_layers
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -154,6 +156,17 @@ def test_a_gpus_workspace_is_made_for_the_largest_images():
     small, large = (plan_of(placement=Placement(CUDA, torch.bfloat16), side=side).stages[1].kv for side in (64, 128))
     model = Checkpoint(CHECKPOINT).config
     assert small == large == plan_of(placement=BFLOAT16, side=model.latent.max_side).stages[1].kv
+
+
+def test_memory_is_kept_for_adapters_that_may_be_loaded_later(tmp_path: Path):
+    folder = write_layers(tmp_path / "a", seed=1, rank=4)
+    size = adapter_bytes(folder, torch.float32)
+    none, later = plan_of().weights, {"lora_dir": str(tmp_path), "max_lora_rank": 4, "max_loras": 3}
+    assert plan_of(**later).weights == none + 2 * 3 * size  # the thinker's and the DiT's
+    assert plan_of(**later, lora_modules={"a": folder}).weights == none + 2 * 3 * size
+    assert plan_of(**later | {"max_loras": None}).weights == none + 2 * size
+    assert plan_of(**later | {"max_loras": None}, lora_modules={"a": folder}).weights == none + 2 * size
+    assert plan_of(max_loras=3).weights == none  # none can be loaded
 
 
 def refusal(need: memory.MemoryPlan, available: Available, placement: Placement = FLOAT32, **changes: object) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.ipc.host_memory import host_memory
 from bagel_triton.model.device import Placement
 from bagel_triton.serving import CommandError, cli, memory
 from bagel_triton.serving.memory import _ask_device
@@ -87,7 +88,7 @@ def machine(tmp_path: Path) -> Path:
 
 
 def host(machine: Path) -> int:
-    return memory.host_memory(machine / "proc", machine / "cgroup")
+    return host_memory(machine / "proc", machine / "cgroup")
 
 
 def test_without_a_limit_the_machines_memory_counts(machine: Path):
@@ -144,6 +145,13 @@ def test_the_command_prints_a_row_a_stage(capsys: pytest.CaptureFixture[str]):
     assert "768 B" in rows["thinker"]
     assert "768.00 KiB" in rows["thinker"]  # 1024 tokens
     assert {"dit", "vae_decode", "together"} <= set(rows)
+
+
+def test_the_command_says_for_which_adapters_there_is_room(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    flags = ["--lora-dir", str(tmp_path), "--max-loras", "2", "--max-lora-rank", "8", "--device", "cpu"]
+    assert cli.main(["memory", str(CHECKPOINT), *flags]) == 0
+    said = "Adapters: 0 of the start, and room for 2 more of rank 8 (max_loras, max_lora_rank); their bytes count"
+    assert said in capsys.readouterr().out
 
 
 def test_the_command_reads_a_deploy_yaml(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -243,7 +243,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "generation" those that a server of stage 1 needs.
     ``lora_path`` is the folder of a LoRA adapter that is merged into the weights, times ``lora_scale``; empty for none.
     ``lora_modules`` are the folders of adapters that requests may name, by name; others may be loaded while the server
-    runs from below the folder ``lora_dir``, if there is one.
+    runs from below the folder ``lora_dir``, if there is one. There is memory kept for ``max_loras`` in all then, of
+    the rank ``max_lora_rank``, above which one is refused; by default for one, and no rank is.
     ``max_generated_image_size`` are the pixels of the largest square image, where that is not the checkpoint's.
     ``worker_backend`` starts the ranks of a stage but the first: as child processes, or as actors of the Ray cluster at
     ``ray_address``, HOST:PORT; "auto" is that of this host.
@@ -265,6 +266,8 @@ class DeployConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_scale: float = 1.0
     lora_modules: dict[str, str] = {}
     lora_dir: str = ""
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
     max_generated_image_size: int | None = None
     connector: Literal["auto", "shm", "cuda_ipc", "mooncake", "mooncake_store"] = "auto"
     mooncake: MooncakeConfig = MooncakeConfig()

@@ -189,8 +189,10 @@ ENGINE: Fields = {
     ),
     "lora_dir": Setting(str, "a folder", "from below it POST /v1/load_lora_adapter loads adapters"),
     "max_cpu_loras": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
-    "max_lora_rank": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
-    "max_loras": Neutral(f"an integer >= 1; {ALL_LORAS}", type=Count),
+    "max_lora_rank": Setting(Count, COUNT, "adapters of a higher rank are refused (default: of none)"),
+    "max_loras": Setting(
+        Count, COUNT, "adapters that there is memory kept for, with lora_dir (default: 1), of rank max_lora_rank or 16"
+    ),
     "max_generated_image_size": Setting(
         Annotated[int, Meta(ge=256, le=2**31 - 1)],
         "pixels, an integer from 256 to 2147483647; 262144 is 512x512",

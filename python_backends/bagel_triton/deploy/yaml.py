@@ -165,7 +165,7 @@ class _Builder:
         self._note_elsewhere()
         fields = self._top_fields(top)
         fields |= self._device(top, stages)
-        for name in ("lora_path", "lora_scale", "lora_dir", "max_generated_image_size"):
+        for name in ("lora_path", "lora_scale", "lora_dir", "max_loras", "max_lora_rank", "max_generated_image_size"):
             fields |= self._of_all_stages(name, top, stages)
         fields |= self._lora_modules(top, stages)
         fields |= self._connector(top, stages, topology)

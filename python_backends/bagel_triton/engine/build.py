@@ -20,6 +20,7 @@ from bagel_triton.engine.dit.engine import DitEngine
 from bagel_triton.engine.thinker.engine import ThinkerEngine, kv_geometry
 from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.ipc.adapters import AdapterTable
+from bagel_triton.ipc.host_memory import host_memory
 from bagel_triton.kv.connectors.base import Consumer, Producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from bagel_triton.kv.connectors.shm import ShmConsumer, ShmProducer
@@ -36,7 +37,7 @@ from bagel_triton.protocol.adapters import folder_below
 from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
-from bagel_triton.weights.adapters import load_adapter
+from bagel_triton.weights.adapters import adapter_bytes, load_adapter
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import SharedWeights, shared_weights
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 log = logging.getLogger(__name__)
+MIB = 1 << 20
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
@@ -155,6 +157,11 @@ class StageResources:
                 "lora_path",
             )
         try:
+            # In float32 while it is read; where none of that were free, the kernel would end this process.
+            needed, free = adapter_bytes(folder, torch.float32), host_memory()
+            if needed > free:
+                sizes = f"it needs {needed / MIB:.1f} MiB, and {free / MIB:.1f} MiB of the host's memory are free"
+                raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {sizes}", "lora_path")
             self._adapters[name] = self._load_adapter(name, folder)
         except CheckpointError as error:
             raise InvalidRequest(f"lora_path={path!r} is not allowed: {error}", "lora_path") from error
@@ -164,7 +171,8 @@ class StageResources:
 
     def _load_adapter(self, name: str, folder: str) -> LoraAdapter:
         place = self.placement
-        adapter = load_adapter(name, folder, self.checkpoint.config.language, place.torch_device, place.torch_dtype)
+        language, rank = self.checkpoint.config.language, self.config.max_lora_rank
+        adapter = load_adapter(name, folder, language, place.torch_device, place.torch_dtype, rank)
         release_intraop_threads()  # the engine computes on other threads
         return adapter
 

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,13 @@ from bagel_triton.ipc.shm import SHM_DIRECTORY
 class AdapterTable(Collection[str]):
     """The adapters of ``owner``, a Triton model of the server with ``prefix``; as a collection, their names.
 
-    Without a change they are ``initial``. One process writes a table; any may read it.
+    Without a change they are ``initial``. One process writes a table, from any thread; any process may read it.
     """
 
     def __init__(self, prefix: str, owner: str, initial: Mapping[str, str], directory: Path = SHM_DIRECTORY) -> None:
         self._prefix, self._directory, self._initial = prefix, directory, dict(initial)
         self._path = directory / f"{prefix}_adapters_{owner}"
+        self._writing = threading.Lock()
 
     @property
     def folders(self) -> dict[str, str]:
@@ -44,11 +46,13 @@ class AdapterTable(Collection[str]):
 
     def add(self, name: str, folder: str) -> None:
         """Add an adapter, or give it another folder."""
-        self._write({**self.folders, name: folder})
+        with self._writing:
+            self._write({**self.folders, name: folder})
 
     def remove(self, name: str) -> None:
         """Take an adapter out."""
-        self._write({known: folder for known, folder in self.folders.items() if known != name})
+        with self._writing:
+            self._write({known: folder for known, folder in self.folders.items() if known != name})
 
     def reset(self) -> None:
         """Forget all changes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from bagel_triton.deploy.config import ALL_LAYERS_GB, ConfigError, DeployConfig, Quantization
+from bagel_triton.ipc.host_memory import host_memory
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     """Print the table of the stages on one device."""
+    from bagel_triton.serving import memory_plan
     from bagel_triton.weights.checkpoint import Checkpoint
 
     placement, here = _placement(config)
@@ -81,10 +82,13 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
     if private is not None and not config.topology.one_process:
         print(f"They cannot on {placement.device}: {private}.")
+    later = memory_plan.later_adapters(config)
+    if config.lora_modules or later:
+        rank = config.max_lora_rank or memory_plan.USUAL_RANK
+        room = f", and room for {later} more of rank {rank} (max_loras, max_lora_rank)" if later else ""
+        print(f"Adapters: {len(config.lora_modules)} of the start{room}; their bytes count as weights.")
     if need.offloaded:
-        from bagel_triton.serving.memory_plan import readable
-
-        print(f"Offloaded to the host's memory: {readable(need.offloaded)}.")
+        print(f"Offloaded to the host's memory: {memory_plan.readable(need.offloaded)}.")
     if free is not None:
         print("This machine has it." if problem is None else f"This machine does not have it: {problem}")
 
@@ -265,8 +269,6 @@ def _size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tupl
 
 # --- this machine's free memory ---
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-
 
 def available(placement: Placement) -> Available:
     """The memory that is free for stages at ``placement``."""
@@ -278,33 +280,6 @@ def available(placement: Placement) -> Available:
         return Available(host, free)
     device, private_weights, total = _on_device(placement.torch_device)
     return Available(host, free, device, private_weights, total)
-
-
-def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes of memory that this process may still allocate, within the limits of its cgroups."""
-    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([available, *_headrooms(proc, cgroups)])
-
-
-def _headrooms(proc: Path, cgroups: Path) -> Iterator[int]:
-    """Bytes left under each cgroup limit of this process; page cache that can be dropped counts as left."""
-    for line in (proc / "self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, limit_file, usage_file = cgroups, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit_file, usage_file = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # A container sees its own group at the root, not at this path.
-        own = root / path.lstrip("/")
-        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(root))):
-            if not (folder / limit_file).is_file() or (limit := (folder / limit_file).read_text().strip()) == "max":
-                continue
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cached = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
-            yield max(0, int(limit) - int((folder / usage_file).read_text()) + cached)
 
 
 def _on_device(device: torch.device) -> tuple[int, str | None, int]:

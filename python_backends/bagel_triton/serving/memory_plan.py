@@ -29,12 +29,14 @@ from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.protocol.events import Stage
-from bagel_triton.weights.adapters import adapter_bytes
+from bagel_triton.weights.adapters import adapter_bytes, largest_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.folder import AUTOENCODER_FILE
 
 CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
+
+USUAL_RANK = 16  # of an adapter that is loaded later; vLLM's default
 
 
 class NotEnoughMemory(ValueError):
@@ -135,6 +137,7 @@ def plan(
             for size, form, weights in zip(ranks, quantization, (thinker_weights, dit_weights), strict=True)
         )
     adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
+    adapters += later_adapters(config) * largest_bytes(model.language, config.max_lora_rank or USUAL_RANK, dtype)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
     # The other ranks' heads of it; on a GPU they are elsewhere.
@@ -162,8 +165,7 @@ def plan(
             + rank_pools
             + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
             activations=max(
-                forward_bytes(model.language, packed, placement, torch.get_num_threads())
-                + dense_bytes(model.language, forms[0], placement),
+                forward_bytes(model.language, packed, placement, torch.get_num_threads(), forms[0]),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width) if draws else 0,
             )
             + (halves[0] if draws else 0),
@@ -174,8 +176,9 @@ def plan(
             kv=workspace
             * token
             * (min(config.dit.ranks, 2) if on_gpu else config.dit.cfg_ranks),  # its part and a claim
-            activations=forward_bytes(model.language, images * BRANCHES * latents, placement, torch.get_num_threads())
-            + dense_bytes(model.language, forms[1], placement),
+            activations=forward_bytes(
+                model.language, images * BRANCHES * latents, placement, torch.get_num_threads(), forms[1]
+            ),
         ),
         StageMemory(
             "vae_decode",
@@ -217,6 +220,11 @@ def first_rank_weights(model: Bagel, sizes: Sizes) -> int:
     return module_bytes(model) - inside + inside // (sizes.tensor * sizes.shard) + gathered
 
 
+def later_adapters(config: DeployConfig) -> int:
+    """Adapters that there is memory kept for beside those of the start."""
+    return max((config.max_loras or 1) - len(config.lora_modules), 0) if config.lora_dir else 0
+
+
 def rank_weights(config: DeployConfig, thinker: int, dit: int, layers: int) -> tuple[int, int]:
     """Bytes that each stage's ranks have beside the copy of ``thinker`` or ``dit`` bytes that stages share."""
     if config.topology.one_process:  # each rank loads the whole before it keeps a part
@@ -229,18 +237,6 @@ def rank_weights(config: DeployConfig, thinker: int, dit: int, layers: int) -> t
         thinker if config.thinker.tensor_parallel_size > 1 else 0,
         config.dit.ranks // config.dit.tensor_parallel_size * dit if config.dit.tensor_parallel_size > 1 else 0,
     )
-
-
-def dense_bytes(config: LanguageConfig, form: Form | None, placement: Placement) -> int:
-    """Memory of a product with quantised weights, beside its rows: the largest weight as the product needs it."""
-    if form is None:
-        return 0
-    inner, hidden = config.intermediate_size, config.hidden_size
-    if placement.torch_device.type == "cpu":  # a few rows for each thread, decoded in float32
-        return 3 * min(WEIGHTS, 2 * inner * hidden) * torch.float32.itemsize * torch.get_num_threads()
-    if form.activations:
-        return 2 * INT8_ROWS * 2 * inner * torch.float32.itemsize if form.storage == "int8" else 0
-    return 2 * inner * hidden * placement.torch_dtype.itemsize
 
 
 def _pool_is_shared(config: DeployConfig, placement: Placement) -> bool:
@@ -357,27 +353,66 @@ def readable(size: int) -> str:
     return f"{size / 1024**power:.2f} {'KMGT'[power - 1]}iB" if power else f"{size} B"
 
 
-def forward_bytes(config: LanguageConfig, tokens: int, placement: Placement, threads: int = 1) -> int:
-    """Activations of one packed forward at their peak, inside a feed-forward.
+def forward_bytes(
+    config: LanguageConfig, tokens: int, placement: Placement, threads: int = 1, form: Form | None = None
+) -> int:
+    """Activations of one packed forward at their peak, inside a feed-forward, with weights in ``form``.
 
     On a GPU a token has its embedding, three vectors of the inner width, what its heads found, key,
     value and rotary tables, and four more of the hidden size: a layer's input, the residual, that
-    normed, and the output.
+    normed, and the output. A quantised weight is decoded whole, or sums of integers are held.
 
     On a CPU a token has its embedding, residual, query, what its heads found, key, value and rotary
     tables. The rows of a tile for each of ``threads`` have, besides, two vectors of the inner width
-    and a normed one; while it is normed, two copies in float32 where it has another dtype.
+    and a normed one; while it is normed, two copies in float32 where it has another dtype; and what
+    :func:`product_bytes` says.
     """
     itemsize, hidden, inner = placement.torch_dtype.itemsize, config.hidden_size, config.intermediate_size
     if placement.torch_device.type != "cpu":
         heads = (config.num_heads + 2 * config.num_kv_heads + 2) * config.head_dim
-        return tokens * (5 * hidden + 3 * inner + heads) * itemsize
+        forward = tokens * (5 * hidden + 3 * inner + heads) * itemsize
+        if form is None:
+            return forward
+        if form.activations:
+            return forward + (2 * INT8_ROWS * 2 * inner * torch.float32.itemsize if form.storage == "int8" else 0)
+        return forward + 2 * inner * hidden * itemsize
     heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
     rows = min(tokens, tile_rows(tokens, threads) * threads)
-    copies = 0 if placement.torch_dtype == torch.float32 else 2 * torch.float32.itemsize
-    tiles = rows * (2 * inner * itemsize + hidden * max(itemsize, copies))
-    spare = min(rows * inner, CACHED * threads) * itemsize
-    return tokens * (2 * hidden + heads) * itemsize + tiles + spare
+    tiles = rows * 2 * inner * itemsize
+    spare = min(rows * inner, CACHED * threads) * itemsize  # of an activation function
+    product = product_bytes(config, rows, placement, threads, form)
+    if placement.torch_dtype == torch.float32:
+        tiles += rows * hidden * itemsize + max(spare, product)
+    elif product:
+        tiles += max(rows * hidden * 2 * torch.float32.itemsize, rows * hidden * itemsize + max(spare, product))
+    else:
+        tiles += rows * hidden * 2 * torch.float32.itemsize + spare
+    return tokens * (2 * hidden + heads) * itemsize + tiles
+
+
+def product_bytes(config: LanguageConfig, rows: int, placement: Placement, threads: int, form: Form | None) -> int:
+    """Memory of the products of ``rows`` on a CPU beside their operands and results, on all ``threads``.
+
+    In bfloat16 a CPU without instructions for it sums into float32, all of a product. A quantised weight is decoded a
+    few rows at a time, and what they give is held before it is put in its place.
+    """
+    itemsize, wide = placement.torch_dtype.itemsize, torch.float32.itemsize
+    sums = 0 if placement.torch_dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if form is None:
+        return rows * inner * sums
+    most = 0
+    for width, out in ((hidden, inner), (inner, hidden)):
+        part = min(out, max(WEIGHTS // width, 16))
+        if not form.activations:
+            # The second part is computed while the first is still held.
+            held = rows * part * (itemsize * (2 if part < out else 1) + sums) + threads * part * width * itemsize
+            most = max(most, held, threads * part * width * 2 * wide)
+            continue
+        rounding = rows * width * (2 * wide + 1) if form.storage == "fp8" or itemsize != wide else rows * width * 5
+        codes = rows * width * (1 if form.storage == "int8" else wide)
+        most = max(most, rounding, codes + rows * part * 2 * wide + threads * part * width * wide)
+    return most
 
 
 def decode_bytes(

@@ -519,7 +519,7 @@ def _check_adapters(config: DeployConfig) -> None:
     try:
         language = inspect(config.checkpoint).language
         for name, folder in config.lora_modules.items():
-            load_adapter(name, folder, language, torch.device("cpu"), torch.float32)
+            load_adapter(name, folder, language, torch.device("cpu"), torch.float32, config.max_lora_rank)
     except ValueError as error:
         raise CommandError(f"--lora-modules: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from bagel_triton.protocol.adapters import decode_adapter_call
 from bagel_triton.protocol.errors import Cancelled, Overloaded, StageUnavailable, from_exception
 from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.intervals import REQUEST_S
+from bagel_triton.protocol.messages import Message
 from bagel_triton.protocol.request import REQUEST_FIELDS
 from bagel_triton.protocol.sleep import decode_sleep_call
 from bagel_triton.protocol.tensors import Arrays, from_tensors
@@ -115,6 +116,7 @@ class Orchestrator:
         self._tracing = tracing.from_environment()
         self._closing = threading.Event()
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
+        self._state_calls = InFlight(config.bagel.max_inflight, NoMetrics())
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
         self._table = AdapterTable(config.shm_prefix, ORCHESTRATOR, config.lora_modules)
         replicas = self._replicas(config)
@@ -122,7 +124,8 @@ class Orchestrator:
         self._connections = None if one_process else connect(replicas)
         set_addresses = None if replicas is None else replicas.set_addresses
         self._sleep = ServerSleep(gate, config.bagel.while_asleep, self._sleepers, self._metrics or NoMetrics())
-        self._adapters = ServerAdapters(self._table, gate, self._adapter_stages)
+        defaults = {values.get("lora", "") for values in config.request_defaults.values()}
+        self._adapters = ServerAdapters(self._table, gate, self._adapter_stages, defaults)
         counters = self._metrics or _NoCounters()
         control_file.start_watching(config.shm_prefix, counters, self._closing, set_addresses)
 
@@ -142,12 +145,12 @@ class Orchestrator:
         assert self._connections is not None, "the stages are elsewhere"
         return {name: StageSleeper(call) for name, call in self._connections.stage_calls().items()}
 
-    def _adapter_stages(self) -> dict[str, AdapterStage]:
-        """Every stage that computes with adapters, likewise."""
+    def _adapter_stages(self, reachable: bool) -> dict[str, AdapterStage]:
+        """Every stage that computes with adapters, likewise; or those of servers that are ``reachable``."""
         if self._local is not None:
             return {"bagel": self._local}
         assert self._connections is not None, "the stages are elsewhere"
-        calls = self._connections.stage_calls()
+        calls = self._connections.stage_calls(reachable)
         return {name: RemoteAdapters(call) for name, call in calls.items() if not name.startswith(DECODER)}
 
     def execute(self, requests: list[Any]) -> list[None] | None:
@@ -158,6 +161,31 @@ class Orchestrator:
         return None if self.streams else [None] * len(requests)
 
     def _follow(self, request: Any, reply: triton_io.Reply) -> None:
+        if {SLEEP, ADAPTERS}.isdisjoint(tensor.name() for tensor in request.inputs()):
+            self._follow_request(request, reply)
+        else:
+            self._follow_state_call(request, reply)
+
+    def _follow_state_call(self, request: Any, reply: triton_io.Reply) -> None:
+        """Find out the server's state, or change it; metrics count requests to generate alone."""
+        try:
+            with self._state_calls:
+                triton_io.refuse_parameters(request, REQUEST_FIELDS)
+                state = self._state(triton_io.arrays_of(request), lambda: self._gone(reply))
+            reply.finish({"event": triton_io.bytes_array(msgspec.json.encode(state))})
+        except Exception as caught:
+            reply.fail(self._unless_stopping(caught))
+
+    def _state(self, inputs: Arrays, gone: Callable[[], bool]) -> Message:
+        if SLEEP in inputs:
+            return self._sleep.answer(decode_sleep_call(bytes(inputs[SLEEP].reshape(-1)[0])), gone)
+        return self._adapters.answer(decode_adapter_call(bytes(inputs[ADAPTERS].reshape(-1)[0])), gone)
+
+    def _unless_stopping(self, caught: Exception) -> Exception:
+        ends = isinstance(caught, Cancelled) and self._closing.is_set()
+        return StageUnavailable("the server is stopping") if ends else caught
+
+    def _follow_request(self, request: Any, reply: triton_io.Reply) -> None:
         started, status = time.monotonic(), 200
         metrics = self._metrics or NoMetrics()
         try:
@@ -166,8 +194,7 @@ class Orchestrator:
                 self._answer(request, reply, span)
             metrics.observe("request_seconds", time.monotonic() - started)
         except Exception as caught:
-            ends = isinstance(caught, Cancelled) and self._closing.is_set()
-            error = StageUnavailable("the server is stopping") if ends else caught
+            error = self._unless_stopping(caught)
             reply.fail(error)
             status = from_exception(error).http_status
         metrics.count("requests", status=str(status))
@@ -175,16 +202,6 @@ class Orchestrator:
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
         triton_io.refuse_parameters(request, REQUEST_FIELDS)
         inputs: Any = triton_io.arrays_of(request)
-        if SLEEP in inputs:
-            call = decode_sleep_call(bytes(inputs[SLEEP].reshape(-1)[0]))
-            state = self._sleep.answer(call, lambda: self._gone(reply))
-            reply.finish({"event": triton_io.bytes_array(msgspec.json.encode(state))})
-            return
-        if ADAPTERS in inputs:
-            change = decode_adapter_call(bytes(inputs[ADAPTERS].reshape(-1)[0]))
-            names = self._adapters.answer(change, lambda: self._gone(reply))
-            reply.finish({"event": triton_io.bytes_array(msgspec.json.encode(names))})
-            return
         streams = bool(inputs.pop(STREAM, np.array([True])).reshape(-1)[0]) and self.streams
         timeout_s = timeout_of(inputs)
 
@@ -225,6 +242,7 @@ class Orchestrator:
         """End all requests in flight; their last errors and spans still go out."""
         self._closing.set()
         self._in_flight.drain(LAST_S)
+        self._state_calls.drain(LAST_S)
         if self._connections is not None:
             self._connections.close(LAST_S)
         if self._local is not None:
@@ -246,9 +264,11 @@ def timeout_of(inputs: Arrays) -> float | None:
     return given if 0 < given < math.inf else None
 
 
-def adapter_of(inputs: Arrays) -> str:
-    """The ``lora`` among a request's tensors; empty without one, and for a value that the planner refuses."""
-    given = inputs["lora"].reshape(-1)[:1].tolist() if "lora" in inputs else []
+def adapter_of(inputs: Arrays) -> str | None:
+    """The ``lora`` among a request's tensors; None without one, and empty for a value that the planner refuses."""
+    if "lora" not in inputs:
+        return None
+    given = inputs["lora"].reshape(-1)[:1].tolist()
     try:
         return given[0].decode() if given and isinstance(given[0], bytes) else ""
     except UnicodeDecodeError:

@@ -137,10 +137,12 @@ class Replicas:
                 else:
                     return self._replicas[assignment.address], assignment
 
-    def stage_calls(self) -> dict[str, ModelCall]:
-        """The call of every model of every server."""
+    def stage_calls(self, reachable: bool = False) -> dict[str, ModelCall]:
+        """The call of every model of every server; with ``reachable`` of those that are not down, if there are any."""
         with self._lock:
             replicas = list(self._replicas.values())
+        up = [replica for replica in replicas if self.balancer.state(replica.address) != "down"]
+        replicas = up if reachable and up else replicas
         return {
             f"{model} at {replica.address}": replica.server.model_call(model, READY_S)
             for replica in replicas

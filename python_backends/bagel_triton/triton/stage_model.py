@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from bagel_triton.engine.build import StageResources
 from bagel_triton.engine.loop import Job
 from bagel_triton.engine.sleep import Engine, SleepingEngine
 from bagel_triton.ipc import control_file, liveness
+from bagel_triton.ipc.adapters import AdapterTable
 from bagel_triton.ipc.liveness import Announcement, end_when
 from bagel_triton.ipc.sleep_gate import SleepGate
 from bagel_triton.protocol.events import Event, Preview
@@ -37,6 +40,8 @@ from bagel_triton.triton.tickets import (
     Work,
     decode_call,
 )
+
+NEXT_STAGE_S = 5.0  # that an ensemble takes to hand on what a stage answered, at most
 
 
 class DisconnectWatcher:
@@ -87,7 +92,8 @@ class StageModel:
 
     A call with the input ``ticket`` is answered at once: see :mod:`bagel_triton.triton.tickets`.
     A call with ``abort``, a request's id, ends that request's work here. Any other call is a
-    job of its own and is answered when the engine is done, by Triton's response sender.
+    job of its own and is answered when the engine is done, by Triton's response sender. No orchestrator keeps the
+    adapter of such a job loaded, so the stage does.
 
     A model sets :meth:`build` and :meth:`work`, and :meth:`selftest` if it takes part in one.
     """
@@ -106,6 +112,7 @@ class StageModel:
         self.metrics = TritonMetrics([name, *([SUPERVISOR] if controlled else [])])
         level = SleepGate(config.shm_prefix).level  # of a sleep during which this process is started
         self._engine = SleepingEngine(lambda: StageResources.open(config, name), self.build, level)
+        self._adapters = AdapterTable(config.shm_prefix, name, {})  # for its locks
         self._disconnects = DisconnectWatcher(self._engine.abort_job)
         self._tickets = TicketStore(self._engine.abort_job, liveness.holds_lock, config.shm_prefix, name)
         self._closing = threading.Event()
@@ -147,7 +154,11 @@ class StageModel:
                 triton_io.Reply(request, self._outbox).answer(tested)
                 return None
             work = self.work(inputs, request.request_id())
-            job = self.engine.submit(work.task, work.request_id, _ignore, work.scheduling)
+            with ExitStack() as held:
+                if name := getattr(work.task, "lora", ""):
+                    held.enter_context(self._adapters.using(name))
+                job = self.engine.submit(work.task, work.request_id, _ignore, work.scheduling)
+                job.done.add_done_callback(partial(_close_soon, held.pop_all()))
         except Exception as error:
             return triton_io.error_response(error)
         reply = triton_io.Reply(request, self._outbox)
@@ -217,6 +228,13 @@ class StageModel:
 
 def _ticket(answer: TicketAnswer) -> Arrays:
     return {"ticket": triton_io.message_array(answer)}
+
+
+def _close_soon(held: ExitStack, done: Future[Any]) -> None:
+    """Close ``held`` when an ensemble has had the time to call its next stage."""
+    timer = threading.Timer(NEXT_STAGE_S, held.close)
+    timer.daemon = True
+    timer.start()
 
 
 def _ignore(event: Event) -> None:

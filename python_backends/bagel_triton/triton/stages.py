@@ -328,10 +328,13 @@ class StageConnections:
             if stage in stages
         }
 
-    def stage_calls(self) -> dict[str, ModelCall]:
-        """The call of every stage there is now, by its name; with its address where it is elsewhere."""
+    def stage_calls(self, reachable: bool = False) -> dict[str, ModelCall]:
+        """The call of every stage there is now, by its name; with its address where it is elsewhere.
+
+        With ``reachable`` servers that are down are left out, unless all are.
+        """
         calls = {str(stage): self._bls(stage) for stage in self.stages}
-        return calls if self.replicas is None else calls | self.replicas.stage_calls()
+        return calls if self.replicas is None else calls | self.replicas.stage_calls(reachable)
 
     def watch(self, stage: str) -> Callable[[], bool]:
         """Whether ``stage`` of this server has lived on since this call, when called."""

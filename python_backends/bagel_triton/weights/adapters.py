@@ -19,9 +19,16 @@ Place = tuple[int, bool, Projection]  # a layer, whether it is the generation ex
 
 
 def load_adapter(
-    name: str, directory: str | Path, config: LanguageConfig, device: torch.device, dtype: torch.dtype
+    name: str,
+    directory: str | Path,
+    config: LanguageConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_rank: int | None = None,
 ) -> LoraAdapter:
     """The adapter in the folder ``directory`` as ``name``, its tensors on ``device`` in ``dtype``.
+
+    One of a rank above ``max_rank`` is refused.
 
     Raises:
         CheckpointError: names the file, field or tensor that is wrong, or a module that only merged adapters change.
@@ -36,6 +43,9 @@ def load_adapter(
             "(--lora-path merges an adapter of other modules into the weights)"
         )
     adapter.check({tensor: shape for tensor, (_, shape) in places.items()})
+    rank = max(len(down) for down, _ in adapter.updates.values())
+    if max_rank is not None and rank > max_rank:
+        raise CheckpointError(f"{adapter.directory} has rank {rank}; allowed: up to {max_rank} (max_lora_rank)")
     layers: list[dict[tuple[bool, Projection], LowRank]] = [{} for _ in range(config.num_layers)]
     for tensor, (down, up) in adapter.updates.items():
         layer, gen, projection = places[tensor][0]
@@ -51,6 +61,11 @@ def adapter_bytes(directory: str | Path, dtype: torch.dtype) -> int:
     """
     shapes = TensorFiles([Path(directory) / TENSORS_FILE]).shapes()
     return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+
+def largest_bytes(config: LanguageConfig, rank: int, dtype: torch.dtype) -> int:
+    """Bytes of an adapter of ``rank`` that has every module it may have."""
+    return sum(rank * sum(shape) for _, shape in _places(config).values()) * dtype.itemsize
 
 
 def _places(config: LanguageConfig) -> dict[str, tuple[Place, tuple[int, int]]]:
