@@ -128,6 +128,22 @@ def offloads(checkpoint: Checkpoint) -> str:
     return "; ".join(said)
 
 
+def several(checkpoint: Checkpoint) -> str:
+    """The least sizes of two and of four GPUs that share the heads of one image of 512x512, and of 1024x1024."""
+    found = []
+    for side, ranks, word in ((side, *ranks) for ranks in ((2, "two"), (4, "four")) for side in SIDES):
+        sized = Checkpoint(checkpoint.directory, most_pixels=side**2)
+        thinker = ThinkerConfig(kv_tokens=LEAST_TOKENS, max_num_batched_tokens=CHUNK, tensor_parallel_size=ranks)
+        config = DeployConfig(str(checkpoint.directory), pipeline="bagel_single_stage", device="cuda:0")
+        config = msgspec.structs.replace(
+            config, thinker=thinker, dit=DitConfig(max_num_seqs=1, tensor_parallel_size=ranks)
+        )
+        total = memory_plan.plan(sized, config, GPU, side, side).total
+        least = next(size for size in SIZES if total <= int(size * (1 - DRIVER) * 2**30))
+        found.append(f"{word} of {least} GB for {side}x{side} ({total / 2**30:.1f} GiB on the first)")
+    return ", ".join(found)
+
+
 def texts(directory: Path) -> str:
     """For each form, the least size of a GPU on which a server that only understands fits."""
     checkpoint, found = Checkpoint(directory, load="understanding"), []
@@ -146,6 +162,7 @@ def main() -> None:
         write_published(Path(folder) / "published")
         print(table(Checkpoint(Path(folder) / "published")))
         print(f"\nAll layers offloaded: {offloads(Checkpoint(Path(folder) / 'published'))}")
+        print(f"\nSeveral GPUs: {several(Checkpoint(Path(folder) / 'published'))}")
         print(f"\nTexts alone: {texts(Path(folder) / 'published')}")
 
 

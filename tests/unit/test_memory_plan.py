@@ -294,3 +294,4 @@ def test_the_readmes_table_is_the_plan(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert gpu_sizes.table(checkpoint) in readme
     assert gpu_sizes.texts(checkpoint.directory) in readme
+    assert gpu_sizes.several(checkpoint) in readme
