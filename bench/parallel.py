@@ -1,7 +1,7 @@
-"""``parallel``: the DiT on two ranks of half the threads against one rank of all of them, and what its ranks send.
+"""``parallel``: DiT and decoder on two ranks of half the threads against one rank of all, and what ranks send.
 
-Bytes are those that the loopback interface counts while images are denoised, so they are of a quiet machine, and
-each has TCP's own, about a thousandth. The formulas are those of docs/scaling.md.
+Bytes are those that the loopback interface counts while images are denoised or decoded, so they are of a quiet
+machine, and each has TCP's own, about a thousandth. The formulas are those of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -9,13 +9,20 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+import torch
+
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.engine.dit.run import Latents
+from bagel_triton.model.autoencoder import GROUPS, Decoder
 from bagel_triton.model.config import VISION_TOKENS, LanguageConfig
 from bagel_triton.pipeline.local import LocalStages
-from bagel_triton.weights.checkpoint import inspect
+from bagel_triton.protocol.messages import SchedulingParams
+from bagel_triton.weights.checkpoint import Checkpoint, inspect
+from bench.arithmetic import products
 from bench.figure import Figure, median, repeated
-from bench.setting import WAIT_S, Setting, denoise_job, image_request
+from bench.setting import WAIT_S, Setting, answer, denoise_job, image_request
 
 NAME = "parallel"
 RANKS, BRANCHES = 2, 2  # the third branch is the first
@@ -25,22 +32,35 @@ MODES = {
     "tensor_parallel_size": DitConfig(tensor_parallel_size=RANKS),
     "cfg_parallel_size": DitConfig(cfg_parallel_size=RANKS),
     "ulysses_degree": DitConfig(ulysses_degree=RANKS),
+    "use_hsdp": DitConfig(use_hsdp=True, hsdp_shard_size=RANKS),
 }
+NO_GOAL = ("use_hsdp",)  # it saves memory, and sends weights
+PATCH = "vae_patch_parallel_size"
+Trials = tuple[list[float], list[float]]  # seconds and bytes of a step or an image
 
 
 def run(setting: Setting, side: int = SIDE) -> list[Figure]:
     """For each mode the speed of two ranks over one rank's, and its bytes over the formula's."""
-    language = inspect(str(setting.checkpoint)).language
-    alone, _ = _measured(setting, DitConfig(), side)
+    language, latents = inspect(str(setting.checkpoint)).language, (side // 16) ** 2
+    alone = _steps(setting, DitConfig(), side)
     figures: list[Figure] = []
     for name, dit in MODES.items():
-        seconds, sent = _measured(setting, dit, side)
-        speeds = [one / two for one, two in zip(alone, seconds, strict=True)]
-        figures.append(median(NAME, f"{name}: {RANKS} ranks over one", speeds, "x", GOAL, "higher"))
-        expected = step_bytes(name, language, (side // 16) ** 2, RANKS)
-        figures.append(median(NAME, f"{name}: bytes a step", sent, "B"))
-        figures.append(median(NAME, f"{name}: bytes over the formula", [count / expected for count in sent], "x"))
-    return figures
+        expected = step_bytes(name, language, latents, RANKS)
+        figures += _compared(name, "step", alone, _steps(setting, dit, side), expected)
+    decoder = Checkpoint(str(setting.checkpoint)).load_autoencoder(torch.device("cpu"), torch.float32).decoder
+    expected = image_bytes(decoder, side // 8, side // 8, RANKS)
+    one, several = (_images(setting, VaeDecodeConfig(patch_parallel_size=ranks), side) for ranks in (1, RANKS))
+    return [*figures, *_compared(PATCH, "image", one, several, expected)]
+
+
+def _compared(name: str, unit: str, alone: Trials, several: Trials, expected: int) -> list[Figure]:
+    speeds = [one / two for one, two in zip(alone[0], several[0], strict=True)]
+    goal = () if name in NO_GOAL else (GOAL, "higher")
+    return [
+        median(NAME, f"{name}: {RANKS} ranks over one", speeds, "x", *goal),
+        median(NAME, f"{name}: bytes of a {unit}", several[1], "B"),
+        median(NAME, f"{name}: bytes over the formula", [count / expected for count in several[1]], "x"),
+    ]
 
 
 def step_bytes(mode: str, config: LanguageConfig, latents: int, ranks: int, branches: int = BRANCHES) -> int:
@@ -50,15 +70,49 @@ def step_bytes(mode: str, config: LanguageConfig, latents: int, ranks: int, bran
     others = ranks - 1
     if mode == "tensor_parallel_size":  # two sums a layer; in a ring each rank sends all but 1/ranks twice
         return others * rows * row + config.num_layers * 2 * (2 * others * rows * row)
-    away = rows * row * others // ranks + wanted * row * others // ranks
-    if mode == "cfg_parallel_size":  # embeddings out, hidden states back
+    away = rows * row * others // ranks + wanted * row * others // ranks  # embeddings out, hidden states back
+    if mode == "cfg_parallel_size":
         return away
+    if mode == "use_hsdp":  # one copy of the weights over all ranks: each gets what it has not
+        return away + config.num_layers * 4 * layer_numbers(config) * others
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # queries and what they found, keys and values
     return away + config.num_layers * rows * heads * config.head_dim * 4 * others // ranks
 
 
-def _measured(setting: Setting, dit: DitConfig, side: int) -> tuple[list[float], list[float]]:
-    """Seconds and bytes a step, of each trial."""
+def layer_numbers(config: LanguageConfig) -> int:
+    """Numbers in the weights of a layer, both experts."""
+    bias = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    norms = 2 * config.hidden_size + 2 * config.head_dim
+    return 2 * (sum(inner * outer for inner, outer in products(config)) + bias + norms)
+
+
+def image_bytes(decoder: Decoder, height: int, width: int, ranks: int) -> int:
+    """Bytes that all ranks together send for an image of ``height`` x ``width`` latents, in float32.
+
+    As if ``ranks`` divided the rows.
+    """
+    top, others = decoder.conv_in.out_channels, ranks - 1
+    maps = [(top, 1)] * 4  # whose rows next to another rank's are exchanged: channels, and width over the latents'
+    scale = 1
+    for level in reversed(decoder.up):
+        blocks: list[Any] = list(level.block)  # type: ignore[arg-type]
+        maps += [(conv.in_channels, scale) for block in blocks for conv in (block.conv1, block.conv2)]
+        if level.upsample is not None:
+            maps.append((blocks[-1].conv2.out_channels, scale))
+            scale *= 2
+    maps.append((decoder.conv_out.in_channels, scale))
+    edges = 2 * width * sum(channels * factor for channels, factor in maps)
+    area = height * width
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in decoder.modules())
+    statistics = norms * ranks * 3 * GROUPS * 8
+    pixels = decoder.conv_out.out_channels * area * scale**2
+    return others * (4 * (decoder.conv_in.in_channels * area + edges + top * area) + statistics) + (
+        4 * pixels * others // ranks
+    )
+
+
+def _steps(setting: Setting, dit: DitConfig, side: int) -> Trials:
+    """Of each trial."""
     sent: list[float] = []
     config = DeployConfig(
         str(setting.checkpoint), device=setting.device, thinker=ThinkerConfig(lease_ttl_s=WAIT_S), dit=dit
@@ -81,3 +135,21 @@ def _denoised(stages: LocalStages, side: int, steps: int) -> tuple[float, int]:
     before, started = int(SENT.read_text()), time.perf_counter()
     stages.dit.submit(job, job.request_id, lambda event: None).done.result()
     return time.perf_counter() - started, int(SENT.read_text()) - before
+
+
+def _images(setting: Setting, decoder: VaeDecodeConfig, side: int) -> Trials:
+    """Of each trial, in which one image of random latents is decoded."""
+    sent: list[float] = []
+    config = DeployConfig(str(setting.checkpoint), device=setting.device, vae_decode=decoder)
+    tokens = inspect(config.checkpoint).latent.token_channels
+    latents = Latents(torch.randn((side // 16) ** 2, tokens), side // 16, side // 16)
+    with closing(LocalStages(config)) as stages:
+
+        def seconds() -> float:
+            before, started = int(SENT.read_text()), time.perf_counter()
+            answer(stages.decode(latents, "", SchedulingParams()))
+            sent.append(int(SENT.read_text()) - before)
+            return time.perf_counter() - started
+
+        found = repeated(setting.trials, seconds)
+    return found, sent[1:]

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig
+from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
 from bagel_triton.pipeline.local import LocalStages
 from tests.parity.test_text2img import MIXED
 from tests.serving.test_served_ranks import AT_WORK, CLIENT_S, FAIL_S, NOTICE_S, REFERENCE, RELOAD_S, check_replies
@@ -29,7 +30,14 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'bagel-triton[ray]'"),
 ]
-TWO_THINKERS, FOUR_DITS = ThinkerConfig(tensor_parallel_size=2), DitConfig(cfg_parallel_size=2, ulysses_degree=2)
+# By name: what has ranks, and how many of its actors are on each of two nodes with room for one and for two.
+STAGES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "thinker": ({"thinker": ThinkerConfig(tensor_parallel_size=2)}, [0, 1]),
+    "cfg_ulysses": ({"dit": DitConfig(cfg_parallel_size=2, ulysses_degree=2)}, [1, 2]),
+    "cfg_tensor": ({"dit": DitConfig(cfg_parallel_size=2, tensor_parallel_size=2)}, [1, 2]),
+    "hsdp": ({"dit": DitConfig(use_hsdp=True, hsdp_shard_size=2, hsdp_replicate_size=2)}, [1, 2]),
+    "vae": ({"vae_decode": VaeDecodeConfig(patch_parallel_size=4)}, [1, 2]),
+}
 FILE = """\
 worker_backend: ray
 stages:
@@ -37,6 +45,7 @@ stages:
   - stage_id: 1
     parallel_config:
       ulysses_degree: 2
+      use_hsdp: true
 """
 
 
@@ -66,26 +75,42 @@ def test_replies_are_those_of_one_rank(of_one_rank: list[dict[str, object]], on_
     assert any("actors of the Ray cluster" in line for line in on_ray.output)
 
 
-@pytest.mark.parametrize("stage", [{"thinker": TWO_THINKERS}, {"dit": FOUR_DITS}], ids=["thinker", "dit"])
-def test_one_stage_on_two_nodes_draws_what_one_rank_does(
-    checkpoint_dir: Path, stage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The thinker's rank is on this node, whose memory it maps; the DiT's three need both nodes."""
+@pytest.fixture(scope="module")
+def drawn_by_one(checkpoint_dir: Path) -> Tensor:
+    return drawn(DeployConfig(str(checkpoint_dir), device="cpu", dtype="float32"))
+
+
+@pytest.fixture
+def both_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster, and this process as a driver that leaves it."""
     for name, value in ON_LOOPBACK.items():
         monkeypatch.setenv(name, value)
-    pixels = []
-    with cluster(2, 2) as nodes:
-        for fields in ({}, {**stage, "worker_backend": "ray", "ray_address": nodes.address}):
-            stages = LocalStages(DeployConfig(str(checkpoint_dir), device="cpu", dtype="float32", **fields))
-            try:
-                pixels.append(generate(stages, MIXED[2]).pixels[0].int())
-                started = nodes.actors
-            finally:
-                stages.close()
+    with cluster(1, 2) as running:
+        yield running
         sys.modules["ray"].shutdown()
-        assert [*map(len, started)] == ([1, 2] if "dit" in stage else [0, 1])
-        until(lambda: not any(nodes.actors), "an actor is left", NOTICE_S)
-    assert int((pixels[0] - pixels[1]).abs().max()) <= 1
+        until(lambda: not any(running.actors), "an actor is left", NOTICE_S)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_stage_on_two_nodes_draws_what_one_rank_does(
+    checkpoint_dir: Path, name: str, both_nodes: Cluster, drawn_by_one: Tensor
+) -> None:
+    fields, expected = STAGES[name]
+    on_ray = {"worker_backend": "ray", "ray_address": both_nodes.address}
+    found: list[list[int]] = []
+    config = DeployConfig(str(checkpoint_dir), device="cpu", dtype="float32", **fields, **on_ray)
+    image = drawn(config, lambda: found.extend(both_nodes.actors))
+    assert [*map(len, found)] == expected
+    assert int((image - drawn_by_one).abs().max()) <= 1
+
+
+def drawn(config: DeployConfig, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+    stages = LocalStages(config)
+    try:
+        meanwhile()
+        return generate(stages, MIXED[2]).pixels[0].int()
+    finally:
+        stages.close()
 
 
 @pytest.mark.parametrize("of", ["actor", "stage"])

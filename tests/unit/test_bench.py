@@ -112,8 +112,9 @@ def test_the_denoising_benches_run(setting: Setting):
 @pytest.mark.long
 def test_the_bench_of_ranks_counts_what_the_formula_says(setting: Setting):
     figures = {figure.name: figure for figure in parallel.run(setting, side=256)}
-    assert len(figures) == 3 * len(parallel.MODES)
-    for mode in parallel.MODES:  # other programs use the interface too, so it may be more
+    modes = [*parallel.MODES, parallel.PATCH]
+    assert len(figures) == 3 * len(modes)
+    for mode in modes:  # other programs use the interface too, so it may be more
         assert figures[f"{mode}: bytes over the formula"].value > 0.99
 
 
