@@ -197,6 +197,8 @@ def test_it_serves_what_one_rank_does(checkpoint: Path, tmp_path: Path, row: str
     config = config_of(checkpoint, tmp_path, size, fields, of, top)
     if config.load == "understanding":
         pytest.skip("it draws nothing")
+    if config.device == "cuda":
+        pytest.skip("tests/gpu/test_ranks_gpu.py has GPUs")
     thinker, dit = (sizes.Sizes.of(config, stage) for stage in (THINKER, DIT))
     if min(thinker.ranks, dit.ranks) > 1 and thinker.tensor != dit.tensor:
         pytest.skip("this test has both stages in one process")
