@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import random
+import re
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -181,6 +182,8 @@ def test_a_whole_url_is_a_target_like_its_path() -> None:
         ([b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 70_000], 431, "allowed: at most 65536"),
         ([b"GET /version?" + b"x" * 66_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"], 431, "allowed: at most 65536"),
         ([b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"], 400, "is not HTTP/1.1: illegal request line"),
+        ([b"GET /version\r\n\r\n"], 400, "is not HTTP/1.1: illegal request line: 'GET /version'"),
+        ([b"GET /version HTTP/1.1\r\nHost: x\r\n" + b"x" * 50_000 + b"\r\n\r\n"], 400, "xxx..."),
         ([b"GET /version HTTP/1.1\r\n\r\n"], 400, "is not HTTP/1.1: Missing mandatory Host: header"),
         (
             [b"POST /ping HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n"],
@@ -205,6 +208,22 @@ def test_what_is_not_http_is_refused_in_the_shape_of_every_error(
     error = json.loads(body)["error"]
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
+
+
+def test_every_request_on_a_connection_is_answered_in_order() -> None:
+    """In one packet or many, after a refusal, and after a line that a client puts behind a body."""
+    get, end = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with served(FakeClient(*ONE_ANSWER), HttpOptions()) as url:
+        chat_request, refused = (
+            raw_request(url, b'{"messages":[{"role":"user","content":"x"}]}'),
+            raw_request(url, b"{"),
+        )
+        replies = exchanged(url, chat_request + refused + get + chat_request + end)
+        assert re.findall(rb"HTTP/1.1 (\d+)", replies) == [b"200", b"400", b"200", b"200", b"200"]
+        with connection(url) as kept:
+            for _ in range(2):
+                get_version(kept)
+                kept.sendall(b"\r\n")
 
 
 def test_a_second_request_on_a_connection_has_its_own_time_for_its_header() -> None:
@@ -299,6 +318,14 @@ def test_a_compressed_body_is_refused_by_name() -> None:
     reply = TestClient(create_app(LARGE, FakeClient())).post(CHAT, content=gzip.compress(b"{}"), headers=headers)
     assert reply.status_code == 415
     assert reply.json()["error"]["param"] == "content-encoding"
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_a_body_without_compression_may_say_so(encoding: str) -> None:
+    reply = TestClient(create_app(LARGE, FakeClient())).post(
+        CHAT, json=chat_body(), headers={"content-encoding": encoding}
+    )
+    assert reply.status_code == 200
 
 
 def test_only_large_data_urls_leave_the_body() -> None:

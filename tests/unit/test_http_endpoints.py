@@ -129,6 +129,7 @@ def test_the_apis_metrics_are_there_without_tritons() -> None:
         ("POST", "/v1/chat/completions/", "did you mean /v1/chat/completions?"),
         ("POST", "/openai/v1/chat/completions", "did you mean /v1/chat/completions?"),
         ("GET", "/models", "did you mean /v1/models?"),
+        ("GET", "/v1/models/", "did you mean /v1/models?"),
         ("GET", "/v1/health", "did you mean /health?"),
         ("POST", "/v1/completions", "use POST /v1/chat/completions"),
         ("POST", "/completions", "use POST /v1/chat/completions"),

@@ -31,7 +31,7 @@ from bagel_triton.openai.image_io import ImageLoader
 from bagel_triton.openai.request_head import RequestHead
 from bagel_triton.openai.request_log import CONTENT_TYPE, HttpMetrics, RequestLog
 from bagel_triton.openai.settings import MIB, AllowedSources, HttpOptions, ProxySettings
-from bagel_triton.protocol.errors import StageUnavailable
+from bagel_triton.protocol.errors import ModelNotFound, StageUnavailable
 from bagel_triton.triton.client import Client, TritonClient
 
 # Open without a key: the page and the API's description hold no secret (the page prompts for
@@ -181,7 +181,9 @@ def _model_routes(api: Api) -> list[Route]:
 
     @api.endpoint
     async def model(request: Request) -> Response:
-        return JSONResponse(entry(await api.served_model(request.path_params["model"])))
+        if not (name := request.path_params["model"]):
+            raise ModelNotFound(f"{request.url.path} names no model; did you mean /v1/models?", "model")
+        return JSONResponse(entry(await api.served_model(name)))
 
     async def version(request: Request) -> Response:
         return JSONResponse({"version": bagel_triton.__version__})

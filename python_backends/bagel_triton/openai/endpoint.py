@@ -153,7 +153,7 @@ class Api:
         limit, timeout_s = self.settings.max_body_bytes, self.settings.http.body_timeout_s
         too_large = BodyTooLarge(f"the body is too large; allowed: at most {limit} bytes")
         encoding = request.headers.get("content-encoding", "identity")
-        if encoding.lower() != "identity":
+        if encoding.lower() not in ("identity", ""):
             raise UnsupportedEncoding.value("content-encoding", encoding, "a body that is not compressed")
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limit:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import re
 import socket
 import ssl
 import sys
@@ -23,7 +24,7 @@ from bagel_triton.openai.errors import HeaderTooLarge, error_body
 from bagel_triton.openai.request_head import MAX_HEADER
 from bagel_triton.openai.request_log import RequestIdFilter
 from bagel_triton.openai.settings import HttpOptions, OptionError
-from bagel_triton.protocol.errors import InvalidRequest
+from bagel_triton.protocol.errors import InvalidRequest, truncate
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -171,6 +172,10 @@ def _protocol(options: HttpOptions) -> type[asyncio.Protocol]:
             self._header_timer = self.loop.call_later(options.header_timeout_s, transport.abort)
 
         def data_received(self, data: bytes) -> None:
+            if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+                data = data.lstrip(b"\r\n")  # some clients end a body with a line (RFC 9112, section 2.2)
+                if not data:  # to the parser, nothing is the connection's end
+                    return
             super().data_received(data)
             in_header = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
             if not in_header:
@@ -186,7 +191,8 @@ def _protocol(options: HttpOptions) -> type[asyncio.Protocol]:
 
         def _refuse(self, reason: BaseException) -> None:
             status = reason.error_status_hint if isinstance(reason, h11.RemoteProtocolError) else 400
-            error: InvalidRequest = InvalidRequest(f"the request is not HTTP/1.1: {reason}")
+            shown = re.sub(r"bytearray\(b(.*)\)", r"\1", str(reason))
+            error: InvalidRequest = InvalidRequest(f"the request is not HTTP/1.1: {truncate(shown)}")
             if status == HeaderTooLarge.http_status:
                 error = HeaderTooLarge(f"the header is too large; allowed: at most {MAX_HEADER} bytes")
             body = msgspec.json.encode(error_body(error))
