@@ -11,13 +11,14 @@ from typing import Self
 class ProcessMemory:
     """Bytes of a process.
 
-    ``pss`` is its proportional set size: a page that n processes map counts as 1/n.
+    ``pss`` is its proportional set size: a page that n processes map counts as 1/n. ``resident`` counts it whole.
     ``anonymous`` pages belong to this process alone and to no file; a page of a private mapping
     of a file becomes one when it is written.
     """
 
     pss: int
     anonymous: int
+    resident: int = 0
 
     @classmethod
     def own(cls) -> Self:
@@ -31,4 +32,4 @@ class ProcessMemory:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
             name, value = line.split(":")
             fields[name] = int(value.split()[0]) * 1024
-        return cls(fields["Pss"], fields["Anonymous"])
+        return cls(fields["Pss"], fields["Anonymous"], fields["Rss"])

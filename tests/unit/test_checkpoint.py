@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from bagel_triton.model.config import CheckpointError
 from bagel_triton.weights.checkpoint import Checkpoint, inspect, stored_tensors
+from bagel_triton.weights.tiny import checkpoint as tiny_checkpoint
+from bagel_triton.weights.tiny.config import TinyConfig
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -224,3 +227,25 @@ def test_the_autoencoders_widths_are_those_of_its_tensors(other_checkpoint: Path
     for directory, widths in ((checkpoint_dir, (32, 64)), (other_checkpoint, (64, 128))):
         decoder = Checkpoint(directory).load_autoencoder(CPU, torch.float32).decoder
         assert (decoder.conv_out.in_channels, decoder.conv_in.out_channels) == widths
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file that this process has mapped pages of."""
+    size, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            size += int(line.split()[1]) * 1024
+    return size
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_load_that_converts_holds_no_pages_of_the_file(tmp_path: Path, form: str | None) -> None:
+    """The peak of a load is what it makes, and a layer of the file."""
+    tiny_checkpoint.write(tmp_path / "wide", TinyConfig(hidden_size=256, intermediate_size=704, layers=4))
+    checkpoint, path = Checkpoint(tmp_path / "wide"), tmp_path / "wide" / "ema.safetensors"
+    loaded = checkpoint.load_bagel(CPU, torch.float32, quantization=form)
+    assert resident(path) < 0.3 * path.stat().st_size  # the kernel maps pages around those that are read, too
+    again = checkpoint.load_bagel(CPU, torch.float32, quantization=form).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())

@@ -19,6 +19,7 @@ from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Placement
 from bagel_triton.model.mot import PackedBatch, Transformer, rotary_tables
+from bagel_triton.model.quantization import FORMS, quantize
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.serving import memory_plan as activations
 
@@ -39,14 +40,20 @@ def peak_bytes(work: Callable[[], object], folder: Path) -> int:
 
 
 # Threads need not be at their peaks at the same time.
-@pytest.mark.parametrize(("threads", "least"), [(0, 0.95), (1, 0.95), (2, 0.75)], ids=["plain", "one", "two"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, threads: int, least: float):
+@pytest.mark.parametrize(
+    ("dtype", "threads", "least", "name"),
+    [
+        (torch.float32, 0, 0.95, ""),
+        *((dtype, 1, 0.95, name) for dtype in (torch.float32, torch.bfloat16) for name in ("", *FORMS)),
+        *((dtype, 2, 0.65, name) for dtype in (torch.float32, torch.bfloat16) for name in ("", "nf4")),
+    ],
+)
+def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, threads: int, least: float, name: str):
     """By the executor's threads; by none, the plain forward, which is a GPU's."""
-    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("without AVX512_BF16 torch's products hold float32 copies, which the estimate leaves out")
-    language = LanguageConfig(112, 592, 2, 4, 1, 28, 64, 1e6, 1e-6)
+    language, form = LanguageConfig(112, 592, 2, 4, 1, 28, 64, 1e6, 1e-6), FORMS.get(name)
     transformer = Transformer(language).requires_grad_(False).to(dtype)
+    if form is not None:
+        quantize(transformer, form)
     rows, past, sequences = 256, 40, 6
     geometry = KVGeometry(2, 1, 28, 16, "float32")
     stores = [torch.zeros(store_shape(geometry, past + rows), dtype=dtype) for _ in range(sequences)]
@@ -63,7 +70,8 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
 
     peak = peak_bytes(forward, tmp_path)
     pool.close()
-    estimated = activations.forward_bytes(language, tokens, Placement(CPU if threads else CUDA, dtype), threads)
+    placement = Placement(CPU if threads else CUDA, dtype)
+    estimated = activations.forward_bytes(language, tokens, placement, threads, form)
     assert least * estimated < peak < 1.05 * estimated
 
 

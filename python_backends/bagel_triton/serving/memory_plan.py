@@ -390,6 +390,9 @@ def forward_bytes(
     return tokens * (2 * hidden + heads) * itemsize + tiles
 
 
+DECODED = {"int8": 4, "fp8": 8, "int4": 6, "nf4": 6}  # bytes of a weight while it is decoded in float32
+
+
 def product_bytes(config: LanguageConfig, rows: int, placement: Placement, threads: int, form: Form | None) -> int:
     """Memory of the products of ``rows`` on a CPU beside their operands and results, on all ``threads``.
 
@@ -405,9 +408,9 @@ def product_bytes(config: LanguageConfig, rows: int, placement: Placement, threa
     for width, out in ((hidden, inner), (inner, hidden)):
         part = min(out, max(WEIGHTS // width, 16))
         if not form.activations:
-            # The second part is computed while the first is still held.
-            held = rows * part * (itemsize * (2 if part < out else 1) + sums) + threads * part * width * itemsize
-            most = max(most, held, threads * part * width * 2 * wide)
+            held = rows * part * (itemsize + sums) + threads * part * width * itemsize
+            decoding = threads * part * width * (DECODED[form.storage] + (itemsize if itemsize != wide else 0))
+            most = max(most, held, decoding)
             continue
         rounding = rows * width * (2 * wide + 1) if form.storage == "fp8" or itemsize != wide else rows * width * 5
         codes = rows * width * (1 if form.storage == "int8" else wide)

@@ -112,6 +112,11 @@ class Checkpoint:
                 f"tensors have {autoencoder.latent_channels} channels and downsample by {autoencoder.downsample}"
             )
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the transformer's files."""
+        return sum(file.size for file in self._weights.identity)
+
     def tensor(self, name: str) -> Part:
         """The transformer's stored tensor ``name``, every value of which was read, and what an adapter adds to it.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 LANGUAGE_LAYERS = "language_model.model.layers."
 VIT_LAYERS = "vit_model.vision_model.encoder.layers."
 POSITIONS = "latent_pos_embed.pos_embed"
+_libc = ctypes.CDLL(None)
 _MAX_HEADER = 100_000_000  # bytes, as in safetensors
 
 
@@ -146,6 +148,23 @@ def map_read_only(descriptor: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def drop_pages(tensors: Iterable[Tensor]) -> None:
+    """Give back the pages of ``tensors`` that are mapped from files; they can be read again, from the page cache.
+
+    Else a process that converts or quantises a checkpoint would hold as much of the file as the kernel lets it.
+    """
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            ranges.append([int(address, 16) for address in addresses.split("-")])
+    for tensor in tensors:
+        start, size = tensor.data_ptr(), tensor.nbytes
+        first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < end and any(low <= start and start + size <= high for low, high in ranges):
+            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

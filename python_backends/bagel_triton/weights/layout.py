@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.model.quantization import Form
-from bagel_triton.weights.files import FileIdentity
+from bagel_triton.weights.files import FileIdentity, drop_pages
 from bagel_triton.weights.validation import NotFinite, is_finite
 
 AT_ONCE = 1 << 20  # weights that are quantised at once, with some intermediates in float32
@@ -207,3 +207,4 @@ class Layout:
             source = sources[name]
             check_finite(name, source)
             read_into([views[slot.name] for slot in slots], source)
+            drop_pages(stored_of(source))

@@ -23,8 +23,8 @@ from torch import Tensor
 from bagel_triton.ipc.cuda_memory import NotShareable
 from bagel_triton.ipc.shared_descriptor import SharedDescriptor
 from bagel_triton.ipc.shm import SHM_DIRECTORY, open_locked, reserve
-from bagel_triton.weights.files import FileIdentity, map_read_only
-from bagel_triton.weights.layout import Layout, Source, as_stored, check_finite, read_into, tensors_of
+from bagel_triton.weights.files import FileIdentity, drop_pages, map_read_only
+from bagel_triton.weights.layout import Layout, Source, as_stored, check_finite, read_into, stored_of, tensors_of
 
 ALIGNMENT = 64  # that of torch's own allocations; the rounding of a matrix product may depend on it
 log = logging.getLogger(__name__)
@@ -298,6 +298,8 @@ def on_device(sources: Mapping[str, Source], device: torch.device, dtype: torch.
             check_finite(name, source)
         if isinstance(source, Tensor):
             placed[name] = source.to(device=device, dtype=dtype)
+            if placed[name] is not source:
+                drop_pages([source])
             continue
         targets = {
             tensor: torch.empty(shape, device=device, dtype=kind)
@@ -305,5 +307,6 @@ def on_device(sources: Mapping[str, Source], device: torch.device, dtype: torch.
         }
         if device.type != "meta":
             read_into([*targets.values()], source)
+            drop_pages(stored_of(source))
         placed |= targets
     return placed

@@ -189,6 +189,7 @@ def project(
         out = x.new_empty(len(x), stop - start)
     for part, product in _products(x, layer, start, stop):
         torch.add(product, bias[part], out=out[:, part]) if bias is not None else out[:, part].copy_(product)
+        del product  # before the next is computed
     return out
 
 
@@ -202,6 +203,7 @@ def add_projection(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor, f
         return
     for part, product in _products(x, layer, 0, layer.out_features):
         out[:, part].add_(product)
+        del product  # likewise
 
 
 def _products(x: Tensor, layer: QuantizedLinear, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
