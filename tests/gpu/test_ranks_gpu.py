@@ -6,8 +6,11 @@ stages, whose other ranks are processes.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from datetime import timedelta
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,9 +21,12 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
+from bagel_triton.engine import vae
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.mot import rotary_tables
+from bagel_triton.parallel import rank as ranks
+from bagel_triton.parallel.launch import LOOPBACK
 from bagel_triton.parallel.layout import StoresLayout, by_sequence, parts_of
 from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import RankModel
@@ -29,7 +35,9 @@ from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.parity.test_text2img import MIXED
+from tests.support.killing import arguments, descendants
 from tests.support.runs import generate_together, result_of
+from tests.support.waiting import soon
 
 RANKS = 2
 pytestmark = [
@@ -61,12 +69,8 @@ def two_branches() -> StoresLayout:
 def join(rank: int, meeting: str, kind: str) -> tuple[torch.device, torch.Generator]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "nccl" if kind == "cuda" else "gloo"
-    store = dist.FileStore(meeting, RANKS)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    ranks.join(dist.FileStore(meeting, RANKS), LOOPBACK, device, rank, RANKS, 120.0)
+    ranks.selftest(device)
     return device, torch.Generator().manual_seed(0)
 
 
@@ -130,8 +134,11 @@ STAGES = {
 
 
 @pytest.mark.parametrize("mode", STAGES)
-def test_stages_on_two_gpus_answer_as_on_one(checkpoint_dir: Path, mode: str) -> None:
+def test_stages_on_two_gpus_answer_as_on_one(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """In float32 everywhere: one GPU would decode in bfloat16, and ranks, which are processes, convolve in TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setattr(vae, "whole", lambda network, device: network)
     one = DeployConfig(checkpoint=str(checkpoint_dir), device="cuda:0", dtype="float32")
     found, texts = [], []
     for config in (one, msgspec.structs.replace(one, **STAGES[mode])):
@@ -146,3 +153,39 @@ def test_stages_on_two_gpus_answer_as_on_one(checkpoint_dir: Path, mode: str) ->
         for before, pixels in zip(expected.pixels, several.pixels, strict=True):
             assert int((pixels.int() - before.int()).abs().max()) <= 1
     assert texts[0] == texts[1]
+
+
+def stages_at_work(checkpoint: str, device: str) -> LocalStages:
+    """Stages whose DiT's ranks are in the middle of an image's steps."""
+    stages = LocalStages(DeployConfig(checkpoint, device=device, dtype="float32", dit=DitConfig(ulysses_degree=RANKS)))
+    request = GenerationRequest(prompt="x", height=64, width=64, num_inference_steps=1000)
+    job = result_of(stages.think(result_of(stages.expand(request)))).job
+    assert job is not None
+    stepped = threading.Event()
+    stages.dit.submit(job, job.request_id, lambda event: stepped.set(), job.scheduling)
+    assert stepped.wait(120)
+    return stages
+
+
+def end_and_start_anew(checkpoint: str, device: str) -> None:
+    """As a sleep does: what the GPUs had queued keeps no rank from its end, and new ranks meet in this process."""
+    for _ in range(2):
+        stages_at_work(checkpoint, device).close()
+
+
+def lose_a_rank(checkpoint: str, device: str) -> None:
+    """The engine's thread may wait for its GPU then, for ever: the process ends without it."""
+    stages = stages_at_work(checkpoint, device)
+    (other,) = (pid for pid in descendants(os.getpid()) if "bagel_triton.parallel.worker" in arguments(pid))
+    os.kill(other, signal.SIGKILL)
+    os._exit(0 if soon(lambda: stages.is_lost, 60) else 1)
+
+
+@pytest.mark.parametrize("scene", [end_and_start_anew, lose_a_rank])
+def test_ranks_end_in_the_middle_of_a_step(checkpoint_dir: Path, scene: Callable[[str, str], None]) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=scene, args=(str(checkpoint_dir), "cuda:0"))
+    process.start()
+    process.join(400)
+    with contextlib.suppress(OSError):
+        process.kill()
+    assert process.exitcode == 0
