@@ -2,8 +2,8 @@
 
 Weights, keys and values are exact. Activations are estimates: what one forward holds at its
 peak, with every image that may be denoised together. On a GPU each process has a CUDA context
-with its libraries, by an estimate that no GPU has confirmed. Not counted are a CPU's libraries,
-the workspaces of convolutions and what TaylorSeer keeps.
+with its libraries, and as a rank NCCL's buffers, by estimates that no GPU has confirmed. Not
+counted are a CPU's libraries, the workspaces of convolutions and what TaylorSeer keeps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.deploy.topology import DIT, THINKER
+from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.engine.dit.workspace import BRANCHES, latent_tokens, workspace_tokens
 from bagel_triton.engine.thinker.engine import kv_geometry
 from bagel_triton.kv.store import token_bytes
@@ -35,6 +35,7 @@ from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.folder import AUTOENCODER_FILE
 
 CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
+NCCL_BYTES = 512 << 20  # of one that is a rank beside that: the buffers of its communicators
 
 USUAL_RANK = 16  # of an adapter that is loaded later; vLLM's default
 
@@ -208,7 +209,10 @@ def plan(
         if in_files:
             shared += checkpoint.stored_apart(dtype, loaded)
     processes = 1 if one_process or config.stage_id is not None else len(stages)
-    return MemoryPlan(stages, token, weights, shared, (1 + processes) * CONTEXT_BYTES if on_gpu else 0, offloaded)
+    groups = [name for name in (THINKER, DIT, DECODER) if Sizes.of(config, name).ranks > 1]
+    meeting = min(len(groups), 1) if one_process else len({*groups} & {*config.models})
+    contexts = (1 + processes) * CONTEXT_BYTES + meeting * NCCL_BYTES if on_gpu else 0
+    return MemoryPlan(stages, token, weights, shared, contexts, offloaded)
 
 
 def first_rank_weights(model: Bagel, sizes: Sizes) -> int:
