@@ -25,13 +25,14 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD
 from bagel_triton.parallel import group
 from bagel_triton.parallel.group import RankGroup
+from bagel_triton.parallel.patches import RankDecoder
 from bagel_triton.parallel.rank import RankModel
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.pipeline import local
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.serving.memory_plan import first_rank_weights
 from bagel_triton.weights.checkpoint import Checkpoint
-from tests.rehearsal.fake_gpu import fake_gpu
+from tests.rehearsal.fake_gpu import Tally, fake_gpu
 from tests.rehearsal.scenes import GPU, PROMPT, TINY, Stage, image, stage
 
 MODES: dict[str, dict[str, Any]] = {
@@ -111,6 +112,17 @@ def test_a_token_of_several_ranks_is_one_download(engines: Stage) -> None:
     *_, token = engines.until(engines.stages.thinker, job.done.done)
     assert (token.downloads, token.masks) == (1, 0)
     assert token.stops <= 3
+
+
+def test_a_decoder_of_ranks_does_not_wait() -> None:
+    """Neither for the statistics of its norms nor for a neighbour's rows."""
+    with process_group(2), stage(1) as engines:
+        decoder = RankDecoder(engines.stages.decoder._autoencoder.decoder, 2, SINGLE_THREAD)
+        z = torch.empty(1, 16, 32, 32, device=GPU)
+        engines.gpu.tally = Tally()
+        assert decoder.decode(z).shape == (1, 3, 256, 256)
+        assert engines.gpu.tally.kernels
+        assert engines.gpu.tally.stops == 0
 
 
 def test_what_is_queued_ends_before_the_other_ranks_do() -> None:
