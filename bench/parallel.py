@@ -34,8 +34,8 @@ MODES = {
     "ulysses_degree": DitConfig(ulysses_degree=RANKS),
     "use_hsdp": DitConfig(use_hsdp=True, hsdp_shard_size=RANKS),
 }
-NO_GOAL = ("use_hsdp",)  # it saves memory, and sends weights
 PATCH = "vae_patch_parallel_size"
+NO_GOAL = ("use_hsdp", PATCH)  # which save memory
 Trials = tuple[list[float], list[float]]  # seconds and bytes of a step or an image
 
 
