@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 from proxy_fake import CHAT, NAMES, SCRIPT, SETTINGS, FakeClient, chat_body
 from starlette.testclient import TestClient
@@ -105,6 +106,13 @@ def test_a_wrong_adapter_ends_the_start(tmp_path: Path) -> None:
     config = deploy_yaml.DeployConfig(str(TINY), lora_modules={"a": str(folder)})
     with pytest.raises(CommandError, match=r"^--lora-modules: .* adapts connector\.fc2, which an adapter of requests"):
         serve._check_adapters(config)
+
+
+def test_a_default_that_no_request_could_have_ends_the_start(tmp_path: Path) -> None:
+    config = deploy_yaml.DeployConfig(str(TINY), image_defaults={"lora": "style"})
+    with pytest.raises(CommandError, match=r"^default_sampling_params\.lora='style' is not allowed; allowed: none"):
+        serve._check_adapters(config)
+    serve._check_adapters(msgspec.structs.replace(config, lora_dir=str(tmp_path)))  # it may be loaded later
 
 
 def test_an_adapter_comes_and_goes() -> None:

@@ -72,6 +72,8 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
     pool.close()
     placement = Placement(CPU if threads else CUDA, dtype)
     estimated = activations.forward_bytes(language, tokens, placement, threads, form)
+    if dtype == torch.bfloat16 and not name:
+        least -= 0.05  # torch does not count oneDNN's copies
     assert least * estimated < peak < 1.05 * estimated
 
 

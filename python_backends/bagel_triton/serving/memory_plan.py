@@ -394,6 +394,7 @@ def forward_bytes(
     return tokens * (2 * hidden + heads) * itemsize + tiles
 
 
+PACKED = 256  # inputs of a weight
 DECODED = {"int8": 4, "fp8": 8, "int4": 6, "nf4": 6}  # bytes of a weight while it is decoded in float32
 
 
@@ -406,8 +407,8 @@ def product_bytes(config: LanguageConfig, rows: int, placement: Placement, threa
     itemsize, wide = placement.torch_dtype.itemsize, torch.float32.itemsize
     sums = 0 if placement.torch_dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
     hidden, inner = config.hidden_size, config.intermediate_size
-    if form is None:
-        return rows * inner * sums
+    if form is None:  # oneDNN copies that much of a weight, outside of torch's own count
+        return rows * inner * sums + (threads * PACKED * inner * itemsize if sums else 0)
     most = 0
     for width, out in ((hidden, inner), (inner, hidden)):
         part = min(out, max(WEIGHTS // width, 16))

@@ -522,6 +522,13 @@ def _check_adapters(config: DeployConfig) -> None:
             load_adapter(name, folder, language, torch.device("cpu"), torch.float32, config.max_lora_rank)
     except ValueError as error:
         raise CommandError(f"--lora-modules: {error}") from error
+    for values in config.request_defaults.values():
+        default = values.get("lora")
+        if default and default not in config.lora_modules and not config.lora_dir:
+            allowed = ", ".join(config.lora_modules) or "none, as there are no lora_modules"
+            raise CommandError(
+                f"default_sampling_params.lora={format_value(default)} is not allowed; allowed: {allowed}"
+            )
 
 
 def _quantization(config: DeployConfig, deploy: DeployConfig) -> str:
