@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bagel_triton.serving.watchdog import STABLE_S
 from tests.serving.test_together import CASES, EIGHT, essence, image_body
 from tests.support.exact import same_image
 from tests.support.killing import Load, arguments, descendants, health, shared_files, stage_pids, until
@@ -202,4 +203,5 @@ def test_a_killed_rank_is_the_stage_dying(ranked: Ranked) -> None:
         assert same_image(server.images(REFERENCE)[0], image)
         assert shared_files(server) == before
         rank = 0 if killed in first else others.index(killed) + 1
+        time.sleep(STABLE_S)  # a stage that dies again sooner has few restarts
         print(f"kill {number}: rank {rank} of {stage}, {statuses}, back in {back:.1f} s")
