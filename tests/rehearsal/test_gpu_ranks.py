@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -49,11 +50,16 @@ class Absent:
     connection: Any = None
     is_here = True
 
-    def wait(self) -> str:
-        threading.Event().wait()
-        return "never"
+    def __init__(self) -> None:
+        self._ended = threading.Event()
 
-    def close(self) -> None: ...
+    def wait(self) -> str:
+        self._ended.wait()
+        return "has ended"
+
+    def close(self) -> None:
+        self._ended.set()
+
     def reap(self, timeout_s: float) -> None: ...
 
 
@@ -61,11 +67,17 @@ class Absent:
 def process_group(ranks: int) -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     yield
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def open_ranks(
-    resources: StageResources, name: str, model: Bagel | None, share: bool, autoencoder: Autoencoder | None = None
+    opened: list[RankGroup],
+    resources: StageResources,
+    name: str,
+    model: Bagel | None,
+    share: bool,
+    autoencoder: Autoencoder | None = None,
 ) -> RankGroup | None:
     """What takes the place of starting processes."""
     sizes = Sizes.of(resources.config, name)
@@ -74,6 +86,7 @@ def open_ranks(
     ranks = RankGroup(name, [Absent() for _ in range(sizes.ranks - 1)], GPU, 1)
     assert model is not None
     ranks._model = RankModel(model, sizes, ranks._pool, GPU)
+    opened.append(ranks)
     return ranks
 
 
@@ -84,10 +97,11 @@ def exchanged(taken: Tensor, given: Tensor, *sizes: Any, **group: Any) -> None:
 
 @pytest.fixture(params=MODES)
 def engines(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    opened: list[RankGroup] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group(4 if request.param == "cfg_ulysses" else 2))
         for owner, called, does in (
-            (local, "open_ranks", open_ranks),
+            (local, "open_ranks", partial(open_ranks, opened)),
             (group, "send", lambda x, rank: x.contiguous()),
             (group, "receive", lambda x, rank: x),
             (group.messages, "write", lambda connection, message: None),
@@ -95,6 +109,8 @@ def engines(request: pytest.FixtureRequest) -> Iterator[Stage]:
         ):
             stack.enter_context(mock.patch.object(owner, called, does))
         yield stack.enter_context(stage(2, **MODES[request.param]))
+        for ranks in opened:
+            ranks._stop()
 
 
 def test_steps_of_rank_0_wait_for_the_step_before_alone(engines: Stage) -> None:
@@ -132,6 +148,7 @@ def test_what_is_queued_ends_before_the_other_ranks_do() -> None:
 
         class Ending(Absent):
             def close(self) -> None:
+                super().close()
                 waits.append(gpu.tally.waits["device"])
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

@@ -143,7 +143,7 @@ def test_a_file_has_it_by_stage(tmp_path: Path) -> None:
 def test_ranks_are_refused() -> None:
     dit = DitConfig(cfg_parallel_size=2, cpu_offload_gb=1)
     with pytest.raises(ConfigError, match="cfg_parallel_size=2 with cpu_offload_gb=1 is not supported"):
-        check(DeployConfig(str(TINY), dit=dit), Checkpoint(TINY).config.language, "cpu")
+        check(DeployConfig(str(TINY), dit=dit), Checkpoint(TINY).config.language)
 
 
 def planned(pipeline: str = "bagel_single_stage", placement: Placement = GPU, **stage: object) -> MemoryPlan:
