@@ -22,7 +22,7 @@ from bagel_triton.serving import CommandError
 from bagel_triton.serving.machine import LOOPBACK
 from bagel_triton.serving.process import log_event
 
-MAX_TRIES, STABLE_S = 5, 10.0
+MAX_TRIES, STABLE_S = 5, 1.0
 UNLOAD_TIMEOUT_S, LOAD_TIMEOUT_S = 10.0, 900.0
 
 
