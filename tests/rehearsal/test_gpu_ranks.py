@@ -110,7 +110,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[Stage]:
             stack.enter_context(mock.patch.object(owner, called, does))
         yield stack.enter_context(stage(2, **MODES[request.param]))
         for ranks in opened:
-            ranks._stop()
+            ranks.stop()
 
 
 def test_steps_of_rank_0_wait_for_the_step_before_alone(engines: Stage) -> None:
@@ -152,7 +152,7 @@ def test_what_is_queued_ends_before_the_other_ranks_do() -> None:
                 waits.append(gpu.tally.waits["device"])
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-        RankGroup("dit", [Ending()], GPU, 1)._stop()
+        RankGroup("dit", [Ending()], GPU, 1).stop()
     assert waits == [1]
 
 

@@ -163,7 +163,7 @@ def test_a_lost_device_ends_the_loop_and_fails_every_waiting_job(monkeypatch: py
     engine.free_run()
     for error in map(error_of, jobs):
         assert isinstance(error, StageUnavailable)
-        assert error.message == "dit lost its device and starts again"
+        assert error.message == "dit lost its device, or one of its ranks, and starts again"
     assert engine.lost.is_set()
     assert isinstance(error_of(submit(engine, "later", Count(1))), StageUnavailable)
     engine.close()

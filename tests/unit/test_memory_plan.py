@@ -116,6 +116,16 @@ def test_ranks_of_the_thinker_keep_their_heads_of_the_pool():
     assert ranks.weights < alone.weights
 
 
+def test_the_ranks_of_one_process_keep_their_heads_of_the_pool():
+    """The thinker's are those of the DiT: six ranks of two KV heads, each with one of them."""
+    ranked = {
+        "pipeline": "bagel_single_stage",
+        "thinker": ThinkerConfig(tensor_parallel_size=2),
+        "dit": DitConfig(tensor_parallel_size=2, ulysses_degree=3),
+    }
+    assert plan_of(**ranked).stages[0].kv * 2 == plan_of().stages[0].kv * 7
+
+
 def test_shared_memory_holds_the_pool_of_shm_alone():
     shared = plan_of(placement=BFLOAT16)
     assert shared.shared == shared.stages[0].kv + PACKED

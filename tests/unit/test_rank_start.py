@@ -15,7 +15,7 @@ from bagel_triton.deploy.config import DeployConfig, DitConfig
 from bagel_triton.deploy.topology import DIT
 from bagel_triton.parallel import group, messages
 from bagel_triton.parallel.group import RankGroup
-from bagel_triton.parallel.launch import LOOPBACK, hang_up
+from bagel_triton.parallel.launch import LOOPBACK, RankProcess, hang_up
 from bagel_triton.parallel.messages import Meet, Ready
 from bagel_triton.parallel.rank import join
 
@@ -69,3 +69,11 @@ def test_sockets_of_ranks_are_on_one_interface(monkeypatch: pytest.MonkeyPatch) 
     join(dist.HashStore(), LOOPBACK, torch.device("cpu"), 0, 1, 30.0)
     dist.destroy_process_group()
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+
+
+def test_a_rank_that_cannot_read_a_message_ends() -> None:
+    """Rank 0 would wait for it for ever."""
+    rank = RankProcess.start()
+    rank.connection.sendall(b"\x01\x00\x00\x00\xc1")
+    assert rank.wait() == "has ended with status 1"
+    rank.close()

@@ -231,6 +231,7 @@ def test_a_gpu_that_does_not_answer_is_one_line(
         (["--height", "64", "--width", "4096"], "width=4096"),
         (["--dtype", "float8"], "dtype='float8'"),
         (["--deploy-config", "absent.yaml"], "absent.yaml"),
+        (["--tensor-parallel-size", "3"], "tensor_parallel_size=3 does not divide"),
     ],
 )
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str):

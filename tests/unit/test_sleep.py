@@ -19,6 +19,7 @@ from bagel_triton.engine.thinker.engine import ThinkerEngine
 from bagel_triton.engine.vae import DecoderEngine
 from bagel_triton.ipc.shm import SHM_DIRECTORY
 from bagel_triton.ipc.sleep_gate import SleepGate
+from bagel_triton.parallel.group import RankGroup
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.errors import Asleep, Cancelled, DeadlineExceeded, StageUnavailable
 from bagel_triton.protocol.request import GenerationRequest
@@ -130,7 +131,7 @@ def test_two_hundred_sleeps_later_the_process_is_as_large_as_after_ten(stages: S
         if cycle == 10:
             leaks = Leaks()
         if cycle in (10, 199):
-            sizes.append(ProcessMemory.own().pss)
+            sizes.append(ProcessMemory.own().anonymous)
             assert not leaks.threads()
         stages.change(0)
         if cycle % 20 == 0 or cycle == 199:
@@ -159,6 +160,31 @@ def test_a_deeper_sleep_frees_the_weights_and_a_lighter_one_does_not_bring_them_
     sleeper.change(1)
     sleeper.wait()
     assert sleeper.level == 2
+
+
+def test_ranks_that_cannot_be_used_are_not_in_the_way_of_the_next_wake(
+    checkpoint_dir: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither they nor the KV cache outlive a failed wake."""
+    thinker = ThinkerConfig(tensor_parallel_size=2)
+    config = DeployConfig(str(checkpoint_dir), device="cpu", dtype="float32", shm_prefix=prefix, thinker=thinker)
+    sleeper = SleepingEngine(lambda: StageResources.open(config), build_thinker)
+    sleeper.change(1)
+    sleeper.wait()
+    with monkeypatch.context() as patched:
+
+        def fails(group: RankGroup, pool: object) -> None:
+            raise MemoryError("no room")
+
+        patched.setattr(RankGroup, "attach", fails)
+        sleeper.change(0)
+        sleeper.wait()
+    assert sleeper.state() == (1, False, "INTERNAL: Internal(): MemoryError: no room")
+    assert "kv" not in kinds(prefix)
+    sleeper.change(0)
+    sleeper.wait()
+    assert sleeper.state() == (0, False, "")
+    sleeper.close()
 
 
 def test_an_engine_that_cannot_wake_says_why_and_stays_asleep(stages: SleepingStages) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -236,11 +237,18 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     """The thinker, with a KV cache that the DiT can read."""
     config, place = resources.config, resources.placement
     producer = open_producer(config, resources.kv_geometry, place.torch_device)
-    model = resources.model_of(THINKER)
-    adapters = resources.load_adapters()
-    autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
-    ranks = open_ranks(resources, THINKER, model, share=True)
-    return ThinkerEngine(model, autoencoder, resources.tokenizer(), producer, config.thinker, metrics, adapters, ranks)
+    with contextlib.ExitStack() as unless_built:  # a process that could not wake is asked again
+        unless_built.callback(producer.close)
+        model = resources.model_of(THINKER)
+        adapters = resources.load_adapters()
+        autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
+        ranks = open_ranks(resources, THINKER, model, share=True)
+        if ranks is not None:
+            unless_built.callback(ranks.stop)
+        parts = resources.tokenizer(), producer, config.thinker, metrics, adapters, ranks
+        engine = ThinkerEngine(model, autoencoder, *parts)
+        unless_built.pop_all()
+    return engine
 
 
 def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitEngine:
@@ -249,9 +257,17 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     consumer = open_consumer(resources.config, resources.placement.torch_device)
     vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
     kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
-    model = resources.model_of(DIT)
-    ranks, adapters = open_ranks(resources, DIT, model, share=True), resources.load_adapters()
-    return DitEngine(model, consumer, resources.config.dit, vision_tokens, *kv_pool, metrics, ranks, adapters)
+    with contextlib.ExitStack() as unless_built:
+        unless_built.callback(consumer.close)
+        model = resources.model_of(DIT)
+        adapters = resources.load_adapters()
+        ranks = open_ranks(resources, DIT, model, share=True)
+        if ranks is not None:
+            unless_built.callback(ranks.stop)
+        parts = vision_tokens, *kv_pool, metrics, ranks, adapters
+        engine = DitEngine(model, consumer, resources.config.dit, *parts)
+        unless_built.pop_all()
+    return engine
 
 
 def open_ranks(

@@ -384,7 +384,7 @@ class EngineLoop(ABC, Generic[Task, Result]):
         self._drain(0.0)
         if self.lost.is_set():  # freeing memory of a lost device would fail, too
             for job in self._jobs:
-                job.fail(StageUnavailable(f"{self.stage} lost its device and starts again"))
+                job.fail(StageUnavailable(f"{self.stage} lost its device, or one of its ranks, and starts again"))
         else:
             for job in self._jobs:
                 self._fail(job, StageUnavailable(f"{self.stage} is shutting down"))

@@ -143,7 +143,7 @@ class RankGroup:
 
             times = group._while_all_live(build)
         except BaseException:
-            group._stop()
+            group.stop()
             raise
         tried = ", ".join(f"{name} of 1 MiB {milliseconds:.2f} ms" for name, milliseconds in times.items())
         others = ", ".join(f"rank {number} is {rank}" for number, rank in enumerate(ranks, start=1))
@@ -272,9 +272,10 @@ class RankGroup:
         """End the other ranks, once every engine that has joined is closed."""
         self._users -= 1
         if self._users <= 0:
-            self._stop()
+            self.stop()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the other ranks now, whoever uses them."""
         if on_gpu(self._device):  # what is queued there waits for the other ranks' part
             with contextlib.suppress(RuntimeError):
                 self._while_all_live(lambda: torch.cuda.synchronize(self._device))

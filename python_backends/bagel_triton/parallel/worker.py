@@ -49,6 +49,8 @@ from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import shared_weights
 
+log = logging.getLogger(__name__)
+
 
 class Worker:
     """A rank's stores and the layout of its forwards."""
@@ -140,9 +142,15 @@ def follow(connection: socket.socket, host: str) -> NoReturn:
     waiting: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def take() -> None:
-        while (message := messages.read(connection)) is not None:
-            waiting.put(message)
-        os._exit(0)  # also while a forward waits for another rank
+        status = 1
+        try:
+            while (message := messages.read(connection)) is not None:
+                waiting.put(message)
+            status = 0
+        except Exception:
+            log.exception("a message of rank 0 cannot be read")
+        finally:
+            os._exit(status)  # also while a forward waits for another rank
 
     threading.Thread(target=take, name="rank-0", daemon=True).start()
     start = waiting.get()

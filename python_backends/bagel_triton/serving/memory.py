@@ -16,6 +16,7 @@ import msgspec
 from bagel_triton.deploy.config import ALL_LAYERS_GB, ConfigError, DeployConfig, Quantization
 from bagel_triton.ipc.host_memory import host_memory
 from bagel_triton.ipc.shm import SHM_DIRECTORY
+from bagel_triton.parallel import sizes as rank_sizes
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import TEXT2IMG, GenerationRequest
 from bagel_triton.protocol.validation import resolve_flow
@@ -52,9 +53,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the checkpoint or an argument is wrong, or the device does not answer.
     """
+    from bagel_triton.weights.checkpoint import inspect
+
     folder = flags.checkpoint(args.checkpoint, args.revision)
     try:
-        for half in by_device(_configuration(args, folder)):
+        config = _configuration(args, folder)
+        rank_sizes.check(config, inspect(folder).language)
+        for half in by_device(config):
             _show(half, folder, args)
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error

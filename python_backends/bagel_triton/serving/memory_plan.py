@@ -141,8 +141,10 @@ def plan(
     adapters += later_adapters(config) * largest_bytes(model.language, config.max_lora_rank or USUAL_RANK, dtype)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
-    # The other ranks' heads of it; on a GPU they are elsewhere.
-    rank_heads = [kv_heads_of(model.language, rank, ranks[0].tensor) for rank in range(1, ranks[0].tensor)]
+    # The other ranks' heads of it; on a GPU they are elsewhere. In one process the thinker's ranks may be the DiT's.
+    meets = ranks[1] if one_process and ranks[0].tensor == ranks[1].tensor > 1 else ranks[0]
+    prefilling = meets.tensor * meets.ulysses
+    rank_heads = [kv_heads_of(model.language, rank, prefilling) for rank in range(1, prefilling)]
     rank_pools = 0 if on_gpu else pool * sum(own.stop - own.start for own in rank_heads) // model.language.num_kv_heads
     images = config.dit.max_num_seqs
     latents = latent_tokens(model, height, width)
