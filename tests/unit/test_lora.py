@@ -74,6 +74,17 @@ def merged(tmp_path: Path) -> Callable[[Tensors, float], Path]:
         ({}, -0.5, -0.5 * ALPHA / RANK),
         ({"use_rslora": True}, 1.0, ALPHA / math.sqrt(RANK)),
         ({"alpha_pattern": {"k_proj|q_proj_moe_gen|up_proj|down_proj|fc2": 2.0}}, 1.0, 2.0 / RANK),
+        ({"alpha_pattern": {".*": 0}}, 1.0, 0.0),
+        ({"r": 8, "rank_pattern": {".*": RANK}}, 1.0, ALPHA / RANK),
+        # What PEFT writes of an adapter's training changes nothing.
+        (
+            {
+                **{"init_lora_weights": "gaussian", "target_modules": ["q_proj"], "runtime_config": {"x": 1}},
+                **{"inference_mode": True, "peft_version": "0.21.2", "qalora_group_size": 16, "use_dora": False},
+            },
+            1.0,
+            ALPHA / RANK,
+        ),
     ],
 )
 @pytest.mark.parametrize("quantization", [None, "int8"])
@@ -164,6 +175,13 @@ DOWN = f"base_model.model.{LAYER}.mlp.down_proj.lora_A.weight"
         (field(use_dora=True), "use_dora=True is not allowed"),
         (field(bias="all"), "bias='all' is not allowed; allowed: 'none'"),
         (field(modules_to_save=["lm_head"]), "modules_to_save=['lm_head'] is not allowed"),
+        # Parts of the weights were taken out of them, it counts on tokens, or nothing is known of it.
+        (field(init_lora_weights="pissa_niter_16"), "init_lora_weights='pissa_niter_16' is not allowed"),
+        (field(alora_invocation_tokens=[5]), "alora_invocation_tokens=[5] is not allowed; allowed: null, false"),
+        (field(use_something_new=True), "use_something_new=True is not allowed; allowed: null, false"),
+        (field(r=8), "have rank 4; adapter_config.json says 8"),
+        (field(rank_pattern={"down_proj": 2}), "down_proj have rank 4; adapter_config.json says 2"),
+        (field(rank_pattern=[2]), "rank_pattern=[2] is not allowed; allowed: numbers by patterns"),
         (field(lora_alpha="x"), "lora_alpha='x' is not allowed; allowed: a number"),
         (field(lora_alpha=1e308), "lora_alpha=1e+308 is not allowed; allowed: a number"),
         (field(alpha_pattern={"(": 2.0}), "alpha_pattern={'(': 2.0} is not allowed; allowed: numbers by patterns"),
@@ -176,13 +194,21 @@ DOWN = f"base_model.model.{LAYER}.mlp.down_proj.lora_A.weight"
         (tensors(lambda held: held.update({DOWN: held[DOWN][:, :9]})), "the checkpoint's is [96, 160]"),
         (tensors(lambda held: held[DOWN].fill_(math.nan)), "has NaN or infinite values"),
         (
+            tensors(lambda held: held.update({DOWN: held[DOWN].double().fill_(1e300)})),  # beyond float32
+            "has NaN or infinite values",
+        ),
+        (
+            tensors(lambda held: held.update({DOWN.replace("A.", "A.default."): held[DOWN].clone()})),
+            "is there under two names",
+        ),
+        (
             tensors(lambda held: held.update({"x.lora_embedding_A": torch.ones(3)})),
             "is not allowed; allowed",
         ),
         (
             tensors(
                 lambda held: held.update(
-                    {f"base_model.model.x.lora_{side}.weight": torch.ones(3, 3) for side in ("A", "B")}
+                    {f"base_model.model.x.lora_{side}.weight": torch.ones(RANK, RANK) for side in ("A", "B")}
                 )
             ),
             "adapts x, which is no module of the checkpoint",

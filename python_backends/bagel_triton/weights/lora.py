@@ -22,9 +22,18 @@ from bagel_triton.weights.validation import DTYPES, is_finite
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Fields of an adapter's configuration that have to be off.
-MAX_ALPHA = 1e6
-_OFF = ("use_dora", "modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias", "trainable_token_indices")
+MAX_ALPHA, DEFAULT_ALPHA = 1e6, 8  # the default is PEFT's
+# Ways to begin a training that leave the adapted weights as they are. Others, PiSSA's for one, take a part out of them.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Fields of an adapter's configuration that are read, and those that change nothing once it is trained. Any other has
+# to be off: it may be one that changes what an adapter computes.
+_READ = ("peft_type", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "bias", "init_lora_weights")
+_NEUTRAL = (
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
+    *("lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
+    *("runtime_config", "target_modules", "task_type", "velora_config"),
+)
 
 
 class Adapter:
@@ -46,10 +55,12 @@ class Adapter:
                     f"{files.file(name)}: tensor {name} ({files.dtype(name)}) is not allowed; "
                     "allowed: base_model.model.MODULE.lora_A.weight and lora_B.weight, of floating-point numbers"
                 )
-            tensor = files.tensor(name)
+            tensor = files.tensor(name).float()
             if not is_finite(tensor):
                 raise CheckpointError(f"{files.file(name)}: tensor {name} has NaN or infinite values")
-            pairs.setdefault(found[1], {})[found[2]] = tensor.float()
+            if found[2] in pairs.setdefault(found[1], {}):
+                raise CheckpointError(f"{files.file(name)}: tensor {name} is there under two names")
+            pairs[found[1]][found[2]] = tensor
         if not pairs:
             raise CheckpointError(f"{files.file()} has no tensors")
         self.updates: dict[str, tuple[Tensor, Tensor]] = {}
@@ -63,6 +74,11 @@ class Adapter:
             if not shapes[0][0]:
                 raise CheckpointError(f"{files.file()}: lora_A and lora_B of {module} have rank 0; allowed: 1 or more")
             down, up = pair["A"], pair["B"]
+            said = _matching(self._config.get("rank_pattern"), module, self._config.get("r"))
+            if said not in (None, len(down)):
+                raise CheckpointError(
+                    f"{files.file()}: lora_A and lora_B of {module} have rank {len(down)}; {CONFIG_FILE} says {said}"
+                )
             self.updates[f"{module}.weight"] = down * (scale * self._scaling(module, len(down))), up
         self.identity = (*files.identity, FileIdentity(f"scale {scale!r}", 0, 0))
 
@@ -91,14 +107,14 @@ class Adapter:
         return Adapted(weight, *self.updates[name]) if name in self.updates else weight
 
     def _scaling(self, module: str, rank: int) -> float:
-        alpha = _matching(self._config.get("alpha_pattern"), module) or self._config.get("lora_alpha", rank)
+        alpha = _matching(self._config.get("alpha_pattern"), module, self._config.get("lora_alpha", DEFAULT_ALPHA))
         return float(alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
 
 
-def _matching(patterns: Any, module: str) -> Any:
-    """The value of the first of PEFT's ``patterns`` that is the end of a ``module``'s name."""
+def _matching(patterns: Any, module: str, default: Any) -> Any:
+    """The value of the first of PEFT's ``patterns`` that is the end of a ``module``'s name; else ``default``."""
     return next(
-        (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", module)), None
+        (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", module)), default
     )
 
 
@@ -112,14 +128,22 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: peft_type={kind!r} is not allowed; allowed: 'LORA'")
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias={config['bias']!r} is not allowed; allowed: 'none'")
-    for name in _OFF:
-        if config.get(name):
+    for name in config:
+        if name not in _READ and name not in _NEUTRAL and config[name]:
             raise CheckpointError(f"{path}: {name}={config[name]!r} is not allowed; allowed: null, false")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
-        allowed = "numbers by patterns of names"
-        raise CheckpointError(f"{path}: alpha_pattern={patterns!r} is not allowed; allowed: {allowed}")
-    alphas = {"lora_alpha": config.get("lora_alpha", 1)} | {f"alpha_pattern[{key}]": patterns[key] for key in patterns}
+    if (init := config.get("init_lora_weights")) not in _INITS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights={init!r} is not allowed: such an adapter belongs to changed weights; allowed: "
+            f"{', '.join(map(repr, _INITS))} (PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) "
+            "writes it as one of the unchanged weights)"
+        )
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, given in patterns.items():
+        if not isinstance(given, dict) or not all(map(_is_pattern, given)):
+            allowed = "numbers by patterns of names"
+            raise CheckpointError(f"{path}: {name}={given!r} is not allowed; allowed: {allowed}")
+    alphas = {f"alpha_pattern[{key}]": alpha for key, alpha in patterns["alpha_pattern"].items()}
+    alphas["lora_alpha"] = config.get("lora_alpha", DEFAULT_ALPHA)
     for name, alpha in alphas.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
             raise CheckpointError(f"{path}: {name}={alpha!r} is not allowed; allowed: a number up to {MAX_ALPHA:g}")
