@@ -132,6 +132,31 @@ def weights(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
+def settings(**changes: Any) -> Callable[[Path], None]:
+    """Change what the configuration says of the whole."""
+
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def group(**changes: Any) -> Callable[[Path], None]:
+    """Change what the configuration says of its group."""
+
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -155,6 +180,16 @@ def weights(**changes: Any) -> Callable[[Path], None]:
         (weights(symmetric=False), "format='int-quantized' with other settings"),
         (weights(strategy="tensor"), "format='int-quantized' with other settings"),
         (weights(num_bits=4), "format='int-quantized' with other settings"),
+        (weights(dynamic=True), "quantization_config has dynamic=True, which is not read"),
+        (settings(config_groups={}), "format='int-quantized' with other settings"),
+        (settings(transform_config={"R1": {}}), "quantization_config has transform_config={'R1': {}}, which is not"),
+        (settings(sparsity_config={"format": "sparse-24"}), "quantization_config has sparsity_config={'format'"),
+        (settings(kv_cache_scheme={"num_bits": 8}), "quantization_config has kv_cache_scheme={'num_bits': 8}, which"),
+        (settings(quant_method=None, load_in_8bit=True), "quantization_config is that of quant_method='bitsandbytes'"),
+        (group(output_activations=ROWS), "quantization_config has output_activations="),
+        (group(input_activations={**ROWS, "type": "float"}), "format='int-quantized' with other settings"),
+        (group(input_activations={**ROWS, "num_bits": 4}), "format='int-quantized' with other settings"),
+        (group(format="pack-quantized"), "format='int-quantized' with other settings"),
     ],
 )
 def test_files_that_are_not_what_they_say_are_refused(
@@ -168,8 +203,25 @@ def test_files_that_are_not_what_they_say_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_scale_that_is_no_number_is_found_while_it_is_loaded(tmp_path: Path) -> None:
+def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    write(TINY, tmp_path / "out", "int8")
+    neutral = {
+        "version": "0.15",
+        "kv_cache_scheme": None,
+        "transform_config": {},
+        "sparsity_config": {"format": "dense"},
+    }
+    settings(**neutral)(tmp_path / "out")
+    weights(observer="mse", observer_kwargs={"x": 1}, scale_dtype="torch.float32", actorder=None)(tmp_path / "out")
+    group(output_activations=None, format="int-quantized", input_activations=ROWS)(tmp_path / "out")
+    found = Checkpoint(tmp_path / "out").form(None)
+    assert found is not None
+    assert found.name == "int8_w8a8"
+
+
+@pytest.mark.parametrize("name", [f"{GATE}.weight_scale", "language_model.model.layers.1.self_attn.q_proj.bias"])
+def test_a_scale_or_bias_that_is_no_number_is_found_while_it_is_loaded(tmp_path: Path, name: str) -> None:
     write(TINY, tmp_path / "out", "fp8")
-    tensors(lambda held: held[f"{GATE}.weight_scale"].fill_(float("inf")))(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=rf"tensor {GATE}.weight_scale has NaN or infinite values"):
+    tensors(lambda held: held[name].fill_(float("inf")))(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=rf"tensor {name} has NaN or infinite values"):
         Checkpoint(tmp_path / "out").load_bagel(CPU, torch.float32)

@@ -287,7 +287,8 @@ class Checkpoint:
         except validation.NotFinite as error:
             shape = tuple(module.state_dict()[error.parameter].shape)
             names = [*stored_tensors(error.parameter, shape, self.config.language)]
-            if error.parameter.rpartition(".")[0] in layers and self._stored is not None:
+            layer, _, kind = error.parameter.rpartition(".")
+            if layer in layers and kind == "weight" and self._stored is not None:
                 names = [*(self._coded(name) for name in names), *_scales(names)]
             raise _not_finite(files, names) from error
         module.load_state_dict(state, assign=True)

@@ -8,7 +8,7 @@ is stored alike under a method of our own. Read by the request planner, so nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,17 @@ _MAKERS = (
     (re.compile(r"weight_scale_inv"), "blocks of float8, as DeepSeek's are"),
     (re.compile(r"encoded_exponent|sign_mantissa|output_positions|split_positions|\.luts$"), "DFloat11"),
     (re.compile(r"weight_packed|weight_scale|zero_point|input_scale"), "compressed-tensors or ModelOpt"),
+)
+# compressed-tensors' settings that are read, and those that change nothing. Any other has to be off: a transform or
+# sparsity that is not applied makes noise of the weights.
+_SETTINGS = (
+    *("quant_method", "format", "config_groups", "quantization_status", "ignore"),
+    *("version", "global_compression_ratio"),
+)
+_GROUP_SETTINGS = ("targets", "weights", "input_activations", "format")
+_NUMBERS = (
+    *("num_bits", "type", "symmetric", "strategy", "group_size"),
+    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
 )
 _QUANTISED = re.compile(r"scale|quant(?!_conv)|zero_point")
 
@@ -104,34 +115,51 @@ def config_of(form: StoredForm) -> dict[str, Any]:
 
 def _read(file: str, config: Any) -> StoredForm:
     config = config if isinstance(config, dict) else {}
-    method = config.get("quant_method", "bitsandbytes" if config.get("load_in_4bit") else None)
-    refused = CheckpointError(f"{file}: {FIELD} is that of quant_method={method!r}; {USE_DENSE}")
+    if (method := config.get("quant_method")) is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        method = "bitsandbytes"
     if method not in (COMPRESSED_TENSORS, OWN):
-        raise refused
+        raise CheckpointError(f"{file}: {FIELD} is that of quant_method={method!r}; {USE_DENSE}")
+    other = (
+        "one group of symmetric weights, a scale for each output row in eight bits or for each group of inputs in four"
+    )
+    refused = CheckpointError(
+        f"{file}: {FIELD} has format={config.get('format')!r} with other settings than {other}; {USE_DENSE}"
+    )
     try:
-        groups = [*config["config_groups"].values()]
-        weights, rows = groups[0]["weights"], groups[0].get("input_activations")
-        bits, kind, format_ = weights["num_bits"], weights["type"], config["format"]
-        group = weights.get("group_size")
+        (group,) = config["config_groups"].values()
+        weights, rows, format_ = group["weights"], group.get("input_activations"), config["format"]
+        size, kind = weights.get("group_size"), weights["type"]
         found = {
             ("int-quantized", 8, "int"): "int8",
             ("float-quantized", 8, "float"): "fp8",
             ("pack-quantized", 4, "int"): "int4",
             ("nf4", 4, "int"): "nf4",
-        }.get((format_, bits, kind))
+        }[format_, weights["num_bits"], kind]
+        unread = [
+            *_unread(config, _SETTINGS),
+            *_unread(group, _GROUP_SETTINGS),
+            *_unread(weights, _NUMBERS),
+            *_unread(rows or {}, (*_NUMBERS, "dynamic")),
+        ]
         if found in ("int8", "fp8") and rows is not None:
             found += "_w8a8"
-            known = rows.get("dynamic") is True and rows.get("strategy") == "token" and rows.get("symmetric") is True
+            read = [rows.get(name) for name in ("num_bits", "type", "dynamic", "strategy", "symmetric")]
+            known = read == [8, kind, True, "token", True]
         else:
             known = rows is None
         strategy = "group" if found in ("int4", "nf4") else "channel"
-        power_of_two = strategy == "channel" or (isinstance(group, int) and group >= 8 and group & (group - 1) == 0)
-        known = known and weights.get("strategy") == strategy and power_of_two and weights.get("actorder") is None
-        if len(groups) != 1 or found is None or not known or weights.get("symmetric") is not True:
-            raise ValueError
+        power_of_two = strategy == "channel" or (isinstance(size, int) and size >= 8 and size & (size - 1) == 0)
+        known = known and group.get("format") in (None, format_) and weights.get("strategy") == strategy
+        if not known or not power_of_two or weights.get("symmetric") is not True:
+            raise refused
     except (LookupError, AttributeError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{file}: {FIELD} has format={config.get('format')!r} with other settings than one group of symmetric "
-            f"weights, a scale for each output row in eight bits or for each group of inputs in four; {USE_DENSE}"
-        ) from None
-    return StoredForm(found, group if strategy == "group" else None)
+        raise refused from None
+    if unread:
+        raise CheckpointError(f"{file}: {FIELD} has {', '.join(unread)}, which is not read; {USE_DENSE}")
+    return StoredForm(found, size if strategy == "group" else None)
+
+
+def _unread(settings: dict[str, Any], known: Collection[str]) -> list[str]:
+    """The ``settings`` that are on and not ``known``, with their values."""
+    dense = {"sparsity_config"} if (settings.get("sparsity_config") or {}).get("format") == "dense" else set()
+    return [f"{name}={value!r}" for name, value in settings.items() if value and name not in {*known, *dense}]
