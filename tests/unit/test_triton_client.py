@@ -15,9 +15,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
 from bagel_triton.openai.settings import ProxySettings
+from bagel_triton.protocol.adapters import AdapterCall
 from bagel_triton.protocol.errors import BagelError, Internal, InvalidRequest, StageUnavailable
 from bagel_triton.protocol.events import encode_event
 from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.sleep import SleepCall
 from bagel_triton.protocol.tensors import from_tensors
 from bagel_triton.triton.client import StageResponse, TritonClient
 from tests.support.stage_process import PREFIX, AnnouncedProcess, announced_in
@@ -235,6 +237,30 @@ def test_an_orchestrator_that_dies_is_not_waited_for(shm: Path) -> None:
         orchestrator.kill()
         with pytest.raises(StageUnavailable, match=r"^bagel died$"):
             await asyncio.wait_for(anext(responses), 5)
+
+    with AnnouncedProcess(shm, "bagel") as orchestrator:
+        play(service, die, shm_prefix=PREFIX)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.sleep(SleepCall("sleep")),
+        lambda client: client.adapters(AdapterCall("load", "style", "style")),
+    ],
+)
+def test_one_that_dies_during_a_change_of_the_server_is_not_waited_for(
+    shm: Path, call: Callable[[TritonClient], Awaitable[Any]]
+) -> None:
+    service = Service([HANG])
+
+    async def die(client: TritonClient) -> None:
+        change = asyncio.ensure_future(call(client))
+        while not service.requests:
+            await asyncio.sleep(0.01)
+        orchestrator.kill()
+        with pytest.raises(StageUnavailable, match=r"^bagel died$"):
+            await asyncio.wait_for(change, 5)
 
     with AnnouncedProcess(shm, "bagel") as orchestrator:
         play(service, die, shm_prefix=PREFIX)

@@ -178,29 +178,35 @@ class TritonClient:
     async def _next(self, responses: Any, alive: Callable[[], bool]) -> StageResponse | None:
         """The next response; ``None`` at the end of the stream."""
         timeout_s = self._settings.silence_timeout_s
-        reading = asyncio.create_task(_read(responses))
         try:
             async with asyncio.timeout(timeout_s):
-                lived = True
-                while not (await asyncio.wait({reading}, timeout=WATCH_S))[0]:
-                    # Twice, so that responses sent before its death are still read.
-                    if not (lived or alive()):
-                        raise StageUnavailable(f"{ORCHESTRATOR} died")
-                    lived = alive()
-            if (answer := reading.result()) is None:
-                return None
+                answer = await self._while_alive(responses, alive)
         except TimeoutError as timeout:
             raise StageUnavailable(f"{ORCHESTRATOR} was silent for {timeout_s:g} s") from timeout
-        except grpc.RpcError as broken:
-            raise rpc_failure(self._settings.triton_grpc, broken)[0] from broken
-        finally:
-            reading.cancel()
+        if answer is None:
+            return None
         if answer.error_message:
             typed = from_text(answer.error_message)
             if isinstance(typed, Cancelled):  # not by this client, which would not be listening
                 raise StageUnavailable(f"{ORCHESTRATOR} is being stopped")
             raise typed
         return _decode(InferResult(answer.infer_response))
+
+    async def _while_alive(self, responses: Any, alive: Callable[[], bool]) -> Any | None:
+        """The next message, while :data:`ORCHESTRATOR` lives; ``None`` at the end of the stream."""
+        reading = asyncio.create_task(_read(responses))
+        try:
+            lived = True
+            while not (await asyncio.wait({reading}, timeout=WATCH_S))[0]:
+                # Twice, so that responses sent before its death are still read.
+                if not (lived or alive()):
+                    raise StageUnavailable(f"{ORCHESTRATOR} died")
+                lived = alive()
+            return reading.result()
+        except grpc.RpcError as broken:
+            raise rpc_failure(self._settings.triton_grpc, broken)[0] from broken
+        finally:
+            reading.cancel()
 
     async def readiness(self) -> Readiness:
         channel, remote, prefix = self._connected(), self._settings.remote, self._settings.shm_prefix
@@ -252,9 +258,7 @@ class TritonClient:
         message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)
         responses = stream(_once(message.SerializeToString()))
         try:
-            answer = await _read(responses)
-        except grpc.RpcError as broken:
-            raise rpc_failure(self._settings.triton_grpc, broken)[0] from broken
+            answer = await self._while_alive(responses, self._watch())
         finally:
             responses.cancel()
         if answer is None:
