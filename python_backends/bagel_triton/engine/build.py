@@ -38,7 +38,7 @@ from bagel_triton.protocol.adapters import folder_below
 from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
-from bagel_triton.weights.adapters import adapter_bytes, load_adapter
+from bagel_triton.weights.adapters import adapter_bytes, files_state, load_adapter
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import SharedWeights, shared_weights
 
@@ -129,17 +129,22 @@ class StageResources:
     def load_adapters(self) -> Mapping[str, LoraAdapter]:
         """The adapters that requests may name, by name, in memory of this process; :meth:`adapt` changes them.
 
-        One that was loaded while the server ran, and cannot be loaded again, is left out.
+        One whose files have changed since they were loaded is left out: other stages may still have what it was.
         """
-        for name, folder in self._table.folders.items():
+        for name, (folder, state) in self._table.entries.items():
             if name not in self._adapters:
                 try:
+                    now = files_state(folder)
+                    if state and now != state:
+                        raise CheckpointError(f"the files in {folder} have changed since the adapter was loaded")
                     self._adapters[name] = self._load_adapter(name, folder)
-                except CheckpointError:
-                    if self.config.lora_modules.get(name) == folder:
+                except CheckpointError as error:
+                    if not state:
                         raise
-                    log.exception("the adapter %r is not loaded again", name)
+                    log.error("the adapter %r is not loaded again: %s", name, error)
                     self._table.remove(name)
+                else:
+                    self._table.add(name, folder, now)
         return self._adapters
 
     @property
@@ -173,12 +178,13 @@ class StageResources:
             if needed > free:
                 sizes = f"it needs {needed / MIB:.1f} MiB, and {free / MIB:.1f} MiB of the host's memory are free"
                 raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {sizes}", "lora_path")
+            state = files_state(folder)
             self._adapters[name] = self._load_adapter(name, folder)
         except CheckpointError as error:
             raise InvalidRequest(f"lora_path={path!r} is not allowed: {error}", "lora_path") from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {error}", "lora_path") from error
-        self._table.add(name, folder)
+        self._table.add(name, folder, state)
 
     def _load_adapter(self, name: str, folder: str) -> LoraAdapter:
         place = self.placement

@@ -1,7 +1,8 @@
 """The LoRA adapters of a server, as all of its processes see them, and which of them requests are using.
 
 A file in shared memory, ``PREFIX_adapters_OWNER``, has each owner's folders by name, from its first change on: the
-orchestrator's is what requests may name, a stage's is what it loads when it is started again.
+orchestrator's is what requests may name, a stage's is what it loads when it is started again, if the files are in the
+state that it loaded them in.
 ``PREFIX_adapter_HASH`` carries a shared lock of every request that uses the adapter of that name. The kernel drops the
 locks of a process that dies.
 """
@@ -32,27 +33,32 @@ class AdapterTable(Collection[str]):
         self._writing = threading.Lock()
 
     @property
+    def entries(self) -> dict[str, tuple[str, str]]:
+        """The folder of each adapter and the state of its files, empty where that is not known, by name."""
+        try:
+            return {name: (folder, state) for name, (folder, state) in json.loads(self._path.read_text()).items()}
+        except FileNotFoundError:
+            return {name: (folder, "") for name, folder in self._initial.items()}
+
+    @property
     def folders(self) -> dict[str, str]:
         """The folder of each adapter, by name."""
-        try:
-            return dict(json.loads(self._path.read_text()))
-        except FileNotFoundError:
-            return dict(self._initial)
+        return {name: folder for name, (folder, _) in self.entries.items()}
 
     @property
     def added(self) -> dict[str, str]:
         """Those that are not initial."""
         return {name: folder for name, folder in self.folders.items() if self._initial.get(name) != folder}
 
-    def add(self, name: str, folder: str) -> None:
-        """Add an adapter, or give it another folder."""
+    def add(self, name: str, folder: str, state: str = "") -> None:
+        """Add an adapter, or give it another folder, whose files are in ``state``."""
         with self._writing:
-            self._write({**self.folders, name: folder})
+            self._write({**self.entries, name: (folder, state)})
 
     def remove(self, name: str) -> None:
         """Take an adapter out."""
         with self._writing:
-            self._write({known: folder for known, folder in self.folders.items() if known != name})
+            self._write({known: entry for known, entry in self.entries.items() if known != name})
 
     def reset(self) -> None:
         """Forget all changes."""
@@ -93,7 +99,7 @@ class AdapterTable(Collection[str]):
         path = self._directory / f"{self._prefix}_adapter_{digest}"
         return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def _write(self, folders: Mapping[str, str]) -> None:
+    def _write(self, entries: Mapping[str, tuple[str, str]]) -> None:
         unfinished = self._path.with_name(f"{self._path.name}.new")
-        unfinished.write_text(json.dumps(folders))
+        unfinished.write_text(json.dumps(entries))
         unfinished.rename(self._path)

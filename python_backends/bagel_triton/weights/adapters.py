@@ -12,8 +12,8 @@ from bagel_triton.model.config import CheckpointError, LanguageConfig
 from bagel_triton.model.lora import LoraAdapter, LowRank, Projection
 from bagel_triton.model.quantization import QUANTIZED
 from bagel_triton.weights.checkpoint import EXPERT_SUFFIX, EXPERT_TENSORS
-from bagel_triton.weights.files import TensorFiles
-from bagel_triton.weights.lora import TENSORS_FILE, Adapter
+from bagel_triton.weights.files import FileIdentity, TensorFiles
+from bagel_triton.weights.lora import CONFIG_FILE, TENSORS_FILE, Adapter
 
 Place = tuple[int, bool, Projection]  # a layer, whether it is the generation expert's, and a projection
 
@@ -61,6 +61,15 @@ def adapter_bytes(directory: str | Path, dtype: torch.dtype) -> int:
     """
     shapes = TensorFiles([Path(directory) / TENSORS_FILE]).shapes()
     return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+
+def files_state(directory: str | Path) -> str:
+    """A text that is another one once the files of the adapter in ``directory`` have changed; empty without them."""
+    try:
+        files = [FileIdentity.of(Path(directory) / name) for name in (CONFIG_FILE, TENSORS_FILE)]
+    except OSError:
+        return ""
+    return " ".join(f"{file.path} {file.size} {file.modified_ns}" for file in files)
 
 
 def largest_bytes(config: LanguageConfig, rank: int, dtype: torch.dtype) -> int:
