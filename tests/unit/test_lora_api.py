@@ -138,6 +138,7 @@ def test_an_adapter_comes_and_goes() -> None:
         ({"lora_path": "x"}, "lora_name"),
         ({"lora_name": "x"}, "lora_path"),
         ({"lora_name": "bagel", "lora_path": "x"}, "lora_name"),
+        ({"lora_name": "bagel:style", "lora_path": "x"}, "lora_name"),  # as which requests name ``style``
         ({"lora_name": " x", "lora_path": "x"}, "lora_name"),
         ({"lora_name": "x", "lora_path": 1}, "lora_path"),
         ({"lora_name": "x", "lora_path": "x", "load_inplace": True}, "load_inplace"),

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from bagel_triton.openai.admin import ADAPTER_PATHS, check_key, json_body
 from bagel_triton.openai.endpoint import Api, unless_gone
-from bagel_triton.protocol.adapters import AdapterCall, check_name
+from bagel_triton.protocol.adapters import AdapterCall, check_name, is_a_models
 from bagel_triton.protocol.errors import InvalidRequest
 
 # Fields of vLLM's bodies beside these two, and their only values with an effect like its own.
@@ -29,8 +29,9 @@ def routes(api: Api) -> list[Route]:
     @api.endpoint
     async def load(request: Request) -> Response:
         name, path = await _fields(request, "lora_name", "lora_path")
-        if name in api.settings.served_model_names:
-            raise InvalidRequest.value("lora_name", name, "another name than those of the model")
+        if is_a_models(name, api.settings.served_model_names):
+            allowed = "another name than those of the model, and none that begins with one of them and a colon"
+            raise InvalidRequest.value("lora_name", name, allowed)
         await unless_gone(request, api.change_adapters(AdapterCall("load", name, path)))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,11 @@ def check_name(name: str) -> None:
     if not name or len(name) > MAX_NAME or not name.isprintable() or name != name.strip():
         allowed = f"1 to {MAX_NAME} characters that print, without blanks around them"
         raise InvalidRequest.value("lora_name", name, allowed)
+
+
+def is_a_models(name: str, models: Collection[str]) -> bool:
+    """Whether a request's ``model`` of this ``name`` is one of ``models``, or MODEL:NAME, an adapter by both names."""
+    return any(name == model or name.startswith(f"{model}:") for model in models)
 
 
 def folder_below(root: str, path: str) -> str:

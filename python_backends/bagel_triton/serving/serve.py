@@ -27,6 +27,7 @@ from bagel_triton.ipc import shm as shared_memory
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.parallel import sizes
+from bagel_triton.protocol.adapters import is_a_models
 from bagel_triton.protocol.errors import format_value
 from bagel_triton.protocol.messages import LATENT_STRIDE
 from bagel_triton.serving import CommandError, flags, machine, memory, rendezvous, tritonserver
@@ -247,7 +248,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     checkpoint = flags.checkpoint(options.checkpoint, options.revision)
     config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
     if config.lora_path:
-        config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).resolve()))
+        config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).expanduser().resolve()))
     if config.lora_dir:
         if not Path(config.lora_dir).expanduser().is_dir():
             raise CommandError(f"--lora-dir={config.lora_dir} is not a folder")
@@ -255,8 +256,9 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     modules = {name: str(Path(folder).resolve()) for name, folder in config.lora_modules.items()}
     config = msgspec.structs.replace(config, lora_modules=modules)
     names = options.model_names(checkpoint)
-    if twice := sorted({*names} & {*modules}):
-        raise CommandError(f"--lora-modules={twice[0]} is a name of the model as well; allowed: another name")
+    if twice := sorted(name for name in modules if is_a_models(name, names)):
+        allowed = "another name, and none that begins with one of the model's and a colon"
+        raise CommandError(f"--lora-modules={twice[0]} is a name of the model as well; allowed: {allowed}")
     if options.omni_lb_policy is not None:
         bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
         config = msgspec.structs.replace(config, bagel=bagel)
