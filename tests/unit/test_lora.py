@@ -138,6 +138,17 @@ def test_quantize_merges_it_and_takes_none_afterwards(tmp_path: Path, capsys: py
     assert "is quantised, as nf4, and takes no adapter" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("scale", ["nan", "1e300"])
+def test_a_scale_that_makes_no_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: str
+) -> None:
+    adapter, _ = write_adapter(tmp_path / "adapter")
+    given = ["--lora-path", str(adapter), "--lora-scale", scale]
+    assert cli.main(["quantize", str(TINY), str(tmp_path / "out"), *given]) == 1
+    assert "has values beyond float32 times" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_deploy_file_names_it_for_all_stages(tmp_path: Path) -> None:
     path = tmp_path / "deploy.yaml"
     path.write_text("stages: [{stage_id: 1, lora_path: a, lora_scale: 0.5}]")

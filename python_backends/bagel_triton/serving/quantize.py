@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = flags.checkpoint(args.checkpoint, args.revision)
 
+    from bagel_triton.serving.memory_plan import readable
     from bagel_triton.weights.quantize import write
 
     try:
@@ -36,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
         size = write(folder, args.output, args.quantization, adapter)
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
-    print(f"wrote {args.output}: the transformer in {args.quantization} takes {size / 1e9:.2f} GB")
+    print(f"wrote {args.output}: the transformer in {args.quantization} takes {readable(size)}")
     return 0

@@ -79,7 +79,10 @@ class Adapter:
                 raise CheckpointError(
                     f"{files.file()}: lora_A and lora_B of {module} have rank {len(down)}; {CONFIG_FILE} says {said}"
                 )
-            self.updates[f"{module}.weight"] = down * (scale * self._scaling(module, len(down))), up
+            scaling = scale * self._scaling(module, len(down))
+            if not is_finite(down := down * scaling):
+                raise CheckpointError(f"{files.file()}: lora_A of {module} has values beyond float32 times {scaling:g}")
+            self.updates[f"{module}.weight"] = down, up
         self.identity = (*files.identity, FileIdentity(f"scale {scale!r}", 0, 0))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
