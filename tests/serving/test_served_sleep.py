@@ -92,6 +92,19 @@ def test_requests_in_flight_end_and_later_ones_wait_for_the_wake(sleepy: Server)
 
 
 @pytest.mark.long
+def test_a_client_that_leaves_calls_its_sleep_off_while_requests_run(sleepy: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(sleepy.chat, image_body({**IMAGE, "num_inference_steps": 1000, "n": 4}, seed=2))
+        assert soon(lambda: sleepy.gauge("bagel_requests_active") > 0)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{sleepy.url}/v1/sleep", headers=ADMIN, timeout=0.5, trust_env=False)
+        assert soon(lambda: health(sleepy) == (200, "ready"))
+        assert not running.done()
+        assert running.result().status_code == 200
+    assert health(sleepy) == (200, "ready")
+
+
+@pytest.mark.long
 def test_a_stage_that_dies_in_its_sleep_comes_back_asleep(sleepy: Server) -> None:
     if not [name for name in shared_files(sleepy) if "_stage_dit" in name]:
         pytest.skip("one process has every stage")

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bagel_triton.openai.admin import check_key, json_body
-from bagel_triton.openai.endpoint import Api
+from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.sleep import Level, SleepCall, SleepState
 
@@ -18,26 +18,26 @@ from bagel_triton.protocol.sleep import Level, SleepCall, SleepState
 def routes(api: Api) -> list[Route]:
     """The routes."""
 
-    async def change(call: SleepCall) -> SleepState:
+    async def change(request: Request, call: SleepCall) -> SleepState:
         check_key(api)
-        return await api.client.sleep(call)
+        return await unless_gone(request, api.client.sleep(call))
 
     @api.endpoint
     async def state(request: Request) -> Response:
-        return _json(await change(SleepCall("state")))
+        return _json(await change(request, SleepCall("state")))
 
     @api.endpoint
     async def sleep(request: Request) -> Response:
-        return _json(await change(SleepCall("sleep", await _level(request))))
+        return _json(await change(request, SleepCall("sleep", await _level(request))))
 
     @api.endpoint
     async def wake(request: Request) -> Response:
         _check_query(request, ())
-        return _json(await change(SleepCall("wake")))
+        return _json(await change(request, SleepCall("wake")))
 
     @api.endpoint
     async def is_sleeping(request: Request) -> Response:
-        found = await change(SleepCall("state"))
+        found = await change(request, SleepCall("state"))
         return JSONResponse({"is_sleeping": found.level > 0})
 
     async def state_or_sleep(request: Request) -> Response:
