@@ -129,22 +129,20 @@ class StageResources:
     def load_adapters(self) -> Mapping[str, LoraAdapter]:
         """The adapters that requests may name, by name, in memory of this process; :meth:`adapt` changes them.
 
-        One whose files have changed since they were loaded is left out: other stages may still have what it was.
+        One that was loaded while the server ran, and whose files have changed since, is left out: other stages may
+        still have what it was.
         """
         for name, (folder, state) in self._table.entries.items():
             if name not in self._adapters:
                 try:
-                    now = files_state(folder)
-                    if state and now != state:
+                    if state and files_state(folder) != state:
                         raise CheckpointError(f"the files in {folder} have changed since the adapter was loaded")
                     self._adapters[name] = self._load_adapter(name, folder)
                 except CheckpointError as error:
-                    if not state:
+                    if not state and name in self.config.lora_modules:
                         raise
                     log.error("the adapter %r is not loaded again: %s", name, error)
                     self._table.remove(name)
-                else:
-                    self._table.add(name, folder, now)
         return self._adapters
 
     @property
