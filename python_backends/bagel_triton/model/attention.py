@@ -97,12 +97,17 @@ class SequenceKV(ABC):
         return out
 
 
+MIN_QUERY_ROWS = 4  # on a CPU
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     """Attention of one sequence's last rows.
 
     query [rows, heads, head_dim], key and value [length, kv_heads, head_dim] -> [rows, heads, head_dim].
     """
     rows, length = query.shape[0], key.shape[0]
+    if rows < MIN_QUERY_ROWS and query.device.type == "cpu":
+        return _attend_few(query, key, value, causal)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, tokens, head_dim]
     mask: Tensor | None = None
     if causal and 1 < rows < length:
@@ -115,6 +120,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         q, k, v, attn_mask=mask, is_causal=causal and rows == length, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def _attend_few(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """:func:`attend` with rows added, which are left out of the result.
+
+    Products of one to three rows depend, on some processors, on where torch's threads have their scratch memory.
+    """
+    rows, length = query.shape[0], key.shape[0]
+    padded = F.pad(query, (0, 0, 0, 0, 0, MIN_QUERY_ROWS - rows))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (padded, key, value))
+    mask: Tensor | None = None
+    if causal and rows > 1:
+        mask = torch.ones(MIN_QUERY_ROWS, length, dtype=torch.bool).tril(length - rows)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.squeeze(0).transpose(0, 1)[:rows]
 
 
 FLASH_3 = "flash_attn_interface"  # FlashAttention's package for Hopper, which torch can call in place of its own kernel
