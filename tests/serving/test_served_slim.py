@@ -25,6 +25,8 @@ def test_a_server_that_only_understands(checkpoint_dir: Path, server: Server) ->
             assert httpx.post(slim.url + path, headers=headers, timeout=60, trust_env=False).status_code == 200
             assert httpx.get(f"{slim.url}/health", trust_env=False).status_code == 200
         assert slim.chat(TEXT).json()["choices"][0]["message"]["content"] == expected
+        listed = httpx.get(f"{slim.url}/v1/models", trust_env=False).json()["data"][0]["architecture"]
+        assert (listed["modality"], listed["output_modalities"]) == ("text+image->text", ["text"])
         refused = slim.chat(image_body(IMAGE, seed=1))
         assert refused.status_code == 400
         assert "load=all" in refused.json()["error"]["message"]

@@ -38,12 +38,6 @@ from bagel_triton.triton.client import Client, TritonClient
 # the key), and the name of a generated file cannot be guessed.
 _OPEN_PATHS = ("/", "/docs", "/openapi.json", "/version", "/health", "/health/live", "/health/ready", "/ping")
 _OPEN_PREFIXES = ("/page/", images.FILES)
-MODALITIES = ("text", "image")
-ARCHITECTURE = {
-    "modality": "text+image->text+image",
-    "input_modalities": list(MODALITIES),
-    "output_modalities": list(MODALITIES),
-}
 METRICS_TIMEOUT_S = 5.0
 
 
@@ -169,7 +163,11 @@ def _model_routes(api: Api) -> list[Route]:
             "root": canonical,
             "parent": None if name in api.settings.served_model_names else canonical,
             "aliases": aliases,
-            "architecture": ARCHITECTURE,
+            "architecture": {
+                "modality": f"text+image->{'+'.join(api.settings.output_modalities)}",
+                "input_modalities": ["text", "image"],
+                "output_modalities": list(api.settings.output_modalities),
+            },
         }
 
     @api.endpoint

@@ -94,8 +94,8 @@ class ProxySettings:
 
     ``triton_grpc`` is ``host:port``. A request for any of ``served_model_names`` is served;
     replies to requests that name none carry the first. ``lora_modules`` are names of adapters, which requests may give
-    in place of the model's, or behind it and a colon. A stream that stays silent for
-    ``silence_timeout_s`` is aborted: it must exceed the time ``bagel`` itself allows a stage.
+    in place of the model's, or behind it and a colon. ``output_modalities`` are what the server makes. A stream that
+    stays silent for ``silence_timeout_s`` is aborted: it must exceed the time ``bagel`` itself allows a stage.
     ``retry_after_s`` is the ``Retry-After`` of an overloaded server. ``fetch_remote`` lets
     requests name images by ``http`` and ``https`` URLs. ``models`` are the Triton models that
     must be ready for the server to be, and ``remote`` those that must be ready at one of the gRPC
@@ -117,6 +117,7 @@ class ProxySettings:
     remote_addresses: Callable[[], Sequence[str]] = tuple
     metrics_url: str | None = None
     lora_modules: tuple[str, ...] = ()
+    output_modalities: tuple[str, ...] = ("text", "image")
     http: HttpOptions = HttpOptions()
 
     def __post_init__(self) -> None:

@@ -339,6 +339,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 remote=deploy.remote_models,
                 remote_addresses=servers.addresses,
                 lora_modules=tuple(deploy.lora_modules),
+                output_modalities=("text",) if deploy.load == "understanding" else ("text", "image"),
                 metrics_url=addresses.metrics_url,
                 max_body_bytes=options.http.max_body_mib * MIB,
                 http=options.http,
