@@ -207,6 +207,20 @@ def test_one_of_a_higher_rank_or_without_memory_for_it_is_refused(
         refusing(prefix, str(folder), max_rank=4).answer(load, never)
 
 
+def test_on_a_gpu_the_memory_that_was_kept_for_adapters_is_not_exceeded(
+    prefix: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free beside it is for activations. No GPU is needed for the sums."""
+    monkeypatch.setattr("bagel_triton.engine.build.on_gpu", lambda device: True)
+    adapters = refusing(prefix, str(folder), max_rank=4)  # room for one, of which ``first`` takes all
+    assert adapters.answer(AdapterCall("load", "new", "first"), never) == AdapterNames(("start", "new"))
+    said = r"^there is no memory for the adapter in 'second': it needs 0\.1 MiB, and 0\.0 MiB are left of the 0\.1 MiB"
+    with pytest.raises(StageUnavailable, match=said):
+        adapters.answer(AdapterCall("load", "more", "second"), never)
+    adapters.answer(AdapterCall("unload", "new"), never)
+    assert adapters.answer(AdapterCall("load", "more", "second"), never) == AdapterNames(("start", "more"))
+
+
 class FakeStage:
     """A stage that takes what it is given, or fails."""
 

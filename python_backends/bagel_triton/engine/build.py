@@ -38,7 +38,7 @@ from bagel_triton.protocol.adapters import folder_below
 from bagel_triton.protocol.errors import InvalidRequest, StageUnavailable
 from bagel_triton.protocol.messages import KVGeometry
 from bagel_triton.telemetry.metrics import Metrics
-from bagel_triton.weights.adapters import adapter_bytes, files_state, load_adapter
+from bagel_triton.weights.adapters import USUAL_RANK, adapter_bytes, files_state, largest_bytes, load_adapter
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.sharing import SharedWeights, shared_weights
 
@@ -171,11 +171,7 @@ class StageResources:
                 "lora_path",
             )
         try:
-            # In float32 while it is read; where none of that were free, the kernel would end this process.
-            needed, free = adapter_bytes(folder, torch.float32), host_memory()
-            if needed > free:
-                sizes = f"it needs {needed / MIB:.1f} MiB, and {free / MIB:.1f} MiB of the host's memory are free"
-                raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {sizes}", "lora_path")
+            self._check_memory(path, folder)
             state = files_state(folder)
             self._adapters[name] = self._load_adapter(name, folder)
         except CheckpointError as error:
@@ -183,6 +179,25 @@ class StageResources:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {error}", "lora_path") from error
         self._table.add(name, folder, state)
+
+    def _check_memory(self, path: str, folder: str) -> None:
+        """Refuse an adapter that there is no memory for.
+
+        A GPU's memory is planned at the start: what is free beside the adapters' is that of activations.
+        """
+        # In float32 while it is read; where none of that were free, the kernel would end this process.
+        needed, free, where = adapter_bytes(folder, torch.float32), host_memory(), "of the host's memory are free"
+        if needed <= free and on_gpu(self.placement.torch_device):
+            dtype, config = self.placement.torch_dtype, self.config
+            needed = adapter_bytes(folder, dtype)
+            later = max((config.max_loras or 1) - len(config.lora_modules), 0)
+            largest = largest_bytes(self.checkpoint.config.language, config.max_lora_rank or USUAL_RANK, dtype)
+            kept = later * largest + sum(adapter_bytes(given, dtype) for given in config.lora_modules.values())
+            free = kept - sum(adapter.nbytes for adapter in self._adapters.values())
+            where = f"are left of the {kept / MIB:.1f} MiB that the GPU has for adapters (max_loras, max_lora_rank)"
+        if needed > free:
+            sizes = f"it needs {needed / MIB:.1f} MiB, and {free / MIB:.1f} MiB {where}"
+            raise StageUnavailable(f"there is no memory for the adapter in {path!r}: {sizes}", "lora_path")
 
     def _load_adapter(self, name: str, folder: str) -> LoraAdapter:
         place = self.placement
