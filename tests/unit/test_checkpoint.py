@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,31 @@ def test_shards_equal_the_single_file(checkpoint_dir: Path, broken: Path) -> Non
     (broken / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=rf"missing: model-1\.safetensors \(named by {INDEX}\)"):
         inspect(broken)
+
+
+def test_a_file_whose_tensors_begin_at_odd_bytes_has_the_same_weights(checkpoint_dir: Path, broken: Path) -> None:
+    for path in broken.glob("*.safetensors"):
+        contents = path.read_bytes()
+        length = int.from_bytes(contents[:8], "little")
+        header = contents[8 : 8 + length].rstrip()
+        header += b" " * (1 - len(header) % 2)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + contents[8 + length :])
+    assert _same_weights(broken, checkpoint_dir)
+
+
+def test_a_checkpoint_that_is_loaded_often_leaves_nothing(checkpoint_dir: Path) -> None:
+    """Objects of Python's count, which a stage that sleeps and wakes for days would gather."""
+
+    def load() -> int:
+        tensors = Checkpoint(checkpoint_dir).load_autoencoder(CPU, torch.float32).state_dict()
+        return len(tensors)
+
+    load()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    tensors = sum(load() for _ in range(10))
+    gc.collect()
+    assert sys.getallocatedblocks() - before < tensors
 
 
 def test_an_index_of_absent_shards_does_not_hide_the_single_file(checkpoint_dir: Path, broken: Path) -> None:
