@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Make .venv with everything the project needs; a second run with nothing changed does nothing.
 # PYTHON=/path/to/python3.12 chooses the interpreter; otherwise the first fitting one on PATH is taken.
-# VENV=folder makes the environment there, with the EXTRAS given (default: test,lint); VERBOSE=1 shows pip's output.
+# VENV=folder makes the environment there, with the EXTRAS given (default: cpu,test,lint); VERBOSE=1 shows pip's output.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
-extras=${EXTRAS-test,lint}
+extras=${EXTRAS-cpu,test,lint}
 
 fail() {
     echo "setup: error: $1" >&2
@@ -94,7 +94,7 @@ if [ "$("$venv/bin/python" -VV 2>/dev/null)" != "$("$python" -VV)" ]; then
 fi
 install=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off --constraint build/constraints.txt)
 step "setuptools" "${install[@]}" setuptools
-step "the package and its dependencies (1.5 GB with torch, most of the time)" \
+step "the package and its dependencies (1.7 GB with torch, most of the time)" \
     "${install[@]}" --no-build-isolation --editable ".${extras:+[$extras]}"
 # Only the server binaries of this wheel are used, so what its Python API needs is left out.
 step "tritonserver" "${install[@]}" --no-deps nvidia-pytriton

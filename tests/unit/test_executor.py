@@ -117,7 +117,7 @@ def test_every_row_is_in_one_tile_of_its_expert(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(executor, "MIN_TILE_ROWS", 2)
     tables = torch.empty(20, 1, 4)
     gen: dict[int, bool] = {}
-    for tile in tiles_of(PackedBatch(gen_rows, tables, tables), threads):
+    for tile in tiles_of(PackedBatch(gen_rows, tables, tables), threads, torch.float32):
         assert tile.rows.stop - tile.rows.start <= 7
         for row in range(tile.rows.start, tile.rows.stop):
             assert row not in gen

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,16 @@ from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu.row_stable import (
     add_linear,
     add_projection,
+    few_rows_kernels,
     linear,
     project,
     rms_norm,
-    rms_scale,
     rotate,
     silu_product,
 )
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
 from bagel_triton.model.lora import QKV, AdaptedRows, LayerUpdates, LowRank, within
-from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Reduce, Transformer
+from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Reduce, RMSNorm, Transformer
 
 MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
 MIN_TILE_ROWS = 64  # fewer are not worth a thread
@@ -71,11 +72,11 @@ def _add_update(x: Tensor, update: LowRank, out: Tensor) -> None:
     add_linear(linear(x, update.down), update.up, out)
 
 
-def tiles_of(batch: PackedBatch, threads: int) -> list[RowTile]:
+def tiles_of(batch: PackedBatch, threads: int, dtype: torch.dtype) -> list[RowTile]:
     """Tiles that hold every row of a batch once, in the order in which they are to be started.
 
     Rows of the understanding expert whose hidden states are wanted, while others' are not, are
-    the last tokens of texts.
+    the last tokens of texts; these take the kernels for few rows, where ``dtype`` has them.
     """
 
     def cut(gen: bool, start: int, stop: int, few: bool = False) -> Iterator[RowTile]:
@@ -89,7 +90,7 @@ def tiles_of(batch: PackedBatch, threads: int) -> list[RowTile]:
     start, stop = max(wanted.start, first), max(wanted.stop, first)
     return [
         *cut(False, first, start),
-        *cut(False, start, stop, few=True),
+        *cut(False, start, stop, few=start < stop and few_rows_kernels(dtype) is not None),
         *cut(False, stop, batch.tokens),
         *cut(True, 0, first),
     ]
@@ -149,9 +150,11 @@ class _Run:
         self._offload = transformer.offload
         self._batch, self._kv, self._pool, self._embeddings = batch, kv, pool, embeddings
         self._x = torch.empty_like(embeddings)  # the residual, which every layer updates in place
-        self._tiles = tiles_of(batch, pool.size)
+        self._tiles = tiles_of(batch, pool.size, embeddings.dtype)
         self._scratch = ScratchBuffers(transformer.config, self._x, self._tiles, pool.size)
         self._reduce = reduce
+        few = any(tile.few for tile in self._tiles)
+        self._few: Any = few_rows_kernels(embeddings.dtype) if few else None  # the kernels of such tiles
         self._sum = self._x if reduce is None else torch.empty_like(self._x)  # takes a tile's products
 
     def result(self) -> Tensor:
@@ -200,7 +203,7 @@ class _Run:
     def _project(self, index: int, tile: RowTile) -> None:
         """Queries, keys and values of a tile, as of :meth:`Expert.project`, into the scratch buffers and ``kv``."""
         expert, rows = tile.expert(self._layers[index]), tile.rows
-        normed = rms_norm(self._x[rows], expert.input_layernorm)
+        normed = self._norm(tile, expert.input_layernorm)
         places = [part[rows] for part in self._scratch.qkv]
         (self._project_few if tile.few else self._project_many)(expert, normed, rows, places, tile.updates(index))
         _, key, value = self._scratch.qkv
@@ -224,21 +227,20 @@ class _Run:
     def _project_few(
         self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor], updates: LayerUpdates
     ) -> None:
-        """:meth:`_project_many` in fewer operations: for few rows, to start one costs more than a copy."""
-        query, key, value = places
+        """:meth:`_project_many` by the kernels for few rows."""
         products = project(normed, expert.qkv_proj, few=True)
-        for name, part in zip(QKV, products.split([place[0].numel() for place in places], dim=1), strict=True):
-            updates(name, normed, part)
-        packed = products.unflatten(1, (-1, query.shape[2]))
-        *turned, values = packed.split([query.shape[1], key.shape[1], value.shape[1]], dim=1)
-        both = packed[:, : -value.shape[1]]  # [tokens, heads + kv_heads, head_dim]
-        both *= rms_scale(both, expert.q_norm.eps)
-        for part, norm in zip(turned, (expert.q_norm, expert.k_norm), strict=True):
-            part *= norm.weight
-        rotated = torch.empty_like(both)
-        rotate(both, self._batch.cos[rows], self._batch.sin[rows], rotated)
-        for place, part in zip(places, (*rotated.split([query.shape[1], key.shape[1]], dim=1), values), strict=True):
-            place.copy_(part)
+        ends = [*accumulate((place[0].numel() for place in places), initial=0)]
+        for name, edges in zip(QKV, pairwise(ends), strict=True):
+            updates(name, normed, products[:, slice(*edges)])
+        tables = self._batch.cos[rows], self._batch.sin[rows]
+        for place, start, norm in zip(places, ends, (expert.q_norm, expert.k_norm), strict=False):
+            self._few.norm_and_rotate(products, start, norm.weight, norm.eps, *tables, place)
+        places[2].copy_(products[:, ends[2] :].view_as(places[2]))
+
+    def _norm(self, tile: RowTile, norm: RMSNorm) -> Tensor:
+        """The norm of a tile's residual."""
+        x = self._x[tile.rows]
+        return self._few.rms_norm(x, norm.weight, norm.eps) if tile.few else rms_norm(x, norm)
 
     def _add_attended(self, index: int, tile: RowTile) -> None:
         """Add the projection of what a tile's heads found, the first half of :meth:`Expert.finish`."""
@@ -250,7 +252,7 @@ class _Run:
     def _add_mlp(self, index: int, tile: RowTile) -> None:
         """Add the feed-forward of a tile, the second half."""
         expert, out, updates = tile.expert(self._layers[index]), self._sum[tile.rows], tile.updates(index)
-        normed = rms_norm(self._x[tile.rows], expert.post_attention_layernorm)
+        normed = self._norm(tile, expert.post_attention_layernorm)
         if tile.few:
             gate, up = project(normed, expert.mlp.gate_up_proj, few=True).chunk(2, dim=1)
             updates("gate_proj", normed, gate)

@@ -6,10 +6,9 @@ on a CPU with AVX-512, for 2 % of a product's time at most: never fewer than ``M
 never more than ``MAX_INNER`` of the inner dimension at once.
 
 Sixteen rows cost twice one row's time, which is that of reading the weights. So the rows of texts
-being decoded take oneDNN's product, :func:`few_rows_linear`: its rows are alike from two rows on,
-but hundreds of them take a quarter longer than MKL's, and the two round differently. Which one a
-row takes follows from the row alone, never from the batch. ``tests/unit/test_row_stable.py`` holds
-torch to these rules.
+being decoded take another product where Numba is installed, :func:`few_rows_linear`. Hundreds of
+rows are faster in torch's, and the two round differently. Which one a row takes follows from the
+row alone, never from the batch. ``tests/unit/test_row_stable.py`` holds both to these rules.
 
 A quantised weight is decoded a few output rows at a time, which stay in the core's cache until they are used: no
 dense copy of a layer is ever in memory.
@@ -18,6 +17,8 @@ dense copy of a layer is ever in memory.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from bagel_triton.model.mot import RMSNorm
 from bagel_triton.model.quantization import QuantizedLinear, encode_fp8, encode_int8
 
 MIN_ROWS = 16
-FEW_ROWS = 2
 MAX_INNER = 512
 VECTOR = 16  # float32 numbers in the widest registers
 TWO_VECTORS = 64  # an elementwise operation takes two vectors at a time, of 32 bfloat16 numbers each at most
@@ -61,18 +61,39 @@ def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         out.addmm_(x[:, piece], weight[:, piece].t())
 
 
+@cache
+def few_rows_kernels(dtype: torch.dtype) -> ModuleType | None:
+    """:mod:`bagel_triton.model.cpu.kernels` where that is installed and of use; compiled by the first call."""
+    if dtype != torch.float32:
+        return None
+    try:
+        from bagel_triton.model.cpu import kernels
+    except ImportError:  # without the extra `cpu`
+        return None
+    return kernels
+
+
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` for rows of which there are usually few: other roundings, as many rows or one alone."""
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    kernels = few_rows_kernels(x.dtype)
+    if kernels is None:
         return linear(x, weight, bias)
-    rows = len(x)
-    padded = _padded(x, FEW_ROWS) if rows < FEW_ROWS else x
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
-    return product[:rows]
+    out = x.new_empty(len(x), len(weight))
+    kernels.product(x, weight, x.new_zeros(len(weight)) if bias is None else bias, out)
+    return out
 
 
-def _padded(x: Tensor, rows: int = MIN_ROWS) -> Tensor:
-    return F.pad(x, (0, 0, 0, rows - len(x)))
+def add_few_rows_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """:func:`add_linear` likewise."""
+    kernels = few_rows_kernels(x.dtype)
+    if kernels is None:
+        add_linear(x, weight, out)
+    else:
+        kernels.product(x, weight, out, out)
+
+
+def _padded(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, MIN_ROWS - len(x)))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -197,7 +218,7 @@ def add_projection(x: Tensor, layer: nn.Linear | QuantizedLinear, out: Tensor, f
     """Add a linear ``layer`` without a bias of x [tokens, in] to ``out`` [tokens, out]; ``few`` as above."""
     if not isinstance(layer, QuantizedLinear):
         if few:
-            out += few_rows_linear(x, layer.weight)
+            add_few_rows_linear(x, layer.weight, out)
         else:
             add_linear(x, layer.weight, out)
         return

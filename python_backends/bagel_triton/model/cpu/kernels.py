@@ -1,0 +1,151 @@
+"""Kernels that Numba compiles for this CPU; an extra (``bagel-triton[cpu]``) that ``row_stable`` does without.
+
+A product of few rows takes the time of reading its weights. The libraries behind torch read them at a fraction of the
+memory's rate, and from two rows on in other ways for other numbers of rows. Here any row is multiplied by the same
+instructions, whichever rows are beside it, so its bits do not depend on them.
+
+The threads are torch's own OpenMP threads of the caller: a second set would compete with them for the cores.
+
+Raises:
+    ImportError: Numba is missing, or torch has another OpenMP than GNU's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+# Sums may be split over a vector's lanes. The split is the compiled code's: the same for every row and number of rows.
+SUMS = {"reassoc", "contract", "nsz"}
+INNER = np.uint64(1024)  # numbers of four weight rows, which all rows read while they are in the first cache
+GROUP = np.uint64(4)  # rows of the weight at a time
+MIN_THREAD_WEIGHTS = 1 << 17  # which one thread reads in some 20 us
+ZERO = np.float32(0)
+# Compiled code is kept beside this file. Where that cannot be written to, each process compiles for a second or two.
+CACHE = os.access(Path(__file__).parent, os.W_OK)
+
+try:
+    _gomp_parallel = ctypes.CDLL(None).GOMP_parallel  # runs a function in each of so many threads
+except AttributeError:
+    raise ImportError("torch has no GNU OpenMP here") from None
+_gomp_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_gomp_parallel.restype = None
+_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+
+
+@njit(cache=CACHE, fastmath=SUMS)
+def _multiply(x, weight, at, first, second, third, fourth, count):  # pragma: no cover - compiled
+    """``count`` numbers of ``x`` from ``at`` on by as many from four places of the flat ``weight``: four sums."""
+    a = b = c = d = ZERO
+    for k in range(count):
+        value = x[at + k]
+        a += weight[first + k] * value
+        b += weight[second + k] * value
+        c += weight[third + k] * value
+        d += weight[fourth + k] * value
+    return a, b, c, d
+
+
+@cfunc(types.void(types.CPointer(types.voidptr)), cache=CACHE)
+def _add_share(arguments):  # pragma: no cover - compiled
+    """One thread's share of :func:`product`: groups of the weight's rows.
+
+    Places in flat arrays are unsigned, or each would be checked for counting from the end, without vectors.
+    """
+    rows, inner, width, stride, base_stride, threads = carray(arguments[4], 6, np.uint64)
+    x = carray(arguments[0], (rows * inner,), np.float32)
+    weight = carray(arguments[1], (width * inner,), np.float32)
+    out = carray(arguments[2], (rows * stride,), np.float32)
+    base = carray(arguments[3], (rows * stride,), np.float32)
+    one = np.uint64(1)
+    share = (width + GROUP * threads - one) // (GROUP * threads) * GROUP
+    pieces = (inner + INNER - one) // INNER
+    step = (inner + pieces - one) // pieces
+    start = share * np.uint64(_thread_number())
+    for row in range(start, min(start + share, width), GROUP):
+        last = width - one
+        second, third, fourth = min(row + one, last), min(row + one + one, last), min(row + GROUP - one, last)
+        for at in range(np.uint64(0), inner, step):
+            count = min(step, inner - at)
+            places = row * inner + at, second * inner + at, third * inner + at, fourth * inner + at
+            for number in range(rows):
+                a, b, c, d = _multiply(x, weight, number * inner + at, *places, count)
+                place = number * stride + row
+                source, summand = (out, place) if at else (base, number * base_stride + row)
+                out[place] = source[summand] + a
+                if second > row:
+                    out[place + one] = source[summand + one] + b
+                if third > second:
+                    out[place + one + one] = source[summand + one + one] + c
+                if fourth > third:
+                    out[place + GROUP - one] = source[summand + GROUP - one] + d
+
+
+def product(x: Tensor, weight: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """``base + x @ weight.T`` in ``out``, with as many threads as torch has here where that is worth it.
+
+    x [rows, in], weight [out, in], base [out], or [rows, out] and then maybe ``out`` itself, out [rows, out]: float32
+    on a CPU, with adjacent numbers in each row.
+    """
+    x, (width, inner) = x.contiguous(), weight.shape
+    threads = min(torch.get_num_threads(), max(weight.numel() // MIN_THREAD_WEIGHTS, 1))
+    base_stride = base.stride(0) if base.ndim == 2 else 0
+    sizes = (ctypes.c_uint64 * 6)(len(x), inner, width, out.stride(0), base_stride, threads)
+    tensors = (tensor.data_ptr() for tensor in (x, weight, out, base))
+    arguments = (ctypes.c_void_p * 5)(*tensors, ctypes.addressof(sizes))
+    _gomp_parallel(_add_share.address, arguments, threads, 0)
+    return out
+
+
+@njit("(f4[:, ::1], f4[::1], f4, f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)
+def _norm_rows(x, weight, eps, out):  # pragma: no cover - compiled
+    for row in range(len(x)):
+        total = ZERO
+        for k in range(x.shape[1]):
+            total += x[row, k] * x[row, k]
+        scale = np.float32(1) / np.sqrt(total / np.float32(x.shape[1]) + eps)
+        for k in range(x.shape[1]):
+            out[row, k] = x[row, k] * scale * weight[k]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The root-mean-square norm of x [rows, size], contiguous float32, same shape out."""
+    out = torch.empty_like(x)
+    _norm_rows(x.numpy(), weight.detach().numpy(), np.float32(eps), out.numpy())
+    return out
+
+
+@njit("(f4[:, ::1], i8, f4[::1], f4, f4[:, ::1], f4[:, ::1], f4[:, :, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)
+def _norm_and_rotate(products, first, weight, eps, cos, sin, out):  # pragma: no cover - compiled
+    rows, heads, size = out.shape
+    half = size // 2
+    for row in range(rows):
+        for head in range(heads):
+            start = first + head * size
+            total = ZERO
+            for k in range(size):
+                total += products[row, start + k] * products[row, start + k]
+            scale = np.float32(1) / np.sqrt(total / np.float32(size) + eps)
+            for k in range(half):
+                low = products[row, start + k] * scale * weight[k]
+                high = products[row, start + half + k] * scale * weight[half + k]
+                out[row, head, k] = low * cos[row, k] + high * sin[row, k]
+                out[row, head, half + k] = high * cos[row, half + k] + low * sin[row, half + k]
+
+
+def norm_and_rotate(
+    products: Tensor, first: int, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, out: Tensor
+) -> None:
+    """Norm and rotary embedding of the heads in ``products`` from the column ``first`` on.
+
+    products [rows, columns], weight [head_dim], cos and sin [rows, 1, head_dim] as of
+    :func:`bagel_triton.model.mot.rotary_tables`, out [rows, heads, head_dim]: contiguous float32 all.
+    """
+    tables = cos.squeeze(1).numpy(), sin.squeeze(1).numpy()
+    _norm_and_rotate(products.numpy(), first, weight.detach().numpy(), np.float32(eps), *tables, out.numpy())

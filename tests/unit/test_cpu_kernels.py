@@ -1,0 +1,78 @@
+"""The compiled kernels for few rows: the formulas of the model, and the same bits in any batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagel_triton.model.cpu import executor, kernels, row_stable
+from bagel_triton.model.cpu.executor import CpuExecutor
+from bagel_triton.model.cpu.row_stable import few_rows_kernels
+from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD
+from bagel_triton.model.mot import RMSNorm, rotate
+from bagel_triton.weights.checkpoint import Checkpoint
+from tests.support.batches import make_batch, sequence
+
+COUNTS = [1, 2, 3, 8, 33]
+
+
+def _norm(size: int) -> RMSNorm:
+    norm = RMSNorm(size, 1e-6)
+    norm.weight.data = torch.randn(size, generator=torch.Generator().manual_seed(1)) + 1
+    return norm
+
+
+@torch.inference_mode()
+def test_the_norm_is_the_model_s_and_does_not_depend_on_the_batch() -> None:
+    norm, x = _norm(100), torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    full = kernels.rms_norm(x, norm.weight, norm.eps)
+    torch.testing.assert_close(full, norm(x), rtol=2e-6, atol=2e-6)
+    for count in COUNTS:
+        for start in (0, 3):
+            part = x[start : start + count]
+            assert torch.equal(kernels.rms_norm(part, norm.weight, norm.eps), full[start : start + count])
+
+
+@torch.inference_mode()
+def test_norm_and_rotation_are_the_model_s_and_do_not_depend_on_the_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, size, first = 40, 3, 20, 40
+    norm = _norm(size)
+    products = torch.randn(rows, first + heads * size + 7, generator=generator)
+    angles = torch.randn(rows, 1, size, generator=generator)
+    cos, sin = angles.cos(), angles.sin()
+    full = torch.empty(rows, heads, size)
+    kernels.norm_and_rotate(products, first, norm.weight, norm.eps, cos, sin, full)
+    plain = products[:, first : first + heads * size].reshape(rows, heads, size)
+    torch.testing.assert_close(full, rotate(norm(plain), cos, sin), rtol=2e-6, atol=2e-6)
+    for count in COUNTS:
+        part = torch.empty(count, heads, size)
+        at = slice(3, 3 + count)
+        kernels.norm_and_rotate(products[at], first, norm.weight, norm.eps, cos[at], sin[at], part)
+        assert torch.equal(part, full[at])
+
+
+def test_other_types_have_none() -> None:
+    assert few_rows_kernels(torch.bfloat16) is None
+    assert few_rows_kernels(torch.float32) is kernels
+
+
+@torch.inference_mode()
+def test_without_numba_texts_have_the_same_hidden_states(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bagel = Checkpoint(checkpoint_dir).load_bagel(torch.device("cpu"), torch.float32)
+    texts = [sequence(bagel, 0, 1, seed) for seed in range(3)]
+
+    def hidden() -> torch.Tensor:
+        embeddings, batch, kv = make_batch(bagel, texts)
+        batch = replace(batch, wanted=slice(0, batch.tokens))
+        return CpuExecutor(bagel.language_model.model, SINGLE_THREAD)(embeddings, batch, kv)
+
+    compiled = hidden()
+    for module in (executor, row_stable):
+        monkeypatch.setattr(module, "few_rows_kernels", lambda dtype: None)
+    plain = hidden()
+    assert not torch.equal(compiled, plain), "the kernels have other roundings: they did not run"
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
