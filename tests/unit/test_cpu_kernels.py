@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bagel_triton.model.attention import attend
 from bagel_triton.model.cpu import executor, kernels, row_stable
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.row_stable import few_rows_kernels
@@ -76,3 +77,15 @@ def test_without_numba_texts_have_the_same_hidden_states(checkpoint_dir: Path, m
     plain = hidden()
     assert not torch.equal(compiled, plain), "the kernels have other roundings: they did not run"
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_attention_of_one_token_is_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for heads, kv_heads, size, length in ((4, 2, 16, 1), (6, 2, 20, 65), (28, 4, 128, 300), (3, 3, 8, 33)):
+        query = torch.randn(1, heads, size, generator=generator)
+        key, value = (torch.randn(length, kv_heads, size, generator=generator) for _ in range(2))
+        out = torch.empty_like(query)
+        kernels.attend_row(query, 3 * key, value, out)
+        exact = attend(query.double(), 3 * key.double(), value.double(), causal=True)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)

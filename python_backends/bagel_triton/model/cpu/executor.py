@@ -276,6 +276,10 @@ class _Run:
             ) -> None:
                 span, heads, kv_heads = part
                 key, value = (each[:, kv_heads] for each in read[span.sequence])
+                kernels = few_rows_kernels(query.dtype) if span.stop - span.start == 1 else None
+                if kernels is not None:
+                    kernels.attend_row(query[span.rows], key, value, out[span.rows])
+                    return
                 out[span.rows, heads] = attend(query[span.rows, heads], key, value, span.causal)
 
             parts = [part for span in group for part in self._heads(span, *read[span.sequence][0].shape[:2])]

@@ -149,3 +149,35 @@ def norm_and_rotate(
     """
     tables = cos.squeeze(1).numpy(), sin.squeeze(1).numpy()
     _norm_and_rotate(products.numpy(), first, weight.detach().numpy(), np.float32(eps), *tables, out.numpy())
+
+
+@njit("(f4[:, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)
+def _attend_row(query, key, value, out):  # pragma: no cover - compiled
+    heads, size = query.shape
+    length, kv_heads, _ = key.shape
+    group = heads // kv_heads
+    factor = np.float32(1) / np.sqrt(np.float32(size))
+    weights = np.empty((heads, length), np.float32)
+    for token in range(length):
+        for head in range(heads):
+            kv_head, score = head // group, ZERO
+            for k in range(size):
+                score += query[head, k] * key[token, kv_head, k]
+            weights[head, token] = score * factor
+    for head in range(heads):
+        largest, total = weights[head].max(), ZERO
+        for token in range(length):
+            weights[head, token] = np.exp(weights[head, token] - largest)
+            total += weights[head, token]
+        for k in range(size):
+            out[head, k] = ZERO
+        for token in range(length):
+            weight = weights[head, token] / total
+            for k in range(size):
+                out[head, k] += weight * value[token, head // group, k]
+
+
+def attend_row(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    """Attention of one token to all, in ``out``; query and out [1, heads, head_dim], key and value [length, kv_heads,
+    head_dim], float32 all, query and out contiguous."""
+    _attend_row(query[0].numpy(), key.contiguous().numpy(), value.contiguous().numpy(), out[0].numpy())
