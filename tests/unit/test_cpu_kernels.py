@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bagel_triton.model.attention import attend
-from bagel_triton.model.cpu import executor, kernels, row_stable
+from bagel_triton.model.cpu import executor, row_stable
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.row_stable import few_rows_kernels
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD
@@ -17,6 +17,7 @@ from bagel_triton.model.mot import RMSNorm, rotate
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.support.batches import make_batch, sequence
 
+kernels = pytest.importorskip("bagel_triton.model.cpu.kernels", reason="the extra `cpu` is not installed")
 COUNTS = [1, 2, 3, 8, 33]
 
 
