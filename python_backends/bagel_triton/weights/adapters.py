@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from bagel_triton.model.config import CheckpointError, LanguageConfig
 from bagel_triton.model.lora import LoraAdapter, LowRank, Projection
 from bagel_triton.model.quantization import QUANTIZED
 from bagel_triton.weights.checkpoint import EXPERT_SUFFIX, EXPERT_TENSORS
-from bagel_triton.weights.files import FileIdentity, TensorFiles
+from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.lora import CONFIG_FILE, TENSORS_FILE, Adapter
 
 USUAL_RANK = 16  # of adapters that memory is kept for, where no other is given
@@ -65,12 +66,15 @@ def adapter_bytes(directory: str | Path, dtype: torch.dtype) -> int:
 
 
 def files_state(directory: str | Path) -> str:
-    """A text that is another one once the files of the adapter in ``directory`` have changed; empty without them."""
+    """A digest of the files of the adapter in ``directory``; empty without them."""
+    digest = hashlib.blake2b(digest_size=16)
     try:
-        files = [FileIdentity.of(Path(directory) / name) for name in (CONFIG_FILE, TENSORS_FILE)]
+        for name in (CONFIG_FILE, TENSORS_FILE):
+            with (Path(directory) / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, hashlib.blake2b).digest())
     except OSError:
         return ""
-    return " ".join(f"{file.path} {file.size} {file.modified_ns}" for file in files)
+    return digest.hexdigest()
 
 
 def largest_bytes(config: LanguageConfig, rank: int, dtype: torch.dtype) -> int:

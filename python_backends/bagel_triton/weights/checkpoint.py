@@ -101,8 +101,8 @@ class Checkpoint:
         if self._adapter is not None:
             if self._stored is not None:
                 raise CheckpointError(
-                    f"{self.directory} is quantised, as {self._stored.form}, and takes no adapter; "
-                    "quantise the weights it was made from with the adapter: --quantization with --lora-path"
+                    f"{self.directory} is quantised, as {self._stored.form}, and takes no adapter; name it in "
+                    "--lora-modules, or quantise the weights that it was made from: --quantization with --lora-path"
                 )
             self._adapter.check(self._weights.shapes())
         latent = self.config.latent
