@@ -295,3 +295,6 @@ def test_who_asked_for_a_sleep_may_leave_before_it_begins(prefix: str) -> None:
         with pytest.raises(Cancelled):
             both.answer(SleepCall("sleep"), lambda: True)
         assert both.answer(SleepCall("state"), never) == SleepState("awake", 0, "wait")
+    with pytest.raises(Cancelled):
+        both.answer(SleepCall("sleep"), lambda: True)  # it waited for another change until its client left
+    assert both.answer(SleepCall("state"), never) == SleepState("awake", 0, "wait")

@@ -132,6 +132,8 @@ class ServerSleep:
         raise StageUnavailable("the server drains: it finishes the requests that it has and takes no new ones")
 
     def _sleep(self, level: int, gone: Callable[[], bool]) -> None:
+        if gone():  # while another change was under way
+            raise Cancelled("the client left before the server was asleep")
         before = self._gate.level
         self._changing = "falling asleep"
         self._gate.close(max(level, before))
