@@ -50,12 +50,12 @@ def peak_bytes(work: Callable[[], object], folder: Path) -> int:
 )
 def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, threads: int, least: float, name: str):
     """By the executor's threads; by none, the plain forward, which is a GPU's."""
-    language, form = LanguageConfig(112, 592, 2, 4, 1, 28, 64, 1e6, 1e-6), FORMS.get(name)
+    language, form = LanguageConfig(256, 704, 2, 8, 2, 32, 64, 1e6, 1e-6), FORMS.get(name)
     transformer = Transformer(language).requires_grad_(False).to(dtype)
     if form is not None:
         quantize(transformer, form)
     rows, past, sequences = 256, 40, 6
-    geometry = KVGeometry(2, 1, 28, 16, "float32")
+    geometry = KVGeometry(2, 2, 32, 16, "float32")
     stores = [torch.zeros(store_shape(geometry, past + rows), dtype=dtype) for _ in range(sequences)]
     spans = [QuerySpan(index * rows, (index + 1) * rows, index, causal=False) for index in range(sequences)]
     kv = WorkspaceStep(spans, stores, [[(span.start, span.stop, past)] for span in spans])
@@ -66,7 +66,7 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
 
     def forward() -> torch.Tensor:
         cos, sin = rotary_tables(torch.arange(tokens), language, dtype)
-        return run(torch.ones(tokens, 112, dtype=dtype), PackedBatch(gen_rows, cos, sin), kv)
+        return run(torch.ones(tokens, 256, dtype=dtype), PackedBatch(gen_rows, cos, sin), kv)
 
     peak = peak_bytes(forward, tmp_path)
     pool.close()

@@ -370,8 +370,8 @@ def forward_bytes(
 
     On a CPU a token has its embedding, residual, query, what its heads found, key, value and rotary
     tables. The rows of a tile for each of ``threads`` have, besides, two vectors of the inner width
-    and a normed one; while it is normed, two copies in float32 where it has another dtype; and what
-    :func:`product_bytes` says.
+    and a normed one; and then the most of three: copies in float32 while they are normed in another
+    dtype, a feed-forward's products, or a layer's queries and keys before they are put in their places.
     """
     itemsize, hidden, inner = placement.torch_dtype.itemsize, config.hidden_size, config.intermediate_size
     if placement.torch_device.type != "cpu":
@@ -383,46 +383,46 @@ def forward_bytes(
             return forward + (2 * INT8_ROWS * 2 * inner * torch.float32.itemsize if form.storage == "int8" else 0)
         return forward + 2 * inner * hidden * itemsize
     heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rows = min(tokens, tile_rows(tokens, threads) * threads)
-    tiles = rows * 2 * inner * itemsize
     spare = min(rows * inner, CACHED * threads) * itemsize  # of an activation function
-    product = product_bytes(config, rows, placement, threads, form)
-    if placement.torch_dtype == torch.float32:
-        tiles += rows * hidden * itemsize + max(spare, product)
-    elif product:
-        tiles += max(rows * hidden * 2 * torch.float32.itemsize, rows * hidden * itemsize + max(spare, product))
-    else:
-        tiles += rows * hidden * 2 * torch.float32.itemsize + spare
-    return tokens * (2 * hidden + heads) * itemsize + tiles
+    copies = 0 if placement.torch_dtype == torch.float32 else rows * 2 * torch.float32.itemsize
+
+    def product(width: int, out: int) -> int:
+        return product_bytes(width, out, rows, placement, threads, form)
+
+    keys = rows * key * itemsize + max(copies * key, product(hidden, key))
+    queries = rows * query * itemsize + max(copies * query, product(hidden, query), keys)
+    most = max(copies * hidden, spare, product(hidden, inner), product(inner, hidden), queries)
+    return (tokens * (2 * hidden + heads) + rows * (2 * inner + hidden)) * itemsize + most
 
 
 PACKED = 256  # inputs of a weight
 DECODED = {"int8": 4, "fp8": 8, "int4": 6, "nf4": 6}  # bytes of a weight while it is decoded in float32
 
 
-def product_bytes(config: LanguageConfig, rows: int, placement: Placement, threads: int, form: Form | None) -> int:
-    """Memory of the products of ``rows`` on a CPU beside their operands and results, on all ``threads``.
+def product_bytes(width: int, out: int, rows: int, placement: Placement, threads: int, form: Form | None) -> int:
+    """Memory of a product on a CPU beside its operands and result, [rows, width] times [width, out] on all ``threads``.
 
     In bfloat16 a CPU without instructions for it sums into float32, all of a product. A quantised weight is decoded a
     few rows at a time, and what they give is held before it is put in its place.
     """
     itemsize, wide = placement.torch_dtype.itemsize, torch.float32.itemsize
     sums = 0 if placement.torch_dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
-    hidden, inner = config.hidden_size, config.intermediate_size
     if form is None:  # oneDNN copies that much of a weight, outside of torch's own count
-        return rows * inner * sums + (threads * PACKED * inner * itemsize if sums else 0)
-    most = 0
-    for width, out in ((hidden, inner), (inner, hidden)):
-        part = min(out, max(WEIGHTS // width, 16))
-        if not form.activations:
-            held = rows * part * (itemsize + sums) + threads * part * width * itemsize
-            decoding = threads * part * width * (DECODED[form.storage] + (itemsize if itemsize != wide else 0))
-            most = max(most, held, decoding)
-            continue
-        rounding = rows * width * (2 * wide + 1) if form.storage == "fp8" or itemsize != wide else rows * width * 5
-        codes = rows * width * (1 if form.storage == "int8" else wide)
-        most = max(most, rounding, codes + rows * part * 2 * wide + threads * part * width * wide)
-    return most
+        return rows * out * sums + (threads * PACKED * out * itemsize if sums else 0)
+    part = min(out, max(WEIGHTS // width, 16))
+    decoding = threads * part * width * DECODED[form.storage]
+    if not form.activations:
+        rounded = threads * part * width * (wide + itemsize if itemsize != wide else 0)
+        return max(decoding, rounded, rows * part * (itemsize + sums) + threads * part * width * itemsize)
+    last = rows * part * wide if part < out else 0  # of the rows before, until the next are there
+    if form.storage == "int8":  # in float32 and between two roundings; then sums of integers, and those in float32
+        rounding = rows * width * (2 * wide if itemsize != wide else wide + 1)
+        return max(rounding, rows * width + rows * part * 2 * wide + last)
+    given = rows * part * (wide if itemsize == wide else wide + itemsize)
+    multiplying = max(decoding, given + threads * part * width * wide)
+    return max(rows * width * (2 * wide + 1), rows * width * wide + last + multiplying)
 
 
 def decode_bytes(
