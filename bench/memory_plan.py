@@ -2,16 +2,18 @@
 
 The stages are on a checkpoint of random weights, all in one process and each in its own. They fill the KV cache pool
 with texts, prefill as many tokens together as they may, edit as many images together as they may, and decode: each
-alone, then all at the same time. The kernel's count is read all the while, from outside: the proportional set size of
-one process, the resident set of each stage. Libraries, their buffers and the interpreter are left out of the plan;
-they are what processes with tiny weights take for the same requests, beyond their own plan.
+alone, then all at the same time. The kernel counts, and remembers the most: the proportional set size of one process,
+the resident set of each stage. The plan leaves out libraries, their buffers and the interpreter. Before weights are
+loaded they are what a process with tiny weights has, and afterwards what each process keeps from small requests.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import multiprocessing
+import os
 import sys
 import tempfile
 import threading
@@ -22,13 +24,14 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import torch
 from PIL import Image
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
-from bagel_triton.engine.build import StageResources, build_decoder, build_dit, build_thinker
+from bagel_triton.engine.build import KEPT, LARGE_BLOCK, StageResources, build_decoder, build_dit, build_thinker
 from bagel_triton.engine.loop import EngineLoop
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.ipc.shm import SharedMemoryPrefix
@@ -43,7 +46,7 @@ from bagel_triton.weights.tiny.config import TinyConfig
 from bench.process_memory import ProcessMemory
 
 MIB = 1 << 20
-SIDE, STEPS = 256, 2
+SIDE, SMALL, STEPS = 256, 64, 6
 BATCH, IMAGES = 2048, 2  # prefilled together, edited together
 # 430 MB of weights in float32, 215 MB in bfloat16 and on the disk.
 LARGE = TinyConfig(hidden_size=1024, layers=4, heads=8, kv_heads=2, intermediate_size=2816, vocab_size=2048)
@@ -53,31 +56,33 @@ FORMS: tuple[tuple[str, str | None], ...] = (
     ("float32", "int8"),
     ("float32", "nf4"),
 )
+# glibc's names for what engine/build.py sets where weights are large.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK), "MALLOC_TRIM_THRESHOLD_": str(KEPT), "MALLOC_ARENA_MAX": "1"}
 Task = tuple[Any, str, SchedulingParams]
 Run = Callable[[str, Sequence[Task]], list[Any]]
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Bytes of a process: once everything is loaded, at most while it loads, and at most while it serves."""
+    """Bytes of a process: once everything is loaded, at most while it loads, and what serving adds at most."""
 
     loaded: int
     loading: int
-    serving: int
+    serving: int = 0
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A plan of ``weights`` and ``total`` bytes, and what was taken for them."""
+    """A plan of ``loaded`` and ``total`` bytes, and what was taken for them."""
 
     name: str
-    weights: int
+    loaded: int
     total: int
     taken: Taken
 
     def __str__(self) -> str:
         taken = self.taken
-        columns = [f"{self.weights / MIB:8.1f}", f"{taken.loaded / MIB:8.1f}", f"{taken.loading / MIB:8.1f}"]
+        columns = [f"{self.loaded / MIB:8.1f}", f"{taken.loaded / MIB:8.1f}", f"{taken.loading / MIB:8.1f}"]
         columns += [
             f"{self.total / MIB:8.1f}",
             f"{taken.serving / MIB:8.1f}",
@@ -86,7 +91,7 @@ class Compared:
         return f"{self.name:<24}  " + "  ".join(columns)
 
 
-HEADER = f"{'MiB':<24}  {'weights':>8}  {'loaded':>8}  {'loading':>8}  {'plan':>8}  {'serving':>8}"
+HEADER = f"{'MiB':<24}  {'plan':>8}  {'loaded':>8}  {'loading':>8}  {'plan':>8}  {'serving':>8}"
 ALL = "all in one process"
 BUILDERS: Mapping[str, Callable[[StageResources], EngineLoop[Any, Any]]] = {
     "thinker": build_thinker,
@@ -100,26 +105,27 @@ def compare(
 ) -> Iterator[Compared]:
     """The plan of ``checkpoint``, and what its processes take beyond those of the ``tiny`` one."""
     for pipeline in ("bagel_single_stage", "bagel"):
-        planned, taken = [], []
-        for folder in (checkpoint, tiny):
-            config = _config(folder, dtype, quantization, pipeline, batch, images)
-            opened = Checkpoint(folder, most_pixels=config.max_generated_image_size)
-            need = memory_plan.plan(opened, config, resolve("cpu", dtype), SIDE, SIDE)
-            stages = {str(stage.stage): (stage.weights, stage.total) for stage in need.stages}
-            planned.append({ALL: (need.weights, need.total)} if pipeline != "bagel" else stages)
-            taken.append(measure(config))
-        for name, (weights, total) in planned[0].items():
-            (small_weights, small_total), large, base = planned[1][name], taken[0][name], taken[1][name]
+        configs = [_config(folder, dtype, quantization, pipeline, batch, images) for folder in (checkpoint, tiny)]
+        plans = [_planned(config) for config in configs]
+        taken, base = measure(configs[0]), measure(configs[1], serve=False)
+        for name, (loaded, total) in plans[0].items():
+            library = base[name].loaded - plans[1][name][0]
+            found = taken[name]
             yield Compared(
                 f"{dtype} {quantization or ''} {name}".replace("  ", " "),
-                weights,
+                loaded,
                 total,
-                Taken(
-                    loaded=large.loaded - base.loaded + small_weights,
-                    loading=large.loading - base.loaded + small_weights,
-                    serving=large.serving - base.serving + small_total,
-                ),
+                Taken(found.loaded - library, found.loading - library, found.loaded - library + found.serving),
             )
+
+
+def _planned(config: DeployConfig) -> dict[str, tuple[int, int]]:
+    """By process, the bytes that are planned once everything is loaded, and in all."""
+    checkpoint = Checkpoint(config.checkpoint, most_pixels=config.max_generated_image_size)
+    need = memory_plan.plan(checkpoint, config, resolve("cpu", config.dtype), SIDE, SIDE)
+    if config.topology.one_process:
+        return {ALL: (need.weights + need.stages[0].kv, need.total)}  # the pool is filled with zeros
+    return {str(stage.stage): (stage.weights, stage.total) for stage in need.stages}
 
 
 def _config(
@@ -140,26 +146,36 @@ def _config(
     )
 
 
-def measure(config: DeployConfig) -> dict[str, Taken]:
+def measure(config: DeployConfig, serve: bool = True) -> dict[str, Taken]:
     """What the processes of ``config`` take, by stage; or the one with all stages."""
     names = [ALL] if config.topology.one_process else list(BUILDERS)
     with SharedMemoryPrefix() as shared:
         config = msgspec.structs.replace(config, shm_prefix=shared.prefix)
-        with _started(names, config) as pipes, _watched(pipes) as most:
+        with _started(names, config) as pipes:
             for pipe, _ in pipes.values():
                 _call(pipe, "load")
-            loaded, loading = {name: _size(name, pid) for name, (_, pid) in pipes.items()}, dict(most)
+            loaded = {name: _sizes(name, pid) for name, (_, pid) in pipes.items()}
+            if not serve:
+                return {name: Taken(*sizes) for name, sizes in loaded.items()}
             locks = {name: threading.Lock() for name in names}
 
             def run(stage: str, tasks: Sequence[Task]) -> list[Any]:
                 with locks[stage]:
                     return list(_call(pipes[stage][0], (stage, list(tasks))))
 
-            if ALL in pipes:
-                _call(pipes[ALL][0], config)
-            else:
-                exercise(config, run)
-        return {name: Taken(loaded[name], loading[name], most[name]) for name in names}
+            def each(action: Callable[[DeployConfig, Run], None]) -> None:
+                if ALL in pipes:
+                    _call(pipes[ALL][0], (action, config))
+                else:
+                    action(config, run)
+
+            each(warm_up)
+            before = {}
+            for name, (_, pid) in pipes.items():
+                Path(f"/proc/{pid}/clear_refs").write_text("5")  # from now on the most is of what follows
+                before[name] = _sizes(name, pid)[0]
+            each(exercise)
+            return {name: Taken(*loaded[name], _sizes(name, pid)[1] - before[name]) for name, (_, pid) in pipes.items()}
 
 
 @contextmanager
@@ -171,7 +187,8 @@ def _started(names: Sequence[str], config: DeployConfig) -> Iterator[dict[str, t
         for name in names:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, name, config), daemon=True)
-            process.start()
+            with patch.dict(os.environ, HEAP):
+                process.start()
             theirs.close()
             assert process.pid is not None, "it is running"
             processes.append(process)
@@ -185,29 +202,27 @@ def _started(names: Sequence[str], config: DeployConfig) -> Iterator[dict[str, t
             process.join()
 
 
-@contextmanager
-def _watched(pipes: Mapping[str, tuple[Connection, int]]) -> Iterator[dict[str, int]]:
-    """The most that each process has taken so far."""
-    most, ended = dict.fromkeys(pipes, 0), threading.Event()
+def _sizes(name: str, pid: int) -> tuple[int, int]:
+    """Bytes that a process takes now, and the most so far.
 
-    def watch() -> None:
-        while not ended.wait(0.01):
-            for name, (_, pid) in pipes.items():
-                most[name] = max(most[name], _size(name, pid))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _size(name: str, pid: int) -> int:
-    """A stage's pages count whole: its plan is as if it shared no weights."""
+    A stage's pages count whole: its plan is as if it shared no weights. But the pool that the DiT reads is the
+    thinker's. All that a process of all stages shares are libraries.
+    """
     memory = ProcessMemory.of(pid)
-    return memory.pss if name == ALL else memory.resident
+    shared = memory.resident - memory.pss if name == ALL else _pool_pages(pid) if name == "dit" else 0
+    return memory.resident - shared, memory.peak - shared
+
+
+def _pool_pages(pid: int) -> int:
+    """Bytes of the KV cache pool that a process has mapped."""
+    size, pool = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            pool = "_kv_" in line
+        elif pool and name == "Rss:":
+            size += int(values[0]) * 1024
+    return size
 
 
 def _call(pipe: Connection, message: Any) -> Any:
@@ -236,13 +251,12 @@ def _serve(pipe: Connection, name: str, config: DeployConfig) -> None:
                 tensor.view(torch.uint8).amax()  # a mapped page counts once it is read
         pipe.send("loaded")
         while True:
-            message = pipe.recv()
-            if isinstance(message, DeployConfig):
-                exercise(message, lambda stage, tasks: _ran(engines[stage], tasks))
-                pipe.send("served")
-            else:
-                stage, tasks = message
-                pipe.send(_ran(engines[stage], tasks))
+            match pipe.recv():
+                case str(stage), tasks:
+                    pipe.send(_ran(engines[stage], tasks))
+                case action, config:
+                    action(config, lambda stage, tasks: _ran(engines[stage], tasks))
+                    pipe.send("done")
 
 
 def _modules(engines: Mapping[str, Any]) -> Iterator[torch.nn.Module]:
@@ -256,53 +270,81 @@ def _ran(engine: EngineLoop[Any, Any], tasks: Sequence[Task]) -> list[Any]:
     return [job.done.result()[0] for job in jobs]
 
 
+def warm_up(config: DeployConfig, run: Run) -> None:
+    """Have libraries make their buffers, by small requests."""
+    stages = _Stages(config, run)
+    stages.decode(stages.denoise(stages.lent([_edit(0, SMALL)])))
+    stages.prefill([_text(0, SMALL)])
+
+
 def exercise(config: DeployConfig, run: Run) -> None:
     """Bring each stage to its peak alone, then all at the same time."""
-    planner, batch = RequestPlanner.open(config), config.thinker.max_num_batched_tokens
+    stages, batch = _Stages(config, run), config.thinker.max_num_batched_tokens
+    seeds = itertools.count(1)  # a text that was there before would not be prefilled again
 
-    def planned(request: GenerationRequest) -> Task:
-        plan = planner.expand(request)
-        return plan, plan.request_id, plan.scheduling
+    def prefill() -> None:
+        # One more than a step takes: the others wait for it, and are prefilled together.
+        stages.prefill([_text(next(seeds)) for _ in range(batch // 512 + 1)])
 
     def lent() -> list[Task]:
-        results = run("thinker", [planned(_edit(seed)) for seed in range(config.dit.max_num_seqs)])
-        return [(result.job, result.job.request_id, result.job.scheduling) for result in results]
+        return stages.lent([_edit(seed) for seed in range(config.dit.max_num_seqs)])
 
-    def prefilled() -> None:
-        run("thinker", [planned(_text(seed)) for seed in range(batch // 512)])
-
-    for first in range(config.thinker.kv_tokens // batch):
-        run("thinker", [planned(_text(seed)) for seed in range(first, first + batch // 512)])
-    latents = [(latents, "decode", SchedulingParams()) for images in run("dit", lent()) for latents in images]
-    run("vae_decode", latents)
+    for _ in range(config.thinker.kv_tokens // batch):
+        prefill()
+    latents = stages.denoise(lent())
+    stages.decode(latents)
     jobs = lent()
     with ThreadPoolExecutor(2) as pool:
-        denoising = pool.submit(run, "dit", jobs)
+        denoising = pool.submit(stages.denoise, jobs)
 
         def decode() -> None:
             while not denoising.done():
-                run("vae_decode", latents)
+                stages.decode(latents)
 
         decoding = pool.submit(decode)
         while not denoising.done():
-            prefilled()
+            prefill()
         denoising.result(), decoding.result()
 
 
-def _text(seed: int) -> GenerationRequest:
+class _Stages:
+    """The stages of a server, each of which ``run`` runs."""
+
+    def __init__(self, config: DeployConfig, run: Run) -> None:
+        self._planner, self._run = RequestPlanner.open(config), run
+
+    def prefill(self, requests: Sequence[GenerationRequest]) -> list[Any]:
+        plans = [self._planner.expand(request) for request in requests]
+        return self._run("thinker", [(plan, plan.request_id, plan.scheduling) for plan in plans])
+
+    def lent(self, requests: Sequence[GenerationRequest]) -> list[Task]:
+        return [(made.job, made.job.request_id, made.job.scheduling) for made in self.prefill(requests)]
+
+    def denoise(self, jobs: Sequence[Task]) -> list[Task]:
+        return [(latents, "decode", SchedulingParams()) for images in self._run("dit", jobs) for latents in images]
+
+    def decode(self, latents: Sequence[Task]) -> None:
+        self._run("vae_decode", latents)
+
+
+def _letters(count: int, seed: int) -> str:
+    """Letters at random, about 0.9 tokens each."""
     generator = torch.Generator().manual_seed(seed)
-    letters = torch.randint(97, 123, (600,), generator=generator).tolist()
-    return GenerationRequest(prompt=bytes(letters).decode(), modality="text", max_tokens=2)
+    return bytes(torch.randint(97, 123, (count,), generator=generator).tolist()).decode()
 
 
-def _edit(seed: int) -> GenerationRequest:
+def _text(seed: int, letters: int = 600) -> GenerationRequest:
+    return GenerationRequest(prompt=_letters(letters, seed), modality="text", max_tokens=2)
+
+
+def _edit(seed: int, side: int = SIDE) -> GenerationRequest:
     file = io.BytesIO()
-    Image.new("RGB", (SIDE, SIDE), (seed, 100, 200)).save(file, "PNG")
+    Image.new("RGB", (side, side), (seed, 100, 200)).save(file, "PNG")
     return GenerationRequest(
-        prompt="Make it blue",
+        prompt=_letters(280, seed),  # as long as the plan's
         image=(file.getvalue(),),
-        height=SIDE,
-        width=SIDE,
+        height=side,
+        width=side,
         num_inference_steps=STEPS,
         cfg_interval=(0.0, 1.0),
         seed=seed,

@@ -11,7 +11,8 @@ from typing import Self
 class ProcessMemory:
     """Bytes of a process.
 
-    ``pss`` is its proportional set size: a page that n processes map counts as 1/n. ``resident`` counts it whole.
+    ``pss`` is its proportional set size: a page that n processes map counts as 1/n. ``resident`` counts it whole, and
+    ``peak`` is the most that was ever resident, which the kernel notes without missing a moment.
     ``anonymous`` pages belong to this process alone and to no file; a page of a private mapping
     of a file becomes one when it is written.
     """
@@ -19,6 +20,7 @@ class ProcessMemory:
     pss: int
     anonymous: int
     resident: int = 0
+    peak: int = 0
 
     @classmethod
     def own(cls) -> Self:
@@ -29,7 +31,9 @@ class ProcessMemory:
     def of(cls, pid: int | str) -> Self:
         """That of the process ``pid``, at this moment."""
         fields = {}
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-            name, value = line.split(":")
-            fields[name] = int(value.split()[0]) * 1024
-        return cls(fields["Pss"], fields["Anonymous"], fields["Rss"])
+        for file in ("smaps_rollup", "status"):
+            for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if value.endswith(" kB"):
+                    fields[name] = int(value.split()[0]) * 1024
+        return cls(fields["Pss"], fields["Anonymous"], fields["Rss"], fields["VmHWM"])

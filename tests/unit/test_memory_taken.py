@@ -16,11 +16,9 @@ from bench.memory_plan import LARGE, compare
 @pytest.mark.long
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_it_is_what_was_planned(tmp_path: Path, quantization: Quantization | None) -> None:
-    """At most 5 % more; less where stages are not at their peaks at the same time."""
-    tiny_checkpoint.write(tmp_path / "large", replace(LARGE, layers=1))
+    """The last layer computes few rows, so there are two."""
+    tiny_checkpoint.write(tmp_path / "large", replace(LARGE, layers=2))
     tiny_checkpoint.write(tmp_path / "tiny", TinyConfig())
-    found = compare(tmp_path / "large", tmp_path / "tiny", "float32", quantization)
-    assert 0.85 * found.total < found.taken.serving < 1.05 * found.total
-    assert (
-        0.95 * found.weights < found.taken.loaded < 1.25 * found.weights
-    )  # with what was freed while they were loaded
+    found = next(compare(tmp_path / "large", tmp_path / "tiny", "float32", quantization))
+    assert found.taken.loaded == pytest.approx(found.loaded, rel=0.05)
+    assert found.taken.serving == pytest.approx(found.total, rel=0.05)
