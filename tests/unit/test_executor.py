@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_triton.model.attention import attend
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.cpu import attention as cpu_attention
 from bagel_triton.model.cpu import executor, thread_pool
 from bagel_triton.model.cpu.executor import CpuExecutor, tiles_of
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
@@ -135,21 +133,3 @@ def test_threads_share_rows_about_evenly(threads: int, rows: int) -> None:
     even = max(rows / threads, executor.MIN_TILE_ROWS)  # fewer rows than these are not worth a thread
     rounds = -(-rows // (longest * threads))
     assert rounds * longest <= 2 * even + executor.MIN_TILE_ROWS / 2
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (4, 4, 20)])
-@pytest.mark.parametrize(("rows", "length"), [(64, 64), (65, 300), (300, 2500)])
-@torch.inference_mode()
-def test_attention_by_products_is_attention(
-    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, size: int, rows: int, length: int
-) -> None:
-    """As an AMD processor takes it."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, heads, size, generator=generator)
-    key, value = (2 * torch.randn(length, kv_heads, size, generator=generator) for _ in range(2))
-    exact = attend(query.double(), key.double(), value.double(), causal=False)
-    monkeypatch.setattr(cpu_attention, "takes_onednn", lambda x: True)
-    found = cpu_attention.attend_span(query, key, value, causal=False)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
-    one_head = cpu_attention.attend_span(query[:, :1], key[:, :1], value[:, :1], causal=False)
-    assert torch.equal(found[:, :1], one_head)

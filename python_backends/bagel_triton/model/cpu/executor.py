@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagel_triton.model.attention import QuerySpan, SequenceKV
+from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
 from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu.attention import attend_span
 from bagel_triton.model.cpu.row_stable import (
     add_linear,
     add_projection,
@@ -281,7 +280,7 @@ class _Run:
                 if kernels is not None:
                     kernels.attend_row(query[span.rows], key, value, out[span.rows])
                     return
-                out[span.rows, heads] = attend_span(query[span.rows, heads], key, value, span.causal)
+                out[span.rows, heads] = attend(query[span.rows, heads], key, value, span.causal)
 
             parts = [part for span in group for part in self._heads(span, *read[span.sequence][0].shape[:2])]
             self._pool.parallel_for(attend_part, parts)

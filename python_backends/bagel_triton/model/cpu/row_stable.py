@@ -40,8 +40,8 @@ WEIGHTS = 1 << 19  # of a quantised layer that are decoded at once
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, into ``out`` if given; x [rows, in], weight [out, in] -> [rows, out]."""
-    if takes_onednn(x):
-        product = onednn_linear(x, weight, bias)
+    if _takes_onednn(x):
+        product = _onednn_linear(x, weight, bias)
         return product if out is None else out.copy_(product)
     rows = len(x)
     if rows < MIN_ROWS:
@@ -56,8 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``x @ weight.T`` to ``out`` [rows, out]; x [rows, in], weight [out, in]."""
-    if takes_onednn(x):
-        out += onednn_linear(x, weight)
+    if _takes_onednn(x):
+        out += _onednn_linear(x, weight, None)
         return
     rows = len(x)
     if rows < MIN_ROWS:
@@ -108,12 +108,12 @@ def _is_amd() -> bool:
         return False
 
 
-def takes_onednn(x: Tensor) -> bool:
+def _takes_onednn(x: Tensor) -> bool:
     """Whether oneDNN's products are the faster ones: MKL's use half a vector on an AMD processor."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and _is_amd() and torch.backends.mkldnn.is_available()
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """oneDNN's product, whose rows are alike from two rows on, whatever the inner dimension."""
     rows = len(x)
     if rows < ONEDNN_ROWS:
