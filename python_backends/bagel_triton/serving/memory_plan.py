@@ -24,7 +24,7 @@ from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import tile_rows
-from bagel_triton.model.cpu.row_stable import CACHED, WEIGHTS, takes_onednn
+from bagel_triton.model.cpu.row_stable import CACHED, ONEDNN_ROWS, WEIGHTS, takes_onednn
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
@@ -410,7 +410,7 @@ def product_bytes(width: int, out: int, rows: int, placement: Placement, threads
     itemsize, wide = placement.torch_dtype.itemsize, torch.float32.itemsize
     sums = 0 if placement.torch_dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
     if form is None and placement.torch_dtype == torch.float32:
-        return rows * out * wide if takes_onednn(torch.empty(0)) else 0  # which it adds or copies afterwards
+        return min(rows, ONEDNN_ROWS[0]) * out * wide if takes_onednn(torch.empty(0)) else 0  # then added or copied
     if form is None:  # oneDNN copies that much of a weight, outside of torch's own count
         return rows * out * sums + (threads * PACKED * out * itemsize if sums else 0)
     part = min(out, max(WEIGHTS // width, 16))

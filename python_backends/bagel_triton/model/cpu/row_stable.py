@@ -29,7 +29,7 @@ from bagel_triton.model.mot import RMSNorm
 from bagel_triton.model.quantization import QuantizedLinear, encode_fp8, encode_int8
 
 MIN_ROWS = 16
-ONEDNN_ROWS = 2
+ONEDNN_ROWS = 256, 64, 16  # of a product
 MAX_INNER = 512
 VECTOR = 16  # float32 numbers in the widest registers
 TWO_VECTORS = 64  # an elementwise operation takes two vectors at a time, of 32 bfloat16 numbers each at most
@@ -40,9 +40,8 @@ WEIGHTS = 1 << 19  # of a quantised layer that are decoded at once
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, into ``out`` if given; x [rows, in], weight [out, in] -> [rows, out]."""
-    if _takes_onednn(x):
-        product = _onednn_linear(x, weight, bias)
-        return product if out is None else out.copy_(product)
+    if takes_onednn(x):
+        return _onednn_linear(x, weight, bias, x.new_empty(len(x), len(weight)) if out is None else out)
     rows = len(x)
     if rows < MIN_ROWS:
         padded = linear(_padded(x), weight, bias)[:rows]
@@ -56,8 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``x @ weight.T`` to ``out`` [rows, out]; x [rows, in], weight [out, in]."""
-    if _takes_onednn(x):
-        out += _onednn_linear(x, weight, None)
+    if takes_onednn(x):
+        _onednn_linear(x, weight, None, out, add=True)
         return
     rows = len(x)
     if rows < MIN_ROWS:
@@ -108,18 +107,27 @@ def _is_amd() -> bool:
         return False
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def takes_onednn(x: Tensor) -> bool:
     """Whether oneDNN's products are the faster ones: MKL's use half a vector on an AMD processor."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and _is_amd() and torch.backends.mkldnn.is_available()
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN's product, whose rows are alike from two rows on, whatever the inner dimension."""
-    rows = len(x)
-    if rows < ONEDNN_ROWS:
-        x = F.pad(x, (0, 0, 0, ONEDNN_ROWS - rows))
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product[:rows]
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
+    """oneDNN's product in ``out``, or added to it; a row is the same in a piece of any size.
+
+    The library keeps code for every number of rows that it meets, half a megabyte for each shape of a weight. So
+    there are three.
+    """
+    rest = x
+    while len(rest):
+        rows = next((size for size in ONEDNN_ROWS if size <= len(rest)), ONEDNN_ROWS[-1])
+        part = rest[:rows] if rows <= len(rest) else F.pad(rest, (0, 0, 0, rows - len(rest)))
+        product = torch.ops.mkldnn._linear_pointwise(part, weight, bias, "none", [], "")
+        place = out[len(x) - len(rest) :][:rows]
+        product = product[: len(place)]
+        _ = place.add_(product) if add else place.copy_(product)
+        rest = rest[rows:]
+    return out
 
 
 def _padded(x: Tensor) -> Tensor:
