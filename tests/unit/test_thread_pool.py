@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def test_every_item_is_done_once(pool: ThreadPool, count: int):
 def test_all_threads_work_at_the_same_time(pool: ThreadPool):
     meeting = threading.Barrier(pool.size)
     pool.parallel_for(lambda _: meeting.wait(30.0) and None, range(pool.size))
+
+
+def test_a_pool_at_rest_holds_nothing_of_its_last_work(pool: ThreadPool):
+    """A forward's buffers and the KV it read would stay until the next one, beside that one's."""
+    held = torch.ones(8)
+    left = weakref.ref(held)
+
+    def task(item: int, held: torch.Tensor = held) -> None:
+        held.sum()
+
+    pool.parallel_for(task, range(8))
+    del task, held
+    assert left() is None
 
 
 def test_the_first_error_is_raised_and_the_pool_goes_on(pool: ThreadPool):

@@ -101,7 +101,9 @@ class ThreadPool:
         while (work := self._tasks.get()) is not None:
             with torch.inference_mode(work.inference):
                 work.run()
-            work.ended.put(None)
+            ended = work.ended
+            del work  # and with it what the task holds, such as a forward's buffers and the KV it read
+            ended.put(None)
 
 
 class _ParallelFor(Generic[Item]):
