@@ -87,20 +87,22 @@ def _add_share(arguments):  # pragma: no cover - compiled
                     out[place + GROUP - one] = source[summand + GROUP - one] + d
 
 
-def product(x: Tensor, weight: Tensor, base: Tensor, out: Tensor) -> Tensor:
+_Sizes, _Pointers = ctypes.c_uint64 * 6, ctypes.c_void_p * 5
+
+
+def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None:
     """``base + x @ weight.T`` in ``out``, with as many threads as torch has here where that is worth it.
 
-    x [rows, in], weight [out, in], base [out], or [rows, out] and then maybe ``out`` itself, out [rows, out]: float32
-    on a CPU, with adjacent numbers in each row.
+    x [rows, in], weight [out, in], base [out], or [rows, out] and then maybe ``out`` itself, or none, out [rows, out]:
+    float32 on a CPU, with adjacent numbers in each row.
     """
     x, (width, inner) = x.contiguous(), weight.shape
-    threads = min(torch.get_num_threads(), max(weight.numel() // MIN_THREAD_WEIGHTS, 1))
-    base_stride = base.stride(0) if base.ndim == 2 else 0
-    sizes = (ctypes.c_uint64 * 6)(len(x), inner, width, out.stride(0), base_stride, threads)
-    tensors = (tensor.data_ptr() for tensor in (x, weight, out, base))
-    arguments = (ctypes.c_void_p * 5)(*tensors, ctypes.addressof(sizes))
-    _gomp_parallel(_add_share.address, arguments, threads, 0)
-    return out
+    threads = min(torch.get_num_threads(), max(width * inner // MIN_THREAD_WEIGHTS, 1))
+    if base is None:
+        base = out.zero_()
+    sizes = _Sizes(len(x), inner, width, out.stride(0), base.stride(0) if base.ndim == 2 else 0, threads)
+    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr(), base.data_ptr(), ctypes.addressof(sizes)
+    _gomp_parallel(_add_share.address, _Pointers(*pointers), threads, 0)
 
 
 @njit("(f4[:, ::1], f4[::1], f4, f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)

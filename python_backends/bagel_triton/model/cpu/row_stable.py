@@ -86,7 +86,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if kernels is None:
         return linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
-    kernels.product(x, weight, x.new_zeros(len(weight)) if bias is None else bias, out)
+    kernels.product(x, weight, bias, out)
     return out
 
 
@@ -124,8 +124,8 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
         part = rest[:rows] if rows <= len(rest) else F.pad(rest, (0, 0, 0, rows - len(rest)))
         product = torch.ops.mkldnn._linear_pointwise(part, weight, bias, "none", [], "")
         place = out[len(x) - len(rest) :][:rows]
-        product = product[: len(place)]
-        _ = place.add_(product) if add else place.copy_(product)
+        _ = place.add_(product[: len(place)]) if add else place.copy_(product[: len(place)])
+        del part, product  # before the next is computed
         rest = rest[rows:]
     return out
 
