@@ -407,25 +407,27 @@ def product_bytes(width: int, out: int, rows: int, placement: Placement, threads
     In bfloat16 a CPU without instructions for it sums into float32, all of a product. A quantised weight is decoded a
     few rows at a time, and what they give is held before it is put in its place.
     """
-    itemsize, wide = placement.torch_dtype.itemsize, torch.float32.itemsize
-    sums = 0 if placement.torch_dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
-    piece = min(rows, ONEDNN_ROWS[0]) * wide if takes_onednn(torch.empty(0)) else 0  # of an output, then copied
-    if form is None and placement.torch_dtype == torch.float32:
-        return piece * out
-    if form is None:  # oneDNN copies that much of a weight, outside of torch's own count
-        return rows * out * sums + (threads * PACKED * out * itemsize if sums else 0)
+    dtype, wide = placement.torch_dtype, torch.float32.itemsize
+    itemsize = dtype.itemsize
+    sums = 0 if dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
+
+    def piece(dtype: torch.dtype) -> int:  # of an output's number, which is copied to its place afterwards
+        return min(rows, ONEDNN_ROWS[0]) * dtype.itemsize if takes_onednn(torch.empty(0, dtype=dtype)) else 0
+
+    if form is None:  # without instructions oneDNN copies that much of a weight, outside of torch's own count
+        return rows * out * sums + (threads * PACKED * out * itemsize if sums else 0) + piece(dtype) * out
     part = min(out, max(WEIGHTS // width, 16))
     decoding = threads * part * width * DECODED[form.storage]
     if not form.activations:
         rounded = threads * part * width * (wide + itemsize if itemsize != wide else 0)
-        held = rows * part * (itemsize + sums) + (piece * part if itemsize == wide else 0)
+        held = rows * part * (itemsize + sums) + piece(dtype) * part
         return max(decoding, rounded, held + threads * part * width * itemsize)
     last = rows * part * wide if part < out else 0  # of the rows before, until the next are there
     if form.storage == "int8":  # in float32 and between two roundings; then sums of integers, and those in float32
         rounding = rows * width * (2 * wide if itemsize != wide else wide + 1)
         return max(rounding, rows * width + rows * part * 2 * wide + last)
     rounded = rows * part * itemsize if itemsize != wide else 0
-    given = rows * part * wide + max(piece * part, rounded)
+    given = rows * part * wide + max(piece(torch.float32) * part, rounded)
     multiplying = max(decoding, given + threads * part * width * wide)
     return max(rows * width * (2 * wide + 1), rows * width * wide + last + multiplying)
 

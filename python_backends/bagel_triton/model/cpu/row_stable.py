@@ -108,8 +108,14 @@ def _is_amd() -> bool:
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Whether oneDNN's products are the faster ones: MKL's use half a vector on an AMD processor."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _is_amd() and torch.backends.mkldnn.is_available()
+    """Whether x takes oneDNN's products in pieces of a few sizes.
+
+    On an AMD processor they are the faster ones in float32: MKL's use half a vector. In bfloat16 torch's own are
+    oneDNN's where the processor has instructions for it.
+    """
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return _is_amd() if x.dtype == torch.float32 else torch.cpu._is_avx512_bf16_supported()
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
