@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +93,46 @@ def test_the_attention_of_one_token_is_attention() -> None:
         kernels.attend_row(query, 3 * key, value, out)
         exact = attend(query.double(), 3 * key.double(), value.double(), causal=True)
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 64])
+@torch.inference_mode()
+def test_threads_change_no_bit(threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 1024, generator=generator), torch.randn(1027, 1024, generator=generator)
+    query, key = torch.randn(1, 28, 64, generator=generator), torch.randn(300, 4, 64, generator=generator)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (2, threads):
+            torch.set_num_threads(count)
+            out, attended = torch.full((3, 1027), torch.nan), torch.full_like(query, torch.nan)
+            kernels.product(x, weight, weight[:, 0].contiguous(), out)
+            kernels.attend_row(query, key, key, attended)
+            found.append((out, attended))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_smaller_team_than_was_asked_for_does_all_the_work() -> None:
+    """OpenMP may give fewer threads, by a limit or under load."""
+    code = """
+import torch
+from bagel_triton.model.cpu import kernels
+torch.set_num_threads(4)
+x, weight, out = torch.ones(3, 1024), torch.ones(2048, 1024), torch.full((3, 2048), torch.nan)
+kernels.product(x, weight, None, out)
+assert bool((out == 1024).all()), int((out != 1024).sum())
+query, key = torch.ones(1, 28, 128), torch.ones(300, 4, 128)
+attended = torch.full_like(query, torch.nan)
+kernels.attend_row(query, key, key, attended)
+assert torch.allclose(attended, query)
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_THREAD_LIMIT": "1"}, check=False)
+    assert run.returncode == 0
+
+
+def test_a_row_of_zeros_without_an_epsilon_is_no_error() -> None:
+    assert kernels.rms_norm(torch.zeros(1, 8), torch.ones(8), 0.0).isnan().all()

@@ -29,7 +29,6 @@ from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import CheckpointError, ModelConfig
-from bagel_triton.model.cpu.row_stable import few_rows_kernels
 from bagel_triton.model.cpu.thread_pool import release_intraop_threads
 from bagel_triton.model.device import Placement, on_gpu, resolve
 from bagel_triton.model.lora import LoraAdapter
@@ -260,8 +259,6 @@ def build_thinker(resources: StageResources, metrics: Metrics | None = None) -> 
     with contextlib.ExitStack() as unless_built:  # a process that could not wake is asked again
         unless_built.callback(producer.close)
         model = resources.model_of(THINKER)
-        if place.torch_device.type == "cpu":
-            few_rows_kernels(place.torch_dtype)  # compiled now, not while a request waits
         adapters = resources.load_adapters()
         autoencoder = None if config.load == "understanding" else resources.load_autoencoder()
         ranks = open_ranks(resources, THINKER, model, share=True)

@@ -412,7 +412,7 @@ def product_bytes(width: int, out: int, rows: int, placement: Placement, threads
     sums = 0 if dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
 
     def piece(dtype: torch.dtype) -> int:  # of an output's number, which is copied to its place afterwards
-        return min(rows, ONEDNN_ROWS[0]) * dtype.itemsize if takes_onednn(torch.empty(0, dtype=dtype)) else 0
+        return min(rows, ONEDNN_ROWS[0] * threads) * dtype.itemsize if takes_onednn(torch.empty(0, dtype=dtype)) else 0
 
     if form is None:  # without instructions oneDNN copies that much of a weight, outside of torch's own count
         return rows * out * sums + (threads * PACKED * out * itemsize if sums else 0) + piece(dtype) * out

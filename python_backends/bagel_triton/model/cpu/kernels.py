@@ -28,7 +28,8 @@ GROUP = np.uint64(4)  # rows of the weight at a time
 MIN_THREAD_WEIGHTS = 1 << 17  # which one thread reads in some 20 us
 ZERO = np.float32(0)
 # Compiled code is kept beside this file. Where that cannot be written to, each process compiles for a second or two.
-CACHE = os.access(Path(__file__).parent, os.W_OK)
+_folder = Path(__file__).parent / "__pycache__"
+CACHE = "NUMBA_CACHE_DIR" in os.environ or os.access(_folder if _folder.exists() else _folder.parent, os.W_OK)
 
 try:
     _gomp_parallel = ctypes.CDLL(None).GOMP_parallel  # runs a function in each of so many threads
@@ -37,6 +38,7 @@ except AttributeError:
 _gomp_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _gomp_parallel.restype = None
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+_team_size = types.ExternalFunction("omp_get_num_threads", types.int32())  # maybe fewer than were asked for
 
 
 @njit(cache=CACHE, fastmath=SUMS)
@@ -58,7 +60,8 @@ def _add_share(arguments):  # pragma: no cover - compiled
 
     Places in flat arrays are unsigned, or each would be checked for counting from the end, without vectors.
     """
-    rows, inner, width, stride, base_stride, threads = carray(arguments[4], 6, np.uint64)
+    rows, inner, width, stride, base_stride = carray(arguments[4], 5, np.uint64)
+    threads = np.uint64(_team_size())
     x = carray(arguments[0], (rows * inner,), np.float32)
     weight = carray(arguments[1], (width * inner,), np.float32)
     out = carray(arguments[2], (rows * stride,), np.float32)
@@ -87,7 +90,7 @@ def _add_share(arguments):  # pragma: no cover - compiled
                     out[place + GROUP - one] = source[summand + GROUP - one] + d
 
 
-_Sizes, _Pointers = ctypes.c_uint64 * 6, ctypes.c_void_p * 5
+_Sizes, _Pointers = ctypes.c_uint64 * 5, ctypes.c_void_p * 5
 
 
 def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None:
@@ -96,16 +99,18 @@ def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None
     x [rows, in], weight [out, in], base [out], or [rows, out] and then maybe ``out`` itself, or none, out [rows, out]:
     float32 on a CPU, with adjacent numbers in each row.
     """
+    assert weight.dtype == x.dtype == torch.float32, "the kernel reads raw memory"
+    assert weight.is_contiguous(), "likewise"
     x, (width, inner) = x.contiguous(), weight.shape
     threads = min(torch.get_num_threads(), max(width * inner // MIN_THREAD_WEIGHTS, 1))
     if base is None:
         base = out.zero_()
-    sizes = _Sizes(len(x), inner, width, out.stride(0), base.stride(0) if base.ndim == 2 else 0, threads)
+    sizes = _Sizes(len(x), inner, width, out.stride(0), base.stride(0) if base.ndim == 2 else 0)
     pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr(), base.data_ptr(), ctypes.addressof(sizes)
     _gomp_parallel(_add_share.address, _Pointers(*pointers), threads, 0)
 
 
-@njit("(f4[:, ::1], f4[::1], f4, f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)
+@njit("(f4[:, ::1], f4[::1], f4, f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True, error_model="numpy")
 def _norm_rows(x, weight, eps, out):  # pragma: no cover - compiled
     for row in range(len(x)):
         total = ZERO
@@ -123,7 +128,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@njit("(f4[:, ::1], i8, f4[::1], f4, f4[:, ::1], f4[:, ::1], f4[:, :, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)
+@njit(
+    "(f4[:, ::1], i8, f4[::1], f4, f4[:, ::1], f4[:, ::1], f4[:, :, ::1])",
+    cache=CACHE,
+    fastmath=SUMS,
+    nogil=True,
+    error_model="numpy",
+)
 def _norm_and_rotate(products, first, weight, eps, cos, sin, out):  # pragma: no cover - compiled
     rows, heads, size = out.shape
     half = size // 2
@@ -153,33 +164,60 @@ def norm_and_rotate(
     _norm_and_rotate(products.numpy(), first, weight.detach().numpy(), np.float32(eps), *tables, out.numpy())
 
 
-@njit("(f4[:, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True)
-def _attend_row(query, key, value, out):  # pragma: no cover - compiled
-    heads, size = query.shape
-    length, kv_heads, _ = key.shape
-    group = heads // kv_heads
+@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
+def _attend_heads(query, key, value, out, start, stop):  # pragma: no cover - compiled
+    size, length = query.shape[1], len(key)
+    group = len(query) // key.shape[1]
     factor = np.float32(1) / np.sqrt(np.float32(size))
-    weights = np.empty((heads, length), np.float32)
+    weights = np.empty((stop - start, length), np.float32)
     for token in range(length):
-        for head in range(heads):
+        for head in range(start, stop):
             kv_head, score = head // group, ZERO
             for k in range(size):
                 score += query[head, k] * key[token, kv_head, k]
-            weights[head, token] = score * factor
-    for head in range(heads):
-        largest, total = weights[head].max(), ZERO
+            weights[head - start, token] = score * factor
+    for head in range(start, stop):
+        row = weights[head - start]
+        largest, total = row.max(), ZERO
         for token in range(length):
-            weights[head, token] = np.exp(weights[head, token] - largest)
-            total += weights[head, token]
+            row[token] = np.exp(row[token] - largest)
+            total += row[token]
         for k in range(size):
             out[head, k] = ZERO
         for token in range(length):
-            weight = weights[head, token] / total
+            weight = row[token] / total
             for k in range(size):
                 out[head, k] += weight * value[token, head // group, k]
 
 
+@cfunc(types.void(types.CPointer(types.voidptr)), cache=CACHE)
+def _attend_share(arguments):  # pragma: no cover - compiled
+    """One thread's share of :func:`attend_row`: some of the heads."""
+    heads, kv_heads, size, length = carray(arguments[4], 4, np.int64)
+    query = carray(arguments[0], (heads, size), np.float32)
+    key = carray(arguments[1], (length, kv_heads, size), np.float32)
+    value = carray(arguments[2], (length, kv_heads, size), np.float32)
+    out = carray(arguments[3], (heads, size), np.float32)
+    share = -(-heads // _team_size())
+    start = min(share * _thread_number(), heads)
+    stop = min(start + share, heads)
+    if start < stop:
+        _attend_heads(query, key, value, out, start, stop)
+
+
+_HeadSizes = ctypes.c_int64 * 4
+
+
 def attend_row(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-    """Attention of one token to all, in ``out``; query and out [1, heads, head_dim], key and value [length, kv_heads,
-    head_dim], float32 all, query and out contiguous."""
-    _attend_row(query[0].numpy(), key.contiguous().numpy(), value.contiguous().numpy(), out[0].numpy())
+    """Attention of one token to all, in ``out``, with as many threads as torch has here where that is worth it.
+
+    query and out [1, heads, head_dim], key and value [length, kv_heads, head_dim], float32 on a CPU; query and out are
+    contiguous. A head is the same on any thread.
+    """
+    assert query.dtype == key.dtype == value.dtype == out.dtype == torch.float32, "the kernel reads raw memory"
+    key, value, (length, kv_heads, size) = key.contiguous(), value.contiguous(), key.shape
+    heads = query.shape[1]
+    threads = min(torch.get_num_threads(), heads, max(heads * length * size // MIN_THREAD_WEIGHTS, 1))
+    sizes = _HeadSizes(heads, kv_heads, size, length)
+    pointers = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), ctypes.addressof(sizes)
+    _gomp_parallel(_attend_share.address, _Pointers(*pointers), threads, 0)

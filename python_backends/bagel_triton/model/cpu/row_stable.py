@@ -16,6 +16,7 @@ dense copy of a layer is ever in memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from bagel_triton.model.mot import RMSNorm
 from bagel_triton.model.quantization import QuantizedLinear, encode_fp8, encode_int8
 
+log = logging.getLogger(__name__)
 MIN_ROWS = 16
 ONEDNN_ROWS = 256, 64, 16  # of a product
 MAX_INNER = 512
@@ -75,7 +77,11 @@ def few_rows_kernels(dtype: torch.dtype) -> ModuleType | None:
         return None
     try:
         from bagel_triton.model.cpu import kernels
-    except ImportError:  # without the extra `cpu`
+    except ImportError as error:  # without the extra `cpu`
+        log.info("texts take torch's products, which are slower than those of the extra cpu: %s", error)
+        return None
+    except Exception:  # what Numba and LLVM raise where they cannot compile
+        log.exception("texts take torch's products: Numba could not compile others")
         return None
     return kernels
 
@@ -115,7 +121,9 @@ def takes_onednn(x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return _is_amd() if x.dtype == torch.float32 else torch.cpu._is_avx512_bf16_supported()
+    if x.dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported()
+    return x.dtype == torch.float32 and _is_amd()
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
