@@ -43,7 +43,7 @@ def setting(checkpoint_dir: Path) -> Setting:
 def test_a_steps_arithmetic_is_what_torch_counts(
     local_stages: LocalStages, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Torch counts what one thread does, and no product that is added in place.
+    # Torch counts what one thread does, no product that is added in place, and none of oneDNN's.
     monkeypatch.setattr(ThreadPool, "parallel_for", lambda pool, task, items: [task(item) for item in items])
     job = denoise_job(local_stages, image_request(128, 128, 2))
     counted: list[int] = []
@@ -52,8 +52,13 @@ def test_a_steps_arithmetic_is_what_torch_counts(
     def added(into: torch.Size, x: torch.Size, weight: torch.Size, **_: object) -> int:
         return 2 * x[0] * x[1] * weight[1]
 
+    def onednn(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+        return 2 * x[0] * x[1] * weight[0]
+
+    others = {torch.ops.aten.addmm_: added, torch.ops.mkldnn._linear_pointwise: onednn}
+
     def step() -> None:
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=others) as counter:
             real()
         counted.append(counter.get_total_flops())
 
