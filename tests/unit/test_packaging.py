@@ -36,7 +36,13 @@ def test_every_import_is_a_declared_dependency() -> None:
     extras = project["optional-dependencies"]
     declared = {
         re.split(r"[\[<>=~; ]", dependency)[0]
-        for dependency in (*project["dependencies"], *extras["tracing"], *extras["mooncake"], *extras["ray"])
+        for dependency in (
+            *project["dependencies"],
+            *extras["cpu"],
+            *extras["tracing"],
+            *extras["mooncake"],
+            *extras["ray"],
+        )
     }
     installed = packages_distributions()  # what is not installed is taken for a distribution of that name
     missing = {
