@@ -123,20 +123,20 @@ def test_a_sleep_frees_memory_and_changes_no_pixel(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_two_hundred_sleeps_later_the_process_is_as_large_as_after_ten(stages: SleepingStages) -> None:
+def test_two_hundred_sleeps_later_the_process_is_as_large_as_before(stages: SleepingStages) -> None:
+    """In the first hundred, the libraries allocate buffers for each thread that computes at the same time as others."""
     expected = generate(stages, IMAGE).pixels[0]
     sizes, leaks = [], Leaks()
-    for cycle in range(200):
+    for cycle in range(300):
         stages.change(1 + cycle % 2)
         if cycle == 10:
             leaks = Leaks()
-        if cycle in (10, 199):
+        if cycle in (99, 299):
             sizes.append(ProcessMemory.own().anonymous)
             assert not leaks.threads()
         stages.change(0)
-        if cycle % 20 == 0 or cycle == 199:
-            assert torch.equal(generate(stages, IMAGE).pixels[0], expected)
-    assert sizes[1] - sizes[0] < 4 * MIB, sizes
+        assert torch.equal(generate(stages, IMAGE).pixels[0], expected)
+    assert sizes[1] - sizes[0] < 3 * MIB, sizes
 
 
 def test_a_job_in_flight_ends_before_its_stage_sleeps(stages: SleepingStages) -> None:

@@ -72,6 +72,13 @@ def set_up_heap(weights: int) -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
+def trim_heap() -> None:
+    """Give what this process freed but glibc kept back to the system; nothing where the C library is another."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class StageResources:
     """The resources that every engine is built from; the caller of :meth:`open` closes them after the engine."""
@@ -220,14 +227,14 @@ class StageResources:
             self._loaded.clear()
             self._adapters.clear()
         gc.collect()  # an engine and its parts refer to each other
-        if stays:
-            return True
-        self.close()
-        if self.weights is not None:
-            self.weights.free()
-        if on_gpu(self.placement.torch_device):
-            torch.cuda.empty_cache()
-        return False
+        if not stays:
+            self.close()
+            if self.weights is not None:
+                self.weights.free()
+            if on_gpu(self.placement.torch_device):
+                torch.cuda.empty_cache()
+        trim_heap()
+        return stays
 
     def close(self) -> None:
         """Stop sharing the weights with processes that start later."""
