@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -20,6 +21,8 @@ from bagel_triton.protocol.request import REQUEST_FIELDS, GenerationRequest
 from bagel_triton.protocol.tensors import to_tensors
 from tests.serving.test_together import EIGHT, image_body, until_idle
 from tests.support.exact import same_image
+from tests.support.killing import Load, health
+from tests.support.killing import until as wait_until
 from tests.support.serving import ANSWER_S, ENDLESS_TEXT, Server, generate, infer, reply_images
 
 LONG = image_body({**EIGHT[0], "num_inference_steps": 1000}, seed=1)
@@ -161,3 +164,29 @@ def test_each_request_of_a_grpc_burst_is_answered_or_refused_as_overloaded(serve
     assert 0 < len(refused) <= 450 - 200
     assert all("RESOURCE_EXHAUSTED: Overloaded(): " in outcome for outcome in refused), {o[:300] for o in refused}
     until_idle(server)
+
+
+@pytest.mark.long
+def test_a_triton_that_a_client_locks_up_by_leaving_is_started_again(checkpoint_dir: Path) -> None:
+    image = image_body(EIGHT[1], seed=1)
+    # Triton's own switch for tests makes each response hold the stream's lock for so long. A request that
+    # waits is sent one a second, so its client nearly always leaves during one.
+    slow = {"TRITONSERVER_DELAY_GRPC_RESPONSE": "800"}
+    with Server(checkpoint_dir, environment=slow) as server:
+        wanted = server.images(image)[0]
+        with connection(server, ENDLESS_TEXT):  # has nearly the whole KV cache pool
+            until(server, "bagel_thinker_active", 1)
+            for _ in range(10):
+                with connection(server, {**ENDLESS_TEXT, "stream": True}):
+                    time.sleep(3.4)
+                try:
+                    httpx.post(f"{server.url}/v1/chat/completions", json=image, timeout=10, trust_env=False)
+                except httpx.ReadTimeout:
+                    break
+            else:
+                pytest.fail("no client locked Triton up")
+        [ended] = Load(server, [image], ANSWER_S)
+        assert ended.status == 503, ended.reply
+        wait_until(lambda: health(server) == 200, "the server is not back", ANSWER_S)
+        assert same_image(server.images(image)[0], wanted)
+        assert any("a response was not sent within 60 s: Triton hangs; starting it again" in x for x in server.output)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -69,3 +71,25 @@ def test_a_response_has_only_the_outputs_that_were_requested(triton_io: ModuleTy
 
 def test_a_request_that_names_no_output_gets_all(triton_io: ModuleType) -> None:
     assert sent(triton_io, []) == [["event"], ["thinker_output", "denoise_job"]]
+
+
+def test_a_send_that_does_not_return_is_found(triton_io: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_io, "SEND_S", 0.1)
+    found, returns = threading.Event(), threading.Event()
+    outbox = triton_io.Outbox(found.set)
+    outbox.put(returns.wait)
+    assert found.wait(60)
+    returns.set()
+    outbox.close()
+
+
+def test_sends_that_return_are_not_taken_for_one_that_does_not(
+    triton_io: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_io, "SEND_S", 0.5)
+    found = threading.Event()
+    outbox = triton_io.Outbox(found.set)
+    for _ in range(12):
+        outbox.put(lambda: time.sleep(0.1))
+    outbox.close()
+    assert not found.is_set()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import queue
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from bagel_triton.ipc.liveness import LAST_WORDS_S
 from bagel_triton.protocol.errors import BagelError, InvalidRequest, from_exception, from_text
 from bagel_triton.protocol.events import StageStats, encode_stats
 from bagel_triton.protocol.intervals import WATCH_S
@@ -26,6 +31,7 @@ M = TypeVar("M", bound=Message)
 # Parameters that the protocol itself knows; every other one was meant as an input.
 TRITON_PARAMETERS = ("id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 Result = TypeVar("Result")
+SEND_S, SEND_CHECKS = 60.0, 12  # that a send may take, and how often it is checked in that time
 _CHECKING = threading.Lock()
 log = logging.getLogger(__name__)
 
@@ -162,13 +168,40 @@ def model_call(model: str) -> Callable[..., Arrays]:
     return call
 
 
-class Outbox:
-    """Sends responses from a thread of its own, so that no engine waits for a client."""
+def _triton_ender() -> Callable[[], None]:
+    """A function that ends the tritonserver of this process, and this process."""
+    triton = os.getppid()
 
-    def __init__(self) -> None:
+    def end() -> None:
+        try:
+            # Not by Triton, which may take no log record any more. ``serve`` gives the line as its reason.
+            print(f"error: a response was not sent within {SEND_S:g} s: Triton hangs", file=sys.stderr, flush=True)
+            if os.getppid() == triton:  # and not who adopted this process
+                os.kill(triton, signal.SIGABRT)
+                time.sleep(LAST_WORDS_S)
+        finally:
+            os._exit(1)
+
+    return end
+
+
+class Outbox:
+    """Sends responses from a thread of its own, so that no engine waits for a client.
+
+    Triton queues a response and waits for no client. A send that does not return has met a deadlock
+    in Triton's gRPC server: a response of a decoupled model locks its stream and then its request, a
+    cancellation the request and then the stream (``StreamInferResponseComplete`` and ``Process`` in
+    24.10, and still in 26.08). All streams share the thread that takes cancellations, so none works
+    any more, not even to a reloaded model. So ``stuck`` is called, which by default ends tritonserver.
+    """
+
+    def __init__(self, stuck: Callable[[], None] | None = None) -> None:
         self._sends: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sending = 0  # the number of the send under way; 0 between two
+        self._stuck, self._closed = stuck or _triton_ender(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="outbox_watch", daemon=True).start()
 
     def put(self, send: Callable[[], None]) -> None:
         """Queue one send."""
@@ -178,13 +211,29 @@ class Outbox:
         """Send all queued responses, then stop."""
         self._sends.put(None)
         self._thread.join()
+        self._closed.set()
 
     def _run(self) -> None:
-        while (send := self._sends.get()) is not None:
+        for number in itertools.count(1):
+            if (send := self._sends.get()) is None:
+                return
+            self._sending = number
             try:
                 send()
             except Exception:  # one client's stream is broken; the other responses still have to go out
                 log.warning("a response could not be sent", exc_info=True)
+            self._sending = 0
+
+    def _watch(self) -> None:
+        """Find a send that does not return. Checks are counted: a paused container's clock goes on."""
+        watched, checks = 0, 0
+        while not self._closed.wait(SEND_S / SEND_CHECKS):
+            sending = self._sending
+            checks = checks + 1 if sending and sending == watched else 0
+            watched = sending
+            if checks == SEND_CHECKS:
+                self._stuck()
+                return
 
 
 class Reply:
