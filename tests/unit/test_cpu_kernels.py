@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bagel_triton.model.attention import attend
-from bagel_triton.model.cpu import executor, row_stable
+from bagel_triton.model.cpu import attention, executor, row_stable
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.row_stable import few_rows_kernels
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD
@@ -93,6 +93,26 @@ def test_the_attention_of_one_token_is_attention() -> None:
         kernels.attend_row(query, 3 * key, value, out)
         exact = attend(query.double(), 3 * key.double(), value.double(), causal=True)
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_attention_of_many_rows_is_attention_and_a_row_does_not_depend_on_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "takes_onednn", lambda x: True)
+    generator = torch.Generator().manual_seed(0)
+    for rows, heads, kv_heads, size, length in ((64, 4, 2, 16, 1), (90, 6, 2, 20, 1025), (300, 7, 1, 128, 2500)):
+        query = torch.randn(rows, heads, size, generator=generator)
+        # Scores far from 0, on either side: padding must not be the largest of them.
+        key = 3 * torch.randn(length, kv_heads, size, generator=generator) - 5 * query[:1, :kv_heads]
+        value = torch.randn(length, kv_heads, size, generator=generator)
+        found = attention.attend_many(query, key, value, causal=False)
+        exact = attend(query.double(), key.double(), value.double(), causal=False)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-5)
+        assert torch.equal(attention.attend_many(query[-64:], key, value, causal=False), found[-64:])
+        group = heads // kv_heads
+        part = attention.attend_many(query[:, :group], key[:, :1], value[:, :1], causal=False)
+        assert torch.equal(part, found[:, :group])
 
 
 @pytest.mark.parametrize("threads", [1, 3, 64])

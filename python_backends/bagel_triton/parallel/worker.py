@@ -24,7 +24,6 @@ from bagel_triton.deploy.topology import DECODER, THINKER
 from bagel_triton.kv.store import PagedStep, WorkspaceStep, new_store
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.cpu.row_stable import few_rows_kernels
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import Placement, resolve
 from bagel_triton.parallel import messages
@@ -133,8 +132,6 @@ def load(start: Start, place: Placement) -> tuple[Bagel | None, Autoencoder | No
         stage = config.thinker if start.stage == THINKER else config.dit
         cut = Sizes.of(config, start.stage).cut
         model = checkpoint.load_bagel(place.torch_device, place.torch_dtype, weights, stage.quantization, cut=cut)
-        if start.stage == THINKER and place.torch_device.type == "cpu":
-            few_rows_kernels(place.torch_dtype)  # compiled now, not while a request waits
     if start.decodes:
         autoencoder = checkpoint.load_autoencoder(place.torch_device, torch.float32, weights)
     return model, autoencoder

@@ -21,7 +21,6 @@ from bagel_triton.kv.connectors.base import SELFTEST_BLOCKS, SELFTEST_TTL_S, Pro
 from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig, ModelConfig
-from bagel_triton.model.cpu.row_stable import few_rows_kernels
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.device import wait_for_stream
 from bagel_triton.model.lora import LoraAdapter
@@ -242,8 +241,6 @@ class ThinkerEngine(EngineLoop[Plan, ThinkerOutput]):
         ranks: RankGroup | None = None,
     ) -> None:
         super().__init__(metrics, config.max_waiting, ThreadPool.of(model.device), model.device)
-        if model.device.type == "cpu":
-            few_rows_kernels(model.dtype)  # compiled now, not while a request waits
         self._model, self._tokenizer, self._producer = model, tokenizer, producer
         self._config, self._draws_images = config, autoencoder is not None
         self._adapters: Mapping[str, LoraAdapter] = {} if adapters is None else adapters

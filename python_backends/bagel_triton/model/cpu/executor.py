@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagel_triton.model.attention import QuerySpan, SequenceKV, attend
+from bagel_triton.model.attention import QuerySpan, SequenceKV
 from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.cpu.attention import attend_many
 from bagel_triton.model.cpu.row_stable import (
     add_linear,
     add_projection,
@@ -111,6 +112,7 @@ class CpuExecutor:
 
     def __init__(self, transformer: Transformer, pool: ThreadPool, reduce: Reduce | None = None) -> None:
         self._transformer, self._pool, self._reduce = transformer, pool, reduce
+        few_rows_kernels(transformer.norm.weight.dtype)  # compiled now, not while a request waits
 
     def __call__(self, embeddings: Tensor, batch: PackedBatch, kv: SequenceKV) -> Tensor:
         """Hidden states before the final norm, as of :meth:`Transformer.forward`; ``embeddings`` stay unchanged."""
@@ -280,7 +282,7 @@ class _Run:
                 if kernels is not None:
                     kernels.attend_row(query[span.rows], key, value, out[span.rows])
                     return
-                out[span.rows, heads] = attend(query[span.rows, heads], key, value, span.causal)
+                out[span.rows, heads] = attend_many(query[span.rows, heads], key, value, span.causal)
 
             parts = [part for span in group for part in self._heads(span, *read[span.sequence][0].shape[:2])]
             self._pool.parallel_for(attend_part, parts)

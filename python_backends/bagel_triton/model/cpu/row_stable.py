@@ -126,21 +126,35 @@ def takes_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and _is_amd()
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
-    """oneDNN's product in ``out``, or added to it; a row is the same in a piece of any size.
+def onednn_pieces(rows: int) -> Iterator[tuple[int, int]]:
+    """First row and size of the pieces that oneDNN's products of ``rows`` are cut into; the last may be larger.
 
     The library keeps code for every number of rows that it meets, half a megabyte for each shape of a weight. So
-    there are three.
+    there are three. A row is the same in a piece of any size.
     """
-    rest = x
-    while len(rest):
-        rows = next((size for size in ONEDNN_ROWS if size <= len(rest)), ONEDNN_ROWS[-1])
-        part = rest[:rows] if rows <= len(rest) else F.pad(rest, (0, 0, 0, rows - len(rest)))
-        product = torch.ops.mkldnn._linear_pointwise(part, weight, bias, "none", [], "")
-        place = out[len(x) - len(rest) :][:rows]
+    start = 0
+    while start < rows:
+        size = next((size for size in ONEDNN_ROWS if size <= rows - start), ONEDNN_ROWS[-1])
+        yield start, size
+        start += size
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN, of the rows of one of its pieces."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
+    """oneDNN's product in ``out``, or added to it."""
+    for start, size in onednn_pieces(len(x)):
+        part = x[start : start + size]
+        if len(part) < size:
+            part = F.pad(part, (0, 0, 0, size - len(part)))
+        product = onednn_product(part, weight, bias)
+        place = out[start : start + size]
         _ = place.add_(product[: len(place)]) if add else place.copy_(product[: len(place)])
         del part, product  # before the next is computed
-        rest = rest[rows:]
     return out
 
 
