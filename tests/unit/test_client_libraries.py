@@ -157,6 +157,8 @@ found.text = (await generateText({model: compatible("bagel"), prompt: "Hi"})).te
 found.streamed = await streamText({model: compatible("bagel"), prompt: "Hi"}).text;
 found.response = (await generateText({model: openai("bagel"), prompt: "Hi"})).text;
 found.response_streamed = await streamText({model: openai("bagel"), prompt: "Hi"}).text;
+const image = {bagel: {modalities: ["image"]}};
+found.drawn = (await generateText({model: compatible("bagel"), prompt: "A cat", providerOptions: image})).text;
 const draw = {prompt: "A cat", size: "48x32", maxRetries: 0};
 found.image = (await generateImage({model: compatible.imageModel("bagel"), ...draw})).image.base64.slice(0, 6);
 console.log(JSON.stringify(found));
@@ -171,5 +173,6 @@ def test_the_vercel_ai_sdk(url: str, node: Path) -> None:
         "streamed": "Paris",
         "response": "Paris",
         "response_streamed": "Paris",
+        "drawn": "",
         "image": "iVBORw",
     }

@@ -96,6 +96,12 @@ RAW = {"x-stainless-raw-response": "true"}
         (OPENAI_SDK | RAW, {}, "images"),  # LiteLLM
         ({"user-agent": "litellm/1.110.2"}, {}, "images"),
         ({"user-agent": "aiperf/1.0"}, {"stream": False}, "images"),
+        ({"user-agent": "ai/5.0.277 ai-sdk/openai-compatible/1.0.61 runtime/node.js/22"}, {}, "images"),
+        ({"user-agent": "ai-sdk/openai-compatible/1.0.61 ai-sdk/provider-utils/3.0.20"}, {}, "images"),
+        ({"user-agent": "OpenAI/Go 3.2.0", "x-stainless-lang": "go"}, {}, "images"),
+        ({"user-agent": "OpenAI/Java 4.3.0", "x-stainless-lang": "java"}, {}, "images"),
+        ({"user-agent": "OpenAI/JS 6.9.0", "x-stainless-lang": "js"}, {}, "both"),
+        ({"user-agent": "openai-compatible/1.0"}, {}, "both"),
         ({"user-agent": "litellm/1.110.2"}, {"image_reply": "both"}, "both"),
         ({}, {"image_reply": "images"}, "images"),
         ({}, {"image_reply": "list"}, "list"),

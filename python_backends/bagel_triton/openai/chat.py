@@ -107,13 +107,16 @@ def to_task(body: ChatBody) -> Task:
 
 
 # How the User-Agent begins of clients that reject a list as a message's content.
-_TEXT_CONTENT_ONLY = ("litellm/", "aiperf")
+_TEXT_CONTENT_ONLY = ("litellm/", "aiperf", "ai/")
+_AI_SDK = "ai-sdk/"  # in the User-Agent of Vercel's AI SDK, whichever package sends the request
+# The languages of OpenAI's SDKs that take a reply as it is; all others decode ``content`` as a text.
+_UNTYPED_SDKS = ("python", "js")
 
 
 def reply_options(
     body: ChatBody, modality: Modality, headers: Mapping[str, str], default: ImageReply | Literal["auto"]
 ) -> ReplyOptions:
-    """The reply that ``body`` asks for.
+    """The reply that ``body`` requests.
 
     Args:
         headers: the request's, by lower-case name.
@@ -134,13 +137,15 @@ def _for_client(body: ChatBody, headers: Mapping[str, str]) -> ImageReply:
     """The place of images in the reply to the client that sent ``body``.
 
     No one form serves them all. vLLM-Omni's clients and LangChain read a list in ``content``,
-    which LiteLLM and aiperf refuse to parse; they, Open WebUI and OpenRouter's clients read
-    ``images``. So both are there, but for clients that a list would break. LiteLLM sends
-    OpenAI's SDK's headers; unlike LangChain, it wants the raw response of a body that does not
-    mention ``stream``. A stream has ``images`` alone: OpenAI's stream helpers, which add up
-    every member of a delta, make no sense of a list where they expect a text.
+    which LiteLLM, aiperf, Vercel's AI SDK and OpenAI's SDKs of typed languages refuse to parse;
+    LiteLLM, Open WebUI and OpenRouter's clients read ``images``. So both are there, but for
+    clients that a list would break. LiteLLM sends OpenAI's SDK's headers; unlike LangChain, it
+    wants the raw response of a body that does not mention ``stream``. A stream has ``images``
+    alone: OpenAI's stream helpers, which add up every member of a delta, make no sense of a list
+    where they expect a text.
     """
-    if body.stream or headers.get("user-agent", "").lower().startswith(_TEXT_CONTENT_ONLY):
+    agent, language = headers.get("user-agent", "").lower(), headers.get("x-stainless-lang", "python").lower()
+    if body.stream or agent.startswith(_TEXT_CONTENT_ONLY) or _AI_SDK in agent or language not in _UNTYPED_SDKS:
         return "images"
     is_litellm = "x-stainless-raw-response" in headers and body.stream is None
     return "images" if is_litellm else "both"
