@@ -148,12 +148,16 @@ def test_a_cut_of_the_distribution_alone_implies_sampling(fields: dict[str, Any]
     assert _decoding(**fields, temperature=0.0).temperature == 0.0
 
 
+def test_a_cut_that_leaves_the_most_probable_token_alone_is_greedy() -> None:
+    assert _decoding(top_p=0.0, temperature=1.5, seed=1) == _decoding(seed=1)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
         ("min_p", -0.1, "a number from 0 to 1"),
         ("min_p", NAN, "a number from 0 to 1"),
-        ("top_p", 0.0, "a number above 0, at most 1"),
+        ("top_p", -0.1, "a number from 0 to 1; 0 is greedy"),
         ("frequency_penalty", 2.1, "a number from -2 to 2"),
         ("presence_penalty", -2.1, "a number from -2 to 2"),
         ("top_logprobs", 21, "an integer from 0 to 20"),

@@ -375,7 +375,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             affects="decoding",
             default="1.0",
             bounds=(0, 1),
-            above=True,
+            limits="; 0 is greedy",
         ),
     ] = None
     top_k: Annotated[

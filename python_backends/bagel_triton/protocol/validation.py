@@ -135,6 +135,8 @@ def resolve_decoding(request: GenerationRequest, first_token: int, wanted: Modal
     _require("top_k", top_k, top_k >= -1, REQUEST_FIELDS["top_k"].allowed)
     nucleus = request.top_p is not None or top_k > 0 or min_p > 0
     temperature = _resolve(request, "temperature", TEXT.temperature_with_nucleus if nucleus else 0.0)
+    if top_p == 0:  # the most probable token alone reaches it
+        temperature, top_p = 0.0, 1.0
     stop = () if thinking or request.stop is None else request.stop
     _require("stop", list(stop), len(stop) <= MAX_STOPS and all(stop), REQUEST_FIELDS["stop"].allowed)
     base = resolve_seed(request)
