@@ -151,6 +151,11 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
         "tools",
         'tools=[{"type": "function"}] is not supported; allowed: []; this model',
     ),
+    (
+        {"reasoning_format": "none"},
+        "reasoning_format",
+        "reasoning_format='none' is not supported; allowed: 'auto' or 'parsed' or 'deepseek'; thinking is in",
+    ),
     # messages
     ({"messages": []}, "messages", "messages=[] is not allowed; allowed: at least 1 elements"),
     ({"messages": [message()] * 3000}, "messages", "is not allowed; allowed: at most 2048 elements"),

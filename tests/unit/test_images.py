@@ -382,6 +382,9 @@ def test_what_an_edit_cannot_have_is_refused_by_name() -> None:
         assert f"the body is not a form: {problem}" in broken.json()["error"]["message"]
     both = api(FakeClient()).post(EDITS, json={"prompt": "x", "image": URL, "images": [URL]})
     assert both.json()["error"]["param"] == "images"
+    kept = api(FakeClient()).post(EDITS, json={"prompt": "x", "images": [{"file_id": "f"}]}).json()["error"]
+    allowed = 'allowed: {"image_url": URL}, as this server keeps no files'
+    assert kept["message"] == f'images[0]={{"file_id": "f"}} is not allowed; {allowed}'
 
 
 def test_a_form_over_the_limit_is_refused() -> None:

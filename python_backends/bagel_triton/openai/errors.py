@@ -5,7 +5,6 @@ Pydantic's findings become the same errors, and the error for a wrong path names
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -175,7 +174,7 @@ def unknown_field(name: str, known: list[str]) -> PydanticCustomError:
 
 def noop_field(name: str, value: Any, noop: Sequence[Any], instead: str) -> PydanticCustomError:
     """The error of a model for a field ``name`` that is accepted only with a value of ``noop``."""
-    allowed = " or ".join(json.dumps(member) for member in noop)
+    allowed = " or ".join(map(format_value, noop))
     context = {"name": name, "value": value, "allowed": f"allowed: {allowed}; {instead}" if allowed else instead}
     return PydanticCustomError(_NOOP_FIELD, "not supported", context)
 
@@ -253,6 +252,9 @@ _INSTEAD = {
     "/sdapi": f"this is not A1111's API; use {IMAGES}",
     "/v1/files": "this server keeps no files; send an image as a data: URL",
     "/v1/batches": "this server has no batches; send requests at once, they are batched as they come",
+    "/v1/chat/completions/batch": f"send each conversation to {CHAT}, all at once: they are batched as they come",
+    "/v1/omni/sleep": "use POST /v1/sleep, for all stages at once",
+    "/v1/omni/wakeup": "use POST /v1/wake, for all stages at once",
     "/v1/assistants": f"this server keeps no state; use {CHAT}",
     "/v1/threads": f"this server keeps no state; use {CHAT}",
     "/v1/conversations": "this server keeps no state; use POST /v1/responses with the whole input",

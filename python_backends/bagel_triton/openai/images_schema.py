@@ -105,7 +105,7 @@ def _to_link(value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("image_url"), dict):
         value = value["image_url"]
     if isinstance(value, dict) and "file_id" in value:
-        raise not_allowed("image_url: this server keeps no files")
+        raise not_allowed('{"image_url": URL}, as this server keeps no files')
     if isinstance(value, dict) and "url" in value:
         value = value["url"]
     return {"image_url": value} if isinstance(value, str) else value
