@@ -15,8 +15,8 @@ import argparse
 import base64
 import binascii
 import json
-import mimetypes
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +31,11 @@ OUTPUT_OF = {"text2img": "image", "img2img": "image", "img2text": "text", "text2
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # no proxy of the environment can reach it
 API_KEY = "BAGEL_API_KEY"
 STEPS = 25
+# The first bytes of an image file, by its media type. The server itself takes more formats and reads the content alone.
+SIGNATURES = re.compile(
+    rb"(?P<png>\x89PNG)|(?P<jpeg>\xff\xd8\xff)|(?P<webp>RIFF....WEBP)|(?P<gif>GIF8)|(?P<bmp>BM)|(?P<tiff>II\*\0|MM\0\*)",
+    re.DOTALL,
+)
 PORT_HINT = "is this the port of the OpenAI API? It is 8091 by default; 8000, 8001 and 8002 are Triton's own"
 
 
@@ -69,17 +74,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def image_url(source: str) -> str:
-    """``source`` if it is a URL, else the local file of that name as a data URL."""
+    """``source`` if it is a URL, else the local file of that name as a data URL, whatever the file is called."""
     if source.startswith(("http://", "https://", "data:")):
         return source
-    mime, _ = mimetypes.guess_type(source)
-    if mime is None or not mime.startswith("image/"):
-        raise RequestFailed(f"--image-url {source}: neither a URL nor the name of an image file")
     try:
         data = Path(source).read_bytes()
     except OSError as error:
-        raise RequestFailed(f"--image-url {source}: {error.strerror}") from error
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+        raise RequestFailed(f"--image-url {source}: not a URL, and as a file: {error.strerror}") from error
+    found = SIGNATURES.match(data)
+    media_type = f"image/{found.lastgroup}" if found else "application/octet-stream"
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -156,20 +157,42 @@ def test_every_image_is_saved_and_its_thinking_shown(tmp_path: Path) -> None:
 
 def test_images_are_read_here_and_an_edit_keeps_its_size(tmp_path: Path) -> None:
     backend = FakeClient()
-    for name in ("cat.webp", "dog.png"):
-        Image.fromarray(PIXELS).save(tmp_path / name)
+    Image.fromarray(PIXELS).save(tmp_path / "upload.tmp", format="JPEG")
+    Image.fromarray(PIXELS).save(tmp_path / "dog.png")
     with live_proxy(backend) as url:
-        run_client("-s", url, "-m", "img2img", "-i", "cat.webp", "-i", "dog.png", cwd=tmp_path)
+        run_client("-s", url, "-m", "img2img", "-i", "upload.tmp", "-i", "dog.png", cwd=tmp_path)
         run_client("-s", url, "-m", "img2img", "-i", "dog.png", "--width", "64", cwd=tmp_path)
     first, second = backend.requests
     assert first == GenerationRequest(
         messages=(user_turn("A cute cat", 0, 1),),
-        image=((tmp_path / "cat.webp").read_bytes(), (tmp_path / "dog.png").read_bytes()),
+        image=((tmp_path / "upload.tmp").read_bytes(), (tmp_path / "dog.png").read_bytes()),
         modality="image",
         num_inference_steps=25,
         seed=42,
     )
     assert (second.height, second.width) == (None, 64)
+
+
+def test_an_image_file_has_the_media_type_of_its_content(tmp_path: Path) -> None:
+    formats = ("png", "jpeg", "webp", "gif", "bmp", "tiff", "ico")
+    for name in formats:
+        Image.fromarray(PIXELS).save(tmp_path / name, format=name)
+    body = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def take() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                while b'"modalities"' not in body and (piece := connection.recv(65536)):  # it follows the images
+                    body.extend(piece)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        files = [option for name in formats for option in ("-i", name)]
+        run_client("-s", f"127.0.0.1:{listener.getsockname()[1]}", *files, cwd=tmp_path)
+        thread.join()
+    sent = re.findall(rb'"url": "data:([^;]*);base64,', body)
+    assert sent == [*(f"image/{name}".encode() for name in formats[:-1]), b"application/octet-stream"]
 
 
 def test_an_image_is_taken_whatever_the_task(tmp_path: Path) -> None:
@@ -277,8 +300,11 @@ def test_an_error_in_the_middle_is_one_line_and_exit_code_1(tmp_path: Path) -> N
         (("-s", "localhost"), 2, "argument --server/-s: 'localhost' is not allowed; allowed: HOST:PORT, http://HOST:"),
         (("-m", "img2img"), 2, "--modality img2img needs --image-url"),
         (("--pro", "cat"), 2, "unrecognized arguments: --pro cat"),
-        (("-m", "img2img", "-i", "missing.png"), 1, "--image-url missing.png: No such file or directory"),
-        (("-m", "img2img", "-i", "notes.txt"), 1, "--image-url notes.txt: neither a URL nor the name of an image"),
+        (
+            ("-m", "img2img", "-i", "missing.png"),
+            1,
+            "--image-url missing.png: not a URL, and as a file: No such file or directory",
+        ),
     ],
 )
 def test_what_cannot_be_sent_is_said_in_one_line(tmp_path: Path, args: tuple[str, ...], code: int, text: str) -> None:
