@@ -15,7 +15,7 @@ demo: setup ## every task through the whole server, on free ports; .cache/demo.p
 	$(BIN)/bagel-triton demo $(CHECKPOINT) --output .cache/demo.png
 
 serve: setup ## serve CHECKPOINT (the toy that draws by default)
-	$(BIN)/bagel-triton serve $(CHECKPOINT) $(SERVE_ARGS)
+	$(BIN)/bagel-triton serve $(CHECKPOINT) --served-model-name bagel $(SERVE_ARGS)
 
 test: setup ## the tests, in some sixteen minutes on two cores
 	$(BIN)/python -m pytest

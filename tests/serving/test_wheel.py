@@ -52,6 +52,7 @@ def test_its_demo_shows_every_task_with_timings_and_leaves_a_contact_sheet(bare:
     assert f"contact sheet: {tmp_path / 'sheet.png'}" in run.stdout
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.width > 3 * 256
+    assert "model names     bagel, BAGEL-7B-MoT, ByteDance-Seed/BAGEL-7B-MoT\n" in run.stdout
     assert run.stdout.count("48x64 pixels") == 3
     assert run.stdout.count("total ") == 5
     for stage in ("cfg_expand", "thinker", "dit", "vae_decode"):

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     _resolve_image(args, checkpoint)
     with tempfile.TemporaryDirectory(prefix="bagel_triton_demo_") as folder:
         try:
-            with running(checkpoint, show=_show) as server:
+            with running(checkpoint, "--served-model-name", "bagel", show=_show) as server:
                 shown = list(_requests(args, server.url, Path(folder)))
         except ServerNotStarted as error:
             return error.status  # it has printed why
