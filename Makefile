@@ -20,7 +20,7 @@ serve: setup ## serve CHECKPOINT (the toy that draws by default)
 test: setup ## the tests, in some sixteen minutes on two cores
 	$(BIN)/python -m pytest
 
-test-all: setup ## those that take minutes, too: every case between two hosts, every connector at its edges
+test-all: setup ## the tests that take minutes, too: every case between two hosts, every connector at its edges
 	$(BIN)/python -m pytest -m "long or not long"
 
 bench: setup ## every measurement, on a random checkpoint; bench/results.json and a table
@@ -35,7 +35,7 @@ rehearsal: setup ## steps of the published size on a GPU of shapes alone; the ta
 gpu-kit: setup ## .cache/gpu_kit.tar.xz, which bench/gpu_run.sh unpacks on a machine with a GPU
 	@build/gpu_kit.sh
 
-gpu-report: setup ## what bench/gpu_run.sh left in OUT, into docs/benchmarks.md with the device's name
+gpu-report: setup ## write the results of bench/gpu_run.sh, in OUT, into docs/benchmarks.md with the device's name
 	$(BIN)/python -m bench.gpu_report $(OUT)
 
 perf: setup ## throughput and latency of the server whose Triton gRPC and HTTP addresses are PERF_ARGS (localhost:8001 localhost:8091)
