@@ -190,7 +190,7 @@ class StageResources:
     def _check_memory(self, path: str, folder: str) -> None:
         """Refuse an adapter that there is no memory for.
 
-        A GPU's memory is planned at the start: what is free beside the adapters' is that of activations.
+        A GPU's memory is planned at the start: memory that is free beside the adapters' is for activations.
         """
         # In float32 while it is read; where none of that were free, the kernel would end this process.
         needed, free, where = adapter_bytes(folder, torch.float32), host_memory(), "of the host's memory are free"

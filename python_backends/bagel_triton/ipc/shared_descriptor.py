@@ -45,7 +45,7 @@ class SharedDescriptor:
     Raises:
         PermissionError: another user's process has one of the names.
         OSError: ``HOLDERS`` processes hold it already, or this one has no free descriptor.
-        Exception: what ``make`` raises.
+        Exception: any that ``make`` raises.
     """
 
     def __init__(self, name: str, make: Callable[[], int]) -> None:

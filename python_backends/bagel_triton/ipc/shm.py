@@ -68,7 +68,7 @@ def reserve(descriptor: int, size: int, purpose: str) -> None:
     """Give the open file ``size`` bytes of memory, so that no later write to a mapping is a bus error.
 
     Args:
-        purpose: what the bytes are for, as the error names it.
+        purpose: use of the bytes, for the error.
 
     Raises:
         MemoryError: shared memory is too small.

@@ -50,7 +50,7 @@ class AttentionBlock(nn.Module):
         return x + self.attend(h, h)
 
     def attend(self, rows: Tensor, whole: Tensor) -> Tensor:
-        """What some normed ``rows`` [batch, channels, rows, width] find in the ``whole`` map; their shape out."""
+        """Attend from normed ``rows`` [batch, channels, rows, width] to the ``whole`` map; shaped as ``rows``."""
         # With other strides torch falls back to an attention that holds the scores of all pixels.
         q, k, v = (
             conv(h).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)

@@ -146,7 +146,7 @@ class LatentConfig:
 
     @property
     def max_side(self) -> int:
-        """Longest image side in pixels: what the position table covers, and at most ``longest``."""
+        """Longest image side in pixels that the position table covers, at most ``longest``."""
         covered = self.max_latent_size * self.stride
         return covered if self.longest is None else min(covered, self.longest)
 

@@ -80,7 +80,7 @@ def strongly(rows: WeakRows) -> tuple[AdaptedRows, ...]:
 
 
 def within(adapted: Sequence[AdaptedRows], rows: slice) -> tuple[AdaptedRows, ...]:
-    """What of ``adapted`` is in ``rows``, counted from their start."""
+    """Cut ``adapted`` to ``rows``, counted from their start."""
     return tuple(
         AdaptedRows(max(start, rows.start) - rows.start, min(stop, rows.stop) - rows.start, adapter)
         for start, stop, adapter in adapted
@@ -90,7 +90,7 @@ def within(adapted: Sequence[AdaptedRows], rows: slice) -> tuple[AdaptedRows, ..
 
 @dataclass(frozen=True)
 class LayerUpdates:
-    """What the adapters of ``rows`` add to one expert's projections in the layer number ``layer``.
+    """The updates of the adapters of ``rows`` to one expert's projections in the layer number ``layer``.
 
     ``add(x, update, out)`` adds an update of x [rows, in] to ``out`` [rows, out].
     """

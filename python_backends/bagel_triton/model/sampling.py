@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class TextState:
-    """What a token is chosen by, beside the scores.
+    """The settings and the state that choose a text's next token, beside the scores.
 
     ``seen`` are the tokens of prompt and text, for the repetition penalty, ``counts`` those of the text alone.
     """
@@ -54,7 +54,7 @@ class TextState:
         return bool(shaped) or how.temperature != 0.0 or how.top_logprobs is not None
 
     def changes(self) -> tuple[Entries, Entries, Entries]:
-        """What is added to logits, their penalties for repetition, and what is added then."""
+        """Terms added to logits, their penalties for repetition, and terms added after these."""
         how = self.how
         seen = self.seen if how.repetition_penalty != 1.0 else ()
         counts = self.counts if how.frequency_penalty or how.presence_penalty else {}

@@ -275,8 +275,8 @@ class RankGroup:
             self.stop()
 
     def stop(self) -> None:
-        """End the other ranks now, whoever uses them."""
-        if on_gpu(self._device):  # what is queued there waits for the other ranks' part
+        """End the other ranks now, even while they are in use."""
+        if on_gpu(self._device):  # its queue waits for the other ranks' part
             with contextlib.suppress(RuntimeError):
                 self._while_all_live(lambda: torch.cuda.synchronize(self._device))
         self._closing.set()
@@ -286,7 +286,7 @@ class RankGroup:
             rank.reap(STOP_S)
         if not dist.is_initialized():  # a start that failed counted a group, and the next ranks would count none
             c10d._world.group_count = 0
-        elif dist.get_backend() == dist.Backend.NCCL:  # whose own end is one of all ranks, which are gone
+        elif dist.get_backend() == dist.Backend.NCCL:  # its orderly end needs all ranks, and these are gone
             c10d._abort_process_group()
         else:
             dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""What a rank computes of a forward: all rows, the sequences that it was given, or a share of either's rows.
+"""Layouts say which part of a forward a rank computes: all rows, its sequences, or a share of the rows of either.
 
-A layout is what a forward needs beside tensors. That of the DiT changes when images join, leave or change their
-branches, so it travels once and the steps between carry embeddings alone. That of the thinker changes every step.
+A layout holds all inputs of a forward but its tensors. That of the DiT changes when images join, leave or change their
+branches, so it is sent once, and the steps between carry embeddings alone. That of the thinker changes every step.
 """
 
 from __future__ import annotations

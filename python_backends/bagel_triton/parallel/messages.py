@@ -1,7 +1,7 @@
-"""What rank 0 sends to the other ranks of its stage, by a socket each; tensors follow by torch's process group.
+"""Messages of rank 0 to the other ranks of its stage, by a socket each; tensors follow by torch's process group.
 
 A rank waits for its next message on the socket, so an idle one takes no time, and the end of the socket is the end of
-rank 0, however that came.
+rank 0, whatever caused it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The first message: who the receiver is.
+    """The first message, which tells the receiver its role.
 
     It is a rank of ``stage``, a Triton model, on ``device``. With ``share`` the weights are those of the server with
     the configuration's prefix. With ``decodes`` it decodes images, beside what the stage does.

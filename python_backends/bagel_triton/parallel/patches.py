@@ -48,7 +48,7 @@ class OtherRanks:
         return above, below
 
     def all_of(self, own: Tensor) -> list[Tensor]:
-        """What each rank has in place of ``own``, of one shape, in the order of the ranks."""
+        """Gather the tensor ``own`` of every rank, all of one shape, in the order of the ranks."""
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self._group)
         return found

@@ -48,7 +48,7 @@ def listen(host: str) -> socket.socket:
 
 
 def meet(host: str, ranks: int, timeout_s: float) -> TCPStore:
-    """Where ``ranks`` meet, at any port of rank 0's address ``host``; it ends with this process."""
+    """Open a store for ``ranks`` to meet at, at any port of rank 0's address ``host``; it ends with this process."""
     timeout = timedelta(seconds=timeout_s)
     listening = listen(host)
     port = listening.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Which numbers of ranks a model and a configuration allow; free of torch, as the command line asks before a start."""
+"""Checks numbers of ranks against a model and a configuration; without torch, for the command line before a start."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class RequestField(msgspec.Struct, frozen=True):
         default: the value of a request that leaves the field out, as text.
         bounds: the least and the greatest value; the least is excluded if ``above`` is set.
         choices: every value of a field that takes only a few.
-        limits: what is allowed, in words, if bounds and choices do not say all of it.
+        limits: the allowed values in words, where bounds and choices do not say all of it.
         aliases: other names in a JSON body.
         unset: a value that means "not given", where clients have one.
         ensemble: whether ``bagel_text2img`` takes it.

@@ -64,7 +64,7 @@ class ServerAdapters:
     """The adapters of a whole server; every method is safe from any thread.
 
     Args:
-        table: what requests may name; this process alone changes it.
+        table: the adapters that requests may name; this process alone changes it.
         gate: keeps a sleep from beginning during a change.
         stages: those that compute with adapters by name, as they are now; for a load those that can be reached, as
             the others are brought up to date when they are back.

@@ -176,7 +176,7 @@ def _triton_ender() -> Callable[[], None]:
         try:
             # Not by Triton, which may take no log record any more. ``serve`` gives the line as its reason.
             print(f"error: a response was not sent within {SEND_S:g} s: Triton hangs", file=sys.stderr, flush=True)
-            if os.getppid() == triton:  # and not who adopted this process
+            if os.getppid() == triton:  # not a process that adopted this one
                 os.kill(triton, signal.SIGABRT)
                 time.sleep(LAST_WORDS_S)
         finally:

@@ -75,7 +75,7 @@ class Replica:
                 continue
             if status.changing:
                 return True
-            # What it has of an initial name may be the first of that name. What failed is tried again.
+            # Its adapter of an initial name may be the first of that name. A failed load is tried again.
             if brought != path or time.monotonic() - called_at > RETRY_S:
                 self._brought[name] = path, time.monotonic()
                 with contextlib.suppress(BagelError):

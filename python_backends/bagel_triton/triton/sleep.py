@@ -55,7 +55,7 @@ class ServerSleep:
 
     Args:
         gate: shared by the server's processes.
-        while_asleep: what becomes of requests meanwhile.
+        while_asleep: how requests are handled meanwhile.
         sleepers: the stages by name, as they are now.
         metrics: gets ``asleep``.
     """

@@ -86,7 +86,7 @@ class Fetch(Message, frozen=True, tag="fetch"):
 
 
 class Status(Message, frozen=True, tag="status"):
-    """Report the stage's load and whether it drains; ``owner`` is who asks."""
+    """Report the stage's load and whether it drains; ``owner`` is the caller."""
 
     owner: str = ""
 

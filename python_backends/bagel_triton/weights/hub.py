@@ -106,7 +106,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _absence(name: str, revision: str | None) -> str:
-    """What the cache lacks of the repository ``name``, as an error says it."""
+    """Describe, for an error, the files of the repository ``name`` that the cache lacks."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -160,7 +160,7 @@ def _download_apart(name: str, revision: str | None) -> Path:
     return Path(result["folder"])
 
 
-# --- what runs in the process of a download ---
+# --- code of the download process ---
 
 
 def download(name: str, revision: str | None = None) -> Path:

@@ -48,7 +48,7 @@ class Adapted:
 
 
 Part = Tensor | Adapted
-#: What a parameter is read from: a stored tensor, or several, the second's rows below the first's and so on.
+#: Source of a parameter: a stored tensor, or several, the second's rows below the first's and so on.
 Dense = Part | tuple[Part, ...]
 
 

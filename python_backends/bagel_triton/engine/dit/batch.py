@@ -85,7 +85,7 @@ Group = tuple[tuple[int, int], ...]  # adjacent rows, (start, stop) of each span
 
 @dataclass(frozen=True)
 class StepShape:
-    """What two steps have in common that can be the same graph: their rows, and about how long contexts are.
+    """Key of a step's graph: steps with equal rows, and contexts of about equal length, share one.
 
     Images of a request share the slots behind each context, so a ``turn`` has one image of each request, in groups
     of adjacent rows.

@@ -84,7 +84,7 @@ class DeviceSteps:
         return (self._step(shape, strongly(adapted), inputs, self._rows),)
 
     def _step(self, shape: StepShape, adapted: tuple[AdaptedRows, ...], inputs: Tensor, rows: Tensor) -> Tensor:
-        """What a graph captures; ``rows`` start with the embeddings."""
+        """Compute a step, as a graph captures it; ``rows`` start with the embeddings."""
         positions, kv = placed(shape, inputs, self.workspace.store)
         cos, sin = rotary_tables(positions, self._model.config.language, self._model.dtype)
         batch = PackedBatch(shape.gen_rows, cos, sin, slice(0, shape.gen_rows), adapted)

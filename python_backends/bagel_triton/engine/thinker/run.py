@@ -45,7 +45,7 @@ class TextDecoder:
 
     @property
     def state(self) -> TextState:
-        """What the next token is chosen by, beside the scores."""
+        """The settings and the state that choose the next token, beside the scores."""
         how = self.decoding
         if len(self.detokenizer.tokens) < how.min_new_tokens:  # it must not end yet
             how = msgspec.structs.replace(how, logit_bias={**how.logit_bias, self.tokenizer.end: -math.inf})

@@ -65,7 +65,7 @@ class RowTile:
         return layer.gen if self.gen else layer.und
 
     def updates(self, index: int) -> LayerUpdates:
-        """What the rows' adapters add in the layer number ``index``."""
+        """The updates of the rows' adapters in the layer number ``index``."""
         return LayerUpdates(index, self.gen, self.adapted, _add_update)
 
 

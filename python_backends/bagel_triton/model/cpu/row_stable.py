@@ -80,7 +80,7 @@ def few_rows_kernels(dtype: torch.dtype) -> ModuleType | None:
     except ImportError as error:  # without the extra `cpu`
         log.info("texts take torch's products, which are slower than those of the extra cpu: %s", error)
         return None
-    except Exception:  # what Numba and LLVM raise where they cannot compile
+    except Exception:  # Numba and LLVM raise errors of many types where they cannot compile
         log.exception("texts take torch's products: Numba could not compile others")
         return None
     return kernels

@@ -36,7 +36,7 @@ class Others(Protocol):
         """The rows above this rank's ``first`` one and below its ``last``; None beyond the image."""
 
     def all_of(self, own: Tensor) -> list[Tensor]:
-        """What each rank has in place of ``own``, of one shape, in the order of the ranks."""
+        """Gather the tensor ``own`` of every rank, all of one shape, in the order of the ranks."""
 
     def whole(self, own: Tensor, height: int) -> Tensor:
         """The map of ``height`` rows, of which ``own`` [batch, channels, rows, width] are this rank's."""

@@ -45,7 +45,7 @@ def in_bfloat16(network: Network) -> Network:
 
 
 def whole(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What runs an encoder or decoder on ``device`` over whole images: float32 in and out."""
+    """Make a function that runs an encoder or decoder on ``device`` over whole images: float32 in and out."""
     if device.type == "cpu":
         return network
     half = in_bfloat16(network)

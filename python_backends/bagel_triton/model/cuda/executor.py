@@ -173,7 +173,7 @@ class CudaExecutor:
 
 
 def _updates(number: int, gen: bool, batch: PackedBatch, rows: slice) -> LayerUpdates:
-    """What adapters add to an expert's ``rows`` in a layer."""
+    """The updates of adapters to an expert's ``rows`` in a layer."""
 
     def add(x: Tensor, update: LowRank, out: Tensor) -> None:
         out.addmm_(x @ update.down.t(), update.up.t())

@@ -43,7 +43,7 @@ class _Met:
     """A key that has been met."""
 
     inputs: Tensor
-    numbers: Numbers | None = None  # what the inputs hold
+    numbers: Numbers | None = None  # the contents of the inputs
     graph: Graph | None = None
 
 

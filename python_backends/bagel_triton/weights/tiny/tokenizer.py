@@ -45,7 +45,7 @@ def write(
 
     Args:
         vocab_size: rows of the model's embedding; some of them stay without a token.
-        texts: what it is trained on.
+        texts: the training texts.
 
     Returns:
         Ids of the special tokens.
