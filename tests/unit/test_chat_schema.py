@@ -78,6 +78,46 @@ def test_other_ways_to_write_a_field() -> None:
     assert generation(chat_body(stop="END")).stop == ("END",)
 
 
+@pytest.mark.parametrize(
+    ("fields", "temperature"),
+    [
+        ({"do_sample": False}, 0),
+        ({"do_sample": False, "temperature": 0}, 0),
+        ({"do_sample": False, "top_p": 0.9}, 0),
+        ({"do_sample": True}, 1),
+        ({"do_sample": True, "text_temperature": 0.3}, 0.3),
+        ({"extra_args": {"do_sample": True, "text_temperature": 0.3}}, 0.3),
+        ({"temperature": 0.3, "extra_body": {"extra_args": {"do_sample": True}}}, 0.3),
+    ],
+)
+def test_whether_to_sample_may_be_given_by_name(fields: dict[str, Any], temperature: float) -> None:
+    assert generation(chat_body(**fields)).temperature == temperature
+
+
+SPOKEN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ended"),
+    [
+        ({}, False),
+        ({"continue_final_message": True, "add_generation_prompt": False}, False),
+        ({"add_generation_prompt": False}, False),
+        ({"continue_final_message": False}, True),
+        ({"continue_final_message": False, "add_generation_prompt": True}, True),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, True),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, False),
+        ({"extra_body": {"add_generation_prompt": True}}, True),
+    ],
+)
+def test_a_last_message_of_the_assistant_is_continued_or_followed(fields: dict[str, Any], ended: bool) -> None:
+    last = generation({"messages": SPOKEN, **fields}).messages[-1]  # type: ignore[index]
+    assert last.ended is ended
+    drawn = {"messages": SPOKEN, "modalities": ["image"]}
+    assert generation(drawn | fields) == generation(drawn)
+    assert generation({"messages": SPOKEN[:1], **fields}) == generation({"messages": SPOKEN[:1]})
+
+
 def test_ranges_are_left_to_the_stage_that_owns_them() -> None:
     assert generation(chat_body(height=7, num_inference_steps=-1)).num_inference_steps == -1
 
@@ -115,7 +155,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"stop": 5}, "stop", "stop=5 is not allowed; allowed: a text or a list of texts"),
     ({"stop": ["a", 5]}, "stop[1]", "stop[1]=5 is not allowed; allowed: a text"),
     # fields
-    ({"colour": 4}, "colour", "colour is not a known field; allowed: cache, cfg_img_scale, "),
+    ({"colour": 4}, "colour", "colour is not a known field; allowed: add_generation_prompt, cache, cfg_img_scale, "),
     (
         {"extra_body": {"stepping": 4}},
         "extra_body.stepping",
@@ -140,9 +180,41 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
         "max_tokens and max_completion_tokens are both given, with the values 2 and 1; allowed: one of them",
     ),
     ({"max_tokens": 2, "extra_body": {"max_completion_tokens": 1}}, "extra_body.max_completion_tokens", "both given"),
-    ({"heigth": 64}, "heigth", "heigth is not a known field; did you mean height? allowed: cache, cfg_img_scale, "),
+    (
+        {"heigth": 64},
+        "heigth",
+        "heigth is not a known field; did you mean height? allowed: add_generation_prompt, cache, cfg_img_scale, ",
+    ),
     ({"extra_body": {"Seed": 4}}, "extra_body.Seed", "is not a known field; did you mean seed? allowed: "),
     ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "is not allowed; allowed: each token once"),
+    (
+        {"messages": SPOKEN, "modalities": ["text"], "continue_final_message": True, "add_generation_prompt": True},
+        "add_generation_prompt",
+        "continue_final_message=true and add_generation_prompt=true contradict each other; allowed: one of them",
+    ),
+    (
+        {
+            "messages": SPOKEN,
+            "modalities": None,
+            "add_generation_prompt": False,
+            "extra_body": {"continue_final_message": False},
+        },
+        "add_generation_prompt",
+        "extra_body.continue_final_message=false and add_generation_prompt=false contradict each other",
+    ),
+    (
+        {"do_sample": False, "temperature": 0.5},
+        "do_sample",
+        "=false is not allowed; allowed: true beside temperature=0.5",
+    ),
+    (
+        {"text_temperature": 0, "extra_args": {"do_sample": True}},
+        "extra_args.do_sample",
+        "extra_args.do_sample=true is not allowed; allowed: false beside text_temperature=0",
+    ),
+    ({"temperature": 1, "text_temperature": 0.5}, "text_temperature", "both given, with the values 1"),
+    ({"extra_args": 5}, "extra_args", "extra_args=5 is not allowed; allowed: an object"),
+    ({"extra_args": {"extra_body": {"n": 1}}}, "extra_args.extra_body", "is not a known field"),
     ({"prompt": "x"}, "prompt", "prompt is not a known field; allowed: "),
     ({"image": "x"}, "image", "image is not a known field"),
 ]

@@ -130,6 +130,8 @@ HI, EMPTY = "<|im_start|>Hi<|im_end|>", "<|im_start|><|im_end|>"
     ("turns", "segments"),
     [
         ((user("Hi"), said("assistant", "It is")), [HI, "<|im_start|>It is"]),
+        ((user("Hi"), Turn("assistant", (TextPart("It is"),), ended=True)), [HI, "<|im_start|>It is<|im_end|>"]),
+        ((user("Hi"), Turn("assistant", (), ended=True)), [HI]),
         ((user("Hi"), said("assistant", "")), [HI]),
         ((user("Hi"), said("assistant")), [HI]),
         ((said("system", " "), user("Hi")), [HI]),

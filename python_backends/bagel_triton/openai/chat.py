@@ -18,7 +18,7 @@ from bagel_triton.openai.chat_schema import ChatBody, ChatMessage, ImagePart, Th
 from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.openai.image_io import ImageLoader, ImageUpload, ImageUrl
 from bagel_triton.openai.reply import ImageReply, ReplyOptions, collect, new_header
-from bagel_triton.openai.schema import GivenFields
+from bagel_triton.openai.schema import BodyFields, GivenFields
 from bagel_triton.protocol.errors import InvalidRequest
 from bagel_triton.protocol.request import MAX_INPUT_IMAGES, GenerationRequest, ImageRef, Modality, TextPart, Turn
 from bagel_triton.triton.client import Client, StageResponse
@@ -103,7 +103,18 @@ def to_task(body: ChatBody) -> Task:
     turns = tuple(_turn(message, f"messages[{index}]", images) for index, message in enumerate(body.messages))
     if len(images) > MAX_INPUT_IMAGES:
         raise InvalidRequest.value("messages", f"{len(images)} images", f"at most {MAX_INPUT_IMAGES} images")
-    return Task(modality, turns, tuple(images), given)
+    return Task(modality, with_end(turns, modality, body), tuple(images), given)
+
+
+def with_end(turns: tuple[Turn, ...], modality: Modality, body: BodyFields) -> tuple[Turn, ...]:
+    """``turns``, of which a last one of the assistant has ended if ``body``, which requests a text, says so.
+
+    Raises:
+        InvalidRequest: it says so and the contrary.
+    """
+    if modality != "text" or turns[-1].role != "assistant" or body.continues_last():
+        return turns
+    return (*turns[:-1], msgspec.structs.replace(turns[-1], ended=True))
 
 
 # How the User-Agent begins of clients that reject a list as a message's content.

@@ -16,11 +16,11 @@ from pydantic import (
 from bagel_triton.openai.errors import not_allowed, to_invalid_request
 from bagel_triton.openai.schema import (
     FIELD_NAMES,
+    BodyFields,
     Effort,
     GivenFields,
     StrictModel,
     Switch,
-    ThinkingFields,
     thinks,
     to_object,
 )
@@ -130,8 +130,8 @@ class UsageOptions(StrictModel):
     include: bool = False
 
 
-class ChatBody(ThinkingFields):
-    """A request body. The members of ``extra_body`` are read as if they stood beside it."""
+class ChatBody(BodyFields):
+    """A request body. The members of ``extra_body`` and ``extra_args`` are read as if they stood beside it."""
 
     place: ClassVar[str] = "body"
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -145,7 +145,7 @@ class ChatBody(ThinkingFields):
     stream_options: StreamOptions | None = None
     usage: UsageOptions | None = None
     image_reply: Literal["list", "images", "both"] | None = None
-    _in_extra_body: frozenset[str] = PrivateAttr(frozenset())
+    _wrapped_in: Mapping[str, str] = PrivateAttr({})  # the object that has a field, for those not beside messages
 
     @property
     def excludes_reasoning(self) -> bool:
@@ -161,6 +161,7 @@ class ChatBody(ThinkingFields):
         given = GivenFields(self.stream)
         for alias, name in FIELD_NAMES.items():
             given.add(name, getattr(self, alias), self.param(alias))
+        self.add_sampling(given)
         given.add_size(self.size, self.param("size"))
         for name, alias, value in [*self.thinking_switches(), *self._reasoning_switches()]:
             given.add(name, value, self.param(alias))
@@ -171,8 +172,9 @@ class ChatBody(ThinkingFields):
         return given
 
     def param(self, name: str) -> str:
-        """``name`` as an error has it: with ``extra_body.`` before it, if the field was given there."""
-        return f"extra_body.{name}" if name.partition(".")[0] in self._in_extra_body else name
+        """``name`` as an error has it: behind the object that it was given in, such as ``extra_body.``."""
+        wrapper = self._wrapped_in.get(name.partition(".")[0])
+        return name if wrapper is None else f"{wrapper}.{name}"
 
     def _reasoning_switches(self) -> list[Switch]:
         if self.reasoning is None:
@@ -195,40 +197,49 @@ def parse(data: bytes) -> ChatBody:
         InvalidRequest: not JSON, not an object, an unknown field, one that is there twice, or a wrong type.
     """
     body = to_object(data)
-    extra = _extra_body(body)
+    wrapped_in = _unwrap(body)
     try:
-        chat = ChatBody.model_validate({**body, **extra})
+        chat = ChatBody.model_validate(body)
     except ValidationError as error:
-        raise _in_extra_body(to_invalid_request(error), extra) from error
-    chat._in_extra_body = frozenset(extra)
+        raise _as_written(to_invalid_request(error), wrapped_in) from error
+    chat._wrapped_in = wrapped_in
     return chat
 
 
-def _extra_body(body: dict[str, Any]) -> Mapping[str, Any]:
-    """The members of ``extra_body`` that are given; it is taken out of ``body``."""
-    extra = body.pop("extra_body", None)
-    if extra is None:
-        return {}
-    if not isinstance(extra, dict):
-        raise InvalidRequest.value("extra_body", extra, "an object")
-    for name in ("messages", "extra_body"):
-        if extra.get(name) is not None:
-            known = sorted({*ChatBody.model_fields} - {"messages"})
-            raise InvalidRequest.unknown(f"extra_body.{name}", name, known)
-    given = {name: value for name, value in extra.items() if value is not None}
-    for name in given:
-        if body.get(name) not in (None, given[name]):
-            param = f"extra_body.{name}"
-            raise InvalidRequest(f"{truncate(name)} and {truncate(param)} are both given; allowed: one of them", param)
-    return given
+# Objects whose members are read as if they stood beside it: OpenAI's SDK's, and vLLM-Omni's by its new and old name.
+WRAPPERS = ("extra_body", "extra_args", "extra_params")
 
 
-def _in_extra_body(error: InvalidRequest, extra: Mapping[str, Any]) -> InvalidRequest:
-    """``error``, with the name of a field that is inside ``extra_body``."""
+def _unwrap(body: dict[str, Any]) -> Mapping[str, str]:
+    """Put the members of such objects into ``body``; the object that has each of them, by the member's name."""
+    wrapped_in: dict[str, str] = {}
+    for wrapper in WRAPPERS:  # extra_body may hold the others
+        members = body.pop(wrapper, None)
+        if members is None or members == "":
+            continue
+        place = f"{wrapped_in.pop(wrapper)}.{wrapper}" if wrapper in wrapped_in else wrapper
+        if not isinstance(members, dict):
+            raise InvalidRequest.value(place, members, "an object")
+        for name, value in members.items():
+            if value is None:
+                continue
+            param = f"{place}.{name}"
+            if name in ("messages", wrapper):
+                raise InvalidRequest.unknown(param, name, sorted({*ChatBody.model_fields} - {"messages"}))
+            if body.get(name) not in (None, value):
+                first = f"{wrapped_in[name]}.{name}" if name in wrapped_in else name
+                both = f"{truncate(first)} and {truncate(param)} are both given"
+                raise InvalidRequest(f"{both}; allowed: one of them", param)
+            body[name], wrapped_in[name] = value, place
+    return wrapped_in
+
+
+def _as_written(error: InvalidRequest, wrapped_in: Mapping[str, str]) -> InvalidRequest:
+    """``error``, with the name of a field that is inside another object."""
     param = error.param or ""
     root = re.split(r"[.\[]", param, maxsplit=1)[0]
-    if root not in extra:
+    if root not in wrapped_in:
         return error
-    renamed = f"extra_body.{param}"
+    renamed = f"{wrapped_in[root]}.{param}"
     message = error.message
     return type(error)(renamed + message[len(param) :] if message.startswith(param) else message, renamed)

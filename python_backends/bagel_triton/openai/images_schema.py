@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from bagel_triton.openai.errors import not_allowed, to_invalid_request
 from bagel_triton.openai.image_io import Format, ImageUpload, ImageUrl
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
-from bagel_triton.openai.schema import FIELD_NAMES, GivenFields, StrictModel, ThinkingFields, to_object
+from bagel_triton.openai.schema import FIELD_NAMES, BodyFields, GivenFields, StrictModel, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
@@ -27,7 +27,7 @@ MAX_FORM_FIELDS = 300  # more than there are names
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
 
 
-class ImagesBody(ThinkingFields):
+class ImagesBody(BodyFields):
     """The fields that both endpoints have. ``null`` means not given."""
 
     place: ClassVar[str] = "images"
@@ -77,6 +77,7 @@ class ImagesBody(ThinkingFields):
             given.add(name, getattr(self, alias), alias)
         for name, alias, value in self.thinking_switches():
             given.add(name, value, alias)
+        self.add_sampling(given)
         given.add_size(self.size, "size")
         return given
 

@@ -42,6 +42,8 @@ IGNORED: dict[str, frozenset[str]] = {
             *("transforms", "context_length_exceeded_behavior"),
             # of tools and documents, which a request cannot have; and images are always seen in full
             *("disable_tool_validation", "citation_options", "vl_high_resolution_images"),
+            # every reply has its metrics
+            "return_stage_metrics",
             # parameters of samplers that the fields of NOOP switch off
             *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "smoothing_curve", "xtc_threshold"),
             *("dry_base", "dry_allowed_length", "dry_sequence_breakers", "dry_penalty_last_n", "repeat_last_n"),
@@ -80,6 +82,8 @@ _TEXT_ONLY = "ask for it in the prompt, and read the answer's text"
 _NO_TOOLS = "this model calls no tools: leave them out, and send their results as text"
 _NO_SEARCH = "this model cannot search: put what it should know into the prompt"
 _BESIDE = "put its members beside the other fields"
+# A chat request may have its fields in these; no other may.
+_WRAPPERS = dict.fromkeys(("extra_body", "extra_args", "extra_params"), Noop(({},), _BESIDE))
 _SIZE = "use size, or height and width"
 _ONE_SOLVER = "there is one solver: num_inference_steps and timestep_shift set its steps"
 _NO_SAMPLER = "temperature, top_p, top_k, min_p and the penalties are the sampling there is"
@@ -120,8 +124,6 @@ NOOP: dict[str, dict[str, Noop]] = {
         "prompt_logprobs": Noop((), "log-probabilities are those of the answer: use top_logprobs"),
         "truncate_prompt_tokens": Noop((-1,), "shorten the conversation yourself"),
         "chat_template": Noop((), "write the template's output as the prompt"),
-        "add_generation_prompt": Noop((True, False)),
-        "continue_final_message": Noop((True, False)),
         "add_special_tokens": Noop((True, False)),
         "echo": Noop((False,), "add the prompt to the answer yourself"),
         "mm_processor_kwargs": Noop(({},), "resize the images yourself"),
@@ -155,7 +157,6 @@ NOOP: dict[str, dict[str, Noop]] = {
         "max_new_tokens": Noop((), "use max_tokens"),
         "max_output_tokens": Noop((), "use max_tokens"),
         "stop_sequences": Noop(([],), "use stop"),
-        "do_sample": Noop((), "a temperature above 0 samples, 0 is greedy"),
         "aspect_ratio": Noop(("auto",), _SIZE),
         "resolution": Noop(("auto",), _SIZE),
         "image_size": Noop(("auto",), _SIZE),
@@ -178,8 +179,6 @@ NOOP: dict[str, dict[str, Noop]] = {
         "lora_path": Noop((), "name an adapter of the server in lora, or as model"),
         "enable_teacache": Noop((False,), "use cache='taylorseer'"),
         "rollout": Noop((False,)),
-        "extra_args": Noop(({},), "use extra_body, or put its members beside the other fields"),
-        "extra_params": Noop(({},), "use extra_body, or put its members beside the other fields"),
         "diffusers_kwargs": Noop(({},), "use the fields of this API"),
         "samplers": Noop(([],), "their order is fixed"),
         "sampler_priority": Noop(([],), "their order is fixed"),
@@ -244,42 +243,45 @@ NOOP: dict[str, dict[str, Noop]] = {
     "part": {},
     "image_url": {},
     "stream_options": {},
-    "template_options": {"add_generation_prompt": Noop((True,), "end the conversation with the assistant's message")},
+    "template_options": {},
     "thinking": {
         "display": Noop(("summarized",), "thinking is in reasoning_content; include_reasoning=false hides it")
     },
 }
 # The images endpoints: what has no effect in a chat has none there.
 IGNORED["images"] = IGNORED["body"] | {"stream_options", "enable_safety_checker", "disable_safety_checker"}
-NOOP["images"] = NOOP["body"] | {
-    "svg": Noop((), _STILL),
-    "frame_count": Noop((1,), _STILL),
-    "frame_duration_ms": Noop((), _STILL),
-    "image": Noop(([],), "POST /v1/images/edits takes images"),
-    "images": Noop(([],), "POST /v1/images/edits takes images"),
-    "image_url": Noop((), "POST /v1/images/edits takes images, in image"),
-    "input_image": Noop((), "POST /v1/images/edits takes images, in image"),
-    "reference_images": Noop(([],), "POST /v1/images/edits takes images, in image"),
-    "sampler": Noop((), _ONE_SOLVER),
-    "sampler_index": Noop((), _ONE_SOLVER),
-    "n_iter": Noop((1,), "use n"),
-    "denoising_strength": Noop((), "say in the prompt how much to change"),
-    "restore_faces": Noop((False,), "describe the faces in the prompt"),
-    "tiling": Noop((False,)),
-    "enable_hr": Noop((False,), _SIZE),
-    "megapixels": Noop((), _SIZE),
-    "sync_mode": Noop((True, False)),
-    "output_quality": Noop(("default",), "use output_compression"),
-    "response_extension": Noop(("png",), "use output_format"),
-    "image_loras": Noop(([],), "the server merges one adapter into its weights: serve --lora-path"),
-    "sequential_image_generation": Noop(("disabled",), "use n"),
-    "watermark": Noop((False,), "images carry no watermark"),
-    "prompt_extend": Noop((False,), "think=true plans the image first"),
-    "prompt_enhancement": Noop((False,), "think=true plans the image first"),
-    "optimize_prompt": Noop((False,), "think=true plans the image first"),
-    "extra_body": Noop(({},), _BESIDE),
-    "complexity": Noop((), "think=true plans the image first; num_inference_steps sets the effort of drawing it"),
-}
+NOOP["images"] = (
+    NOOP["body"]
+    | _WRAPPERS
+    | {
+        "svg": Noop((), _STILL),
+        "frame_count": Noop((1,), _STILL),
+        "frame_duration_ms": Noop((), _STILL),
+        "image": Noop(([],), "POST /v1/images/edits takes images"),
+        "images": Noop(([],), "POST /v1/images/edits takes images"),
+        "image_url": Noop((), "POST /v1/images/edits takes images, in image"),
+        "input_image": Noop((), "POST /v1/images/edits takes images, in image"),
+        "reference_images": Noop(([],), "POST /v1/images/edits takes images, in image"),
+        "sampler": Noop((), _ONE_SOLVER),
+        "sampler_index": Noop((), _ONE_SOLVER),
+        "n_iter": Noop((1,), "use n"),
+        "denoising_strength": Noop((), "say in the prompt how much to change"),
+        "restore_faces": Noop((False,), "describe the faces in the prompt"),
+        "tiling": Noop((False,)),
+        "enable_hr": Noop((False,), _SIZE),
+        "megapixels": Noop((), _SIZE),
+        "sync_mode": Noop((True, False)),
+        "output_quality": Noop(("default",), "use output_compression"),
+        "response_extension": Noop(("png",), "use output_format"),
+        "image_loras": Noop(([],), "the server merges one adapter into its weights: serve --lora-path"),
+        "sequential_image_generation": Noop(("disabled",), "use n"),
+        "watermark": Noop((False,), "images carry no watermark"),
+        "prompt_extend": Noop((False,), "think=true plans the image first"),
+        "prompt_enhancement": Noop((False,), "think=true plans the image first"),
+        "optimize_prompt": Noop((False,), "think=true plans the image first"),
+        "complexity": Noop((), "think=true plans the image first; num_inference_steps sets the effort of drawing it"),
+    }
+)
 # The Responses API: likewise, and what it alone has.
 IGNORED |= {
     "responses": IGNORED["body"] - {"tool_choice"} | {"max_tool_calls"},
@@ -295,11 +297,11 @@ IGNORED |= {
 }
 NOOP |= {
     "responses": {name: noop for name, noop in NOOP["body"].items() if name != "background"}  # of the work there
+    | _WRAPPERS
     | {
         "truncation": Noop(("disabled", "auto"), "input that does not fit is refused"),
         "context_management": Noop(([],), "shorten the input yourself"),
         "moderation": Noop((), "this server moderates nothing"),
-        "extra_body": Noop(({},), _BESIDE),
     },
     "image_tool": {name: NOOP["images"][name] for name in ("svg", "frame_count", "frame_duration_ms", "complexity")},
 }

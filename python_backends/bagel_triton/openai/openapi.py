@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 import bagel_triton
 from bagel_triton.openai import admin
-from bagel_triton.openai.chat_schema import MAX_MODALITIES, ChatBody
+from bagel_triton.openai.chat_schema import MAX_MODALITIES, WRAPPERS, ChatBody
 from bagel_triton.openai.endpoint import Api
 from bagel_triton.openai.errors import ErrorBody
 from bagel_triton.openai.images import FILES, ImagesReply
@@ -167,7 +167,7 @@ def _accepted(name: str, schema: Json, api: Api) -> Json:
         properties.setdefault(field, {"enum": [*noop.values, "", None], "description": f"Otherwise: {noop.instead}."})
     if name == "ChatBody":
         extra = {"type": ["object", "null"], "description": "Fields of the body, read as if they stood beside it."}
-        properties["extra_body"] = extra
+        properties |= dict.fromkeys(WRAPPERS, extra)
     # null means "not given" for every field
     return {**schema, "properties": properties, "additionalProperties": _NULL}
 

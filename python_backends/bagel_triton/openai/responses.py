@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bagel_triton.openai import sse
-from bagel_triton.openai.chat import Task
+from bagel_triton.openai.chat import Task, with_end
 from bagel_triton.openai.endpoint import Api, unless_gone
 from bagel_triton.openai.errors import error_body, to_bagel_error
 from bagel_triton.openai.image_io import encode_base64
@@ -67,7 +67,9 @@ def to_task(body: ResponsesBody) -> Task:
     turns, images, texts = body.conversation()
     modality: Literal["image", "text"] = "text" if body.image_tool is None else "image"
     turns = turns or (Turn("user", ()),)  # items that add nothing are an empty question
-    return Task(modality, turns, images, body.generation_fields(), texts | {"messages": "input"})
+    return Task(
+        modality, with_end(turns, modality, body), images, body.generation_fields(), texts | {"messages": "input"}
+    )
 
 
 async def _collect(stages: AsyncGenerator[StageResponse, None], reply: _Reply) -> None:

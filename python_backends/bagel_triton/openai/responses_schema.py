@@ -12,11 +12,11 @@ from bagel_triton.openai.image_io import Format, ImageUrl
 from bagel_triton.openai.images_schema import refuse_mask
 from bagel_triton.openai.schema import (
     FIELD_NAMES,
+    BodyFields,
     Effort,
     GenerationFields,
     GivenFields,
     StrictModel,
-    ThinkingFields,
     thinks,
     to_object,
 )
@@ -166,7 +166,7 @@ class ResponseStreamOptions(StrictModel):
     include_usage: bool | None = Field(None, description="Accepted without effect: the last event has the usage.")
 
 
-class ResponsesBody(ThinkingFields):
+class ResponsesBody(BodyFields):
     """A request body. ``null`` means not given."""
 
     place: ClassVar[str] = "responses"
@@ -204,6 +204,7 @@ class ResponsesBody(ThinkingFields):
         for prefix, source in (("", self), ("tools[0].", tool)):
             for alias, name in FIELD_NAMES.items():
                 given.add(name, getattr(source, alias, None), f"{prefix}{alias}")
+        self.add_sampling(given)
         given.add("max_tokens", self.max_output_tokens, "max_output_tokens")
         for name, alias, value in self.thinking_switches():
             given.add(name, value, alias)

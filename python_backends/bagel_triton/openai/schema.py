@@ -27,7 +27,7 @@ from pydantic import (
 from bagel_triton.openai.errors import noop_field, not_allowed, path, unknown_field
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
-from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS
+from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS, TEXT
 
 _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
 
@@ -154,9 +154,11 @@ else:
 
 
 class TemplateOptions(StrictModel):
-    """``chat_template_kwargs`` of other servers: the switches of thinking."""
+    """``chat_template_kwargs`` of other servers: the switches of thinking, and those of a last message."""
 
     place: ClassVar[str] = "template_options"
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     enable_thinking: bool | None = None
     thinking: bool | None = None
     reasoning_effort: Effort = None
@@ -174,13 +176,62 @@ class Thinking(StrictModel):
 Switch = tuple[str, str, bool | int | None]  # a field, its name in the body, and its value
 
 
-class ThinkingFields(GenerationFields):
-    """The generation fields, and the names that other APIs have for the switch of thinking."""
+_LAST_MESSAGE = "Whether a last message of the assistant {}. No effect after any other, and beside an image."
+
+
+class BodyFields(GenerationFields):
+    """The generation fields, and the names that other APIs have for the switches of thinking and sampling."""
 
     reasoning_effort: Effort = None
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    do_sample: bool | None = Field(None, description="false is temperature 0, true 1 unless a temperature is given.")
+    continue_final_message: bool | None = Field(None, description=_LAST_MESSAGE.format("is continued. Default: true"))
+    add_generation_prompt: bool | None = Field(
+        None, description=_LAST_MESSAGE.format("is followed by a new one. Default: false")
+    )
+
+    def param(self, name: str) -> str:
+        """``name`` as an error has it."""
+        return name
+
+    def continues_last(self) -> bool:
+        """Whether a last message of the assistant is continued.
+
+        Raises:
+            InvalidRequest: two of the fields that say so contradict each other.
+        """
+        options = self.chat_template_kwargs or TemplateOptions()
+        says = [
+            ("continue_final_message", self.continue_final_message, True),
+            ("add_generation_prompt", self.add_generation_prompt, False),
+            ("chat_template_kwargs.continue_final_message", options.continue_final_message, True),
+            ("chat_template_kwargs.add_generation_prompt", options.add_generation_prompt, False),
+        ]
+        given = [(name, value, value is sense) for name, value, sense in says if value is not None]
+        for name, value, continues in given[1:]:
+            first, other, before = given[0]
+            if continues is not before:
+                first, name = self.param(first), self.param(name)
+                shown = f"{first}={format_value(other)} and {name}={format_value(value)}"
+                raise InvalidRequest(f"{shown} contradict each other; allowed: one of them", name)
+        return given[0][2] if given else True
+
+    def add_sampling(self, given: GivenFields) -> None:
+        """Take the temperature from ``do_sample``, unless the body gives one itself.
+
+        Raises:
+            InvalidRequest: that one means the contrary.
+        """
+        temperature, alias = given.fields.get("temperature"), self.param("do_sample")
+        if self.do_sample is None or (temperature is not None and bool(temperature) == self.do_sample):
+            return
+        if temperature is not None:
+            beside = f"{given.written['temperature']}={format_value(temperature)}"
+            allowed = f"{format_value(not self.do_sample)} beside {beside}"
+            raise InvalidRequest.value(alias, self.do_sample, allowed)
+        given.add("temperature", TEXT.temperature_with_nucleus if self.do_sample else 0.0, alias)
 
     def thinking_switches(self) -> list[Switch]:
         """Each of these names that is given, or None for its value."""
@@ -203,7 +254,7 @@ class ThinkingFields(GenerationFields):
 
 
 def thinks(effort: str) -> bool:
-    """Whether a reasoning effort of that name asks for thinking."""
+    """Whether a reasoning effort of that name switches thinking on."""
     return effort not in ("none", "minimal")
 
 

@@ -144,11 +144,15 @@ class ImageRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ima
     index: int
 
 
-class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a conversation."""
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a conversation.
+
+    A last one of the assistant is continued by a text, unless it has ``ended``.
+    """
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[TextPart | ImageRef, ...]
+    ended: bool = False
 
 
 def _two(plain: object, editing: object) -> str:
@@ -365,6 +369,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             default=f"0; {TEXT.temperature_with_nucleus:g} with top_p, top_k or min_p",
             bounds=(0, 2),
             limits="; 0 is greedy",
+            aliases=("text_temperature",),
         ),
     ] = None
     top_p: Annotated[

@@ -120,7 +120,7 @@ def converse(
     if wanted == "text" and (not segments or (turns[-1].role == "user" and not laid_out)):
         return Conversation((*segments, TextSegment((tokenizer.start, tokenizer.end))), len(segments), continues=False)
     last = _last_spoken(turns)
-    open_ended = wanted == "text" and (last.role == "assistant" or is_template(_text(last)))
+    open_ended = wanted == "text" and (_is_open(last) or is_template(_text(last)))
     continues = open_ended and isinstance(segments[-1], TextSegment)
     return Conversation(tuple(segments), prompt if prompt >= 0 else len(segments), continues)
 
@@ -144,7 +144,7 @@ def _laid_out(
     if not inner.strip():
         return [segment for group in groups for segment in group]
     if not is_template(text):
-        open_ended = is_last and wanted == "text" and turn.role == "assistant"
+        open_ended = is_last and wanted == "text" and _is_open(turn)
         return [*(segment for group in groups for segment in group), _segment(tokenizer, text, open_ended)]
     return _templated(text, inner, groups, tokenizer, wanted, param, is_last)
 
@@ -191,6 +191,11 @@ def _last_spoken(turns: Sequence[Turn]) -> Turn:
     """The last turn that adds something."""
     spoken = (turn for turn in reversed(turns) if unwrapped(_text(turn)).strip() or any_image(turn))
     return next(spoken, turns[-1])
+
+
+def _is_open(turn: Turn) -> bool:
+    """Whether a text that follows ``turn`` continues it."""
+    return turn.role == "assistant" and not turn.ended
 
 
 def any_image(turn: Turn) -> bool:
