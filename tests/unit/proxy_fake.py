@@ -145,7 +145,7 @@ class FakeClient:
             self.loaded.append(call.name)
         elif call.action == "unload":
             self.loaded.remove(call.name)
-        return AdapterNames(tuple(self.loaded))
+        return AdapterNames(tuple(self.loaded), max_model_len=4096)
 
     async def close(self) -> None:
         self.closed = True

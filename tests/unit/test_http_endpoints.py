@@ -23,6 +23,7 @@ from bagel_triton.protocol.sleep import SleepState
 def test_the_model_is_listed_once_with_its_modalities() -> None:
     [model] = api(FakeClient()).get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["aliases"]) == (NAMES[0], "model", list(NAMES[1:]))
+    assert model["max_model_len"] == 4096
     assert model["architecture"]["input_modalities"] == ["text", "image"]
     assert model["architecture"]["output_modalities"] == ["text", "image"]
 
@@ -30,7 +31,7 @@ def test_the_model_is_listed_once_with_its_modalities() -> None:
 @pytest.mark.parametrize("name", NAMES)  # one holds a slash
 def test_every_name_of_the_model_can_be_looked_up(name: str) -> None:
     model = api(FakeClient()).get(f"/v1/models/{name}").json()
-    assert (model["id"], model["root"]) == (name, NAMES[0])
+    assert (model["id"], model["root"], model["max_model_len"]) == (name, NAMES[0], 4096)
 
 
 def test_another_model_is_not_found() -> None:

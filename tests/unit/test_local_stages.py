@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -79,11 +80,54 @@ def test_a_request_that_waits_longer_than_its_lease_still_gets_its_image(make: M
     assert len(runs) == 3
 
 
-def test_a_prompt_longer_than_the_arena_is_refused(make: Make) -> None:
-    stages = make(thinker=ThinkerConfig(kv_tokens=32))
-    with pytest.raises(InvalidRequest, match="too long"):
-        generate(stages, GenerationRequest(prompt="A cute cat on a mountain " * 8, seed=1))
+LENGTHY = "A cute cat on a mountain " * 70
+WHERE = GenerationRequest("Where?", modality="text", seed=1)
+TOO_LONG = "is not allowed: the request is too long"
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_prompt_longer_than_the_arena_is_refused(make: Make, modality: str) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=512))
+    with pytest.raises(InvalidRequest, match=rf"^messages='\d+ tokens of context' {TOO_LONG}; allowed: at most 512 "):
+        think(stages, GenerationRequest(LENGTHY, modality=modality, seed=1))
     assert generate(stages, SMALL).pixels[0].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "beside"),
+    [
+        ({"max_tokens": 999}, "max_tokens", "6 tokens of context"),
+        ({"max_tokens": 999, "n": 2}, "max_tokens", "6 tokens of context and 2 results"),
+        ({"max_tokens": 100, "n": 9}, "n", "6 tokens of context and 100 for each result"),
+        ({"modality": "image", "think": True}, "max_think_tokens", r"\d+ tokens of context"),
+    ],
+)
+def test_what_may_be_decoded_is_refused_if_it_is_longer_than_the_arena(
+    make: Make, fields: dict[str, Any], name: str, beside: str
+) -> None:
+    stages = make(thinker=ThinkerConfig(kv_tokens=512))
+
+    def run(**changes: int) -> None:
+        result_of(stages.think(result_of(stages.expand(msgspec.structs.replace(WHERE, **{**fields, **changes})))))
+
+    with pytest.raises(
+        InvalidRequest, match=rf"^{name}=\d+ {TOO_LONG}, with {beside}; allowed: at most \d+$"
+    ) as refused:
+        run()
+    assert refused.value.param == name
+    most = int(refused.value.message.split()[-1])
+    with pytest.raises(InvalidRequest, match=f"={most + 1} {TOO_LONG}|{TOO_LONG}.* and {most + 1} for each"):
+        run(**{name: most + 1})
+    run(**{name: most})
+
+
+@pytest.mark.parametrize("words", range(1, 20, 3))
+def test_any_context_and_what_is_decoded_have_the_length_that_clients_are_given(make: Make, words: int) -> None:
+    config = ThinkerConfig(kv_tokens=160)
+    stages, prompt = make(thinker=config), "a " * words
+    context = result_of(stages.expand(msgspec.structs.replace(WHERE, prompt=prompt))).usage.prompt_tokens
+    request = msgspec.structs.replace(WHERE, prompt=prompt, max_tokens=config.max_model_len - context)
+    assert result_of(stages.think(result_of(stages.expand(request)))).answers
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-5, 2.0])

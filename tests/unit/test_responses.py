@@ -299,6 +299,8 @@ def test_a_failure_before_the_first_event_has_its_status(stream: bool) -> None:
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "max_output_tokens"
     assert reply.json()["error"]["message"].startswith("max_output_tokens=0")
+    default = api(FakeClient(refusal)).post(RESPONSES, json={"input": "Hi", "stream": stream}).json()["error"]
+    assert (default["param"], default["message"][:19]) == ("max_output_tokens", "max_output_tokens=0")
 
 
 @pytest.mark.parametrize(

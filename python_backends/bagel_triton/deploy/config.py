@@ -87,6 +87,16 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Processes that compute the stage's forwards, this one included."""
         return self.tensor_parallel_size
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context and of text that any request for one text may have together.
+
+        Of the pool's blocks a request reserves one for a copy, one that its context may leave half empty, and a
+        token more than it decodes.
+        """
+        blocks = -(-self.kv_tokens // self.block_tokens)
+        return max((blocks - 2) * self.block_tokens - 1, 1)
+
 
 class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The flow stage.

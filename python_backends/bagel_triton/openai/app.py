@@ -163,6 +163,7 @@ def _model_routes(api: Api) -> list[Route]:
             "root": canonical,
             "parent": None if name in api.settings.served_model_names else canonical,
             "aliases": aliases,
+            "max_model_len": api.max_model_len,
             "architecture": {
                 "modality": f"text+image->{'+'.join(api.settings.output_modalities)}",
                 "input_modalities": ["text", "image"],
@@ -181,6 +182,8 @@ def _model_routes(api: Api) -> list[Route]:
     async def model(request: Request) -> Response:
         if not (name := request.path_params["model"]):
             raise ModelNotFound(f"{request.url.path} names no model; did you mean /v1/models?", "model")
+        if api.max_model_len is None:
+            await api.refresh_adapters()
         return JSONResponse(entry(await api.served_model(name)))
 
     async def version(request: Request) -> Response:

@@ -80,19 +80,23 @@ class Runnable(Protocol):
         """The responses to it; closing the generator aborts the request."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Api:
-    """State shared by the endpoints: the connection to Triton, the image loader and the settings."""
+    """State shared by the endpoints: the connection to Triton, the image loader and the settings.
+
+    ``max_model_len`` is the tokens that a request may have, once Triton has said so.
+    """
 
     settings: ProxySettings
     client: Client
     source: ImageLoader
     receiving: ReceiveBuffer
     created: int = field(default_factory=lambda: int(time.time()))
+    max_model_len: int | None = field(init=False, default=None)
     _adapters: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_adapters", list(self.settings.lora_modules))
+        self._adapters = list(self.settings.lora_modules)
 
     def endpoint(self, handler: Handler) -> Handler:
         """``handler`` with every exception answered as an error in OpenAI's shape."""
@@ -182,15 +186,16 @@ class Api:
         return self._adapters
 
     async def change_adapters(self, call: AdapterCall) -> None:
-        """Carry ``call`` out, and learn the names of the adapters.
+        """Carry ``call`` out, and learn the names of the adapters and the model's length.
 
         Raises:
             BagelError: it could not be carried out.
         """
-        self._adapters[:] = (await self.client.adapters(call)).names
+        found = await self.client.adapters(call)
+        self._adapters, self.max_model_len = list(found.names), found.max_model_len
 
     async def refresh_adapters(self) -> None:
-        """Learn the names of the adapters, which another proxy may have changed; they stay where Triton is gone."""
+        """Learn them anew, as another proxy may have changed them; they stay where Triton is gone."""
         with contextlib.suppress(BagelError, TimeoutError):
             async with asyncio.timeout(self.settings.ready_timeout_s):
                 await self.change_adapters(AdapterCall("list"))

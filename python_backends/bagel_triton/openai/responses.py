@@ -67,9 +67,9 @@ def to_task(body: ResponsesBody) -> Task:
     turns, images, texts = body.conversation()
     modality: Literal["image", "text"] = "text" if body.image_tool is None else "image"
     turns = turns or (Turn("user", ()),)  # items that add nothing are an empty question
-    return Task(
-        modality, with_end(turns, modality, body), images, body.generation_fields(), texts | {"messages": "input"}
-    )
+    given = body.generation_fields()
+    texts |= {"messages": "input", "max_tokens": given.written.get("max_tokens", "max_output_tokens")}
+    return Task(modality, with_end(turns, modality, body), images, given, texts)
 
 
 async def _collect(stages: AsyncGenerator[StageResponse, None], reply: _Reply) -> None:

@@ -23,9 +23,13 @@ class AdapterCall(Message, frozen=True):
 
 
 class AdapterNames(Message, frozen=True):
-    """The names of the adapters that requests may choose."""
+    """The names of the adapters that requests may choose.
+
+    ``max_model_len`` is what the model has beside them: the tokens of context and text that a request may have.
+    """
 
     names: tuple[str, ...]
+    max_model_len: int | None = None
 
 
 def decode_adapter_call(data: bytes) -> AdapterCall:

@@ -102,6 +102,7 @@ class Orchestrator:
         self._metrics = TritonMetrics(own) if self.streams else None
         gate = SleepGate(config.shm_prefix)
         self._config, self._local, self._gate = config.bagel, None, gate
+        self._max_model_len = config.thinker.max_model_len
         if one_process:
             from bagel_triton.engine.build import StageResources  # otherwise this process needs no torch
             from bagel_triton.engine.sleep import SleepingEngine
@@ -179,7 +180,8 @@ class Orchestrator:
     def _state(self, inputs: Arrays, gone: Callable[[], bool]) -> Message:
         if SLEEP in inputs:
             return self._sleep.answer(decode_sleep_call(bytes(inputs[SLEEP].reshape(-1)[0])), gone)
-        return self._adapters.answer(decode_adapter_call(bytes(inputs[ADAPTERS].reshape(-1)[0])), gone)
+        found = self._adapters.answer(decode_adapter_call(bytes(inputs[ADAPTERS].reshape(-1)[0])), gone)
+        return msgspec.structs.replace(found, max_model_len=self._max_model_len)
 
     def _unless_stopping(self, caught: Exception) -> Exception:
         ends = isinstance(caught, Cancelled) and self._closing.is_set()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from bagel_triton.model.device import wait_for_stream
 from bagel_triton.model.lora import LoraAdapter
 from bagel_triton.model.sampling import Sampler
 from bagel_triton.model.tokenizer import Tokenizer
-from bagel_triton.protocol.errors import InvalidRequest, Overloaded
+from bagel_triton.protocol.errors import InvalidRequest, Overloaded, format_value
 from bagel_triton.protocol.intervals import WATCH_S
 from bagel_triton.protocol.messages import (
     Branch,
@@ -138,13 +140,36 @@ class Admission:
         branches = build_branch_states(plan.branches, kv_pool, self._model, self._draws(plan), adapter)
         needed = self._worst_case(branches, plan.decoding)
         if needed > kv_pool.blocks.count:
-            tokens = sum(branch.total_tokens for branch in branches)
-            raise InvalidRequest(
-                f"the request is too long: {tokens} tokens of context and what may be decoded need {needed} KV blocks; "
-                f"the KV cache has {kv_pool.blocks.count} of {kv_pool.geometry.block_tokens} tokens",
-                "messages",
-            )
+            raise self._too_long(branches, plan.decoding)
         return ThinkerRun(job, branches, needed)
+
+    def _too_long(self, branches: Sequence[BranchState], decoding: Decoding | None) -> InvalidRequest:
+        """The error for a request that can never fit: what it may decode is too long, or its context already is."""
+        kv_pool = self._kv_pool
+        context = sum(branch.total_tokens for branch in branches)
+
+        def fits(new_tokens: int, texts: int) -> bool:
+            assert decoding is not None
+            shorter = msgspec.structs.replace(decoding, max_new_tokens=new_tokens, seeds=decoding.seeds[:texts])
+            return self._worst_case(branches, shorter) <= kv_pool.blocks.count
+
+        if decoding is None or not fits(1, 1):
+            allowed = f"at most {kv_pool.blocks.count * kv_pool.geometry.block_tokens} tokens, what is decoded included"
+            too_long = (
+                f"messages={format_value(f'{context} tokens of context')} is not allowed: the request is too long"
+            )
+            return InvalidRequest(f"{too_long}; allowed: {allowed}", "messages")
+        new_tokens, texts = decoding.max_new_tokens, len(decoding.seeds)
+        if fits(new_tokens, 1):
+            name, value, most = "n", texts, _largest(lambda n: fits(new_tokens, n), texts)
+            beside = f"{context} tokens of context and {new_tokens} for each result"
+        else:
+            name = "max_think_tokens" if decoding.purpose == "think" else "max_tokens"
+            results = texts if fits(1, texts) else 1
+            value, most = new_tokens, _largest(lambda tokens: fits(tokens, results), new_tokens)
+            beside = f"{context} tokens of context" + (f" and {results} results" if results > 1 else "")
+        too_long = f"{name}={value} is not allowed: the request is too long, with {beside}"
+        return InvalidRequest(f"{too_long}; allowed: at most {most}", name)
 
     def _draws(self, plan: Plan) -> list[Tensor]:
         """The posterior draws of the request's images for generation."""
@@ -170,6 +195,11 @@ class Admission:
                 # The thought is encoded again and appended; each broken character takes three bytes.
                 total += kv_pool.blocks_for(past + 2 + 3 * decoding.max_new_tokens) - past // size
         return total
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number below ``limit`` that fits, as all smaller ones do; 1 does."""
+    return bisect.bisect_left(range(1, limit), True, key=lambda number: not fits(number))
 
 
 def check_plan(plan: Plan, config: ModelConfig) -> None:
