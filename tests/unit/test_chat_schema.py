@@ -14,6 +14,7 @@ EVERY_FIELD: dict[str, Any] = {
     "lora": "style",
     "height": 768,
     "width": 512,
+    "aspect_ratio": "2:3",
     "num_inference_steps": 25,
     "seed": 2**40,
     "n": 3,
@@ -74,6 +75,10 @@ def test_other_ways_to_write_a_field() -> None:
     assert (request.width, request.height) == (64, 32)
     assert generation(chat_body(extra_body={"size": "auto"}, height=64)).height == 64
     assert generation(chat_body(logprobs=True)).top_logprobs == 0
+    square = generation(chat_body(image_config={"image_size": "1K"}))
+    assert (square.width, square.height, square.aspect_ratio) == (1024, 1024, None)
+    tall = generation(chat_body(image_config={"aspect_ratio": "9:16", "image_size": "1k"}))
+    assert (tall.width, tall.height, tall.aspect_ratio) == (None, 1024, "9:16")
     assert generation(chat_body(top_logprobs=3)).top_logprobs is None
     assert generation(chat_body(stop="END")).stop == ("END",)
 
@@ -155,7 +160,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ({"stop": 5}, "stop", "stop=5 is not allowed; allowed: a text or a list of texts"),
     ({"stop": ["a", 5]}, "stop[1]", "stop[1]=5 is not allowed; allowed: a text"),
     # fields
-    ({"colour": 4}, "colour", "colour is not a known field; allowed: add_generation_prompt, cache, cfg_img_scale, "),
+    ({"colour": 4}, "colour", "colour is not a known field; allowed: add_generation_prompt, aspect_ratio, cache, "),
     (
         {"extra_body": {"stepping": 4}},
         "extra_body.stepping",
@@ -163,7 +168,11 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     ),
     ({"extra_body": {"messages": []}}, "extra_body.messages", "is not a known field"),
     ({"extra_body": {"extra_body": {}}}, "extra_body.extra_body", "is not a known field"),
-    ({"extra_body": {"size": "big"}}, "extra_body.size", "extra_body.size='big' is not allowed; allowed: 'auto' or "),
+    (
+        {"extra_body": {"size": "big"}},
+        "extra_body.size",
+        "extra_body.size='big' is not allowed; allowed: 'auto', '1K' or ",
+    ),
     (
         {"size": "64x64", "height": 32},
         "size",
@@ -183,7 +192,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
     (
         {"heigth": 64},
         "heigth",
-        "heigth is not a known field; did you mean height? allowed: add_generation_prompt, cache, cfg_img_scale, ",
+        "heigth is not a known field; did you mean height? allowed: add_generation_prompt, aspect_ratio, cache, ",
     ),
     ({"extra_body": {"Seed": 4}}, "extra_body.Seed", "is not a known field; did you mean seed? allowed: "),
     ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "is not allowed; allowed: each token once"),
@@ -311,5 +320,5 @@ LONG = "9" * 1_000_000
 def test_a_long_value_is_cut_in_the_message(fields: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         generation(chat_body(**fields))
-    assert len(caught.value.message) < 1000  # the known fields' names are 500 of them
+    assert len(caught.value.message) < 1200  # the known fields' names are 900 of them
     assert len(caught.value.param or "") <= 120

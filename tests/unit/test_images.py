@@ -299,7 +299,7 @@ def test_an_error_before_the_stream_has_its_status() -> None:
     ("fields", "param", "advice"),
     [
         ({"prompt": None}, "prompt", "prompt is required"),
-        ({"size": "huge"}, "size", "'auto' or 'WIDTHxHEIGHT'"),
+        ({"size": "huge"}, "size", "'auto', '1K' or 'WIDTHxHEIGHT'"),
         ({"size": "64x64", "width": 32}, "size", "width and size are both given, with the values 32 and 64"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_compression": 101}, "output_compression", "at most 100"),
@@ -315,7 +315,8 @@ def test_an_error_before_the_stream_has_its_status() -> None:
         ({"denoising_strength": 0.5}, "denoising_strength", "how much to change"),
         ({"enable_hr": True}, "enable_hr", "allowed: false; use size"),
         ({"guidance": 4}, "guidance", "use guidance_scale"),
-        ({"aspect_ratio": "1:1"}, "aspect_ratio", "use size"),
+        ({"aspect_ratio": "wide"}, "aspect_ratio", "'W:H', such as '16:9'"),
+        ({"image_size": "2K"}, "image_size", "'auto', '1K' or 'WIDTHxHEIGHT'"),
         ({"n": "2"}, "n", "an integer"),
     ],
 )
@@ -342,10 +343,13 @@ def test_a_form_may_have_fields_without_effect_and_nulls() -> None:
 def test_an_object_in_a_form_may_be_given_by_its_members() -> None:
     backend = FakeClient(*PROGRESS, IMAGE, EDITED)
     members = {"chat_template_kwargs[enable_thinking]": "true", "thinking[budget_tokens]": "7", "image[0]": URL}
+    members |= {"image_size[width]": "64", "image_size[height]": "32", "do_sample": "false"}
     form = [("prompt", (None, "x")), *((name, (None, text)) for name, text in members.items())]
     reply = api(backend).post(EDITS, files=form)
     assert reply.status_code == 200, reply.text
-    assert (backend.requests[0].think, backend.requests[0].max_think_tokens) == (True, 7)
+    found = backend.requests[0]
+    assert (found.think, found.max_think_tokens, found.temperature) == (True, 7, 0)
+    assert (found.width, found.height) == (64, 32)
 
 
 def test_what_an_edit_cannot_have_is_refused_by_name() -> None:

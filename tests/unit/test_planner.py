@@ -331,3 +331,6 @@ def test_the_deploy_files_defaults_are_for_what_a_request_leaves_out(checkpoint_
     assert (plan.flow.seed, plan.flow.num_inference_steps, plan.flow.cfg_interval) == (52, 4, (0.1, 0.9))
     assert (plan.flow.height, plan.flow.width, plan.decoding) == (64, 64, None)
     assert planner.expand(GenerationRequest(prompt="Hi")).decoding is not None
+    tall = planner.expand(GenerationRequest(prompt="Hi", aspect_ratio="1:4")).flow
+    assert tall is not None
+    assert (tall.height, tall.width) == (128, 32)  # of the default's area

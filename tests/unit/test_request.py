@@ -72,6 +72,48 @@ def test_one_side_alone_means_a_square(given: dict[str, int], side: int) -> None
     assert (settings.height, settings.width) == (side, side)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "width", "height"),
+    [
+        ("1:1", 512, 512),
+        ("2:3", 416, 624),
+        ("3:2", 624, 416),
+        ("3:4", 448, 592),
+        ("4:3", 592, 448),
+        ("4:5", 464, 576),
+        ("5:4", 576, 464),
+        ("9:16", 384, 688),
+        ("16:9", 688, 384),
+        ("21:9", 784, 336),
+        ("1.91 : 1", 704, 368),
+        ("1:9999", 16, 1024),
+    ],
+)
+def test_a_ratio_is_an_image_of_about_the_usual_area(ratio: str, width: int, height: int) -> None:
+    flow = _resolve(aspect_ratio=ratio)
+    assert (flow.width, flow.height) == (width, height)
+
+
+@pytest.mark.parametrize(
+    ("fields", "width", "height"),
+    [
+        ({"width": 1024}, 1024, 576),
+        ({"height": 288}, 512, 288),
+        ({"width": 688, "height": 384}, 688, 384),
+        ({"width": 1024, "height": 576}, 1024, 576),
+    ],
+)
+def test_a_ratio_gives_the_side_that_is_left_out(fields: dict[str, int], width: int, height: int) -> None:
+    flow = _resolve(aspect_ratio="16:9", **fields)
+    assert (flow.width, flow.height) == (width, height)
+
+
+def test_a_ratio_of_an_edit_has_the_area_of_its_image_where_that_fits() -> None:
+    request = GenerationRequest(prompt="x", aspect_ratio="3:2")
+    sizes = [resolve_flow(request, 1024, IMG2IMG, size) for size in ((256, 256), (1024, 1024))]
+    assert [(flow.width, flow.height) for flow in sizes] == [(320, 208), (1024, 688)]
+
+
 def test_the_default_size_fits_a_checkpoint_with_a_small_table() -> None:
     settings = _resolve(max_side=320)
     assert (settings.height, settings.width) == (320, 320)
@@ -97,6 +139,8 @@ SCALE = "a number from 0 to 1000"
         ("width", 8, SIDE),
         ("num_inference_steps", 1, "an integer from 2 to 1000"),
         ("num_inference_steps", 0, "an integer from 2 to 1000"),
+        ("aspect_ratio", "wide", "'W:H', such as '16:9'"),
+        ("aspect_ratio", "16:0", "'W:H', such as '16:9'"),
         ("num_inference_steps", 1001, "an integer from 2 to 1000"),
         ("seed", -2, f"an integer from -1 to {MAX_SEED}; -1 draws one"),
         ("seed", 2**63, f"an integer from -1 to {MAX_SEED}"),

@@ -359,7 +359,7 @@ _SAMPLING: Fields = {
     "spaces_between_special_tokens": Neutral("", _EITHER),
     "stop_token_ids": Neutral("name texts in `stop`", ([],)),
 }
-_NOT_DEFAULTS = ("prompt", "image", "messages", "modality")
+_NOT_DEFAULTS = ("prompt", "image", "messages", "modality", "aspect_ratio")
 _SAMPLING_ALIASES = {**FIELD_ALIASES, "num_outputs_per_prompt": "n"}
 
 

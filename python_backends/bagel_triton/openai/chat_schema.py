@@ -137,7 +137,6 @@ class ChatBody(BodyFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: str | None = None
     modalities: Annotated[list[str], Field(max_length=MAX_MODALITIES, fail_fast=True)] | None = None
-    size: str | None = None
     logprobs: bool | None = None
     reasoning: Reasoning | None = None
     include_reasoning: bool | None = None
@@ -162,7 +161,7 @@ class ChatBody(BodyFields):
         for alias, name in FIELD_NAMES.items():
             given.add(name, getattr(self, alias), self.param(alias))
         self.add_sampling(given)
-        given.add_size(self.size, self.param("size"))
+        self.add_sizes(given, self.param)
         for name, alias, value in [*self.thinking_switches(), *self._reasoning_switches()]:
             given.add(name, value, self.param(alias))
         if not self.logprobs:

@@ -12,32 +12,28 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from bagel_triton.openai.errors import not_allowed, to_invalid_request
-from bagel_triton.openai.image_io import Format, ImageUpload, ImageUrl
+from bagel_triton.openai.image_io import ImageUpload, ImageUrl
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
-from bagel_triton.openai.schema import FIELD_NAMES, BodyFields, GivenFields, StrictModel, to_object
+from bagel_triton.openai.schema import FIELD_NAMES, BodyFields, FileFields, GivenFields, StrictModel, to_object
 from bagel_triton.protocol.errors import InvalidRequest, format_value
 from bagel_triton.protocol.request import FIELD_TYPES, MAX_INPUT_IMAGES
 
 Images = tuple[ImageUrl | ImageUpload, ...]
 B = TypeVar("B", bound="ImagesBody")
-_JSON_FIELDS = ("stream", "output_compression", "enable_thinking", "thinking", "chat_template_kwargs")
-_OBJECTS = ("thinking", "chat_template_kwargs")
+_OBJECTS = ("thinking", "chat_template_kwargs", "image_config")
+_SWITCHES = ("stream", "enable_thinking", "do_sample", "continue_final_message", "add_generation_prompt")
+_JSON_FIELDS = (*_SWITCHES, *_OBJECTS, "output_compression")
 _FREE_TEXTS = ("prompt", "negative_prompt", "stop")
 MAX_FORM_FIELDS = 300  # more than there are names
 MAX_FORM_TEXT = 2 * 1024 * 1024  # bytes of a field that is no file
 
 
-class ImagesBody(BodyFields):
+class ImagesBody(BodyFields, FileFields):
     """The fields that both endpoints have. ``null`` means not given."""
 
     place: ClassVar[str] = "images"
     prompt: str = Field(description="What to draw, or how to edit the images.", json_schema_extra={"pattern": r"\S"})
     model: str | None = None
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16; or auto.")
-    output_format: Format | None = Field(None, description="The file format of the images. Default: png")
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="Quality of a jpeg or webp, 0 to 100. Default: 100. A png is lossless."
-    )
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="The image itself, or a URL of this server that works for a few minutes. Default: b64_json"
     )
@@ -58,14 +54,6 @@ class ImagesBody(BodyFields):
         """``quality`` as a reply has it; None for a value that names none."""
         return self.quality if self.quality in ("low", "medium", "high", "xhigh", "max") else None
 
-    @property
-    def file_format(self) -> Format:
-        return self.output_format or "png"
-
-    @property
-    def compression(self) -> int:
-        return 100 if self.output_compression is None else self.output_compression
-
     def generation_fields(self) -> GivenFields:
         """The given fields of ``GenerationRequest``.
 
@@ -78,7 +66,7 @@ class ImagesBody(BodyFields):
         for name, alias, value in self.thinking_switches():
             given.add(name, value, alias)
         self.add_sampling(given)
-        given.add_size(self.size, "size")
+        self.add_sizes(given, self.param)
         return given
 
 
@@ -263,7 +251,7 @@ def _from_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def _is_object(name: str) -> bool:
-    return name in _OBJECTS or dict in _kinds(name)
+    return name in (*_OBJECTS, "image_size") or dict in _kinds(name)
 
 
 def _kinds(name: str) -> set[type]:

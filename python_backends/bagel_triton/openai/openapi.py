@@ -31,7 +31,7 @@ from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.openai.reply import ChatCompletion
 from bagel_triton.openai.responses_schema import ResponsesBody
 from bagel_triton.openai.schema import FIELD_NAMES, GenerationFields, StrictModel, choosing_fields
-from bagel_triton.protocol.request import MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
+from bagel_triton.protocol.request import ASPECT_RATIO, MAX_BIASED_TOKENS, MAX_INPUT_IMAGES, MAX_STOPS, REQUEST_FIELDS
 
 Json = dict[str, Any]
 SCHEMAS = "#/components/schemas/"
@@ -50,24 +50,32 @@ _IMAGE: Json = {
 _LINK: Json = {"anyOf": [_IMAGE, {"$ref": SCHEMAS + "ImageLink"}]}
 _LINKS: Json = {"type": "array", "items": _LINK, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
 _MODALITIES: Json = {"type": "array", "items": {"enum": ["text", "image"]}, "maxItems": MAX_MODALITIES}
-_SIZE: Json = {**_TEXT, "pattern": r"^\s*(auto|[0-9]{1,6}\s*[xX*\u00d7]\s*[0-9]{1,6})?\s*$", "examples": ["auto"]}
+_SIZE: Json = {**_TEXT, "pattern": r"^\s*(auto|1[kK]|[0-9]{1,6}\s*[xX*\u00d7]\s*[0-9]{1,6})?\s*$", "examples": ["auto"]}
+_SIZE_OR_SIDES: Json = {"anyOf": [_SIZE, {"$ref": SCHEMAS + "ImageSize"}]}
+_RATIO: Json = {**_TEXT, "pattern": rf"^(auto|match_input_image|{ASPECT_RATIO})$", "examples": ["auto"]}
+_SIZES: dict[str, Json] = {"size": _SIZE, "image_size": _SIZE_OR_SIDES, "aspect_ratio": _RATIO}
 # Declarations that take the place of pydantic's, by the names of the model and of the field.
-_INSTEAD: dict[tuple[str, str], Json] = {
-    ("ChatBody", "modalities"): _MODALITIES,
-    ("ChatBody", "size"): _SIZE,
-    ("ImagesBody", "size"): _SIZE,
-    ("EditsBody", "size"): _SIZE,
-    ("JsonEditsBody", "size"): _SIZE,
-    ("ImageTool", "size"): _SIZE,
-    ("ImageUrl", "url"): _IMAGE,
-    ("InputImage", "image_url"): _IMAGE,
-    ("InputImageCall", "result"): {**_TEXT, "examples": [_PIXEL]},
-    ("ImageLink", "image_url"): _IMAGE,
-    ("ResponsesBody", "top_logprobs"): {"enum": [0]},
-} | {
-    ("ResponsesBody", name): {"enum": [1], "description": "The tool takes more."}
-    for name in ("n", *REQUEST_FIELDS["n"].aliases)
-}
+_INSTEAD: dict[tuple[str, str], Json] = (
+    {
+        ("ChatBody", "modalities"): _MODALITIES,
+        ("ImageConfig", "image_size"): _SIZE_OR_SIDES,
+        ("ImageConfig", "aspect_ratio"): _RATIO,
+        ("ImageUrl", "url"): _IMAGE,
+        ("InputImage", "image_url"): _IMAGE,
+        ("InputImageCall", "result"): {**_TEXT, "examples": [_PIXEL]},
+        ("ImageLink", "image_url"): _IMAGE,
+        ("ResponsesBody", "top_logprobs"): {"enum": [0]},
+    }
+    | {
+        (body, name): schema
+        for body in ("ImageTool", *(body.__name__ for body in BODIES))
+        for name, schema in _SIZES.items()
+    }
+    | {
+        ("ResponsesBody", name): {"enum": [1], "description": "The tool takes more."}
+        for name in ("n", *REQUEST_FIELDS["n"].aliases)
+    }
+)
 # What a field takes besides its declared type.
 _SHORT_FORMS: dict[tuple[str, str], list[Json]] = {
     ("ChatMessage", "content"): [_TEXT],

@@ -14,8 +14,9 @@ from bagel_triton.openai.schema import (
     FIELD_NAMES,
     BodyFields,
     Effort,
-    GenerationFields,
+    FileFields,
     GivenFields,
+    SizeFields,
     StrictModel,
     thinks,
     to_object,
@@ -115,25 +116,14 @@ def _to_items(given: Any) -> Any:
     return [{"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in given]
 
 
-class ImageTool(GenerationFields):
+class ImageTool(SizeFields, FileFields):
     """The tool ``image_generation``: its presence makes the answer an image."""
 
     place: ClassVar[str] = "image_tool"
     type: Literal["image_generation"]
     action: Literal["auto", "generate", "edit"] | None = None
-    size: str | None = None
-    output_format: Format | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max"] | None = None
     background: Literal["auto", "opaque"] | None = None
-
-    @property
-    def file_format(self) -> Format:
-        return self.output_format or "png"
-
-    @property
-    def compression(self) -> int:
-        return 100 if self.output_compression is None else self.output_compression
 
 
 class ReasoningOptions(StrictModel):
@@ -210,8 +200,9 @@ class ResponsesBody(BodyFields):
             given.add(name, value, alias)
         if self.reasoning is not None and self.reasoning.effort is not None:
             given.add("think", thinks(self.reasoning.effort), "reasoning.effort")
+        self.add_sizes(given, self.param)
         if tool is not None:
-            given.add_size(tool.size, "tools[0].size")
+            tool.add_sizes(given, lambda name: f"tools[0].{name}")
         return given
 
     def conversation(self) -> tuple[tuple[Turn, ...], tuple[ImageUrl, ...], dict[str, str]]:

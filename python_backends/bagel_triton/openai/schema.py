@@ -25,13 +25,16 @@ from pydantic import (
 )
 
 from bagel_triton.openai.errors import noop_field, not_allowed, path, unknown_field
+from bagel_triton.openai.image_io import Format
 from bagel_triton.openai.noop_fields import IGNORED, NOOP
 from bagel_triton.protocol.errors import InvalidRequest, format_value, truncate
-from bagel_triton.protocol.request import FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS, TEXT
+from bagel_triton.protocol.request import ASPECT_RATIO, FIELD_ALIASES, FIELD_TYPES, MAX_STOPS, REQUEST_FIELDS, TEXT
+from bagel_triton.protocol.validation import aspect_ratio
 
 _CONVERSATION = ("prompt", "image", "messages", "modality")  # made of the body's messages and modalities
 
 
+NAMED_SIZES = {"1K": 1024}  # of OpenRouter's and Gemini's clients; 2K and 4K are more than the model draws
 MAX_DIGITS = 4000  # of a number; Python itself stops a little later
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "auto", "default"] | None
 
@@ -72,7 +75,7 @@ def choosing_fields(model: type[StrictModel]) -> frozenset[str]:
     return frozenset(
         name
         for name, field in model.model_fields.items()
-        if name in ("model", "lora", "stop")
+        if name in ("model", "lora", "stop", "size", "image_size", "aspect_ratio")
         or (not field.is_required() and name != "type" and _chooses(field.annotation))
         or (name in FIELD_NAMES and REQUEST_FIELDS[FIELD_NAMES[name]].choices)
     )
@@ -119,7 +122,18 @@ def _validator(name: str, annotation: Any) -> Callable[[Any], Any] | None:
         return _to_token_ids
     if name == "lora":
         return lambda lora: None if lora == {} else lora
+    if name == "aspect_ratio":
+        return _to_ratio
     return _to_integer if int in get_args(annotation) else None
+
+
+def _to_ratio(ratio: Any) -> Any:
+    """Names of the default's ratio are not given: an edit's is that of its image."""
+    if not isinstance(ratio, str) or ratio in ("auto", "match_input_image"):
+        return None if isinstance(ratio, str) else ratio
+    if re.fullmatch(ASPECT_RATIO, ratio) is None:
+        raise not_allowed(f"{REQUEST_FIELDS['aspect_ratio'].allowed}, 'auto' or 'match_input_image'")
+    return ratio
 
 
 def _json_type(annotation: Any) -> Any:
@@ -153,6 +167,72 @@ else:
     )
 
 
+_Integer = Annotated[int, BeforeValidator(_to_integer)]
+_Ratio = Annotated[str | None, BeforeValidator(_to_ratio)]
+
+
+class ImageSize(StrictModel):
+    """``image_size`` as SiliconFlow's and fal's clients may give it."""
+
+    width: _Integer
+    height: _Integer
+
+
+class ImageConfig(StrictModel):
+    """``image_config`` as OpenRouter's API has it."""
+
+    aspect_ratio: _Ratio = None
+    image_size: str | ImageSize | None = None
+
+
+class SizeFields(GenerationFields):
+    """The generation fields, and other ways to say an image's width and height."""
+
+    size: str | None = Field(
+        None, description="WIDTHxHEIGHT in pixels, multiples of 16; or auto; or 1K, which is 1024."
+    )
+    image_size: str | ImageSize | None = Field(None, description="As size, or an object with width and height.")
+    image_config: ImageConfig | None = Field(None, description="aspect_ratio and image_size, in one object.")
+
+    def add_sizes(self, given: GivenFields, named: Callable[[str], str]) -> None:
+        """Take the sides and their ratio from these fields.
+
+        Args:
+            named: the name of a field in an error.
+
+        Raises:
+            InvalidRequest: one is no size, or they contradict each other or what is ``given``.
+        """
+        config = self.image_config or ImageConfig()
+        given.add("aspect_ratio", config.aspect_ratio, named("image_config.aspect_ratio"))
+        sizes = {"size": self.size, "image_size": self.image_size, "image_config.image_size": config.image_size}
+        for name, size in sizes.items():
+            if isinstance(size, ImageSize):
+                given.add("width", size.width, named(f"{name}.width"))
+                given.add("height", size.height, named(f"{name}.height"))
+            else:
+                given.add_size(size, named(name))
+
+
+class FileFields(StrictModel):
+    """The file that an image becomes."""
+
+    output_format: Format | None = Field(None, description="The file format of the images. Default: png")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of a jpeg or webp, 0 to 100. Default: 100. A png is lossless."
+    )
+
+    @property
+    def file_format(self) -> Format:
+        """The format, or its default."""
+        return self.output_format or "png"
+
+    @property
+    def compression(self) -> int:
+        """The quality, or its default."""
+        return 100 if self.output_compression is None else self.output_compression
+
+
 class TemplateOptions(StrictModel):
     """``chat_template_kwargs`` of other servers: the switches of thinking, and those of a last message."""
 
@@ -179,7 +259,7 @@ Switch = tuple[str, str, bool | int | None]  # a field, its name in the body, an
 _LAST_MESSAGE = "Whether a last message of the assistant {}. No effect after any other, and beside an image."
 
 
-class BodyFields(GenerationFields):
+class BodyFields(SizeFields):
     """The generation fields, and the names that other APIs have for the switches of thinking and sampling."""
 
     reasoning_effort: Effort = None
@@ -292,18 +372,31 @@ class GivenFields:
     def add_size(self, size: str | None, alias: str) -> None:
         """Take width and height from ``size``, which has them in that order; ``auto`` gives neither.
 
+        ``1K`` is a square, or with a ratio that is given already the longer side.
+
         Raises:
             InvalidRequest: it is no size, or a side is given already, with another value.
         """
         if size is None or size.strip() in ("auto", ""):
             return
         found = re.fullmatch(r"([0-9]{1,6})\s*[xX*\u00d7]\s*([0-9]{1,6})", size.strip())
-        if found is None:
-            allowed = "'auto' or 'WIDTHxHEIGHT', such as '512x512'; or height and width"
-            raise InvalidRequest.value(alias, size, allowed)
-        for name, side in (("width", found[1]), ("height", found[2])):
-            self.add(name, int(side), alias)
-            self.parts_of[name] = size
+        if size.strip().upper() in NAMED_SIZES:
+            sides = self._named_sides(NAMED_SIZES[size.strip().upper()])
+        elif found is not None:
+            sides = {"width": int(found[1]), "height": int(found[2])}
+        else:
+            allowed = f"'auto', {', '.join(map(repr, NAMED_SIZES))} or 'WIDTHxHEIGHT', such as '512x512'"
+            raise InvalidRequest.value(alias, size, f"{allowed}; or height and width")
+        for name, side in sides.items():
+            self.add(name, side, alias)
+            if self.written[name] == alias:
+                self.parts_of[name] = size
+
+    def _named_sides(self, side: int) -> dict[str, int]:
+        ratio = aspect_ratio(self.fields.get("aspect_ratio"))
+        if ratio is None:
+            return {"width": side, "height": side}
+        return {"width": side} if ratio >= 1 else {"height": side}
 
     def in_body_names(self, error: InvalidRequest) -> InvalidRequest:
         """``error`` about one of the fields, with the name and the value that the body has for it."""

@@ -37,6 +37,7 @@ RANDOM_SEED = -1
 MAX_INPUT_IMAGES, MAX_STOPS, MAX_BIASED_TOKENS = 10, 16, 1024
 MAX_PRIORITY, MAX_TIMEOUT_S = 1000, 86400
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 2
+ASPECT_RATIO = r"\s*([1-9][0-9]{0,3}(?:\.[0-9]{1,4})?)\s*:\s*([1-9][0-9]{0,3}(?:\.[0-9]{1,4})?)\s*"
 
 
 class FlowDefaults(msgspec.Struct, frozen=True):
@@ -207,6 +208,16 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     ] = None
     height: Annotated[int | None, _SIDE] = None
     width: Annotated[int | None, _SIDE] = None
+    aspect_ratio: Annotated[
+        str | None,
+        RequestField(
+            "BYTES",
+            "width to height of an image of the default's area, or of one whose other side is given",
+            affects="image",
+            default="the default size's",
+            limits="'W:H', such as '16:9'",
+        ),
+    ] = None
     num_inference_steps: Annotated[
         int | None,
         RequestField(

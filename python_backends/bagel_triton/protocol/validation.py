@@ -8,6 +8,8 @@ without thinking, may have any value of their type.
 
 from __future__ import annotations
 
+import math
+import re
 import secrets
 import time
 from collections.abc import Collection
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 from bagel_triton.protocol.errors import InvalidRequest, ModelNotFound
 from bagel_triton.protocol.messages import LATENT_STRIDE, MAX_LOGIT_BIAS, Decoding, FlowSettings, SchedulingParams
 from bagel_triton.protocol.request import (
+    ASPECT_RATIO,
     MAX_BIASED_TOKENS,
     MAX_STOPS,
     RANDOM_SEED,
@@ -174,18 +177,50 @@ def _logit_bias(request: GenerationRequest, vocab_size: int) -> dict[int, float]
 
 
 def _sides(request: GenerationRequest, default: int, max_side: int, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width in pixels; one side alone means a square."""
-    if request.height is None and request.width is None:
-        height, width = size or (min(default, max_side),) * 2
-    else:
-        height = request.height if request.height is not None else request.width  # type: ignore[assignment]
-        width = request.width if request.width is not None else request.height  # type: ignore[assignment]
+    """Height and width in pixels; one side alone means a square, or with an aspect ratio the other side."""
+    height, width, ratio = request.height, request.width, aspect_ratio(request.aspect_ratio)
+    usual = size or (min(default, max_side),) * 2
     allowed = f"a multiple of {LATENT_STRIDE} from {LATENT_STRIDE} to {max_side}"
-    given = [name for name in ("height", "width") if getattr(request, name) is not None] or ["height", "width"]
     for name, side in (("height", height), ("width", width)):
-        if name in given:
+        if side is not None:
             _require(name, side, side % LATENT_STRIDE == 0 and LATENT_STRIDE <= side <= max_side, allowed)
+    if height is None and width is None:
+        if ratio is None:
+            return usual
+        wide = min(math.sqrt(usual[0] * usual[1] * ratio), max_side, max_side * ratio)
+        return _nearest_side(wide / ratio), _nearest_side(wide)
+    if height is None:
+        assert width is not None
+        height = width if ratio is None else _nearest_side(width / ratio)
+    elif width is None:
+        width = height if ratio is None else _nearest_side(height * ratio)
+    if ratio is not None:
+        given = " and ".join(
+            f"{name}={side}" for name, side in (("width", request.width), ("height", request.height)) if side
+        )
+        agrees = width == _nearest_side(height * ratio) or height == _nearest_side(width / ratio)
+        _require("aspect_ratio", request.aspect_ratio, agrees, f"that of {given}, or one of them alone")
+        fits = max(height, width) <= max_side
+        _require("aspect_ratio", request.aspect_ratio, fits, f"one whose other side is at most {max_side} with {given}")
     return height, width
+
+
+def aspect_ratio(text: str | None) -> float | None:
+    """Width over height of ``text``, the field ``aspect_ratio``.
+
+    Raises:
+        InvalidRequest: it is no ratio.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(ASPECT_RATIO, text)
+    _require("aspect_ratio", text, found is not None, REQUEST_FIELDS["aspect_ratio"].allowed)
+    assert found is not None
+    return float(found[1]) / float(found[2])
+
+
+def _nearest_side(pixels: float) -> int:
+    return max(round(pixels / LATENT_STRIDE), 1) * LATENT_STRIDE
 
 
 def _resolve(request: GenerationRequest, name: str, default: T) -> T:

@@ -274,9 +274,10 @@ class RequestPlanner:
             allowed = "text; images are made by a server that is started with load=all, and this one has understanding"
             raise InvalidRequest.value("modality", "image", allowed)
         defaults = self._defaults.get(wanted, {})
-        request = msgspec.structs.replace(
-            request, **{name: value for name, value in defaults.items() if getattr(request, name) is None}
-        )
+        left_out = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+        if request.aspect_ratio is not None:  # the default size gives it its area
+            left_out = {name: value for name, value in left_out.items() if name not in ("height", "width")}
+        request = msgspec.structs.replace(request, **left_out)
         think = self._think if request.think is None else request.think
         request = msgspec.structs.replace(request, think=think, seed=resolve_seed(request))
         check_text_size(request)
@@ -303,6 +304,10 @@ class RequestPlanner:
         has_images = size is not None
         flow_defaults = IMG2IMG if has_images else TEXT2IMG
         usual = min(flow_defaults.side, self._config.drawn_side)
+        defaults = self._defaults.get("image", {})
+        height = defaults.get("height", defaults.get("width"))
+        if request.aspect_ratio is not None and height is not None:
+            size = (height, defaults.get("width", height))
         flow = resolve_flow(request, self._config.latent.max_side, flow_defaults, size or (usual, usual))
         opening = self._opening(THINK_BEFORE_IMAGE, request.think)
         gen = (*opening, *conversation.segments)
