@@ -170,7 +170,7 @@ def test_a_prompt_that_fails_loses_no_other(end2end: Runner):
 
 def test_a_deploy_yaml_is_read(end2end: Runner):
     config = end2end.folder / "deploy.yaml"
-    config.write_text("pipeline: bagel_think\ndevice: cpu\nstages:\n- stage_id: 0\n  max_model_len: 128\n")
+    config.write_text("pipeline: bagel_think\ndevice: cpu\nstages:\n- stage_id: 0\n  kv_tokens: 128\n")
     # 128 tokens hold no thinking of 1000: the pool is the YAML's, and so is thinking by default.
     done = end2end("--prompts", "A cute cat", "--stage-configs-path", str(config), *SMALL)
     assert done.returncode == 1

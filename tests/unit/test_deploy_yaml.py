@@ -65,10 +65,19 @@ def test_a_single_stages_limits_are_the_images_and_the_prefill(tmp_path: Path) -
     assert not config.vae_decode.use_tiling
 
 
-@pytest.mark.parametrize(("kv_tokens", "expected"), [("", 50000), (", kv_tokens: 60000", 60000)])
-def test_the_pool_holds_the_longest_request(tmp_path: Path, kv_tokens: str, expected: int) -> None:
-    text = f"stages: [{{stage_id: 0, max_model_len: 50000{kv_tokens}}}]"
-    assert read(tmp_path, text).config.thinker.kv_tokens == expected
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ("max_model_len: 50000", 50000),
+        ("max_model_len: 50000, kv_tokens: 40000", 50000),
+        ("max_model_len: 50000, kv_tokens: 60000", 60000),
+        ("max_model_len: 4096", 32768),  # the pool is for all requests together, and a default is never lowered
+        ("max_model_len: 4096, kv_tokens: 2048", 4096),
+    ],
+)
+def test_the_pool_holds_the_longest_request(tmp_path: Path, fields: str, expected: int) -> None:
+    for base in ("", "base_config: bagel\n"):
+        assert read(tmp_path, f"{base}stages: [{{stage_id: 0, {fields}}}]").config.thinker.kv_tokens == expected
 
 
 def test_a_null_is_as_if_it_were_not_there(tmp_path: Path) -> None:

@@ -80,11 +80,8 @@ def test_memory_on_the_device_is_that_of_two_layers(form: str | None) -> None:
     checkpoint = Checkpoint(TINY)
     for layers in (1, 2, 3):
         moved = load(form, layers * layer_gb(form))
-        offload = moved.language_model.model.offload
-        assert isinstance(offload, LayerOffload)
         storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in moved.state_dict().values()}
         host, slots = checkpoint.offloaded_bytes(torch.float32, form, layers * layer_gb(form))
-        assert (offload.host_bytes, offload.device_bytes) == (host, slots)
         assert sum(storages.values()) == checkpoint.bagel_bytes(torch.float32, form) - host + slots
 
 

@@ -126,7 +126,7 @@ def test_this_machine_can_be_read():
 
 def test_the_command_prints_a_row_a_stage(capsys: pytest.CaptureFixture[str]):
     arguments = [
-        "--max-model-len",
+        "--kv-tokens",
         "1024",
         "--max-requests",
         "2",
@@ -225,7 +225,6 @@ def test_a_gpu_that_does_not_answer_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--max-model-len", "0"], "kv_tokens=0"),
         (["--max-requests", "-1"], "max_num_seqs=-1"),
         (["--height", "17"], "height=17"),
         (["--height", "64", "--width", "4096"], "width=4096"),

@@ -422,13 +422,13 @@ class _Builder:
         # With one process, its max_num_seqs counts images.
         names = _THINKER_FIELDS if topology.one_process else ("max_num_seqs", *_THINKER_FIELDS)
         values = self._values("thinker", found, names)
-        length = found.get("max_model_len")
-        if length is not None and length.value > values.get("kv_tokens", 0):
+        length, tokens = found.get("max_model_len"), values.get("kv_tokens", ThinkerConfig().kv_tokens)
+        if length is not None and length.value > tokens:
             values["kv_tokens"] = self._value("thinker.kv_tokens", length)
         elif length is not None:
             self._notes.append(
                 f"{length.origin.prefix}{length.path}={length.value} changes nothing: one request may use the whole KV "
-                f"cache pool, and kv_tokens={values['kv_tokens']} is as large"
+                f"cache pool, and kv_tokens={tokens} is as large"
             )
         self._check_pool(found.get("kv_tokens", length), values, topology)
         return values
@@ -437,8 +437,9 @@ class _Builder:
         """Refuse a pool in which not even the connector's self-test has room, which would end a start at its end."""
         if node is None or topology.one_process:
             return
-        block = values.get("block_tokens", ThinkerConfig().block_tokens)
-        if -(-values["kv_tokens"] // block) < MIN_BLOCKS:
+        usual = ThinkerConfig()
+        block = values.get("block_tokens", usual.block_tokens)
+        if -(-values.get("kv_tokens", usual.kv_tokens) // block) < MIN_BLOCKS:
             least = (MIN_BLOCKS - 1) * block + 1
             self._problems.add(
                 node,

@@ -100,16 +100,6 @@ class LayerOffload:
                 _put(layer, place, target, isinstance(tensor, nn.Parameter))
         transformer.offload = self
 
-    @property
-    def device_bytes(self) -> int:
-        """Bytes on the device in place of the layers' weights."""
-        return sum(tensor.nbytes for slot in self._slots for tensor in slot.tensors)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the layers' weights in the host's memory."""
-        return sum(tensor.nbytes for tensors in self._host for tensor in tensors)
-
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Keeps other engines out of the slots during a forward."""

@@ -35,16 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     flags.add_checkpoint(parser)
     flags.add_deploy_config(parser)
-    parser.add_argument(
-        "--max-model-len", type=int, metavar="N", help="tokens of the KV cache pool (thinker.kv_tokens)"
-    )
     parser.add_argument("--max-requests", type=int, metavar="N", help="images denoised together (dit.max_num_seqs)")
     side = TEXT2IMG.side
     parser.add_argument("--height", type=int, help=f"of every image, in pixels (default: {side})")
     parser.add_argument("--width", type=int, help=f"of every image, in pixels (default: {side})")
     parser.add_argument("--device", help="auto, cpu, cuda, also where there is none, or cuda:N (default: the YAML's)")
     parser.add_argument("--dtype", help="auto, float32 or bfloat16 (default: the YAML's)")
-    flags.add_arguments(parser, exclude=("max_model_len",))
+    flags.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -242,8 +239,6 @@ def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
     path = flags.deploy_file(args.deploy_config)
     config = deploy_yaml.resolve(path, str(folder), flags.flags_of(args)).config
     changes: dict[str, Any] = {}
-    if args.max_model_len is not None:
-        changes["thinker"] = msgspec.structs.replace(config.thinker, kv_tokens=args.max_model_len)
     if args.max_requests is not None:
         changes["dit"] = msgspec.structs.replace(config.dit, max_num_seqs=args.max_requests)
     if config.load == "generation":  # stage 1's part

@@ -29,15 +29,13 @@ from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.protocol.events import Stage
-from bagel_triton.weights.adapters import adapter_bytes, largest_bytes
+from bagel_triton.weights.adapters import USUAL_RANK, adapter_bytes, largest_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.folder import AUTOENCODER_FILE
 
 CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
 NCCL_BYTES = 512 << 20  # of one that is a rank beside that: the buffers of its communicators
-
-USUAL_RANK = 16  # of an adapter that is loaded later; vLLM's default
 
 
 class NotEnoughMemory(ValueError):

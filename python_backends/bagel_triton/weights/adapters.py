@@ -16,7 +16,7 @@ from bagel_triton.weights.checkpoint import EXPERT_SUFFIX, EXPERT_TENSORS
 from bagel_triton.weights.files import TensorFiles
 from bagel_triton.weights.lora import CONFIG_FILE, TENSORS_FILE, Adapter
 
-USUAL_RANK = 16  # of adapters that memory is kept for, where no other is given
+USUAL_RANK = 16  # of adapters that memory is kept for, where no other is given; vLLM's default
 Place = tuple[int, bool, Projection]  # a layer, whether it is the generation expert's, and a projection
 
 
