@@ -21,6 +21,8 @@ from bagel_triton.engine.build import open_consumer, open_producer
 from bagel_triton.kv.connectors.local import LocalConsumer, LocalProducer
 from tests.support.kv import GEOMETRY
 
+PRESETS = sorted((Path(__file__).parents[2] / "build" / "deploy").glob("*.yaml"))
+
 
 def _load(tmp_path: Path, text: str) -> DeployConfig:
     path = tmp_path / "deploy.yaml"
@@ -70,24 +72,37 @@ def test_the_thinkers_device_decides_as_the_pool_is_there(thinker: str, dit: str
     assert str(choose(DeployConfig("c"), thinker, dit)) == chosen
 
 
-def test_between_hosts_both_stages_are_on_a_cpu() -> None:
-    with pytest.raises(ConfigError, match="'mooncake' is for stages on a CPU; they are on cpu and cuda:0"):
-        choose(DeployConfig("c", connector="mooncake"), "cpu", "cuda:0")
+@pytest.mark.parametrize(
+    ("thinker", "dit", "through"),
+    [
+        ("cpu", "cpu", ""),
+        ("cuda:0", "cuda:0", ", through the hosts' memory"),
+        ("cuda:0", "cuda:1", ", through the hosts' memory"),
+        ("cpu", "cuda:0", ", through the hosts' memory"),
+    ],
+)
+def test_between_hosts_stages_may_be_on_any_device(thinker: str, dit: str, through: str) -> None:
+    chosen = f"mooncake (configured: tcp, this host is 127.0.0.1{through})"
+    assert str(choose(DeployConfig("c", connector="mooncake"), thinker, dit)) == chosen
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-@pytest.mark.parametrize("name", ["bagel", "bagel_think", "bagel_single_stage"])
-def test_the_files_to_start_from_serve_on_either_device(name: str, device: str) -> None:
-    config = load(Path(__file__).parents[2] / "build" / "deploy" / f"{name}.yaml", "checkpoint")
-    assert config.device == "auto"
-    assert choose(config, device) == choose(DeployConfig("checkpoint", name), device)
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_files_to_start_from_serve_on_either_device(path: Path, device: str) -> None:
+    """None forces the CPU on a machine with a GPU."""
+    config = load(path, "checkpoint")
+    assert (config.device, config.dtype) == ("auto", "auto")
+    choice = choose(config, device)
+    if config.connector == "auto":
+        assert choice == choose(DeployConfig("checkpoint", config.pipeline), device)
+    else:
+        assert choice.name == config.connector
 
 
 @pytest.mark.parametrize(
     ("config", "device", "message"),
     [
         (DeployConfig("c", connector="shm"), "cuda:0", "connector='shm' is for stages on a CPU; cuda:0 needs cuda_ipc"),
-        (DeployConfig("c", connector="mooncake"), "cuda:0", "connector='mooncake' is for stages on a CPU"),
         (DeployConfig("c", connector="cuda_ipc"), "cpu", "connector='cuda_ipc' needs stages on CUDA; they are on cpu"),
         (DeployConfig("c", connector="mooncake_store"), "cpu", "'mooncake_store' needs extra.master, the HOST:PORT"),
         (DeployConfig("c", "bagel_single_stage", connector="shm"), "cpu", "is one process; use auto"),

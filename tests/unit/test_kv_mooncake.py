@@ -16,10 +16,12 @@ import torch
 from bagel_triton.deploy.config import MooncakeConfig
 from bagel_triton.kv.block_pool import KVSequence
 from bagel_triton.kv.connectors import mooncake
-from bagel_triton.kv.connectors.base import ConnectorUnavailable
+from bagel_triton.kv.connectors.base import ConnectorUnavailable, lend_pattern, read_pattern
 from bagel_triton.kv.connectors.mooncake import MooncakeConsumer, MooncakeProducer, Piece, TransferEngine
+from bagel_triton.kv.store import store_shape
 from bagel_triton.protocol.errors import LeaseError
-from bagel_triton.protocol.messages import Branch, KVHandle
+from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
+from tests.support.fake_device import GPU, fake_device
 from tests.support.kv import GEOMETRY, append, claim, contents_of
 
 BFLOAT16 = msgspec.structs.replace(GEOMETRY, dtype="bfloat16", kv_heads=2)
@@ -136,6 +138,34 @@ def test_blocks_outside_the_arena_are_refused_before_anything_is_read(network: d
     with pytest.raises(LeaseError, match=r"names blocks \(0, 8\)"):
         claim(MooncakeConsumer(Wire(network)), msgspec.structs.replace(handle, blocks=(0, 8)))
     assert producer.leases.reclaim() == 1
+
+
+# --- stages on GPUs ---
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRY, BFLOAT16], ids=lambda geometry: geometry.dtype)
+def test_contexts_of_a_gpu_arrive_on_another_hosts_gpu(network: dict[int, int], geometry: KVGeometry) -> None:
+    with fake_device() as waits:
+        producer = MooncakeProducer(geometry, 12, "test", Wire(network), GPU)
+        consumer = MooncakeConsumer(Wire(network))
+        assert producer.pool.store.is_cuda
+        apart = [_lend(producer, range(5)) for _ in range(3)]
+        consumer.release(apart[1])
+        producer.leases.reclaim()
+        again = range(20, 41)  # in blocks that another context had, around one that is still lent
+        for labels in (range(10, 11), again):
+            waits.clear()
+            handle = _lend(producer, labels)
+            assert waits == ["stream"]  # before the lease is granted
+            destination = torch.zeros(store_shape(geometry, handle.tokens), dtype=producer.pool.store.dtype, device=GPU)
+            consumer.claim(handle, destination)
+            assert waits == ["stream", "stream"]  # before it is released
+            assert torch.equal(destination.cpu(), contents_of(labels, geometry).to(destination.dtype))
+        assert producer.leases.reclaim() == 2
+        read_pattern(consumer, lend_pattern(producer), GPU)
+        producer.close()
+        consumer.close()
+    assert network == {}
 
 
 # --- the transfer engine itself ---

@@ -23,8 +23,10 @@ from bagel_triton.kv.connectors.mooncake_store import (
     ObjectStore,
     StoreLeases,
 )
+from bagel_triton.kv.store import store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVHandle
+from tests.support.fake_device import GPU, fake_device
 from tests.support.kv import GEOMETRY, Clock, append, claim, contents_of, new_arena
 
 BFLOAT16 = msgspec.structs.replace(GEOMETRY, dtype="bfloat16", kv_heads=2)
@@ -146,6 +148,23 @@ def test_scattered_contexts_arrive_whole_and_hold_no_block(library: Library, sto
     assert library.objects == {}
     assert producer.leases.reclaim() == 2
     assert (len(producer.leases), producer.leases.blocks) == (0, 0)
+
+
+def test_contexts_of_a_gpu_arrive_on_another_hosts_gpu(library: Library, store: ObjectStore) -> None:
+    with fake_device() as waits:
+        producer, consumer = MooncakeStoreProducer(GEOMETRY, 12, "test", store, GPU), MooncakeStoreConsumer(store)
+        assert producer.pool.store.is_cuda
+        first, second, third = (KVSequence(producer.pool) for _ in range(3))
+        for context, labels in ((first, range(4)), (second, range(9)), (first, range(4, 10)), (third, range(50, 59))):
+            append(producer.pool, context, labels)  # the first one's blocks are scattered
+        for context, labels in ((first, range(10)), (third, range(50, 59))):
+            handle = producer.leases.publish("r", Branch.GEN, context, 60.0)
+            destination = torch.zeros(store_shape(GEOMETRY, handle.tokens), device=GPU)
+            waits.clear()
+            consumer.claim(handle, destination)
+            assert waits == ["stream"]  # before the lease is released
+            assert torch.equal(destination.cpu(), contents_of(labels))
+    assert library.objects == {}
 
 
 def test_a_cancelled_request_leaves_no_object_of_its_own(library: Library, store: ObjectStore) -> None:

@@ -141,6 +141,21 @@ def test_what_the_thinker_lends_a_store_is_counted():
     assert plan_of(connector="mooncake_store", mooncake_store=store).stages[0].kv == pool + 12345
 
 
+def test_what_mooncake_lends_of_a_gpus_pool_is_in_the_hosts_memory():
+    alone = plan_of(placement=GPU)
+    pool = alone.stages[0].kv
+    assert pool == 12 << 20
+    for connector, lent in (("mooncake", 16 << 20), ("mooncake_store", pool * 5 // 4)):  # pinned: a power of two
+        need = plan_of(placement=GPU, connector=connector)
+        assert (need.total, need.lent) == (alone.total, lent)
+        available = Available(host=need.lent, shared=GIB, device=need.total)
+        memory.check(need, config_of(CHECKPOINT, connector=connector), GPU, available)
+        little = Available(host=need.lent - 1, shared=GIB, device=need.total)
+        message = refusal(need, little, GPU, connector=connector)
+        assert f"that {connector} lends from the host's memory need {memory.readable(need.lent)}" in message
+        assert plan_of(placement=GPU, connector=connector, stage_id=1, addresses={1: ("10.0.0.2:1",)}).lent == 0
+
+
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 512), (64, 128)])
 def test_contexts_are_those_of_an_edit(height: int, width: int):
     config = config_of(CHECKPOINT)

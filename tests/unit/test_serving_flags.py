@@ -42,9 +42,8 @@ def resolve(folder: Path, *arguments: str, pipeline: str = "bagel") -> Deploymen
 
 
 def test_a_flag_is_for_every_stage_that_has_the_field(tmp_path: Path) -> None:
-    found = resolve(
-        tmp_path, "--max-num-seqs", "2", "--max-model-len", "50000", "--no-vae-use-tiling", "--gpu-memory-utilization=0.3"
-    )
+    flags = ("--max-num-seqs=2", "--max-model-len=50000", "--no-vae-use-tiling", "--gpu-memory-utilization=0.3")
+    found = resolve(tmp_path, *flags)
     config = found.config
     assert (config.thinker.max_num_seqs, config.dit.max_num_seqs) == (2, 2)
     assert (config.thinker.kv_tokens, config.vae_decode.use_tiling) == (50000, False)

@@ -133,15 +133,15 @@ def choose(config: DeployConfig, device: str, dit_device: str | None = None) -> 
         if on_gpu:
             return ConnectorChoice("cuda_ipc", f"auto: the stages share {device}")
         return ConnectorChoice("shm", "auto: the stages run on a CPU")
-    if config.connector in ("mooncake", "mooncake_store") and other != device:
-        raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; they are on {device} and {other}")
-    if on_gpu and config.connector != "cuda_ipc":
+    between_hosts = config.connector in ("mooncake", "mooncake_store")  # from any device, by way of the hosts' memory
+    if on_gpu and not between_hosts and config.connector != "cuda_ipc":
         raise ConfigError(f"connector={config.connector!r} is for stages on a CPU; {device} needs cuda_ipc")
     if not on_gpu and config.connector == "cuda_ipc":
         raise ConfigError(f"connector='cuda_ipc' needs stages on CUDA; they are on {device}")
     if config.connector == "mooncake_store" and not config.mooncake_store.master:
         raise ConfigError("connector='mooncake_store' needs extra.master, the HOST:PORT of a mooncake_master")
-    return ConnectorChoice(config.connector, f"configured: {_details(config)}")
+    through = ", through the hosts' memory" if between_hosts and "cuda" in device + other else ""
+    return ConnectorChoice(config.connector, f"configured: {_details(config)}{through}")
 
 
 def _details(config: DeployConfig) -> str:

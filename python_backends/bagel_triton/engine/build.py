@@ -365,13 +365,13 @@ def open_producer(config: DeployConfig, geometry: KVGeometry, device: torch.devi
         case "mooncake":
             from bagel_triton.kv.connectors.mooncake import MooncakeProducer, TransferEngine
 
-            return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake))
+            return MooncakeProducer(geometry, blocks, config.shm_prefix, TransferEngine(config.mooncake), device)
         case "mooncake_store":
             from bagel_triton.kv.connectors.mooncake_store import MooncakeStoreProducer, ObjectStore
 
             pool = blocks * geometry.block_tokens * token_bytes(geometry)
             store = ObjectStore(config.mooncake_store, config.mooncake_store.segment_of(pool))
-            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store)
+            return MooncakeStoreProducer(geometry, blocks, config.shm_prefix, store, device)
 
 
 def open_consumer(config: DeployConfig, device: torch.device) -> Consumer:

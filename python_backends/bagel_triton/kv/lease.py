@@ -127,6 +127,8 @@ class _Lease:
 class LeaseManager:
     """The producer's side: grants leases on sequences and frees their blocks when they end.
 
+    ``before_grant`` brings a sequence to where consumers read it, if that is not the pool.
+
     Not thread-safe: the thread that owns the pool owns it.
     """
 
@@ -139,8 +141,9 @@ class LeaseManager:
         generation: int,
         clock: Callable[[], float] = time.monotonic,
         address: Address | None = None,
+        before_grant: Callable[[KVSequence], None] | None = None,
     ) -> None:
-        self._pool, self._table = pool, table
+        self._pool, self._table, self._before_grant = pool, table, before_grant
         self._pool_name, self._connector, self._generation = pool_name, connector, generation
         self._clock, self._address = clock, address
         self._leases: dict[int, _Lease] = {}  # by slot
@@ -169,6 +172,8 @@ class LeaseManager:
         if context.tokens:
             if not self._free_slots:
                 raise KVCacheFull(f"all {SLOTS} lease slots are taken")
+            if self._before_grant is not None:
+                self._before_grant(context)
             slot = self._free_slots.pop()
             self._last_lease = lease = self._last_lease + 1
             self._leases[slot] = _Lease(request_id, lease, context, ttl_s, expires_at, self._table.renewals(slot))

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     """Print the table of the stages on one device."""
     from bagel_triton.serving import memory_plan
+    from bagel_triton.weights.adapters import USUAL_RANK
     from bagel_triton.weights.checkpoint import Checkpoint
 
     placement, here = _placement(config)
@@ -86,11 +87,13 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
         print(f"They cannot on {placement.device}: {private}.")
     later = memory_plan.later_adapters(config)
     if config.lora_modules or later:
-        rank = config.max_lora_rank or memory_plan.USUAL_RANK
+        rank = config.max_lora_rank or USUAL_RANK
         room = f", and room for {later} more of rank {rank} (max_loras, max_lora_rank)" if later else ""
         print(f"Adapters: {len(config.lora_modules)} of the start{room}; their bytes count as weights.")
     if need.offloaded:
         print(f"Offloaded to the host's memory: {memory_plan.readable(need.offloaded)}.")
+    if need.lent:
+        print(f"Lent by {config.connector}, from the host's memory: {memory_plan.readable(need.lent)}.")
     if free is not None:
         print("This machine has it." if problem is None else f"This machine does not have it: {problem}")
 

@@ -64,7 +64,8 @@ class MemoryPlan:
     ``weights`` are those of all stages, each counted as often as it is in memory.
     ``shared`` is what lies in the host's shared memory: the connector ``shm``'s pool, and those of a CPU's weights
     that cannot be mapped from the checkpoint's files. ``contexts`` are those of the processes on a GPU, Triton's among
-    them. ``offloaded`` are weights in the host's memory, for a GPU.
+    them. ``offloaded`` are weights in the host's memory, for a GPU, and ``lent`` what Mooncake lends from there of a
+    GPU's pool.
     """
 
     stages: tuple[StageMemory, ...]
@@ -73,6 +74,7 @@ class MemoryPlan:
     shared: int
     contexts: int = 0
     offloaded: int = 0
+    lent: int = 0
 
     @property
     def kv(self) -> int:
@@ -139,6 +141,9 @@ def plan(
     adapters += later_adapters(config) * largest_bytes(model.language, config.max_lora_rank or USUAL_RANK, dtype)
     token = kv_token_bytes(model.language, placement.dtype_name)
     pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
+    segment = config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0
+    # torch rounds pinned memory up to a power of two.
+    lent = 1 << (pool - 1).bit_length() if config.connector == "mooncake" else segment
     # The other ranks' heads of it; on a GPU they are elsewhere. In one process the thinker's ranks may be the DiT's.
     meets = ranks[1] if one_process and ranks[0].tensor == ranks[1].tensor > 1 else ranks[0]
     prefilling = meets.tensor * meets.ulysses
@@ -162,9 +167,7 @@ def plan(
         StageMemory(
             "thinker",
             weights=thinker_weights + autoencoder_weights + thinker_ranks + adapters,
-            kv=pool
-            + rank_pools
-            + (config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0),
+            kv=pool + rank_pools + (0 if on_gpu else segment),
             activations=max(
                 forward_bytes(model.language, packed, placement, torch.get_num_threads(), forms[0]),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width) if draws else 0,
@@ -212,7 +215,9 @@ def plan(
     groups = [name for name in (THINKER, DIT, DECODER) if Sizes.of(config, name).ranks > 1]
     meeting = min(len(groups), 1) if one_process else len({*groups} & {*config.models})
     contexts = (1 + processes) * CONTEXT_BYTES + meeting * NCCL_BYTES if on_gpu else 0
-    return MemoryPlan(stages, token, weights, shared, contexts, offloaded)
+    return MemoryPlan(
+        stages, token, weights, shared, contexts, offloaded, lent if on_gpu and config.stage_id != 1 else 0
+    )
 
 
 def first_rank_weights(model: Bagel, sizes: Sizes) -> int:
@@ -290,6 +295,11 @@ def check(need: MemoryPlan, config: DeployConfig, placement: Placement, availabl
         raise NotEnoughMemory(
             f"the weights that are offloaded need {readable(need.offloaded)} of the host's memory and "
             f"{readable(available.host)} are free: lower cpu_offload_gb, or quantise the weights"
+        )
+    if need.offloaded + need.lent > available.host:
+        raise NotEnoughMemory(
+            f"the keys and values that {config.connector} lends from the host's memory need {readable(need.lent)} and "
+            f"{readable(available.host - need.offloaded)} are free: lower thinker.kv_tokens={config.thinker.kv_tokens}"
         )
     if available.device is None:
         needed, free, where = need.total, available.host, "memory"

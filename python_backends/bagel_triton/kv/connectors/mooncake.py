@@ -1,7 +1,11 @@
 """``mooncake``: the pool is memory of the thinker's process that the DiT reads over a network.
 
 The producer registers its store and the lease words with Mooncake's transfer engine, by TCP
-or RDMA. A handle carries the engine's name and both addresses. The consumer follows the
+or RDMA. A pool on a GPU has a copy in the host's memory, of the same layout, which is registered in
+its place: a context is copied there before its lease is granted, and a consumer on a GPU copies
+from a buffer in its own host's memory. So the library needs no CUDA. No GPU has run this.
+
+A handle carries the engine's name and both addresses. The consumer follows the
 protocol of :mod:`bagel_triton.kv.lease` by transfers: it reads the header and a slot's words
 before and after its copy, and writes the consumer's words.
 
@@ -17,6 +21,7 @@ environment bound them. Peers need no master and no metadata server.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -31,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bagel_triton.deploy.config import MooncakeConfig
-from bagel_triton.kv.block_pool import KVCachePool
+from bagel_triton.kv.block_pool import KVCachePool, KVSequence
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, Producer, check_blocks
 from bagel_triton.kv.lease import LeaseManager, LeaseTable, consumer_words, row_bytes, table_words
 from bagel_triton.kv.store import new_store, runs_of
@@ -41,6 +46,7 @@ from bagel_triton.protocol.messages import KVGeometry, KVHandle, MooncakeAddress
 log = logging.getLogger(__name__)
 PACKAGE = "mooncake-transfer-engine-non-cuda"
 MISSING = f"connector=mooncake needs the Python package {PACKAGE}: install the extra bagel-triton[mooncake]"
+CPU = torch.device("cpu")
 RDMA_DEVICES = Path("/sys/class/infiniband")
 # Debian's names of the packages with the libraries that the wheel expects of the system.
 SYSTEM_PACKAGES = {"libibverbs.so.1": "libibverbs1", "libnuma.so.1": "libnuma1", "libcurl.so.4": "libcurl4"}
@@ -158,28 +164,43 @@ def check_device(config: MooncakeConfig) -> None:
 
 
 class MooncakeProducer(Producer):
-    """A pool of ``blocks`` blocks in this process's memory, registered with ``engine``."""
+    """A pool of ``blocks`` blocks on ``device``; in this process's memory it, or its copy, is registered."""
 
-    def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine) -> None:
+    def __init__(
+        self, geometry: KVGeometry, blocks: int, prefix: str, engine: TransferEngine, device: torch.device = CPU
+    ) -> None:
         generation = time.time_ns()
         slots = blocks * geometry.block_tokens
-        store = new_store(geometry, slots, torch.device("cpu"))
+        store = self._lent = new_store(geometry, slots, device)
+        if store.is_cuda:
+            self._lent = torch.empty(store.shape, dtype=store.dtype, pin_memory=True)
         self._words = np.zeros(table_words(), dtype=np.int64)
         self._engine: TransferEngine | None = engine
-        engine.register(store.data_ptr(), store.nbytes)
+        engine.register(self._lent.data_ptr(), self._lent.nbytes)
         engine.register(self._words.ctypes.data, self._words.nbytes)
         self.pool = KVCachePool(store, geometry)
-        address = MooncakeAddress(engine.peer, store.data_ptr(), self._words.ctypes.data, slots)
-        name = f"{prefix}_kv_{generation}"
-        self.leases = LeaseManager(self.pool, LeaseTable(self._words), name, "mooncake", generation, address=address)
+        address = MooncakeAddress(engine.peer, self._lent.data_ptr(), self._words.ctypes.data, slots)
+        name, table = f"{prefix}_kv_{generation}", LeaseTable(self._words)
+        copy = functools.partial(_copy_to_host, store, self._lent, geometry.block_tokens) if store.is_cuda else None
+        self.leases = LeaseManager(self.pool, table, name, "mooncake", generation, address=address, before_grant=copy)
 
     def close(self) -> None:
         """End all leases and unregister the memory."""
         self.leases.close()
         if self._engine is not None:
-            self._engine.unregister(self.pool.store.data_ptr())
+            self._engine.unregister(self._lent.data_ptr())
             self._engine.unregister(self._words.ctypes.data)
             self._engine = None
+
+
+def _copy_to_host(store: Tensor, lent: Tensor, block_tokens: int, context: KVSequence) -> None:
+    """Bring a context on the GPU to the same slots of the host's memory."""
+    for run in runs_of(context.blocks, context.tokens, block_tokens):
+        # A layer's keys, or its values, are one run of bytes each, so no copy goes by way of another buffer.
+        planes = (tensor[:, :, run].flatten(0, 1).unbind() for tensor in (lent, store))
+        for target, source in zip(*planes, strict=True):
+            target.copy_(source, non_blocking=True)
+    torch.cuda.current_stream(store.device).synchronize()
 
 
 class _RemoteTable(LeaseTable):

@@ -2,7 +2,8 @@
 
 With ``mooncake`` the DiT reads the thinker's pool. Here each lease is an object of its own, so
 its blocks are free as soon as it is published; the price is a second copy in the store's memory,
-and the thinker's time to write it. Keys take the place of the lease table's words:
+and the thinker's time to write it. A GPU's contexts are copied to the host's memory first, and
+from there to the DiT's GPU, which has not run. Keys take the place of the lease table's words:
 
 ======== ===========================================================================
 granted  the key ``POOL/LEASE`` exists; a pool's name holds its generation
@@ -33,7 +34,7 @@ from torch import Tensor
 from bagel_triton.deploy.config import MooncakeStoreConfig
 from bagel_triton.kv.block_pool import KVCacheFull, KVCachePool, KVSequence
 from bagel_triton.kv.connectors.base import ConnectorUnavailable, Consumer, LeaseView, Producer
-from bagel_triton.kv.connectors.mooncake import load, prepare
+from bagel_triton.kv.connectors.mooncake import CPU, load, prepare
 from bagel_triton.kv.store import gather, new_store, store_shape
 from bagel_triton.protocol.errors import LeaseError
 from bagel_triton.protocol.messages import Branch, KVGeometry, KVHandle
@@ -286,12 +287,14 @@ class StoreLeases:
 
 
 class MooncakeStoreProducer(Producer):
-    """A pool of ``blocks`` blocks in this process's memory, whose contexts are copied to the store."""
+    """A pool of ``blocks`` blocks on ``device``, whose contexts are copied to the store."""
 
-    def __init__(self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore) -> None:
+    def __init__(
+        self, geometry: KVGeometry, blocks: int, prefix: str, store: ObjectStore, device: torch.device = CPU
+    ) -> None:
         generation = time.time_ns()
         slots = blocks * geometry.block_tokens
-        tokens = new_store(geometry, slots, torch.device("cpu"))
+        tokens = new_store(geometry, slots, device)
         self.pool = KVCachePool(tokens, geometry)
         self.leases = StoreLeases(self.pool, store, f"{prefix}_kv_{generation}", generation)
         self._store: ObjectStore | None = store
@@ -353,6 +356,8 @@ class MooncakeStoreConsumer(Consumer):
             reason = "its stage has ended or is out of reach" if size < 0 else f"it has {size} bytes, not {copy.nbytes}"
             raise LeaseError(f"the context of request {handle.request_id} cannot be read: {reason}")
         destination.copy_(copy)
+        if destination.is_cuda:
+            torch.cuda.current_stream(destination.device).synchronize()
 
     def close(self) -> None:
         """Leave the store."""
