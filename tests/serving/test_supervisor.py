@@ -124,6 +124,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_it_is_healthy_when_ready_and_leaves_nothing(serve: Callable[..., Server], signal_: signal.Signals):
     server = serve("time.sleep(1)")
+    length = "64 tokens of prompt and max_tokens=2048"
+    assert server.line("KV pool") == f"32768 tokens: 15 texts at once, of {length}; max_num_seqs is 64"
     assert server.line("KV connector") == "local (pipeline bagel_single_stage is one process)"
     url = server.line("OpenAI API")
     assert soon(lambda: bool(server.family()), START_S)

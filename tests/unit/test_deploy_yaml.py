@@ -80,6 +80,22 @@ def test_the_pool_holds_the_longest_request(tmp_path: Path, fields: str, expecte
         assert read(tmp_path, f"{base}stages: [{{stage_id: 0, {fields}}}]").config.thinker.kv_tokens == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("base_config: bagel", True),
+        ("base_config: bagel_think", False),
+        ("base_config: bagel_single_stage", True),
+        ("stages: [{stage_id: 0, max_model_len: 50000}]", True),
+        ("stages: [{stage_id: 0, kv_tokens: 32768}]", False),
+        ("stages: [{stage_id: 0, gpu_memory_utilization: 0.5}]", False),
+        ("stages: [{stage_id: 1, gpu_memory_utilization: 0.5}]", True),
+    ],
+)
+def test_the_size_of_the_pool_is_left_to_the_server_unless_it_is_given(tmp_path: Path, text: str, left: bool) -> None:
+    assert read(tmp_path, text, "cuda").default_pool is left
+
+
 def test_a_null_is_as_if_it_were_not_there(tmp_path: Path) -> None:
     assert read(tmp_path, "pipeline: null\nstages: [{stage_id: 0, kv_tokens: , quantization: null}]").config == (
         DeployConfig("checkpoint")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from bagel_triton.serving import CommandError, cli, memory
 from bagel_triton.serving.memory import _ask_device
 from bagel_triton.serving.memory_plan import Available, plan
 from bagel_triton.weights.checkpoint import Checkpoint
+from bench import gpu_sizes
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-a"
 GIB = 2**30
@@ -72,6 +75,51 @@ def test_a_gpu_decodes_whole_where_the_plan_has_room_and_else_in_strips() -> Non
     needed = plan(checkpoint, whole, place, 1024, 1024).total
     assert (planned(None, needed), planned(None, needed - 1)) == (False, True)
     assert planned(True, needed) is True  # as it is told
+
+
+def pool(free: int, host: int = 2**40, default_pool: bool = True, **changes: Any) -> tuple[int, int]:
+    """Tokens of a GPU's pool with so many bytes free, and the bytes of the plan."""
+    config = msgspec.structs.replace(DeployConfig(str(CHECKPOINT)), **changes)
+    available = Available(host, GIB, free, None, free)
+    found, need, problem = memory._planned(Checkpoint(CHECKPOINT), config, GPU, (512, 512), available, default_pool)
+    assert problem is None
+    return found.thinker.kv_tokens, need.total
+
+
+def test_a_gpus_default_pool_has_room_for_as_many_texts_as_are_let_in() -> None:
+    texts = 134 * 16  # tokens of one
+    assert pool(2**40)[0] == 64 * texts
+    assert pool(2**40, thinker=ThinkerConfig(max_num_seqs=32))[0] == 32 * texts
+    assert pool(2**40, text_defaults={"max_tokens": 64})[0] == 32768  # never less
+    assert pool(2**40, default_pool=False)[0] == 32768
+
+
+def test_a_gpus_default_pool_takes_what_is_left_beside_the_rest() -> None:
+    """Never so much that the rest changes, or that less than a tenth of the memory is left."""
+    least = pool(2**40, default_pool=False)[1]
+    whole = memory._planned(Checkpoint(CHECKPOINT), DeployConfig(str(CHECKPOINT)), GPU, (512, 512), None, True)[1].total
+    assert pool(least) == (32768, least)
+    free = (least + whole) // 2 * 10 // 9
+    tokens, total = pool(free)
+    assert 32768 < tokens < 64 * 134 * 16
+    assert 0.9 * free - 16 * 384 < total <= 0.9 * free  # to a block
+
+
+def test_the_docs_say_how_many_texts_the_published_models_default_pool_holds(tmp_path: Path) -> None:
+    gpu_sizes.write_published(tmp_path / "published")
+    checkpoint, free = Checkpoint(tmp_path / "published"), int(80 * (1 - gpu_sizes.DRIVER) * GIB)
+    said = []
+    for pipeline in ("bagel_single_stage", "bagel"):
+        config = DeployConfig(str(checkpoint.directory), pipeline=pipeline)
+        side = checkpoint.config.latent.max_side
+        found = memory._planned(checkpoint, config, GPU, (side, side), Available(2**40, GIB, free, None, free), True)[0]
+        said.append(memory.pool_summary(found).split()[2])
+    docs = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    assert "{} texts on 80 GB with `bagel_single_stage`, and {} with `bagel`".format(*said) in docs
+
+
+def test_a_default_pool_stays_small_where_the_host_cannot_lend_a_larger_one() -> None:
+    assert [pool(2**40, host, connector="mooncake")[0] for host in (16 << 20, 64 << 20)] == [32768, 64 * 134 * 16]
 
 
 def write(path: Path, text: str) -> None:

@@ -88,12 +88,14 @@ NO_FLAGS = Flags()
 class Deployment:
     """A configuration, the origin of each value that is not the default, and notes on values without an effect.
 
-    ``origins`` are by the value's path in :class:`DeployConfig`, such as ``thinker.kv_tokens``.
+    ``origins`` are by the value's path in :class:`DeployConfig`, such as ``thinker.kv_tokens``. ``default_pool`` is
+    whether the size of the KV pool is left to the server; ``kv_tokens`` is the least then.
     """
 
     config: DeployConfig
     origins: Mapping[str, Origin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    default_pool: bool = True
 
 
 def cuda_platform() -> Platform:
@@ -201,7 +203,8 @@ class _Builder:
             **fields,
         )
         self._note_ray(config, top)
-        return Deployment(config, self._origins, tuple(dict.fromkeys(self._notes)))
+        default_pool = "kv_tokens" not in first and config.thinker.gpu_memory_utilization is None
+        return Deployment(config, self._origins, tuple(dict.fromkeys(self._notes)), default_pool)
 
     # --- platforms ---
 

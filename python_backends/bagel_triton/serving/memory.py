@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -54,16 +55,16 @@ def run(args: argparse.Namespace) -> int:
 
     folder = flags.checkpoint(args.checkpoint, args.revision)
     try:
-        config = _configuration(args, folder)
+        config, default_pool = _configuration(args, folder)
         rank_sizes.check(config, inspect(folder).language)
         for half in by_device(config):
-            _show(half, folder, args)
+            _show(half, folder, args, default_pool)
     except (ValueError, InvalidRequest) as error:
         raise CommandError(str(error)) from error
     return 0
 
 
-def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
+def _show(config: DeployConfig, folder: Path, args: argparse.Namespace, default_pool: bool) -> None:
     """Print the table of the stages on one device."""
     from bagel_triton.serving import memory_plan
     from bagel_triton.weights.adapters import USUAL_RANK
@@ -74,7 +75,7 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
     height, width = _size(checkpoint, args.height, args.width)
     free = available(placement) if here else None
     private = None if free is None else free.private_weights
-    config, need, problem = _planned(checkpoint, config, placement, (height, width), free)
+    config, need, problem = _planned(checkpoint, config, placement, (height, width), free, default_pool)
     print(f"pipeline {config.pipeline} on {placement.device} in {placement.dtype_name}")
     together = f"images of {width}x{height} pixels denoised together: {config.dit.max_num_seqs}"
     print(f"KV cache pool of {config.thinker.kv_tokens} tokens; {together}")
@@ -98,15 +99,17 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace) -> None:
         print("This machine has it." if problem is None else f"This machine does not have it: {problem}")
 
 
-def require(config: DeployConfig) -> DeployConfig:
+def require(config: DeployConfig, default_pool: bool = False) -> DeployConfig:
     """``config`` with a KV pool that fills its part of the GPU, where it says so; refuses what would not fit.
+
+    With ``default_pool`` a GPU's pool is as large as ``max_num_seqs`` texts need, where it has the memory.
 
     Raises:
         CommandError: what is needed, what there is, and what to lower.
     """
     if config.dit_device is None:
-        return _required(config)
-    first, second = (_required(half) for half in by_device(config))
+        return _required(config, default_pool)
+    first, second = (_required(half, default_pool) for half in by_device(config))
     return msgspec.structs.replace(config, thinker=first.thinker, dit=second.dit, vae_decode=second.vae_decode)
 
 
@@ -121,7 +124,7 @@ def by_device(config: DeployConfig) -> list[DeployConfig]:
     ]
 
 
-def _required(config: DeployConfig) -> DeployConfig:
+def _required(config: DeployConfig, default_pool: bool) -> DeployConfig:
     from bagel_triton.model.device import resolve
     from bagel_triton.weights.checkpoint import Checkpoint
 
@@ -132,7 +135,7 @@ def _required(config: DeployConfig) -> DeployConfig:
         # A GPU that runs out fails requests of others, too: the largest images that are admitted have to fit.
         side = None if free.device is None else checkpoint.config.latent.max_side
         size = _size(checkpoint, side, side)
-        sized, _, problem = _planned(checkpoint, config, placement, size, free)
+        sized, _, problem = _planned(checkpoint, config, placement, size, free, default_pool)
         if problem is not None:
             raise problem
     except ValueError as error:
@@ -144,12 +147,17 @@ AUTO: tuple[Quantization | None, ...] = (None, "int8", "nf4")  # what ``auto`` t
 
 
 def _planned(
-    checkpoint: Checkpoint, config: DeployConfig, placement: Placement, size: tuple[int, int], free: Available | None
+    checkpoint: Checkpoint,
+    config: DeployConfig,
+    placement: Placement,
+    size: tuple[int, int],
+    free: Available | None,
+    default_pool: bool = False,
 ) -> tuple[DeployConfig, MemoryPlan, NotEnoughMemory | None]:
     """``config`` with what is left to the server, what it takes, and why it does not fit where it does not.
 
-    Left to it are the form of weights, the KV pool and, on a GPU, whether images are decoded whole or in strips. With
-    nothing known to be ``free``, everything fits.
+    Left to it are the form of weights, the KV pool and, on a GPU, whether images are decoded whole or in strips, and
+    the size of a ``default_pool``, which gets what the others leave. With nothing known to be ``free``, all fits.
 
     Raises:
         ValueError: a checkpoint's weights are in another form; ``gpu_memory_utilization`` leaves no room.
@@ -185,6 +193,14 @@ def _planned(
             need = memory.plan(checkpoint, tried, placement, *size, shares_weights)
         if problem is None:
             break
+    if default_pool and on_gpu and problem is None:
+        most = memory.plan(checkpoint, memory.roomy(tried), placement, *size, shares_weights)
+        larger = memory.filled(most, tried, free)
+        plan = memory.plan(checkpoint, larger, placement, *size, shares_weights)
+        with contextlib.suppress(memory.NotEnoughMemory):  # of the host, for what Mooncake lends
+            if free is not None:
+                memory.check(plan, larger, placement, free)
+            tried, need = larger, plan
     return tried, need, problem
 
 
@@ -219,6 +235,13 @@ def quantization_summary(checkpoint: Checkpoint, config: DeployConfig) -> str:
     return f"{forms_said}, offloaded to the host: {said}" if layers else forms_said
 
 
+def pool_summary(config: DeployConfig) -> str:
+    """The size of the KV pool, in words."""
+    from bagel_triton.serving import memory_plan
+
+    return memory_plan.pool_summary(config)
+
+
 def table(need: MemoryPlan) -> str:
     """``need`` as a table: a row for each stage, and one for all together."""
     from bagel_triton.serving.memory_plan import readable
@@ -235,18 +258,19 @@ def table(need: MemoryPlan) -> str:
     return "\n".join(map("  ".join, lines))
 
 
-def _configuration(args: argparse.Namespace, folder: Path) -> DeployConfig:
-    """The deploy YAML's configuration, or the default one, changed by the arguments."""
+def _configuration(args: argparse.Namespace, folder: Path) -> tuple[DeployConfig, bool]:
+    """The deploy YAML's configuration, or the default one, changed by the arguments; whether its pool is a default."""
     from bagel_triton.deploy import yaml as deploy_yaml
 
     path = flags.deploy_file(args.deploy_config)
-    config = deploy_yaml.resolve(path, str(folder), flags.flags_of(args)).config
+    deployment = deploy_yaml.resolve(path, str(folder), flags.flags_of(args))
+    config = deployment.config
     changes: dict[str, Any] = {}
     if args.max_requests is not None:
         changes["dit"] = msgspec.structs.replace(config.dit, max_num_seqs=args.max_requests)
     if config.load == "generation":  # stage 1's part
         changes["stage_id"] = 1
-    return msgspec.structs.replace(config, **changes)
+    return msgspec.structs.replace(config, **changes), deployment.default_pool
 
 
 def _placement(config: DeployConfig) -> tuple[Placement, bool]:

@@ -17,7 +17,7 @@ from torch import nn
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.engine.dit.workspace import BRANCHES, latent_tokens, workspace_tokens
-from bagel_triton.engine.thinker.engine import kv_geometry
+from bagel_triton.engine.thinker.engine import decoded_blocks, kv_geometry
 from bagel_triton.kv.store import token_bytes
 from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
 from bagel_triton.model.bagel import Bagel
@@ -29,6 +29,7 @@ from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.protocol.events import Stage
+from bagel_triton.protocol.request import TEXT
 from bagel_triton.weights.adapters import USUAL_RANK, adapter_bytes, largest_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import TensorFiles
@@ -36,6 +37,8 @@ from bagel_triton.weights.folder import AUTOENCODER_FILE
 
 CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
 NCCL_BYTES = 512 << 20  # of one that is a rank beside that: the buffers of its communicators
+USUAL_PROMPT = 64  # tokens, of the texts that the size of a pool is given in
+POOL_PART = 0.9  # of a GPU's free memory that a plan may take with a pool larger than the least
 
 
 class NotEnoughMemory(ValueError):
@@ -355,8 +358,41 @@ def sized(need: MemoryPlan, config: DeployConfig, available: Available) -> Deplo
     return msgspec.structs.replace(config, thinker=msgspec.structs.replace(config.thinker, kv_tokens=tokens))
 
 
+def text_blocks(config: DeployConfig) -> int:
+    """Blocks of the pool that a text of the default length holds at most: a short prompt's, and the decoded ones."""
+    block = config.thinker.block_tokens
+    new = int(config.text_defaults.get("max_tokens", TEXT.max_tokens))
+    return -(-USUAL_PROMPT // block) + decoded_blocks(USUAL_PROMPT, new, block)
+
+
+def pool_summary(config: DeployConfig) -> str:
+    """The size of the KV pool, and how many texts of the default length it has room for at once."""
+    thinker = config.thinker
+    texts = -(-thinker.kv_tokens // thinker.block_tokens) // text_blocks(config)
+    new = config.text_defaults.get("max_tokens", TEXT.max_tokens)
+    length = f"{USUAL_PROMPT} tokens of prompt and max_tokens={new}"
+    return f"{thinker.kv_tokens} tokens: {texts} texts at once, of {length}; max_num_seqs is {thinker.max_num_seqs}"
+
+
+def filled(need: MemoryPlan, config: DeployConfig, available: Available | None) -> DeployConfig:
+    """``config`` with a KV pool for ``max_num_seqs`` texts of the default length on a GPU, or for as many as fit.
+
+    Args:
+        need: what :func:`roomy` of ``config`` takes.
+        available: None where everything fits.
+    """
+    block = config.thinker.block_tokens
+    tokens = config.thinker.max_num_seqs * text_blocks(config) * block
+    # Stage 1 has no pool, and only bounds what stage 0 may lend.
+    if available is not None and available.device is not None and config.stage_id != 1:
+        left = int(POOL_PART * available.device) - need.total
+        tokens = min(tokens, roomy(config).thinker.kv_tokens + left // need.kv_token // block * block)
+    tokens = max(tokens, config.thinker.kv_tokens)
+    return msgspec.structs.replace(config, thinker=msgspec.structs.replace(config.thinker, kv_tokens=tokens))
+
+
 def roomy(config: DeployConfig) -> DeployConfig:
-    """``config`` with a pool that bounds no forward, for the plan that :func:`sized` takes."""
+    """``config`` with a pool that bounds no forward, for the plan that :func:`sized` and :func:`filled` take."""
     tokens = max(config.thinker.kv_tokens, config.thinker.max_num_batched_tokens)
     return msgspec.structs.replace(config, thinker=msgspec.structs.replace(config.thinker, kv_tokens=tokens))
 

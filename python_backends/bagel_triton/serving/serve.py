@@ -290,7 +290,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 dit_device=dit_device,
                 dtype=placement.dtype_name,
             )
-            deploy = memory.require(deploy)
+            deploy = memory.require(deploy, deployment.default_pool)
             deploy.write(directory / "deploy.yaml")
             summary = {
                 "checkpoint": deploy.checkpoint,
@@ -310,6 +310,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                     if placement.torch_device.type == "cuda" and not deploy.topology.one_process
                     else {}
                 ),
+                **({"KV pool": memory.pool_summary(deploy)} if deploy.stage_id != 1 else {}),
                 "KV connector": connector,
                 **({"ranks": ranks} if (ranks := sizes.summary(deploy)) else {}),
                 **_request_defaults(deploy),

@@ -189,8 +189,7 @@ class Admission:
         )
         if decoding is not None:
             past = branches[0].total_tokens
-            decoded = kv_pool.blocks_for(past + 1 + decoding.max_new_tokens) - past // size + 1
-            total += decoded * len(decoding.seeds)
+            total += decoded_blocks(past, decoding.max_new_tokens, size) * len(decoding.seeds)
             if decoding.purpose == "think":
                 # The thought is encoded again and appended; each broken character takes three bytes.
                 total += kv_pool.blocks_for(past + 2 + 3 * decoding.max_new_tokens) - past // size
@@ -200,6 +199,11 @@ class Admission:
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
     """The largest number below ``limit`` that fits, as all smaller ones do; 1 does."""
     return bisect.bisect_left(range(1, limit), True, key=lambda number: not fits(number))
+
+
+def decoded_blocks(past: int, new: int, block_tokens: int) -> int:
+    """Blocks that one text of ``new`` tokens holds at most beside those of its context of ``past`` tokens."""
+    return -(-(past + 1 + new) // block_tokens) - past // block_tokens + 1
 
 
 def check_plan(plan: Plan, config: ModelConfig) -> None:
