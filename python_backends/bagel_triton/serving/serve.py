@@ -246,19 +246,8 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
     repository = _model_repository(options)
     deployment = _configuration(options)  # before a download, which takes long
     checkpoint = flags.checkpoint(options.checkpoint, options.revision)
-    config = msgspec.structs.replace(deployment.config, checkpoint=str(checkpoint.resolve()))
-    if config.lora_path:
-        config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).expanduser().resolve()))
-    if config.lora_dir:
-        if not Path(config.lora_dir).expanduser().is_dir():
-            raise CommandError(f"--lora-dir={config.lora_dir} is not a folder")
-        config = msgspec.structs.replace(config, lora_dir=str(Path(config.lora_dir).expanduser().resolve()))
-    modules = {name: str(Path(folder).resolve()) for name, folder in config.lora_modules.items()}
-    config = msgspec.structs.replace(config, lora_modules=modules)
     names = options.model_names(checkpoint)
-    if twice := sorted(name for name in modules if is_a_models(name, names)):
-        allowed = "another name, and none that begins with one of the model's and a colon"
-        raise CommandError(f"--lora-modules={twice[0]} is a name of the model as well; allowed: {allowed}")
+    config = _with_folders(deployment.config, checkpoint, names)
     if options.omni_lb_policy is not None:
         bagel = msgspec.structs.replace(config.bagel, lb_policy=options.omni_lb_policy)
         config = msgspec.structs.replace(config, bagel=bagel)
@@ -293,24 +282,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
             deploy = memory.require(deploy, deployment.default_pool)
             deploy.write(directory / "deploy.yaml")
             summary = {
-                "checkpoint": deploy.checkpoint,
-                "pipeline": f"{deploy.pipeline} ({_source(options)})",
-                **hosts.stage_summary(deploy),
-                "model names": ", ".join(names),
-                "device": _reason(placement.device, config.device)
-                + (f", stage 1 on {dit_device}" if dit_device is not None else ""),
-                "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
-                "quantization": _quantization(config, deploy),
-                **({"weights": f"{deploy.load} only"} if deploy.load != "all" else {}),
-                **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
-                **({"LoRA modules": ", ".join(deploy.lora_modules)} if deploy.lora_modules else {}),
-                "attention": placement.attention,
-                **(
-                    {"GPU shared by": machine.gpu_sharing()}
-                    if placement.torch_device.type == "cuda" and not deploy.topology.one_process
-                    else {}
-                ),
-                **({"KV pool": memory.pool_summary(deploy)} if deploy.stage_id != 1 else {}),
+                **_summary(options, config, deploy, placement, names),
                 "KV connector": connector,
                 **({"ranks": ranks} if (ranks := sizes.summary(deploy)) else {}),
                 **_request_defaults(deploy),
@@ -322,12 +294,7 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 "tritonserver": server.program,
                 "log": directory / machine.LOG_FILE,
             }
-            print(f"bagel-triton {bagel_triton.__version__}")
-            print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()))
-            notes = [*deployment.notes]
-            if options.unused:
-                notes.append(f"{', '.join(options.unused)}: of the OpenAI API, which a --headless server does not have")
-            print("".join(f"  note: {note}\n" for note in notes), end="", flush=True)
+            _print_summary(summary, deployment.notes, options)
             servers = StageServers(lambda: deploy.remote_addresses)
             if registrations is not None:
                 servers = StageServers(registrations.addresses)
@@ -378,6 +345,59 @@ async def _serve(options: ServeOptions, signals: StopSignals) -> None:
                 ),
                 signals.awaited(),
             )
+
+
+def _with_folders(config: DeployConfig, checkpoint: Path, names: tuple[str, ...]) -> DeployConfig:
+    """``config`` with the folders that it names as the stages find them, whatever their working directory.
+
+    Raises:
+        CommandError: a folder is not there, or an adapter has one of the model's ``names``.
+    """
+    config = msgspec.structs.replace(config, checkpoint=str(checkpoint.resolve()))
+    if config.lora_path:
+        config = msgspec.structs.replace(config, lora_path=str(Path(config.lora_path).expanduser().resolve()))
+    if config.lora_dir:
+        if not Path(config.lora_dir).expanduser().is_dir():
+            raise CommandError(f"--lora-dir={config.lora_dir} is not a folder")
+        config = msgspec.structs.replace(config, lora_dir=str(Path(config.lora_dir).expanduser().resolve()))
+    modules = {name: str(Path(folder).resolve()) for name, folder in config.lora_modules.items()}
+    if twice := sorted(name for name in modules if is_a_models(name, names)):
+        allowed = "another name, and none that begins with one of the model's and a colon"
+        raise CommandError(f"--lora-modules={twice[0]} is a name of the model as well; allowed: {allowed}")
+    return msgspec.structs.replace(config, lora_modules=modules)
+
+
+def _summary(
+    options: ServeOptions, config: DeployConfig, deploy: DeployConfig, placement: Placement, names: tuple[str, ...]
+) -> dict[str, object]:
+    """What is served, and on what: ``deploy``, which ``config`` became."""
+    stage_1 = "" if deploy.dit_device is None else f", stage 1 on {deploy.dit_device}"
+    shares_gpu = placement.torch_device.type == "cuda" and not deploy.topology.one_process
+    return {
+        "checkpoint": deploy.checkpoint,
+        "pipeline": f"{deploy.pipeline} ({_source(options)})",
+        **hosts.stage_summary(deploy),
+        "model names": ", ".join(names),
+        "device": _reason(placement.device, config.device) + stage_1,
+        "dtype": _reason(placement.dtype_name, config.dtype, f"for {placement.device}"),
+        "quantization": _quantization(config, deploy),
+        **({"weights": f"{deploy.load} only"} if deploy.load != "all" else {}),
+        **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
+        **({"LoRA modules": ", ".join(deploy.lora_modules)} if deploy.lora_modules else {}),
+        "attention": placement.attention,
+        **({"GPU shared by": machine.gpu_sharing()} if shares_gpu else {}),
+        **({"KV pool": memory.pool_summary(deploy)} if deploy.stage_id != 1 else {}),
+    }
+
+
+def _print_summary(summary: dict[str, object], notes: tuple[str, ...], options: ServeOptions) -> None:
+    """Print the choices, and what of them changes nothing."""
+    print(f"bagel-triton {bagel_triton.__version__}")
+    print("\n".join(f"  {name:<15} {value}" for name, value in summary.items()))
+    if options.unused:
+        unused = ", ".join(options.unused)
+        notes += (f"{unused}: of the OpenAI API, which a --headless server does not have",)
+    print("".join(f"  note: {note}\n" for note in notes), end="", flush=True)
 
 
 def _configuration(options: ServeOptions) -> deploy_yaml.Deployment:
