@@ -162,7 +162,7 @@ def http(client: FakeClient) -> TestClient:
 
 
 def generation(body: object) -> GenerationRequest:
-    """What the model is asked for ``body``; remote images are switched off."""
+    """The request that ``body`` becomes; remote images are switched off."""
     client = FakeClient()
 
     async def ask() -> None:

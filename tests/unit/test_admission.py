@@ -1,4 +1,4 @@
-"""Those whom the thinker keeps waiting: what they are told."""
+"""The error of a request that waits too long for the thinker."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SMALL = GenerationRequest(prompt="A cute cat", height=32, width=32, seed=1, num_
 
 @pytest.fixture
 def admit(local_stages: LocalStages, checkpoint_dir: Path) -> Admit:
-    """Asks for the given requests to be let in, one after the other; those that were."""
+    """Admits requests of these names one after the other; returns those that run."""
     plan = result_of(local_stages.expand(SMALL))
 
-    def ask(*names: str, **limits: float) -> list[ThinkerRun]:
+    def admit_all(*names: str, **limits: float) -> list[ThinkerRun]:
         pool, config = local_stages.producer.pool, ThinkerConfig(admission_timeout_s=1e-9, **limits)
         model = Checkpoint(checkpoint_dir).config
         admission = Admission(model, local_stages.producer, PrefixCache(pool), config, NoMetrics(), {})
@@ -41,7 +41,7 @@ def admit(local_stages: LocalStages, checkpoint_dir: Path) -> Admit:
             admission.admit(Job[Plan, ThinkerOutput](name, plan, lambda event: None, SchedulingParams()), running)
         return running
 
-    return ask
+    return admit_all
 
 
 def test_as_many_texts_are_admitted_as_the_pools_summary_says(local_stages: LocalStages, checkpoint_dir: Path) -> None:

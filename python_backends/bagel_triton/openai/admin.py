@@ -18,7 +18,7 @@ MAX_BODY = 16 * 1024
 
 
 class AdminKeyNeeded(InvalidRequest):
-    """The server has no admin key, so that nobody may change its state."""
+    """The server has no admin key, so no request may change its state."""
 
     http_status = 403
 

@@ -214,7 +214,7 @@ def _unwrap(body: dict[str, Any]) -> Mapping[str, str]:
     wrapped_in: dict[str, str] = {}
     for wrapper in WRAPPERS:  # extra_body may hold the others
         members = body.pop(wrapper, None)
-        if members is None or members == "":
+        if members is None:
             continue
         place = f"{wrapped_in.pop(wrapper)}.{wrapper}" if wrapper in wrapped_in else wrapper
         if not isinstance(members, dict):

@@ -33,7 +33,7 @@ IGNORED: dict[str, frozenset[str]] = {
             *("provider", "models", "route", "session_id", "chat_id", "trace", "request_id", "rid", "cache_salt"),
             *("litellm_metadata", "client_metadata", "litellm_session_id", "litellm_trace_id", "litellm_call_id", "id"),
             *("tags", "fallbacks", "debug", "speed", "cache_control", "user_id", "end_user_id", "safety_tolerance"),
-            # how much of the thinking a reply tells: it is there whole
+            # how much of the thinking a reply has: all of it
             "reasoning_summary",
             # how another server would hold its model, cache its prompt or make its noise
             *("keep_alive", "cache_prompt", "id_slot", "generator_device", "vae_use_slicing", "vae_use_tiling"),

@@ -196,7 +196,7 @@ def metrics(done: DoneEvent, header: Header) -> Metrics:
 
 
 def incomplete(header: Header, modality: Modality) -> Internal:
-    """The error for a request that ended without what it asked for."""
+    """The error for a request that ended without the output it requested."""
     return Internal(f"{header.id} ended without {'an image' if modality == 'image' else 'an answer'}")
 
 

@@ -184,7 +184,7 @@ class _Reply:
         unfinished = any(item["status"] == "in_progress" for item in self.response["output"])
         if self._done is None or not wanted or unfinished:
             raise incomplete(self._header, "image" if self._body.image_tool else "text")
-        # OpenAI's Agents SDK takes calls without a message for half a turn, and asks for the image again.
+        # OpenAI's Agents SDK takes calls without a message for half a turn, and requests the image again.
         last = [*self._open_message(), *self._close_message("", "completed")] if self._body.image_tool else []
         is_whole = self._reason != "length"
         self.response |= {

@@ -1,8 +1,8 @@
 """The streamed reply: server-sent events of ``chat.completion.chunk`` objects.
 
 Every chunk has a choice, as many clients read the first one unasked; only the usage chunk,
-which a client has to ask for, has none, as in OpenAI's API. A stream that has nothing to say
-sends comment lines, which no client shows.
+which is sent on request, has none, as in OpenAI's API. A stream without news sends comment
+lines, which no client shows.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """One event. ``usage`` is there (null but for the last) if it was asked for."""
+    """One event. ``usage`` is there (null but for the last) if it was requested."""
 
     id: str
     created: int

@@ -146,7 +146,7 @@ class Decoding(Message, frozen=True):
     verbatim. With ``purpose`` "think" the text becomes a further segment of the ``gen``
     context, which is lent afterwards; with "answer" it is the result, once per seed.
     ``temperature`` 0 is greedy. ``frequency_penalty`` and ``presence_penalty`` concern the
-    decoded tokens, ``repetition_penalty`` the context's as well. ``top_logprobs`` asks for
+    decoded tokens, ``repetition_penalty`` the context's as well. ``top_logprobs`` requests
     each token's log-probability and those of this many alternatives. The end token is not
     chosen before ``min_new_tokens``. ``max_think_tokens``
     bounds the tokens before a ``</think>`` where ``split_thinking`` is set.

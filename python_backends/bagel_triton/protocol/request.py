@@ -58,7 +58,7 @@ class TextDefaults(msgspec.Struct, frozen=True):
 
     max_tokens: int = 2048
     max_think_tokens: int = 1000
-    temperature_with_nucleus: float = 1.0  # if only top_p, top_k or min_p asks for sampling
+    temperature_with_nucleus: float = 1.0  # if only top_p, top_k or min_p implies sampling
 
 
 TEXT2IMG = FlowDefaults()
@@ -174,7 +174,7 @@ _SIDE = RequestField(
 class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request: ``prompt`` and ``image``, or ``messages`` that refer to ``image``.
 
-    Scales are FP64 tensors: a float32 4.1 is not the 4.1 that was asked for.
+    Scales are FP64 tensors: a float32 4.1 is not the client's 4.1.
     """
 
     prompt: Annotated[str | None, RequestField("BYTES", "the prompt, unless messages are given", ensemble=True)] = None

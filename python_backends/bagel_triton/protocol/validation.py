@@ -81,7 +81,7 @@ def resolve_n(request: GenerationRequest) -> int:
 
 
 def resolve_seed(request: GenerationRequest) -> int:
-    """The request's seed; a random one if it has none or asks for one."""
+    """The request's seed; a random one if it has none, or -1."""
     seed = _resolve(request, "seed", RANDOM_SEED)
     return secrets.randbits(31) if seed == RANDOM_SEED else seed
 

@@ -44,7 +44,7 @@ class Conversation:
     """Segments of the ``gen`` context without a think instruction.
 
     ``prompt`` is the index of the first segment that guidance by the prompt leaves out: the
-    last text of the user. ``continues`` tells that decoding goes on right after the last
+    last text of the user. ``continues`` means that decoding goes on right after the last
     token, which is that of a chat template's output or of an assistant's message.
     """
 

@@ -23,7 +23,7 @@ OWN_CHUNKS = 32  # texts after so many segments share chunks: a long conversatio
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Tokens to append causally; ``scored`` asks for the last one's logits."""
+    """Tokens to append causally; ``scored`` requests the last one's logits."""
 
     context: KVSequence
     token_ids: tuple[int, ...]

@@ -98,7 +98,7 @@ class IncrementalDetokenizer:
         self._pending = ""  # not certain yet
         self._decoded = 0  # characters of both
         self._starts: list[int] = []  # characters before each token
-        self._logprobs: list[TokenLogprob] = []  # of each token, if asked for
+        self._logprobs: list[TokenLogprob] = []  # of each token, if requested
         self._certain = 0  # tokens whose text is certain
         self._sent = 0  # tokens whose log-probabilities were sent, or are not the answer's
 
