@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bagel_triton.protocol.request import ENSEMBLE_FIELDS, REQUEST_FIELDS
+from bagel_triton.protocol.request import ABORT, ENSEMBLE_FIELDS, REQUEST_FIELDS
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
 STREAM = '  { name: "stream" data_type: TYPE_BOOL dims: [ 1 ] optional: true }'
-CALLS = ("sleep", "adapters")
+CALLS = ("sleep", "adapters", ABORT)
 CHANGES = [f'  {{ name: "{name}" data_type: TYPE_STRING dims: [ 1 ] optional: true }}' for name in CALLS]
 TYPES = {"BYTES": "TYPE_STRING"}
 

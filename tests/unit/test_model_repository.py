@@ -44,7 +44,7 @@ def test_a_model_takes_every_request_field_as_it_is_declared(model: str, fields:
         declared["prompt"] = (*declared["prompt"][:2], False)
     if model == ORCHESTRATOR:
         declared["stream"] = ("BOOL", [1], True)
-        declared |= dict.fromkeys(("sleep", "adapters"), ("BYTES", [1], True))
+        declared |= dict.fromkeys(("sleep", "adapters", "abort"), ("BYTES", [1], True))
     assert inputs(model) == declared, "run python build/model_configs.py"
 
 

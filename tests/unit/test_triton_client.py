@@ -45,18 +45,33 @@ def refusal(text: str) -> service_pb2.ModelStreamInferResponse:
 
 
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    def __init__(self, script: Script) -> None:
-        self.script = script
+    """Answers by ``script``; at :data:`HANG` not before the request is aborted, if it ``aborts`` at all."""
+
+    def __init__(self, script: Script, aborts: bool = True) -> None:
+        self.script, self.aborts = script, aborts
         self.requests: list[Any] = []
-        self.cancelled = asyncio.Event()
+        self.cancelled, self.ended = asyncio.Event(), asyncio.Event()
+        self.aborted: dict[bytes, asyncio.Event] = {}
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        async for request in requests:
-            self.requests.append(request)
+        [request] = [request async for request in requests]
+        if [tensor.name for tensor in request.inputs] == ["abort"]:
+            if self.aborts:
+                self.aborted[request.raw_input_contents[0]].set()
+            yield wire(PROGRESS[0])
+            return
+        self.requests.append(request)
+        aborted = asyncio.Event()
+        for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+            if tensor.name == "abort":
+                self.aborted[raw] = aborted
         try:
             for item in self.script:
                 if item == HANG:
-                    await asyncio.Event().wait()
+                    await aborted.wait()
+                    yield refusal("Cancelled(): the client left")
+                    self.ended.set()
+                    return
                 if isinstance(item, grpc.StatusCode):
                     await context.abort(item, "gone")
                 yield item
@@ -133,6 +148,7 @@ def received(sent: Any) -> GenerationRequest:
         else:
             array = np.frombuffer(raw, triton_to_np_dtype(tensor.datatype))
         arrays[tensor.name] = array.reshape(tensor.shape)
+    del arrays["abort"]
     return from_tensors(arrays)
 
 
@@ -194,20 +210,28 @@ def test_nothing_at_the_address_is_unavailable() -> None:
     asyncio.run(session())
 
 
-def test_a_consumer_that_stops_cancels_the_stream() -> None:
+def test_a_consumer_that_stops_aborts_its_request_and_no_stream_is_cancelled() -> None:
     service = Service([wire(PROGRESS[0]), HANG])
 
     async def leave(client: TritonClient) -> None:
+        other = asyncio.create_task(everything(client))
+        while not service.requests:
+            await asyncio.sleep(0.01)
         responses = client.generate(GenerationRequest("A cat"), "r-1", {})
         await anext(responses)
-        assert not service.cancelled.is_set()
         await responses.aclose()
-        await asyncio.wait_for(service.cancelled.wait(), 10)
+        await asyncio.wait_for(service.ended.wait(), 10)
+        assert [aborted.is_set() for aborted in service.aborted.values()] == [False, True]
+        assert not service.cancelled.is_set()
+        assert not other.done()
+        other.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await other
 
     play(service, leave)
 
 
-def test_a_consumer_that_is_cancelled_cancels_the_stream() -> None:
+def test_a_consumer_that_is_cancelled_aborts_its_request() -> None:
     service = Service([wire(PROGRESS[0]), HANG])
 
     async def cancel(client: TritonClient) -> None:
@@ -215,11 +239,25 @@ def test_a_consumer_that_is_cancelled_cancels_the_stream() -> None:
         while not service.requests:
             await asyncio.sleep(0.01)
         consumer.cancel()
-        await asyncio.wait_for(service.cancelled.wait(), 10)
         with pytest.raises(asyncio.CancelledError):
             await consumer
+        await asyncio.wait_for(service.ended.wait(), 10)
+        assert not service.cancelled.is_set()
 
     play(service, cancel)
+
+
+def test_a_request_that_no_abort_ends_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagel_triton.triton.client.LEAVE_S", 0.2)
+    service = Service([wire(PROGRESS[0]), HANG], aborts=False)
+
+    async def leave(client: TritonClient) -> None:
+        responses = client.generate(GenerationRequest("A cat"), "r-1", {})
+        await anext(responses)
+        await responses.aclose()
+        await asyncio.wait_for(service.cancelled.wait(), 10)
+
+    play(service, leave)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ MAX_SEED = 2**63 - 1 - 16  # leaves room for the seeds of further images
 RANDOM_SEED = -1
 MAX_INPUT_IMAGES, MAX_STOPS, MAX_BIASED_TOKENS = 10, 16, 1024
 MAX_PRIORITY, MAX_TIMEOUT_S = 1000, 86400
+ABORT = "abort"  # input of ``bagel`` beside a request's: a token to abort it by; alone: the token of one to abort
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 2
 ASPECT_RATIO = r"\s*([1-9][0-9]{0,3}(?:\.[0-9]{1,4})?)\s*:\s*([1-9][0-9]{0,3}(?:\.[0-9]{1,4})?)\s*"
 

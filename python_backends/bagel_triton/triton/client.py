@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -28,8 +30,7 @@ from bagel_triton.protocol.adapters import AdapterCall, AdapterNames
 from bagel_triton.protocol.errors import BagelError, Cancelled, Internal, StageUnavailable, from_text
 from bagel_triton.protocol.events import DoneEvent, Event, ImageEvent, PartialImageEvent, decode_event
 from bagel_triton.protocol.intervals import WATCH_S
-from bagel_triton.protocol.messages import Message
-from bagel_triton.protocol.request import GenerationRequest
+from bagel_triton.protocol.request import ABORT, GenerationRequest
 from bagel_triton.protocol.sleep import SleepCall, SleepState
 from bagel_triton.protocol.tensors import Arrays, to_tensors
 from bagel_triton.triton.tickets import Status, exchange
@@ -42,6 +43,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
+LEAVE_S, LAST_S = 10.0, 1.0  # that an aborted request may take to end before its stream is cancelled; at the very end
+ABORT_EVERY_S = 1.0  # an abort may overtake a large request
 CALL_S = 10.0  # every call of a stage is answered at once or, a poll, after a fraction of a second
 READY_S = 3.0
 LARGE_REQUEST = 2**20  # bytes of images
@@ -141,6 +144,7 @@ class TritonClient:
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._channel: grpc.aio.Channel | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def _connected(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -152,11 +156,10 @@ class TritonClient:
     ) -> AsyncGenerator[StageResponse, None]:
         # Written in a thread: each copy of a large image would hold up every other request.
         large = sum(map(len, request.image or ())) > LARGE_REQUEST
-        message = await asyncio.to_thread(_written, request, request_id) if large else _written(request, request_id)
-        stream = self._connected().stream_stream(
-            _STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
-        )
-        responses = stream(_once(message), metadata=tuple(headers.items()))
+        token = secrets.token_hex(8)
+        written = partial(_written, request, request_id, token)
+        message = await asyncio.to_thread(written) if large else written()
+        responses = self._stream(message, headers)
         del message
         alive = self._watch()
         last: Event | None = None
@@ -166,16 +169,48 @@ class TritonClient:
             while (response := await self._next(responses, alive)) is not None:
                 last = response.event
                 yield response
-        finally:
+        except Exception:  # the last response, or Triton is gone
             responses.cancel()
+            raise
+        except BaseException:
+            self._leave(token, responses)
+            raise
         if not isinstance(last, DoneEvent):
             raise Internal(f"{ORCHESTRATOR} ended the stream of {request_id} without its last event")
+
+    def _stream(self, message: bytes, headers: Mapping[str, str] | None = None) -> _Stream:
+        stream = self._connected().stream_stream(
+            _STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
+        )
+        return _Stream(stream(_once(message), metadata=tuple((headers or {}).items())))
+
+    def _leave(self, token: str, responses: _Stream) -> None:
+        """Abort the request of ``token`` and let its stream end.
+
+        To cancel the stream would do the same, but Triton's gRPC server may deadlock where a stream is
+        cancelled while a response goes out: see :class:`~bagel_triton.triton.io.Outbox`.
+        """
+
+        async def leave() -> None:
+            try:
+                async with asyncio.timeout(LEAVE_S):
+                    await self._state(ABORT, token.encode())
+                    while not await responses.ends(ABORT_EVERY_S):
+                        await self._state(ABORT, token.encode())
+            except (BagelError, grpc.RpcError, TimeoutError):
+                pass
+            finally:
+                responses.cancel()
+
+        task = asyncio.create_task(leave())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _watch(self) -> Callable[[], bool]:
         prefix = self._settings.shm_prefix
         return (lambda: True) if prefix is None else liveness.watch(prefix, ORCHESTRATOR)
 
-    async def _next(self, responses: Any, alive: Callable[[], bool]) -> StageResponse | None:
+    async def _next(self, responses: _Stream, alive: Callable[[], bool]) -> StageResponse | None:
         """The next response; ``None`` at the end of the stream."""
         timeout_s = self._settings.silence_timeout_s
         try:
@@ -192,21 +227,18 @@ class TritonClient:
             raise typed
         return _decode(InferResult(answer.infer_response))
 
-    async def _while_alive(self, responses: Any, alive: Callable[[], bool]) -> Any | None:
+    async def _while_alive(self, responses: _Stream, alive: Callable[[], bool]) -> Any | None:
         """The next message, while :data:`ORCHESTRATOR` lives; ``None`` at the end of the stream."""
-        reading = asyncio.create_task(_read(responses))
+        lived = True
+        while not await responses.has_next(WATCH_S):
+            # Twice, so that responses sent before its death are still read.
+            if not (lived or alive()):
+                raise StageUnavailable(f"{ORCHESTRATOR} died")
+            lived = alive()
         try:
-            lived = True
-            while not (await asyncio.wait({reading}, timeout=WATCH_S))[0]:
-                # Twice, so that responses sent before its death are still read.
-                if not (lived or alive()):
-                    raise StageUnavailable(f"{ORCHESTRATOR} died")
-                lived = alive()
-            return reading.result()
+            return await responses.read()
         except grpc.RpcError as broken:
             raise rpc_failure(self._settings.triton_grpc, broken)[0] from broken
-        finally:
-            reading.cancel()
 
     async def readiness(self) -> Readiness:
         channel, remote, prefix = self._connected(), self._settings.remote, self._settings.shm_prefix
@@ -243,20 +275,16 @@ class TritonClient:
         return None if found.state == "awake" else found
 
     async def sleep(self, call: SleepCall) -> SleepState:
-        return msgspec.json.decode(await self._state("sleep", call), type=SleepState)
+        return msgspec.json.decode(await self._state("sleep", msgspec.json.encode(call)), type=SleepState)
 
     async def adapters(self, call: AdapterCall) -> AdapterNames:
-        return msgspec.json.decode(await self._state("adapters", call), type=AdapterNames)
+        return msgspec.json.decode(await self._state("adapters", msgspec.json.encode(call)), type=AdapterNames)
 
-    async def _state(self, name: str, call: Message) -> bytes:
+    async def _state(self, name: str, call: bytes) -> bytes:
         """The state that :data:`ORCHESTRATOR` answers with to the input ``name`` alone."""
-        stream = self._connected().stream_stream(
-            _STREAM_METHOD, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
-        )
-        arrays: Arrays = {name: np.array([msgspec.json.encode(call)], dtype=np.object_)}
-        message, contents = _message(ORCHESTRATOR, "", arrays)
+        message, contents = _message(ORCHESTRATOR, "", {name: np.array([call], dtype=np.object_)})
         message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)
-        responses = stream(_once(message.SerializeToString()))
+        responses = self._stream(message.SerializeToString())
         try:
             answer = await self._while_alive(responses, self._watch())
         finally:
@@ -303,6 +331,11 @@ class TritonClient:
         return ready, "draining" if drains else "ready"
 
     async def close(self) -> None:
+        if self._leaving:
+            _, late = await asyncio.wait(self._leaving, timeout=LAST_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -454,12 +487,47 @@ def _drains(address: str, timeout_s: float) -> bool:
         server.close()
 
 
-async def _read(responses: Any) -> Any | None:
-    """The next message; ``None`` at the end of the stream."""
-    try:
-        return await anext(aiter(responses))
-    except StopAsyncIteration:
-        return None
+class _Stream:
+    """The messages of one call. A message that is waited for in vain is not lost: gRPC would cancel the call."""
+
+    def __init__(self, responses: Any) -> None:
+        self._responses = responses
+        self._reading: asyncio.Task[Any | None] | None = None
+
+    async def has_next(self, timeout_s: float) -> bool:
+        """Whether :meth:`read` would return at once, after at most ``timeout_s``."""
+        self._reading = self._reading or asyncio.create_task(self._read())
+        return bool((await asyncio.wait({self._reading}, timeout=timeout_s))[0])
+
+    async def read(self) -> Any | None:
+        """The next message; ``None`` at the end of the stream."""
+        while not await self.has_next(WATCH_S):
+            pass
+        reading, self._reading = self._reading, None
+        assert reading is not None, "it has just been waited for"
+        return reading.result()
+
+    async def ends(self, timeout_s: float) -> bool:
+        """Skip messages for at most ``timeout_s``; whether they have come to the end."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while await self.read() is not None:
+                    pass
+        except TimeoutError:
+            return False
+        return True
+
+    def cancel(self) -> None:
+        """End the call, unless it has ended."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._responses.cancel()
+
+    async def _read(self) -> Any | None:
+        try:
+            return await anext(aiter(self._responses))
+        except StopAsyncIteration:
+            return None
 
 
 def _message(model: str, request_id: str, arrays: Arrays) -> tuple[Any, list[list[bytes]]]:
@@ -476,8 +544,8 @@ def _message(model: str, request_id: str, arrays: Arrays) -> tuple[Any, list[lis
     return message, contents
 
 
-def _written(request: GenerationRequest, request_id: str) -> bytes:
-    """``request`` as the bytes of Triton's protobuf message.
+def _written(request: GenerationRequest, request_id: str, token: str) -> bytes:
+    """``request`` as the bytes of Triton's protobuf message; it can be aborted by ``token``.
 
     The tensors' contents are written by hand, in pieces: protobuf would copy a large image
     several times, and hold the interpreter's lock for each copy.
@@ -485,7 +553,8 @@ def _written(request: GenerationRequest, request_id: str) -> bytes:
     Raises:
         InvalidRequest: a value fits no tensor.
     """
-    message, contents = _message(ORCHESTRATOR, request_id, to_tensors(request))
+    arrays = to_tensors(request) | {ABORT: np.array([token.encode()], dtype=np.object_)}
+    message, contents = _message(ORCHESTRATOR, request_id, arrays)
     written = io.BytesIO()
     written.write(message.SerializeToString())
     for pieces in contents:

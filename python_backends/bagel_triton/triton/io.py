@@ -78,6 +78,12 @@ def refuse_parameters(request: Any, allowed: Collection[str]) -> None:
             raise InvalidRequest.unknown(name, name, allowed)
 
 
+def token_of(request: Any, name: str) -> bytes | None:
+    """What is in the BYTES [1] input ``name``; None without it. No other input is read."""
+    found = [tensor.as_numpy().reshape(-1)[0] for tensor in request.inputs() if tensor.name() == name]
+    return bytes(found[0]) if found else None
+
+
 def text_of(arrays: Arrays, name: str) -> str:
     """The text in a BYTES [1] input.
 
@@ -249,15 +255,22 @@ class Reply:
         self._sender = request.get_response_sender()
         self._outbox = outbox
         self._cancelled, self._checked_at = False, time.monotonic()
+        self._aborted = False
         self._ended, self._ending = False, threading.Lock()
 
+    def abort(self) -> None:
+        """Take the request for cancelled from now on."""
+        self._aborted = True
+
     def cancelled(self) -> bool:
-        """Whether the client has cancelled the request, as of at most ``WATCH_S`` ago.
+        """Whether the client has aborted the request, or cancelled it as of at most ``WATCH_S`` ago.
 
         The check is a round trip to another process, over the queue that also carries responses.
         So one thread at a time makes it, seldom, and none after the last response, when Triton
         has forgotten the request.
         """
+        if self._aborted:
+            return True
         now = time.monotonic()
         if not self._cancelled and now - self._checked_at >= WATCH_S:
             self._checked_at = now

@@ -25,7 +25,7 @@ from bagel_triton.protocol.errors import Cancelled, Overloaded, StageUnavailable
 from bagel_triton.protocol.events import ProgressEvent, TextEvent, encode_event
 from bagel_triton.protocol.intervals import REQUEST_S
 from bagel_triton.protocol.messages import Message
-from bagel_triton.protocol.request import REQUEST_FIELDS
+from bagel_triton.protocol.request import ABORT, REQUEST_FIELDS
 from bagel_triton.protocol.sleep import decode_sleep_call
 from bagel_triton.protocol.tensors import Arrays, from_tensors
 from bagel_triton.telemetry import tracing
@@ -118,6 +118,7 @@ class Orchestrator:
         self._closing = threading.Event()
         self._in_flight = InFlight(config.bagel.max_inflight, self._metrics or NoMetrics())
         self._state_calls = InFlight(config.bagel.max_inflight, NoMetrics())
+        self._abortable: dict[bytes, triton_io.Reply] = {}  # by their tokens
         self._announcement = Announcement(config.shm_prefix, args["model_name"])
         self._table = AdapterTable(config.shm_prefix, ORCHESTRATOR, config.lora_modules)
         replicas = self._replicas(config)
@@ -157,15 +158,29 @@ class Orchestrator:
     def execute(self, requests: list[Any]) -> list[None] | None:
         """Follow every request from a thread of its own."""
         for request in requests:
-            reply = triton_io.Reply(request, self._outbox)
-            threading.Thread(target=self._follow, args=(request, reply), daemon=True).start()
+            reply, token = triton_io.Reply(request, self._outbox), triton_io.token_of(request, ABORT)
+            if token is not None and len(request.inputs()) == 1:
+                self._abort(token)
+                reply.finish({"event": triton_io.bytes_array(b"{}")})
+                continue
+            if token is not None:  # here, so that no abort comes before it
+                self._abortable[token] = reply
+            threading.Thread(target=self._follow, args=(request, reply, token), daemon=True).start()
         return None if self.streams else [None] * len(requests)
 
-    def _follow(self, request: Any, reply: triton_io.Reply) -> None:
-        if {SLEEP, ADAPTERS}.isdisjoint(tensor.name() for tensor in request.inputs()):
-            self._follow_request(request, reply)
-        else:
-            self._follow_state_call(request, reply)
+    def _abort(self, token: bytes) -> None:
+        if (reply := self._abortable.get(token)) is not None:
+            reply.abort()
+
+    def _follow(self, request: Any, reply: triton_io.Reply, token: bytes | None) -> None:
+        try:
+            if {SLEEP, ADAPTERS}.isdisjoint(tensor.name() for tensor in request.inputs()):
+                self._follow_request(request, reply)
+            else:
+                self._follow_state_call(request, reply)
+        finally:
+            if token is not None:
+                self._abortable.pop(token, None)
 
     def _follow_state_call(self, request: Any, reply: triton_io.Reply) -> None:
         """Find out the server's state, or change it; metrics count requests to generate alone."""
@@ -204,6 +219,7 @@ class Orchestrator:
     def _answer(self, request: Any, reply: triton_io.Reply, span: Span) -> None:
         triton_io.refuse_parameters(request, REQUEST_FIELDS)
         inputs: Any = triton_io.arrays_of(request)
+        inputs.pop(ABORT, None)
         streams = bool(inputs.pop(STREAM, np.array([True])).reshape(-1)[0]) and self.streams
         timeout_s = timeout_of(inputs)
 
