@@ -221,6 +221,7 @@ BAD: list[tuple[dict[str, object], str | None, str]] = [
         "extra_args.do_sample",
         "extra_args.do_sample=true is not allowed; allowed: false beside text_temperature=0",
     ),
+    ({"top_p": 0, "do_sample": True}, "do_sample", "allowed: false beside top_p=0"),
     ({"temperature": 1, "text_temperature": 0.5}, "text_temperature", "both given, with the values 1"),
     ({"extra_args": 5}, "extra_args", "extra_args=5 is not allowed; allowed: an object"),
     ({"extra_args": {"extra_body": {"n": 1}}}, "extra_args.extra_body", "is not a known field"),

@@ -68,16 +68,18 @@ def test_a_single_stages_limits_are_the_images_and_the_prefill(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ("max_model_len: 50000", 50000),
-        ("max_model_len: 50000, kv_tokens: 40000", 50000),
+        ("max_model_len: 50000", 50048),
+        ("max_model_len: 50000, kv_tokens: 40000", 50048),
         ("max_model_len: 50000, kv_tokens: 60000", 60000),
         ("max_model_len: 4096", 32768),  # the pool is for all requests together, and a default is never lowered
-        ("max_model_len: 4096, kv_tokens: 2048", 4096),
+        ("max_model_len: 4096, kv_tokens: 2048", 4144),
     ],
 )
 def test_the_pool_holds_the_longest_request(tmp_path: Path, fields: str, expected: int) -> None:
     for base in ("", "base_config: bagel\n"):
-        assert read(tmp_path, f"{base}stages: [{{stage_id: 0, {fields}}}]").config.thinker.kv_tokens == expected
+        thinker = read(tmp_path, f"{base}stages: [{{stage_id: 0, {fields}}}]").config.thinker
+        assert thinker.kv_tokens == expected
+        assert thinker.max_model_len >= int(fields.removeprefix("max_model_len: ").split(",")[0])
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,9 @@ def test_an_error_before_the_stream_has_its_status() -> None:
         ({"guidance": 4}, "guidance", "use guidance_scale"),
         ({"aspect_ratio": "wide"}, "aspect_ratio", "'W:H', such as '16:9'"),
         ({"image_size": "2K"}, "image_size", "'auto', '1K' or 'WIDTHxHEIGHT'"),
+        ({"image_size": 512}, "image_size", "allowed: a text, or an object with width and height"),
+        ({"image_size": {"width": 512}}, "image_size.height", "image_size.height is required"),
+        ({"image_config": {"image_size": {"width": "5"}}}, "image_config.image_size.width", "an integer"),
         ({"n": "2"}, "n", "an integer"),
     ],
 )
@@ -340,10 +343,14 @@ def test_a_form_may_have_fields_without_effect_and_nulls() -> None:
     assert backend.requests == [with_images(request_of("x", 1), (b"an image",))]
 
 
-def test_an_object_in_a_form_may_be_given_by_its_members() -> None:
+SIDES = ({"image_size[width]": "64", "image_size[height]": "32"}, {"image_size": '{"width": 64, "height": 32}'})
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=["by its members", "as JSON"])
+def test_an_object_in_a_form(sides: dict[str, str]) -> None:
     backend = FakeClient(*PROGRESS, IMAGE, EDITED)
     members = {"chat_template_kwargs[enable_thinking]": "true", "thinking[budget_tokens]": "7", "image[0]": URL}
-    members |= {"image_size[width]": "64", "image_size[height]": "32", "do_sample": "false"}
+    members |= sides | {"do_sample": "false"}
     form = [("prompt", (None, "x")), *((name, (None, text)) for name, text in members.items())]
     reply = api(backend).post(EDITS, files=form)
     assert reply.status_code == 200, reply.text

@@ -157,6 +157,15 @@ def test_a_conversation_may_end_with_anyone_and_what_is_empty_adds_nothing(
     assert gen_context(planner, tokenizer, request) == segments
 
 
+def test_an_empty_turn_that_is_ended_begins_a_new_one(planner: RequestPlanner, tokenizer: Tokenizer) -> None:
+    """Even behind another of the assistant's, which would go on."""
+    said_red = user("Which?"), said("assistant", "red")
+    for last, begins in ((Turn("assistant", (), ended=True), True), (Turn("assistant", ()), False)):
+        plan = planner.expand(GenerationRequest(messages=(*said_red, last), modality="text"))
+        assert plan.decoding is not None
+        assert (plan.decoding.first_token == tokenizer.start) is begins
+
+
 @pytest.mark.parametrize("last", [said("system", "In oil."), said("assistant", "Here it is:")])
 def test_guidance_compares_without_the_users_last_text_and_what_follows_it(
     planner: RequestPlanner, tokenizer: Tokenizer, last: Turn

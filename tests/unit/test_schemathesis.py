@@ -31,7 +31,7 @@ BEYOND_A_SCHEMA = {
     r"(height|width)=.* allowed: a multiple of 16": "the longest side is the checkpoint's",
     r"allowed: .* in a message of role": "which parts a message may hold depends on its role",
     r"are both given|contradict each other": "a field and its other name",
-    r"do_sample=.* beside (text_)?temperature=": "a temperature that means the contrary",
+    r"do_sample=.* beside ((text_)?temperature|top_p)=": "a temperature that means the contrary",
     r"aspect_ratio=.* allowed: (that of|one whose) ": "sides that have another ratio",
     r"with stream=true$": "a stream carries its images",
     r"cfg_interval=.* allowed: \[low, high\]": "the first of two numbers is the smaller one",

@@ -46,7 +46,7 @@ def test_a_flag_is_for_every_stage_that_has_the_field(tmp_path: Path) -> None:
     found = resolve(tmp_path, *flags)
     config = found.config
     assert (config.thinker.max_num_seqs, config.dit.max_num_seqs) == (2, 2)
-    assert (config.thinker.kv_tokens, config.vae_decode.use_tiling) == (50000, False)
+    assert (config.thinker.kv_tokens, config.vae_decode.use_tiling) == (50048, False)
     assert (config.thinker.gpu_memory_utilization, config.dit.gpu_memory_utilization) == (0.3, 0.3)
     assert str(found.origins["dit.max_num_seqs"]) == "--max-num-seqs"
 

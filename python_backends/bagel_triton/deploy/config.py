@@ -98,6 +98,11 @@ class ThinkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return max((blocks - 2) * self.block_tokens - 1, 1)
 
 
+def pool_tokens(length: int, block_tokens: int) -> int:
+    """The least ``kv_tokens`` with which ``max_model_len`` is ``length``."""
+    return (-(-(length + 1) // block_tokens) + 2) * block_tokens
+
+
 class DitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The flow stage.
 

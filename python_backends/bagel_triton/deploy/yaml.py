@@ -23,6 +23,7 @@ from bagel_triton.deploy.config import (
     DitConfig,
     ThinkerConfig,
     VaeDecodeConfig,
+    pool_tokens,
 )
 from bagel_triton.deploy.connector import connector_fields
 from bagel_triton.deploy.files import EDGE, converted, refuse_repeated_stages, with_bases
@@ -426,8 +427,12 @@ class _Builder:
         names = _THINKER_FIELDS if topology.one_process else ("max_num_seqs", *_THINKER_FIELDS)
         values = self._values("thinker", found, names)
         length, tokens = found.get("max_model_len"), values.get("kv_tokens", ThinkerConfig().kv_tokens)
-        if length is not None and length.value > tokens:
-            values["kv_tokens"] = self._value("thinker.kv_tokens", length)
+        needed = 0
+        if length is not None:
+            needed = pool_tokens(length.value, values.get("block_tokens", ThinkerConfig().block_tokens))
+        if length is not None and needed > tokens:
+            self._value("thinker.kv_tokens", length)  # its errors name the length
+            values["kv_tokens"] = needed
         elif length is not None:
             self._notes.append(
                 f"{length.origin.prefix}{length.path}={length.value} changes nothing: one request may use the whole KV "

@@ -233,6 +233,7 @@ class StageResources:
                 self.weights.free()
             if on_gpu(self.placement.torch_device):
                 torch.cuda.empty_cache()
+                torch._C._host_emptyCache()  # pinned memory, such as that of lent contexts
         trim_heap()
         return stays
 
@@ -282,7 +283,7 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
     tokenizer = resources.tokenizer()
     consumer = open_consumer(resources.config, resources.placement.torch_device)
     vision_tokens = (tokenizer.vision_start, tokenizer.vision_end)
-    kv_pool = resources.kv_geometry, resources.config.thinker.kv_tokens
+    kv_tokens = resources.config.thinker.kv_tokens if resources.config.stage_id is None else None
     with contextlib.ExitStack() as unless_built:
         unless_built.callback(consumer.close)
         model = resources.model_of(DIT)
@@ -290,7 +291,7 @@ def build_dit(resources: StageResources, metrics: Metrics | None = None) -> DitE
         ranks = open_ranks(resources, DIT, model, share=True)
         if ranks is not None:
             unless_built.callback(ranks.stop)
-        parts = vision_tokens, *kv_pool, metrics, ranks, adapters
+        parts = vision_tokens, resources.kv_geometry, kv_tokens, metrics, ranks, adapters
         engine = DitEngine(model, consumer, resources.config.dit, *parts)
         unless_built.pop_all()
     return engine

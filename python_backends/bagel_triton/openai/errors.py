@@ -216,11 +216,12 @@ _UNIONS = ("content", "input")  # lists of tagged unions
 
 
 def _untagged(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """``location`` without the names of unions' members, which pydantic puts after an element's index."""
+    """``location`` without the names of unions' members, which pydantic puts after an element's index or a field."""
     return tuple(
         step
         for at, step in enumerate(location)
-        if at < 2 or not (isinstance(location[at - 1], int) and location[at - 2] in _UNIONS)
+        if not (at and location[at - 1] == "image_size" and step in ("text", "sides"))
+        and (at < 2 or not (isinstance(location[at - 1], int) and location[at - 2] in _UNIONS))
     )
 
 

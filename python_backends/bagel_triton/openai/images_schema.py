@@ -243,7 +243,7 @@ def _from_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             body[name] = [_scalar(value) if str not in kinds else value for value in values]
         elif len(values) > 1:
             raise InvalidRequest(f"{name} is given {len(values)} times; allowed: once", name)
-        elif str in kinds and tuple not in kinds:
+        elif str in kinds and tuple not in kinds and not (name == "image_size" and values[0].lstrip().startswith("{")):
             body[name] = values[0]
         elif values[0].strip():
             body[name] = _scalar(values[0])

@@ -18,8 +18,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     Strict,
+    Tag,
     create_model,
     model_validator,
 )
@@ -178,11 +180,23 @@ class ImageSize(StrictModel):
     height: _Integer
 
 
+def _size_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise not_allowed("a text, or an object with width and height")
+    return value
+
+
+_Size = Annotated[
+    Annotated[str, BeforeValidator(_size_text), Tag("text")] | Annotated[ImageSize, Tag("sides")],
+    Discriminator(lambda value: "sides" if isinstance(value, dict | ImageSize) else "text"),
+]
+
+
 class ImageConfig(StrictModel):
     """``image_config`` as OpenRouter's API has it."""
 
     aspect_ratio: _Ratio = None
-    image_size: str | ImageSize | None = None
+    image_size: _Size | None = None
 
 
 class SizeFields(GenerationFields):
@@ -191,7 +205,7 @@ class SizeFields(GenerationFields):
     size: str | None = Field(
         None, description="WIDTHxHEIGHT in pixels, multiples of 16; or auto; or 1K, which is 1024."
     )
-    image_size: str | ImageSize | None = Field(None, description="As size, or an object with width and height.")
+    image_size: _Size | None = Field(None, description="As size, or an object with width and height.")
     image_config: ImageConfig | None = Field(None, description="aspect_ratio and image_size, in one object.")
 
     def add_sizes(self, given: GivenFields, named: Callable[[str], str]) -> None:
@@ -304,11 +318,12 @@ class BodyFields(SizeFields):
         Raises:
             InvalidRequest: that one means the contrary.
         """
-        temperature, alias = given.fields.get("temperature"), self.param("do_sample")
+        name = "top_p" if given.fields.get("top_p") == 0 else "temperature"  # a nucleus of nothing is greedy, too
+        temperature, alias = given.fields.get(name), self.param("do_sample")
         if self.do_sample is None or (temperature is not None and bool(temperature) == self.do_sample):
             return
         if temperature is not None:
-            beside = f"{given.written['temperature']}={format_value(temperature)}"
+            beside = f"{given.written[name]}={format_value(temperature)}"
             allowed = f"{format_value(not self.do_sample)} beside {beside}"
             raise InvalidRequest.value(alias, self.do_sample, allowed)
         given.add("temperature", TEXT.temperature_with_nucleus if self.do_sample else 0.0, alias)

@@ -179,8 +179,8 @@ class Orchestrator:
             else:
                 self._follow_state_call(request, reply)
         finally:
-            if token is not None:
-                self._abortable.pop(token, None)
+            if token is not None and self._abortable.get(token) is reply:
+                del self._abortable[token]
 
     def _follow_state_call(self, request: Any, reply: triton_io.Reply) -> None:
         """Find out the server's state, or change it; metrics count requests to generate alone."""

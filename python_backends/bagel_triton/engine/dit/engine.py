@@ -41,7 +41,8 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
 
     ``ranks`` compute its forwards, if there are any, and are closed with it. ``vision_tokens`` are
     the ids of ``<|vision_start|>`` and ``<|vision_end|>``; ``geometry`` and ``kv_tokens`` are the
-    thinker's KV cache's. ``adapters`` are those that requests may name.
+    thinker's KV cache's, whose size on another host is not known here. ``adapters`` are those
+    that requests may name.
     """
 
     stage = "dit"
@@ -53,7 +54,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         config: DitConfig,
         vision_tokens: tuple[int, int],
         geometry: KVGeometry,
-        kv_tokens: int,
+        kv_tokens: int | None,
         metrics: Metrics | None = None,
         ranks: RankGroup | None = None,
         adapters: Mapping[str, LoraAdapter] | None = None,
@@ -114,7 +115,7 @@ class DitEngine(EngineLoop[DenoiseJob, Sequence[Latents]]):
         """Refuse a handle that is not the thinker's: its first handle decides how its KV cache is mapped."""
         if handle.geometry != self._geometry:
             raise LeaseError(f"the context's geometry {handle.geometry} is not the thinker's {self._geometry}")
-        if handle.tokens > self._kv_tokens + self._geometry.block_tokens:
+        if self._kv_tokens is not None and handle.tokens > self._kv_tokens + self._geometry.block_tokens:
             raise LeaseError(f"the context's {handle.tokens} tokens are more than the KV cache's {self._kv_tokens}")
 
     def _admit(self, job: DitJob) -> bool:

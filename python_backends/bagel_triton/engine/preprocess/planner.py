@@ -120,7 +120,7 @@ def converse(
     if wanted == "text" and (not segments or (turns[-1].role == "user" and not laid_out)):
         return Conversation((*segments, TextSegment((tokenizer.start, tokenizer.end))), len(segments), continues=False)
     last = _last_spoken(turns)
-    open_ended = wanted == "text" and (_is_open(last) or is_template(_text(last)))
+    open_ended = wanted == "text" and not turns[-1].ended and (_is_open(last) or is_template(_text(last)))
     continues = open_ended and isinstance(segments[-1], TextSegment)
     return Conversation(tuple(segments), prompt if prompt >= 0 else len(segments), continues)
 

@@ -29,6 +29,7 @@ INNER = np.uint64(1024)  # numbers of four weight rows, which all rows read whil
 GROUP = np.uint64(4)  # rows of the weight at a time
 MIN_THREAD_WEIGHTS = 1 << 17  # which one thread reads in some 20 us
 ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+LOWEST = np.float32(-3e38)  # above the -inf of no key yet, from which nothing can be subtracted
 LEAST = np.float32(-126)  # the exponent of the smallest normal number
 # ln(2) ** n / n!, the series of 2 ** x: to 2e-8 of the result between -0.5 and 0.5.
 E1, E2, E3, E4, E5, E6 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 7))
@@ -247,7 +248,7 @@ def _from_bits(_context, bits):  # pragma: no cover - compiled
 )
 def _softmax_block(scores, keys, tops, largest, total, shrink):  # pragma: no cover - compiled
     for row in range(len(scores)):
-        top = max(largest[row], tops[row])
+        top = max(largest[row], tops[row], LOWEST)
         shrink[row] = TWO ** (largest[row] - top)
         largest[row] = top
         found = ZERO
