@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from bagel_triton.deploy.config import DeployConfig, DitConfig, ThinkerConfig, VaeDecodeConfig
-from bagel_triton.engine.build import KEPT, LARGE_BLOCK, StageResources, build_decoder, build_dit, build_thinker
+from bagel_triton.engine.build import StageResources, build_decoder, build_dit, build_thinker, heap_limits
 from bagel_triton.engine.loop import EngineLoop
 from bagel_triton.engine.preprocess.planner import RequestPlanner
 from bagel_triton.ipc.shm import SharedMemoryPrefix
@@ -56,8 +56,9 @@ FORMS: tuple[tuple[str, str | None], ...] = (
     ("float32", "int8"),
     ("float32", "nf4"),
 )
-# glibc's names for what engine/build.py sets where weights are large.
-HEAP = {"MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK), "MALLOC_TRIM_THRESHOLD_": str(KEPT), "MALLOC_ARENA_MAX": "1"}
+# glibc's names for what engine/build.py sets where the files of a model have 256 MiB.
+HEAP = dict(zip(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), map(str, heap_limits(256 << 20)), strict=True))
+HEAP["MALLOC_ARENA_MAX"] = "1"
 Task = tuple[Any, str, SchedulingParams]
 Run = Callable[[str, Sequence[Task]], list[Any]]
 

@@ -49,8 +49,7 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 log = logging.getLogger(__name__)
 MIB = 1 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-LARGE_BLOCK, KEPT = 256 << 10, 4 << 20  # bytes
-LARGE_WEIGHTS = 128 << 20  # bytes of files
+LARGE_WEIGHTS, MOST_BLOCK = 128 << 20, 32 << 20  # bytes of files; glibc maps larger blocks in any case
 
 
 def set_up_heap(weights: int) -> None:
@@ -58,18 +57,29 @@ def set_up_heap(weights: int) -> None:
 
     glibc gives each thread a heap of its own and keeps what was freed there. Engines and the CPU's threads each have
     their peak at another time, so together they held up to 30 % more than the memory plan says; now they share one.
-    What is freed between blocks in use stays there, too: up to a third more again. So blocks that are not small
-    are mapped, and go when they are freed. The kernel clears their pages each time, which a small model would feel:
-    it is done where there are ``weights`` of many bytes.
+    What is freed between blocks in use stays there, too: up to a third more again. So large blocks are mapped, and
+    go when they are freed: see :func:`heap_limits`. ``weights`` are bytes of files.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is None:
         return
     if "MALLOC_ARENA_MAX" not in os.environ:
         mallopt(M_ARENA_MAX, 1)
-    if weights > LARGE_WEIGHTS and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-        mallopt(M_TRIM_THRESHOLD, KEPT)
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        block, kept = heap_limits(weights)
+        mallopt(M_MMAP_THRESHOLD, block)
+        mallopt(M_TRIM_THRESHOLD, kept)
+
+
+def heap_limits(weights: int) -> tuple[int, int]:
+    """Bytes from which on a block is mapped, and bytes that may stay free at the heap's end.
+
+    The kernel clears the pages of a block each time that it is mapped, which takes as long as a product that fills
+    it: mapped from 256 KiB on, an image took twice as long. So the limits are as large as the memory plan allows,
+    a share of the ``weights``. A small model may have more.
+    """
+    block = min(weights // 256, MOST_BLOCK) if weights > LARGE_WEIGHTS else MOST_BLOCK // 4
+    return block, 3 * block
 
 
 def trim_heap() -> None:
