@@ -282,24 +282,13 @@ class TritonClient:
 
     async def _state(self, name: str, call: bytes) -> bytes:
         """The state that :data:`ORCHESTRATOR` answers with to the input ``name`` alone."""
-        token = secrets.token_hex(8)
-        contents_of = {name: call} if name == ABORT else {name: call, ABORT: token.encode()}
-        arrays = {key: np.array([value], dtype=np.object_) for key, value in contents_of.items()}
-        message, contents = _message(ORCHESTRATOR, "", arrays)
+        message, contents = _message(ORCHESTRATOR, "", {name: np.array([call], dtype=np.object_)})
         message.raw_input_contents.extend(b"".join(pieces) for pieces in contents)
         responses = self._stream(message.SerializeToString())
         try:
             answer = await self._while_alive(responses, self._watch())
-        except Exception:  # Triton is gone
+        finally:
             responses.cancel()
-            raise
-        except BaseException:
-            if name == ABORT:
-                responses.cancel()
-            else:
-                self._leave(token, responses)
-            raise
-        responses.cancel()  # there is one answer
         if answer is None:
             raise StageUnavailable(f"{ORCHESTRATOR} ended before it answered")
         if answer.error_message:
