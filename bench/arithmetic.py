@@ -53,7 +53,7 @@ def matmul_rate(shapes: Sequence[tuple[int, int]], rows: int, device: torch.devi
         synchronize(device)
         started = time.perf_counter()
         for x, weight, out in operands:
-            if takes_onednn(x):
+            if x.is_cpu and takes_onednn(dtype):
                 for start, size in onednn_pieces(rows):
                     onednn_product(x[start : start + size], weight)
             else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bagel_triton.model.attention import attend
 from bagel_triton.model.cpu import attention, executor, row_stable
@@ -58,6 +59,31 @@ def test_norm_and_rotation_are_the_model_s_and_do_not_depend_on_the_batch() -> N
         at = slice(3, 3 + count)
         kernels.norm_and_rotate(products[at], first, norm.weight, norm.eps, cos[at], sin[at], part)
         assert torch.equal(part, full[at])
+
+
+@torch.inference_mode()
+def test_the_activation_is_the_model_s_and_does_not_depend_on_the_batch() -> None:
+    products = torch.randn(40, 2 * 101, generator=torch.Generator().manual_seed(0)) * 4
+    products[0, :6] = torch.tensor([0.0, -0.0, 87.0, -87.0, 1e30, -1e30])
+    full = kernels.silu_product(products)
+    gate, up = products.double().chunk(2, dim=1)
+    torch.testing.assert_close(full.double(), F.silu(gate) * up, rtol=2e-6, atol=2e-6)
+    for count in COUNTS:
+        assert torch.equal(kernels.silu_product(products[3 : 3 + count]), full[3 : 3 + count])
+
+
+@pytest.mark.parametrize("sizes", [(300, 25), (64, 1)])
+@torch.inference_mode()
+def test_images_by_onednn_have_the_hidden_states_of_the_model(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
+) -> None:
+    bagel = Checkpoint(checkpoint_dir).load_bagel(torch.device("cpu"), torch.float32)
+    images = [sequence(bagel, tokens, 2, seed) for seed, tokens in enumerate(sizes)]
+    plain = bagel.language_model.model(*make_batch(bagel, images))
+    for module in (attention, executor, row_stable):
+        monkeypatch.setattr(module, "takes_onednn", lambda dtype: True)
+    found = CpuExecutor(bagel.language_model.model, SINGLE_THREAD)(*make_batch(bagel, images))
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_other_types_have_none() -> None:

@@ -127,8 +127,9 @@ def test_every_row_is_in_one_tile_of_its_expert(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("threads", [2, 8, 16, 64])
 @pytest.mark.parametrize("rows", [64, 256, 512, 612, 1000, 3072, 20000])
-def test_threads_share_rows_about_evenly(threads: int, rows: int) -> None:
-    longest = executor.tile_rows(rows, threads)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_threads_share_rows_about_evenly(threads: int, rows: int, onednn: bool) -> None:
+    longest = executor.tile_rows(rows, threads, onednn)
     assert longest <= executor.MAX_TILE_ROWS
     even = max(rows / threads, executor.MIN_TILE_ROWS)  # fewer rows than these are not worth a thread
     rounds = -(-rows // (longest * threads))

@@ -174,7 +174,8 @@ def test_the_dit_copies_three_contexts_for_every_image():
     model = Checkpoint(CHECKPOINT).config
     new = 3 * ((64 // 16) ** 2 + 2)
     assert one.kv == (sum(workspace.context_tokens(model, 64, 64)) + new) * plan_of().kv_token
-    assert (four.kv, four.activations) == (4 * one.kv, 4 * one.activations)
+    assert four.kv == 4 * one.kv
+    assert one.activations < four.activations < 4 * one.activations
 
 
 def test_a_gpus_workspace_is_made_for_the_largest_images():

@@ -18,6 +18,7 @@ from torch import Tensor
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 QKV: tuple[Projection, Projection, Projection] = ("q_proj", "k_proj", "v_proj")
+GATE_UP: tuple[Projection, Projection] = ("gate_proj", "up_proj")
 
 
 class LowRank(NamedTuple):

@@ -16,20 +16,18 @@ from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
 from bagel_triton.deploy.topology import DECODER, DIT, THINKER
-from bagel_triton.engine.dit.workspace import BRANCHES, latent_tokens, workspace_tokens
+from bagel_triton.engine.dit.workspace import BRANCHES, context_tokens, latent_tokens, workspace_tokens
 from bagel_triton.engine.thinker.engine import decoded_blocks, kv_geometry
 from bagel_triton.kv.store import token_bytes
-from bagel_triton.model.autoencoder import Autoencoder, Decoder, Encoder
+from bagel_triton.model.autoencoder import Autoencoder
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import strip_decoder as strips
-from bagel_triton.model.cpu.executor import tile_rows
-from bagel_triton.model.cpu.row_stable import CACHED, ONEDNN_ROWS, WEIGHTS, takes_onednn
 from bagel_triton.model.device import Placement
-from bagel_triton.model.quantization import INT8_ROWS, Form
 from bagel_triton.parallel.sizes import Sizes, kv_heads_of
 from bagel_triton.protocol.events import Stage
 from bagel_triton.protocol.request import TEXT
+from bagel_triton.serving.activations import DECODER_CODE, decode_bytes, encode_bytes, forward_bytes, generated_bytes
 from bagel_triton.weights.adapters import USUAL_RANK, adapter_bytes, largest_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
 from bagel_triton.weights.files import TensorFiles
@@ -164,6 +162,7 @@ def plan(
     # In one process each rank has an autoencoder of its own, as it shares no weights.
     decoder_ranks = (max(decoders, config.dit.ranks) - 1) * autoencoder_weights if one_process and decoders > 1 else 0
     halves = [module_bytes(part) // 2 if on_gpu else 0 for part in (autoencoder.encoder, autoencoder.decoder)]
+    image = min(context_tokens(model, height, width)[1], config.thinker.kv_tokens)
     packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
     condition_width, condition_height = model.vae_resize.size(width, height)
     stages: tuple[StageMemory, ...] = (
@@ -172,7 +171,7 @@ def plan(
             weights=thinker_weights + autoencoder_weights + thinker_ranks + adapters,
             kv=pool + rank_pools + (0 if on_gpu else segment),
             activations=max(
-                forward_bytes(model.language, packed, placement, torch.get_num_threads(), forms[0]),
+                forward_bytes(model.language, packed, placement, torch.get_num_threads(), forms[0], image),
                 encode_bytes(autoencoder.encoder, condition_height, condition_width) if draws else 0,
             )
             + (halves[0] if draws else 0),
@@ -184,13 +183,14 @@ def plan(
             * token
             * (min(config.dit.ranks, 2) if on_gpu else config.dit.cfg_ranks),  # its part and a claim
             activations=forward_bytes(
-                model.language, images * BRANCHES * latents, placement, torch.get_num_threads(), forms[1]
-            ),
+                model.language, images * BRANCHES * latents, placement, torch.get_num_threads(), forms[1], latents
+            )
+            + (0 if on_gpu else generated_bytes(dtype)),
         ),
         StageMemory(
             "vae_decode",
             weights=autoencoder_weights + decoder_ranks,
-            activations=decoded * decoding + halves[1],
+            activations=decoded * decoding + halves[1] + (0 if on_gpu else DECODER_CODE),
         ),
     )
     in_files = placement.torch_device.type == "cpu" and not one_process
@@ -401,115 +401,3 @@ def readable(size: int) -> str:
     """``size`` bytes in a binary unit."""
     power = min((size.bit_length() - 1) // 10, 4) if size else 0
     return f"{size / 1024**power:.2f} {'KMGT'[power - 1]}iB" if power else f"{size} B"
-
-
-def forward_bytes(
-    config: LanguageConfig, tokens: int, placement: Placement, threads: int = 1, form: Form | None = None
-) -> int:
-    """Activations of one packed forward at their peak, inside a feed-forward, with weights in ``form``.
-
-    On a GPU a token has its embedding, three vectors of the inner width, what its heads found, key,
-    value and rotary tables, and four more of the hidden size: a layer's input, the residual, that
-    normed, and the output. A quantised weight is decoded whole, or sums of integers are held.
-
-    On a CPU a token has its embedding, residual, query, what its heads found, key, value and rotary
-    tables. The rows of a tile for each of ``threads`` have, besides, two vectors of the inner width
-    and a normed one; and then the most of three: copies in float32 while they are normed in another
-    dtype, a feed-forward's products, or a layer's queries and keys before they are put in their places.
-    """
-    itemsize, hidden, inner = placement.torch_dtype.itemsize, config.hidden_size, config.intermediate_size
-    if placement.torch_device.type != "cpu":
-        heads = (config.num_heads + 2 * config.num_kv_heads + 2) * config.head_dim
-        forward = tokens * (5 * hidden + 3 * inner + heads) * itemsize
-        if form is None:
-            return forward
-        if form.activations:
-            return forward + (2 * INT8_ROWS * 2 * inner * torch.float32.itemsize if form.storage == "int8" else 0)
-        return forward + 2 * inner * hidden * itemsize
-    heads = 2 * (config.num_heads + config.num_kv_heads + 1) * config.head_dim
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    rows = min(tokens, tile_rows(tokens, threads) * threads)
-    spare = min(rows * inner, CACHED * threads) * itemsize  # of an activation function
-    copies = 0 if placement.torch_dtype == torch.float32 else rows * 2 * torch.float32.itemsize
-
-    def product(width: int, out: int) -> int:
-        return product_bytes(width, out, rows, placement, threads, form)
-
-    keys = rows * key * itemsize + max(copies * key, product(hidden, key))
-    queries = rows * query * itemsize + max(copies * query, product(hidden, query), keys)
-    most = max(copies * hidden, spare, product(hidden, inner), product(inner, hidden), queries)
-    return (tokens * (2 * hidden + heads) + rows * (2 * inner + hidden)) * itemsize + most
-
-
-PACKED = 256  # inputs of a weight
-DECODED = {"int8": 4, "fp8": 8, "int4": 6, "nf4": 6}  # bytes of a weight while it is decoded in float32
-
-
-def product_bytes(width: int, out: int, rows: int, placement: Placement, threads: int, form: Form | None) -> int:
-    """Memory of a product on a CPU beside its operands and result, [rows, width] times [width, out] on all ``threads``.
-
-    In bfloat16 a CPU without instructions for it sums into float32, all of a product. A quantised weight is decoded a
-    few rows at a time, and what they give is held before it is put in its place.
-    """
-    dtype, wide = placement.torch_dtype, torch.float32.itemsize
-    itemsize = dtype.itemsize
-    sums = 0 if dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported() else wide
-
-    def piece(dtype: torch.dtype) -> int:  # of an output's number, which is copied to its place afterwards
-        return min(rows, ONEDNN_ROWS[0] * threads) * dtype.itemsize if takes_onednn(torch.empty(0, dtype=dtype)) else 0
-
-    if form is None:  # without instructions oneDNN copies that much of a weight, outside of torch's own count
-        return rows * out * sums + (threads * PACKED * out * itemsize if sums else 0) + piece(dtype) * out
-    part = min(out, max(WEIGHTS // width, 16))
-    decoding = threads * part * width * DECODED[form.storage]
-    if not form.activations:
-        rounded = threads * part * width * (wide + itemsize if itemsize != wide else 0)
-        held = rows * part * (itemsize + sums) + piece(dtype) * part
-        return max(decoding, rounded, held + threads * part * width * itemsize)
-    last = rows * part * wide if part < out else 0  # of the rows before, until the next are there
-    if form.storage == "int8":  # in float32 and between two roundings; then sums of integers, and those in float32
-        rounding = rows * width * (2 * wide if itemsize != wide else wide + 1)
-        return max(rounding, rows * width + rows * part * 2 * wide + last)
-    rounded = rows * part * itemsize if itemsize != wide else 0
-    given = rows * part * wide + max(piece(torch.float32) * part, rounded)
-    multiplying = max(decoding, given + threads * part * width * wide)
-    return max(rows * width * (2 * wide + 1), rows * width * wide + last + multiplying)
-
-
-def decode_bytes(
-    decoder: Decoder, height: int, width: int, tiled: bool = False, on_gpu: bool = False, ranks: int = 1
-) -> int:
-    """Activations of decoding one image at their peak, in a convolution of the last level, on all ``ranks``.
-
-    Whole on a GPU that is in a norm of that level: a map in bfloat16, and two in float32.
-
-    In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
-    what one strip needs, on each rank.
-    """
-    first: nn.Conv2d = decoder.up[0].block[0].conv1  # type: ignore[index, union-attr]
-    channels_in, channels_out = first.in_channels, first.out_channels
-    if ranks == 1 and (not tiled or height * width <= strips.WORTH_IT):
-        if on_gpu:
-            wide, narrow = torch.float32.itemsize, torch.bfloat16.itemsize
-            return max(channels_in, channels_out) * (2 * wide + narrow) * height * width
-        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
-    whole = max(channels_in, 2 * channels_out) * height
-    strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
-    return (whole + ranks * strip) * width * torch.float32.itemsize
-
-
-def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
-    """Activations of encoding one image at their peak, in a convolution of the first level or before it."""
-    channels = max(_level_channels(encoder.down[0]), 2 * encoder.conv_in.out_channels)
-    return channels * height * width * torch.float32.itemsize
-
-
-def _level_channels(level: nn.Module) -> int:
-    """Full-resolution channels that are held at most: what the blocks so far made, and a convolution's copies."""
-    blocks: nn.ModuleList = level.block  # type: ignore[assignment]
-    if not len(blocks):
-        return 0
-    first: nn.Conv2d = blocks[0].conv1  # type: ignore[assignment]
-    channels_in, channels_out = first.in_channels, first.out_channels
-    earlier = channels_in if len(blocks) > 1 else 0
-    return max(2 * channels_in + channels_out + max(channels_in, channels_out), earlier + 5 * channels_out)

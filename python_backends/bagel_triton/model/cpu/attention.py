@@ -17,8 +17,9 @@ from bagel_triton.model.attention import attend
 from bagel_triton.model.cpu.row_stable import few_rows_kernels, onednn_pieces, onednn_product, takes_onednn
 
 MIN_ROWS = 64  # fewer are not worth the copies of keys and values
-BLOCK_KEYS = 1024
-KEY_STEP = 64  # the last block is padded to a multiple: oneDNN keeps code for every number of keys that it meets
+ROWS = 1024, 256, 64, 16  # of a product; large ones, as oneDNN copies the keys and values for each
+BLOCK_KEYS = 768  # at most
+KEY_STEP = 64  # blocks are multiples: oneDNN keeps code for every number of keys that it meets
 
 
 def attend_many(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -27,34 +28,40 @@ def attend_many(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tens
     Which of the two a row takes depends on its span alone, and no row on those beside it.
     """
     kernels = few_rows_kernels(query.dtype)
-    if causal or len(query) < MIN_ROWS or kernels is None or not takes_onednn(query):
+    if causal or len(query) < MIN_ROWS or kernels is None or not takes_onednn(query.dtype):
         return attend(query, key, value, causal)
     out = torch.empty_like(query)
     group = query.shape[1] // key.shape[1]
     for kv_head in range(key.shape[1]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        rows = query[:, heads].transpose(0, 1).flatten(0, 1)  # [group * rows, head_dim]
-        attended = _attend_head(rows, key[:, kv_head], value[:, kv_head], kernels)
-        out[:, heads] = attended.unflatten(0, (group, -1)).transpose(0, 1)
+        _attend_group(query[:, heads], key[:, kv_head], value[:, kv_head], kernels, out[:, heads])
     return out
 
 
-def _attend_head(query: Tensor, key: Tensor, value: Tensor, kernels: ModuleType) -> Tensor:
-    """query [rows, head_dim], key and value [length, head_dim] -> [rows, head_dim]."""
-    rows, size = query.shape
-    pieces = [slice(start, start + count) for start, count in onednn_pieces(rows)]
-    padded = pieces[-1].stop
-    query = F.pad(query, (0, 0, 0, padded - rows)) * (math.log2(math.e) / math.sqrt(size))
-    out, shrink = torch.empty_like(query), query.new_empty(padded)
+def _attend_group(query: Tensor, key: Tensor, value: Tensor, kernels: ModuleType, out: Tensor) -> None:
+    """query and out [rows, heads, head_dim], key and value [length, head_dim] of all heads."""
+    tokens, heads, size = query.shape
+    pieces = [slice(start, start + count) for start, count in onednn_pieces(tokens * heads, ROWS)]
+    rows, padded = tokens * heads, pieces[-1].stop
+    scaled = query.new_empty(padded, size)  # a head's rows after another's
+    scaled[rows:] = 0.0
+    by_head = scaled[:rows].unflatten(0, (heads, tokens))
+    torch.mul(query.transpose(0, 1), math.log2(math.e) / math.sqrt(size), out=by_head)
+    found, shrink = torch.empty_like(scaled), query.new_empty(padded)
     largest, total = query.new_full((padded,), -torch.inf), query.new_zeros(padded)
-    for first in range(0, len(key), BLOCK_KEYS):
-        keys, values = key[first : first + BLOCK_KEYS], value[first : first + BLOCK_KEYS]
+    parts = [[whole[piece] for whole in (scaled, found, largest, total, shrink)] for piece in pieces]
+    blocks = -(-len(key) // BLOCK_KEYS)
+    step = -(-len(key) // (blocks * KEY_STEP)) * KEY_STEP
+    for first in range(0, len(key), step):
+        keys, values = key[first : first + step], value[first : first + step]
         count = len(keys)
         padding = 0, 0, 0, -count % KEY_STEP
         keys, values = F.pad(keys, padding).contiguous(), F.pad(values, padding).t().contiguous()
-        for piece in pieces:
-            weights = onednn_product(query[piece], keys)  # [rows, keys]: the scores
-            kernels.softmax_block(weights, count, largest[piece], total[piece], shrink[piece])
-            found, place = onednn_product(weights, values), out[piece]
-            _ = place.mul_(shrink[piece, None]).add_(found) if first else place.copy_(found)
-    return out[:rows].div_(total[:rows, None])
+        for queries, place, *sums in parts:
+            weights = onednn_product(queries, keys)  # [rows, keys]: the scores
+            kernels.softmax_block(weights, count, *sums)
+            more = onednn_product(weights, values)
+            _ = torch.addcmul(more, place, sums[2][:, None], out=place) if first else place.copy_(more)
+            del weights, more  # before the next are computed
+    by_head, sizes = found[:rows].view(heads, tokens, size), total[:rows].view(heads, tokens, 1)
+    torch.div(by_head, sizes, out=out.transpose(0, 1))

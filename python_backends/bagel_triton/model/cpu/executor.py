@@ -28,22 +28,26 @@ from bagel_triton.model.attention import QuerySpan, SequenceKV
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu.attention import attend_many
 from bagel_triton.model.cpu.row_stable import (
+    ONEDNN_ROWS,
     add_linear,
     add_projection,
+    compiles_all,
     few_rows_kernels,
     linear,
     project,
     rms_norm,
     rotate,
     silu_product,
+    takes_onednn,
 )
 from bagel_triton.model.cpu.thread_pool import SINGLE_THREAD, ThreadPool
-from bagel_triton.model.lora import QKV, AdaptedRows, LayerUpdates, LowRank, within
+from bagel_triton.model.lora import GATE_UP, QKV, AdaptedRows, LayerUpdates, LowRank, within
 from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Reduce, RMSNorm, Transformer
 
 MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
 MIN_TILE_ROWS = 64  # fewer are not worth a thread
 MIN_HEAD_ROWS = 32  # query rows below which a head is not worth a thread, however many keys there are
+MAX_PART_ROWS = 8192  # of all heads that a thread takes at once, for which there is scratch memory
 MIN_HEAD_SCORES = 128 * 128  # scores of a head below which it is not worth a thread
 
 
@@ -80,10 +84,18 @@ def tiles_of(batch: PackedBatch, threads: int, dtype: torch.dtype) -> list[RowTi
     the last tokens of texts; these take the kernels for few rows, where ``dtype`` has them.
     """
 
+    onednn = takes_onednn(dtype)
+
     def cut(gen: bool, start: int, stop: int, few: bool = False) -> Iterator[RowTile]:
-        step = tile_rows(stop - start, threads)
-        for first in range(start, stop, step):
-            rows = slice(first, min(first + step, stop))
+        if start == stop:
+            return
+        size = tile_rows(stop - start, threads, onednn)
+        rounds = (stop - start) // (size * threads) if onednn else 0
+        last = start + rounds * size * threads  # the threads share what is left evenly, too
+        edges = [*range(start, last, size)]
+        if last < stop:
+            edges += range(last, stop, tile_rows(stop - last, threads, onednn))
+        for rows in map(slice, edges, [*edges[1:], stop]):
             yield RowTile(gen, rows, few, within(batch.adapted, rows))
 
     first = batch.gen_rows
@@ -97,8 +109,16 @@ def tiles_of(batch: PackedBatch, threads: int, dtype: torch.dtype) -> list[RowTi
     ]
 
 
-def tile_rows(rows: int, threads: int) -> int:
-    """Rows of a tile: few enough for the cache and, if there are enough, as many tiles for each thread."""
+def tile_rows(rows: int, threads: int, onednn: bool) -> int:
+    """Rows of a tile: few enough for the cache and, if there are enough, as many tiles for each thread.
+
+    With ``onednn`` a tile is one of the library's pieces, or of the last rows a few.
+    """
+    if onednn:
+        most, middle, least = ONEDNN_ROWS
+        size = -(-rows // min(threads, max(rows // MIN_TILE_ROWS, 1)))
+        piece = middle if size > 2 * middle else least
+        return min(-(-size // piece) * piece, most, MAX_TILE_ROWS)
     if threads == 1:
         return MAX_TILE_ROWS
     # The thread that took the other expert's few rows first gets the last tile, which is shorter by their cost.
@@ -128,10 +148,12 @@ class ScratchBuffers:
     """Memory that the layers of one forward use one after the other."""
 
     def __init__(self, config: LanguageConfig, x: Tensor, tiles: list[RowTile], threads: int) -> None:
+        """``tiles`` are those whose feed-forward needs some."""
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         self.qkv = tuple(x.new_empty(len(x), count, config.head_dim) for count in heads)  # of all rows
         self.attended = torch.empty_like(self.qkv[0])
         rows = max((tile.rows.stop - tile.rows.start for tile in tiles), default=0)
+        threads = threads if tiles else 0
         # One pair of a feed-forward's inner rows for each thread, which takes a pair and puts it back.
         self.inner = deque(tuple(x.new_empty(rows, config.intermediate_size) for _ in range(2)) for _ in range(threads))
 
@@ -153,10 +175,11 @@ class _Run:
         self._batch, self._kv, self._pool, self._embeddings = batch, kv, pool, embeddings
         self._x = torch.empty_like(embeddings)  # the residual, which every layer updates in place
         self._tiles = tiles_of(batch, pool.size, embeddings.dtype)
-        self._scratch = ScratchBuffers(transformer.config, self._x, self._tiles, pool.size)
+        self._kernels: Any = few_rows_kernels(embeddings.dtype)
+        self._compiles_all = compiles_all(embeddings.dtype)
+        others = [tile for tile in self._tiles if not self._is_compiled(tile)]
+        self._scratch = ScratchBuffers(transformer.config, self._x, others, pool.size)
         self._reduce = reduce
-        few = any(tile.few for tile in self._tiles)
-        self._few: Any = few_rows_kernels(embeddings.dtype) if few else None  # the kernels of such tiles
         self._sum = self._x if reduce is None else torch.empty_like(self._x)  # takes a tile's products
 
     def result(self) -> Tensor:
@@ -207,11 +230,18 @@ class _Run:
         expert, rows = tile.expert(self._layers[index]), tile.rows
         normed = self._norm(tile, expert.input_layernorm)
         places = [part[rows] for part in self._scratch.qkv]
-        (self._project_few if tile.few else self._project_many)(expert, normed, rows, places, tile.updates(index))
+        if self._is_compiled(tile):
+            self._project_compiled(expert, normed, tile, places, tile.updates(index))
+        else:
+            self._project_by_torch(expert, normed, rows, places, tile.updates(index))
         _, key, value = self._scratch.qkv
         self._kv.write_rows(index, key, value, rows)
 
-    def _project_many(
+    def _is_compiled(self, tile: RowTile) -> bool:
+        """Whether a tile's norms, rotations and activations are compiled kernels, and its products new memory."""
+        return tile.few or self._compiles_all
+
+    def _project_by_torch(
         self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor], updates: LayerUpdates
     ) -> None:
         # Row slices of the packed weight. One product of all three would need their results copied apart.
@@ -226,23 +256,23 @@ class _Run:
             heads = product.view_as(place)
             rotate(rms_norm(heads, norm, heads), self._batch.cos[rows], self._batch.sin[rows], place)
 
-    def _project_few(
-        self, expert: Expert, normed: Tensor, rows: slice, places: list[Tensor], updates: LayerUpdates
+    def _project_compiled(
+        self, expert: Expert, normed: Tensor, tile: RowTile, places: list[Tensor], updates: LayerUpdates
     ) -> None:
-        """:meth:`_project_many` by the kernels for few rows."""
-        products = project(normed, expert.qkv_proj, few=True)
+        """The same by the kernels, which read from the product of all three."""
+        products = project(normed, expert.qkv_proj, few=tile.few)
         ends = [*accumulate((place[0].numel() for place in places), initial=0)]
         for name, edges in zip(QKV, pairwise(ends), strict=True):
             updates(name, normed, products[:, slice(*edges)])
-        tables = self._batch.cos[rows], self._batch.sin[rows]
+        tables = self._batch.cos[tile.rows], self._batch.sin[tile.rows]
         for place, start, norm in zip(places, ends, (expert.q_norm, expert.k_norm), strict=False):
-            self._few.norm_and_rotate(products, start, norm.weight, norm.eps, *tables, place)
+            self._kernels.norm_and_rotate(products, start, norm.weight, norm.eps, *tables, place)
         places[2].copy_(products[:, ends[2] :].view_as(places[2]))
 
     def _norm(self, tile: RowTile, norm: RMSNorm) -> Tensor:
         """The norm of a tile's residual."""
         x = self._x[tile.rows]
-        return self._few.rms_norm(x, norm.weight, norm.eps) if tile.few else rms_norm(x, norm)
+        return self._kernels.rms_norm(x, norm.weight, norm.eps) if self._is_compiled(tile) else rms_norm(x, norm)
 
     def _add_attended(self, index: int, tile: RowTile) -> None:
         """Add the projection of what a tile's heads found, the first half of :meth:`Expert.finish`."""
@@ -255,12 +285,13 @@ class _Run:
         """Add the feed-forward of a tile, the second half."""
         expert, out, updates = tile.expert(self._layers[index]), self._sum[tile.rows], tile.updates(index)
         normed = self._norm(tile, expert.post_attention_layernorm)
-        if tile.few:
-            gate, up = project(normed, expert.mlp.gate_up_proj, few=True).chunk(2, dim=1)
-            updates("gate_proj", normed, gate)
-            updates("up_proj", normed, up)
-            active = silu_product(gate, up)
-            add_projection(active, expert.mlp.down_proj, out, few=True)
+        if self._is_compiled(tile):
+            products = project(normed, expert.mlp.gate_up_proj, few=tile.few)
+            for name, part in zip(GATE_UP, products.chunk(2, dim=1), strict=True):
+                updates(name, normed, part)
+            active = self._kernels.silu_product(products)
+            del products
+            add_projection(active, expert.mlp.down_proj, out, tile.few)
             updates("down_proj", active, out)
             return
         inner = self._scratch.inner.pop()
@@ -288,14 +319,18 @@ class _Run:
             self._pool.parallel_for(attend_part, parts)
 
     def _heads(self, span: QuerySpan, length: int, kv_heads: int) -> Iterator[tuple[QuerySpan, slice, slice]]:
-        """A span with the query heads and key heads that one thread takes: all, or one each."""
+        """A span with the query heads and key heads that one thread takes: all, those of a key head, or one each."""
         heads, rows = self._scratch.attended.shape[1], span.stop - span.start
         if self._pool.size == 1 or rows < MIN_HEAD_ROWS or rows * length < MIN_HEAD_SCORES:
             yield span, slice(0, heads), slice(0, kv_heads)
             return
-        for head in range(heads):
+        # Heads with the same keys share the copies that are made of these.
+        share = heads // kv_heads
+        if kv_heads % self._pool.size or share * rows > MAX_PART_ROWS:
+            share = 1
+        for head in range(0, heads, share):
             kv_head = head * kv_heads // heads
-            yield span, slice(head, head + 1), slice(kv_head, kv_head + 1)
+            yield span, slice(head, head + share), slice(kv_head, kv_head + 1)
 
 
 def _add_mlp(mlp: MLP, x: Tensor, residual: Tensor, inner: tuple[Tensor, ...], updates: LayerUpdates) -> None:

@@ -28,6 +28,7 @@ SUMS = {"reassoc", "contract", "nsz"}
 INNER = np.uint64(1024)  # numbers of four weight rows, which all rows read while they are in the first cache
 GROUP = np.uint64(4)  # rows of the weight at a time
 MIN_THREAD_WEIGHTS = 1 << 17  # which one thread reads in some 20 us
+MINUS_LOG2E = np.float32(-math.log2(math.e))
 ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
 LOWEST = np.float32(-3e38)  # above the -inf of no key yet, from which nothing can be subtracted
 LEAST = np.float32(-126)  # the exponent of the smallest normal number
@@ -144,18 +145,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _norm_and_rotate(products, first, weight, eps, cos, sin, out):  # pragma: no cover - compiled
     rows, heads, size = out.shape
     half = size // 2
+    # The norm's weights times the tables, for all heads of a row.
+    low_cos, low_sin, high_cos, high_sin = np.empty((4, half), np.float32)
     for row in range(rows):
+        for k in range(half):
+            low_cos[k], low_sin[k] = weight[k] * cos[row, k], weight[half + k] * sin[row, k]
+            high_cos[k], high_sin[k] = weight[half + k] * cos[row, half + k], weight[k] * sin[row, half + k]
         for head in range(heads):
             start = first + head * size
+            # Slices, as an index that is not a loop's own is checked for counting from the end, without vectors.
+            low, high = products[row, start : start + half], products[row, start + half : start + size]
             total = ZERO
-            for k in range(size):
-                total += products[row, start + k] * products[row, start + k]
-            scale = np.float32(1) / np.sqrt(total / np.float32(size) + eps)
             for k in range(half):
-                low = products[row, start + k] * scale * weight[k]
-                high = products[row, start + half + k] * scale * weight[half + k]
-                out[row, head, k] = low * cos[row, k] + high * sin[row, k]
-                out[row, head, half + k] = high * cos[row, half + k] + low * sin[row, half + k]
+                total += low[k] * low[k] + high[k] * high[k]
+            scale = np.float32(1) / np.sqrt(total / np.float32(size) + eps)
+            low_out, high_out = out[row, head, :half], out[row, head, half:]
+            for k in range(half):
+                low_out[k] = scale * (low[k] * low_cos[k] + high[k] * low_sin[k])
+            for k in range(half):
+                high_out[k] = scale * (high[k] * high_cos[k] + low[k] * high_sin[k])
 
 
 def norm_and_rotate(
@@ -275,3 +283,25 @@ def softmax_block(scores: Tensor, keys: int, largest: Tensor, total: Tensor, shr
     tops = scores[:, :keys].amax(dim=1)
     arrays = (x.numpy() for x in (tops, largest, total, shrink))
     _softmax_block(scores.numpy(), keys, *arrays)
+
+
+@njit("(f4[:, ::1], f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True, error_model="numpy")
+def _silu_product(products, out):  # pragma: no cover - compiled
+    rows, size = out.shape
+    for row in range(rows):
+        gate, up, place = products[row, :size], products[row, size:], out[row]
+        for k in range(size):
+            x = gate[k] * MINUS_LOG2E
+            x = min(max(x, LEAST), -LEAST)
+            whole = np.int32(np.floor(x + HALF))
+            x -= np.float32(whole)
+            power = ONE + x * (E1 + x * (E2 + x * (E3 + x * (E4 + x * (E5 + x * E6)))))
+            power *= _from_bits((whole + np.int32(127)) << np.int32(23))
+            place[k] = gate[k] / (ONE + power) * up[k]
+
+
+def silu_product(products: Tensor) -> Tensor:
+    """``silu(gate) * up`` of products [rows, gate then up], contiguous float32 -> [rows, half of that]."""
+    out = products.new_empty(len(products), products.shape[1] // 2)
+    _silu_product(products.numpy(), out.numpy())
+    return out

@@ -42,8 +42,8 @@ WEIGHTS = 1 << 19  # of a quantised layer that are decoded at once
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, into ``out`` if given; x [rows, in], weight [out, in] -> [rows, out]."""
-    if takes_onednn(x):
-        return _onednn_linear(x, weight, bias, x.new_empty(len(x), len(weight)) if out is None else out)
+    if takes_onednn(x.dtype):
+        return _onednn_linear(x, weight, bias, out)
     rows = len(x)
     if rows < MIN_ROWS:
         padded = linear(_padded(x), weight, bias)[:rows]
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``x @ weight.T`` to ``out`` [rows, out]; x [rows, in], weight [out, in]."""
-    if takes_onednn(x):
+    if takes_onednn(x.dtype):
         _onednn_linear(x, weight, None, out, add=True)
         return
     rows = len(x)
@@ -113,20 +113,28 @@ def _is_amd() -> bool:
         return False
 
 
-def takes_onednn(x: Tensor) -> bool:
-    """Whether x takes oneDNN's products in pieces of a few sizes.
+def takes_onednn(dtype: torch.dtype) -> bool:
+    """Whether products in ``dtype`` are oneDNN's, in pieces of a few sizes.
 
     On an AMD processor they are the faster ones in float32: MKL's use half a vector. In bfloat16 torch's own are
     oneDNN's where the processor has instructions for it.
     """
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
         return False
-    if x.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported()
-    return x.dtype == torch.float32 and _is_amd()
+    return dtype == torch.float32 and _is_amd()
 
 
-def onednn_pieces(rows: int) -> Iterator[tuple[int, int]]:
+def compiles_all(dtype: torch.dtype) -> bool:
+    """Whether many rows, too, take the compiled kernels between their products.
+
+    Beside MKL's products, which write to any place, they are unmeasured.
+    """
+    return few_rows_kernels(dtype) is not None and takes_onednn(dtype)
+
+
+def onednn_pieces(rows: int, sizes: tuple[int, ...] = ONEDNN_ROWS) -> Iterator[tuple[int, int]]:
     """First row and size of the pieces that oneDNN's products of ``rows`` are cut into; the last may be larger.
 
     The library keeps code for every number of rows that it meets, half a megabyte for each shape of a weight. So
@@ -134,7 +142,7 @@ def onednn_pieces(rows: int) -> Iterator[tuple[int, int]]:
     """
     start = 0
     while start < rows:
-        size = next((size for size in ONEDNN_ROWS if size <= rows - start), ONEDNN_ROWS[-1])
+        size = next((size for size in sizes if size <= rows - start), sizes[-1])
         yield start, size
         start += size
 
@@ -145,8 +153,12 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return product
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
-    """oneDNN's product in ``out``, or added to it."""
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, add: bool = False) -> Tensor:
+    """oneDNN's product in ``out``, or added to it; into memory of its own where ``out`` is None."""
+    if out is None and len(x) in ONEDNN_ROWS:
+        return onednn_product(x, weight, bias)
+    if out is None:
+        out = x.new_empty(len(x), len(weight))
     for start, size in onednn_pieces(len(x)):
         part = x[start : start + size]
         if len(part) < size:
