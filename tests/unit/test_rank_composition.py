@@ -1,4 +1,4 @@
-"""The table of docs/deploy.md, what composes with what: every entry serves, or is refused by name before a start."""
+"""The table of docs/parallelism.md, what combines: every entry serves, or is refused by name before a start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {
     "`use_hsdp`": (1, "use_hsdp"),
 }
 BESIDE: dict[str, dict[str, Any]] = {"use_hsdp": {"use_hsdp": True, "hsdp_shard_size": 2}}  # of others 2 alone
-DOC = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+DOC = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in DOC.partition(f"| | {' | '.join(SIZES)} |")[2].partition("\n\n")[0].splitlines()[2:]

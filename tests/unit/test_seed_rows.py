@@ -185,5 +185,5 @@ def test_every_command_is_understood_as_it_is_printed(monkeypatch: pytest.Monkey
 
 
 def test_the_documentation_has_every_row() -> None:
-    text = (ROOT / "docs" / "deploy.md").read_text()
+    text = (ROOT / "docs" / "vllm-omni.md").read_text()
     assert [row["say"] for row in ROWS if row["say"] not in text] == []

@@ -114,7 +114,7 @@ def test_the_docs_say_how_many_texts_the_published_models_default_pool_holds(tmp
         side = checkpoint.config.latent.max_side
         found = memory._planned(checkpoint, config, GPU, (side, side), Available(2**40, GIB, free, None, free), True)[0]
         said.append(memory.pool_summary(found).split()[2])
-    docs = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
     assert "{} texts on 80 GB with `bagel_single_stage`, and {} with `bagel`".format(*said) in docs
 
 
