@@ -56,11 +56,11 @@ def _attend_group(query: Tensor, key: Tensor, value: Tensor, kernels: ModuleType
         keys, values = key[first : first + step], value[first : first + step]
         count = len(keys)
         padding = 0, 0, 0, -count % KEY_STEP
-        keys, values = F.pad(keys, padding).contiguous(), F.pad(values, padding).t().contiguous()
+        keys, values = (F.pad(whole, padding).contiguous() for whole in (keys, values))
         for queries, place, *sums in parts:
             weights = onednn_product(queries, keys)  # [rows, keys]: the scores
             kernels.softmax_block(weights, count, *sums)
-            more = onednn_product(weights, values)
+            more = onednn_product(weights, values.t())
             _ = torch.addcmul(more, place, sums[2][:, None], out=place) if first else place.copy_(more)
             del weights, more  # before the next are computed
     by_head, sizes = found[:rows].view(heads, tokens, size), total[:rows].view(heads, tokens, 1)
