@@ -31,7 +31,7 @@ from bagel_triton.parallel.rank import RankModel
 from bagel_triton.parallel.sizes import Sizes
 from bagel_triton.pipeline import local
 from bagel_triton.protocol.request import GenerationRequest
-from bagel_triton.serving.memory_plan import first_rank_weights
+from bagel_triton.serving.stage_memory import first_rank_weights
 from bagel_triton.weights.checkpoint import Checkpoint
 from tests.rehearsal.fake_gpu import Tally, fake_gpu
 from tests.rehearsal.scenes import GPU, PROMPT, TINY, Stage, image, stage

@@ -19,6 +19,7 @@ from bagel_triton.model.device import Placement
 from bagel_triton.pipeline.local import LocalStages
 from bagel_triton.protocol.request import GenerationRequest
 from bagel_triton.serving import memory_plan as memory
+from bagel_triton.serving import stage_memory
 from bagel_triton.serving.memory_plan import Available, NotEnoughMemory
 from bagel_triton.weights.adapters import adapter_bytes
 from bagel_triton.weights.checkpoint import Checkpoint
@@ -56,13 +57,13 @@ def loaded_bytes(module: torch.nn.Module) -> int:
 
 
 def test_a_token_of_the_published_model_takes_57344_bytes():
-    assert memory.kv_token_bytes(PUBLISHED.language, "bfloat16") == 57_344
+    assert stage_memory.kv_token_bytes(PUBLISHED.language, "bfloat16") == 57_344
 
 
 def test_the_published_weights_take_what_their_file_does():
     with torch.device("meta"):
         transformer = Bagel(PUBLISHED).to(torch.bfloat16)
-    assert memory.module_bytes(transformer) == pytest.approx(29.2e9, rel=1e-3)
+    assert stage_memory.module_bytes(transformer) == pytest.approx(29.2e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

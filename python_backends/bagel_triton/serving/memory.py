@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(config: DeployConfig, folder: Path, args: argparse.Namespace, default_pool: bool) -> None:
     """Print the table of the stages on one device."""
-    from bagel_triton.serving import memory_plan
+    from bagel_triton.serving import memory_plan, stage_memory
     from bagel_triton.weights.adapters import USUAL_RANK
     from bagel_triton.weights.checkpoint import Checkpoint
 
@@ -86,7 +86,7 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace, default_
     print("Together, weights that stages share count once." if need.shares_weights else "No stages share weights.")
     if private is not None and not config.topology.one_process:
         print(f"They cannot on {placement.device}: {private}.")
-    later = memory_plan.later_adapters(config)
+    later = stage_memory.later_adapters(config)
     if config.lora_modules or later:
         rank = config.max_lora_rank or USUAL_RANK
         room = f", and room for {later} more of rank {rank} (max_loras, max_lora_rank)" if later else ""

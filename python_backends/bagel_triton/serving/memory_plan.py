@@ -12,50 +12,20 @@ from dataclasses import dataclass
 
 import msgspec
 import torch
-from torch import nn
 
 from bagel_triton.deploy.config import DeployConfig
-from bagel_triton.deploy.topology import DECODER, DIT, THINKER
-from bagel_triton.engine.dit.workspace import BRANCHES, context_tokens, latent_tokens, workspace_tokens
-from bagel_triton.engine.thinker.engine import decoded_blocks, kv_geometry
-from bagel_triton.kv.store import token_bytes
-from bagel_triton.model.autoencoder import Autoencoder
-from bagel_triton.model.bagel import Bagel
-from bagel_triton.model.config import LanguageConfig
-from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.engine.thinker.engine import decoded_blocks
 from bagel_triton.model.device import Placement
-from bagel_triton.parallel.sizes import Sizes, kv_heads_of
-from bagel_triton.protocol.events import Stage
 from bagel_triton.protocol.request import TEXT
-from bagel_triton.serving.activations import DECODER_CODE, decode_bytes, encode_bytes, forward_bytes, generated_bytes
-from bagel_triton.weights.adapters import USUAL_RANK, adapter_bytes, largest_bytes
+from bagel_triton.serving.stage_memory import StageMemory, StageParts
 from bagel_triton.weights.checkpoint import Checkpoint
-from bagel_triton.weights.files import TensorFiles
-from bagel_triton.weights.folder import AUTOENCODER_FILE
 
-CONTEXT_BYTES = 768 << 20  # of a process on a GPU: its context, cuBLAS's workspaces, kernels, CUDA graphs
-NCCL_BYTES = 512 << 20  # of one that is a rank beside that: the buffers of its communicators
 USUAL_PROMPT = 64  # tokens, of the texts that the size of a pool is given in
 POOL_PART = 0.9  # of a GPU's free memory that a plan may take with a pool larger than the least
 
 
 class NotEnoughMemory(ValueError):
     """A configuration needs more memory than there is; the message says what to lower."""
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """One stage's bytes; ``kv`` is the thinker's pool, or the DiT's copies of contexts."""
-
-    stage: Stage
-    weights: int = 0
-    kv: int = 0
-    activations: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of the stage, as if it shared no weights."""
-        return self.weights + self.kv + self.activations
 
 
 @dataclass(frozen=True)
@@ -111,160 +81,25 @@ def plan(
         width: likewise.
         shares_weights: whether the stages' processes can have one copy of the weights there.
     """
-    one_process = config.topology.one_process
-    model, dtype = checkpoint.config, placement.torch_dtype
-    quantization = config.thinker.quantization, config.thinker.quantization if one_process else config.dit.quantization
-    forms = [checkpoint.form(form) for form in quantization]
-    draws = config.load != "understanding"
-    with torch.device("meta"):
-        autoencoder = Autoencoder(TensorFiles([checkpoint.directory / AUTOENCODER_FILE]).shapes())
-    autoencoder_weights = module_bytes(checkpoint.autoencoder())
-    on_gpu = placement.torch_device.type == "cuda"
-    gigabytes = config.thinker.cpu_offload_gb, (config.thinker if one_process else config.dit).cpu_offload_gb
-    moved = [checkpoint.offloaded_bytes(dtype, *stage) for stage in zip(quantization, gigabytes, strict=True)]
-    resident = [
-        checkpoint.bagel_bytes(dtype, form) - (host if on_gpu else 0)
-        for form, (host, _) in zip(quantization, moved, strict=True)
-    ]
-    thinker_weights, dit_weights = (size + slots for size, (_, slots) in zip(resident, moved, strict=True))
-    at_work = moved[:1] if one_process or not draws else moved if config.stage_id is None else [moved[config.stage_id]]
-    offloaded = sum(host for host, _ in at_work) if on_gpu else 0
-    shares_weights = shares_weights and not offloaded  # each process copies from its own
-    thinker_ranks, dit_ranks = rank_weights(config, thinker_weights, dit_weights, model.language.num_layers)
-    ranks = [Sizes.of(config, stage) for stage in (THINKER, DIT)]
-    if on_gpu:  # which is the first rank's alone
-        thinker_ranks = dit_ranks = 0
-        thinker_weights, dit_weights = (
-            first_rank_weights(checkpoint.bagel(dtype, form), size) if size.cut else weights
-            for size, form, weights in zip(ranks, quantization, (thinker_weights, dit_weights), strict=True)
-        )
-    adapters = sum(adapter_bytes(folder, dtype) for folder in config.lora_modules.values())
-    adapters += later_adapters(config) * largest_bytes(model.language, config.max_lora_rank or USUAL_RANK, dtype)
-    token = kv_token_bytes(model.language, placement.dtype_name)
-    pool = -(-config.thinker.kv_tokens // config.thinker.block_tokens) * config.thinker.block_tokens * token
-    segment = config.mooncake_store.segment_of(pool) if config.connector == "mooncake_store" else 0
-    # torch rounds pinned memory up to a power of two.
-    lent = 1 << (pool - 1).bit_length() if config.connector == "mooncake" else segment
-    # The other ranks' heads of it; on a GPU they are elsewhere. In one process the thinker's ranks may be the DiT's.
-    meets = ranks[1] if one_process and ranks[0].tensor == ranks[1].tensor > 1 else ranks[0]
-    prefilling = meets.tensor * meets.ulysses
-    rank_heads = [kv_heads_of(model.language, rank, prefilling) for rank in range(1, prefilling)]
-    rank_pools = 0 if on_gpu else pool * sum(own.stop - own.start for own in rank_heads) // model.language.num_kv_heads
-    images = config.dit.max_num_seqs
-    latents = latent_tokens(model, height, width)
-    side = model.latent.max_side  # a GPU's workspace is made once, for the largest
-    workspace = workspace_tokens(model, images, *((side, side) if on_gpu else (height, width)))
-    tiled = config.vae_decode.use_tiling is not False
-    # Images above 512x512 are decoded one at a time.
-    decoded = 1 if not on_gpu or height * width > strips.WORTH_IT else config.decoder.max_batch_size
-    decoders = config.vae_decode.patch_parallel_size
-    decoding = decode_bytes(autoencoder.decoder, height, width, tiled, on_gpu, decoders)
-    # In one process each rank has an autoencoder of its own, as it shares no weights.
-    decoder_ranks = (max(decoders, config.dit.ranks) - 1) * autoencoder_weights if one_process and decoders > 1 else 0
-    halves = [module_bytes(part) // 2 if on_gpu else 0 for part in (autoencoder.encoder, autoencoder.decoder)]
-    image = min(context_tokens(model, height, width)[1], config.thinker.kv_tokens)
-    packed = min(config.thinker.max_num_batched_tokens, config.thinker.kv_tokens)
-    condition_width, condition_height = model.vae_resize.size(width, height)
-    stages: tuple[StageMemory, ...] = (
-        StageMemory(
-            "thinker",
-            weights=thinker_weights + autoencoder_weights + thinker_ranks + adapters,
-            kv=pool + rank_pools + (0 if on_gpu else segment),
-            activations=max(
-                forward_bytes(model.language, packed, placement, torch.get_num_threads(), forms[0], image),
-                encode_bytes(autoencoder.encoder, condition_height, condition_width) if draws else 0,
-            )
-            + (halves[0] if draws else 0),
-        ),
-        StageMemory(
-            "dit",
-            weights=dit_weights + dit_ranks + adapters,
-            kv=workspace
-            * token
-            * (min(config.dit.ranks, 2) if on_gpu else config.dit.cfg_ranks),  # its part and a claim
-            activations=forward_bytes(
-                model.language, images * BRANCHES * latents, placement, torch.get_num_threads(), forms[1], latents
-            )
-            + (0 if on_gpu else generated_bytes(dtype)),
-        ),
-        StageMemory(
-            "vae_decode",
-            weights=autoencoder_weights + decoder_ranks,
-            activations=decoded * decoding + halves[1] + (0 if on_gpu else DECODER_CODE),
-        ),
-    )
-    in_files = placement.torch_device.type == "cpu" and not one_process
-    shared = pool if _pool_is_shared(config, placement) else 0
-    if config.stage_id is not None or not draws:
+    parts = StageParts(checkpoint, config, placement, height, width)
+    stages: tuple[StageMemory, ...] = (parts.thinker(), parts.dit(), parts.vae_decode())
+    if config.stage_id is not None or not parts.draws:
         stages = tuple(stage for stage in stages if stage.stage in config.models)
     weights = sum(stage.weights for stage in stages)
-    if one_process or shares_weights:
-        stage_id = config.stage_id if draws else 0
-        stages_here = (0, 1) if stage_id is None else (stage_id,)
-        apart = [number for number in stages_here if on_gpu and ranks[number].cut]
-        loaded = tuple(quantization[number] for number in stages_here if number not in apart)
-        if len({form and form.storage for form in map(checkpoint.form, loaded)}) == 1:
-            loaded = loaded[:1]
-        sizes = dict(zip(quantization, resident, strict=True))
-        weights = sum(sizes[form] for form in loaded) + autoencoder_weights + sum(slots for _, slots in at_work)
-        together = one_process and len(apart) == 2  # of one group
-        weights += sum((thinker_weights, dit_weights)[number] for number in apart[: 1 if together else 2])
-        weights += (thinker_ranks if stage_id != 1 else 0) + (dit_ranks if stage_id != 0 else 0)
-        weights += decoder_ranks
-        weights += adapters if one_process else adapters * sum(stage.stage != "vae_decode" for stage in stages)
-        if in_files:
-            shared += checkpoint.stored_apart(dtype, loaded)
-    processes = 1 if one_process or config.stage_id is not None else len(stages)
-    groups = [name for name in (THINKER, DIT, DECODER) if Sizes.of(config, name).ranks > 1]
-    meeting = min(len(groups), 1) if one_process else len({*groups} & {*config.models})
-    contexts = (1 + processes) * CONTEXT_BYTES + meeting * NCCL_BYTES if on_gpu else 0
-    return MemoryPlan(
-        stages, token, weights, shared, contexts, offloaded, lent if on_gpu and config.stage_id != 1 else 0
-    )
-
-
-def first_rank_weights(model: Bagel, sizes: Sizes) -> int:
-    """Bytes of ``model`` that rank 0 has where ``sizes`` cut it: its part of the layers, and what is in none."""
-    layers = model.language_model.model.layers
-    inside = module_bytes(layers)
-    # Of sharded layers the one at work is whole, and the next one meanwhile.
-    gathered = 2 * inside // len(layers) if sizes.shard > 1 else 0
-    return module_bytes(model) - inside + inside // (sizes.tensor * sizes.shard) + gathered
-
-
-def later_adapters(config: DeployConfig) -> int:
-    """Adapters that there is memory kept for beside those of the start."""
-    return max((config.max_loras or 1) - len(config.lora_modules), 0) if config.lora_dir else 0
-
-
-def rank_weights(config: DeployConfig, thinker: int, dit: int, layers: int) -> tuple[int, int]:
-    """Bytes that each stage's ranks have beside the copy of ``thinker`` or ``dit`` bytes that stages share."""
-    if config.topology.one_process:  # each rank loads the whole before it keeps a part
-        return 0, (config.dit.ranks - (config.dit.shards == 1)) * dit
-    if config.dit.shards > 1:  # one copy for each group of ranks, and on each a layer at work and the next
-        dit_ranks = config.dit.ranks // config.dit.shards * dit + config.dit.ranks * 2 * dit // layers
-        return (thinker if config.thinker.tensor_parallel_size > 1 else 0, dit_ranks)
-    # The parts of tensor-parallel ranks are one copy together.
-    return (
-        thinker if config.thinker.tensor_parallel_size > 1 else 0,
-        config.dit.ranks // config.dit.tensor_parallel_size * dit if config.dit.tensor_parallel_size > 1 else 0,
-    )
+    shared = parts.pool if _pool_is_shared(config, placement) else 0
+    # Of offloaded weights each process copies from its own.
+    if parts.one_process or (shares_weights and not parts.offloaded):
+        weights = parts.weights_of_all(stages)
+        if not parts.on_gpu and not parts.one_process:
+            shared += checkpoint.stored_apart(placement.torch_dtype, parts.whole)
+    lent = parts.lent if parts.on_gpu and config.stage_id != 1 else 0
+    return MemoryPlan(stages, parts.token, weights, shared, parts.contexts(stages), parts.offloaded, lent)
 
 
 def _pool_is_shared(config: DeployConfig, placement: Placement) -> bool:
     """Whether the pool is in the host's shared memory; else it is the thinker's own, or on the GPU."""
     on_cpu = placement.torch_device.type == "cpu"
     return on_cpu and not config.topology.one_process and config.connector in ("auto", "shm")
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights, on any device."""
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-
-def kv_token_bytes(config: LanguageConfig, dtype: str) -> int:
-    """Bytes of one token's keys and values."""
-    return token_bytes(kv_geometry(config, 1, dtype))
 
 
 @dataclass(frozen=True)
