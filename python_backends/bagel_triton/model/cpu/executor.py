@@ -4,7 +4,8 @@ Everything but the attention is computed for each row on its own. So a thread ta
 rows from one layer's attention to the next layer's: output projection, feed-forward, norm,
 queries, keys and values. What lies between two matrix products stays in the core's cache, and
 the scratch buffers are as large as a tile. All layers share them: to allocate memory anew in
-each layer takes longer than the norms do, in page faults.
+each layer takes longer than the norms do, in page faults. A tile of oneDNN's is one product,
+whose result is new memory; the heap keeps that (``heap_limits`` in ``engine/build.py``).
 
 Hidden states are those of :meth:`Transformer.forward` to the rounding of float32, and those of a
 row do not depend on the tile it is in, on other rows or on the number of threads.

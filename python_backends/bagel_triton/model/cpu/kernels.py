@@ -4,6 +4,9 @@ A product of few rows takes the time of reading its weights. The libraries behin
 memory's rate, and from two rows on in other ways for other numbers of rows. Here any row is multiplied by the same
 instructions, whichever rows are beside it, so its bits do not depend on them.
 
+Norms, rotations, the activation and a softmax pass once over numbers that torch passes over three to six times. They
+are for many rows, too, beside products of oneDNN: see :func:`~bagel_triton.model.cpu.row_stable.compiles_all`.
+
 The threads are torch's own OpenMP threads of the caller: a second set would compete with them for the cores.
 
 Raises:
