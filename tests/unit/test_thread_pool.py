@@ -142,26 +142,26 @@ def test_a_product_does_not_depend_on_the_threads_that_compute_it():
     pool.close()
 
 
-def _threads() -> int:
+def _threads() -> set[str]:
     """Threads of this process, OpenMP's included."""
-    return len(list(Path("/proc/self/task").iterdir()))
+    return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
 @needs_two_threads
 def test_released_intraop_threads_end_and_the_next_ones_compute_the_same():
-    def work() -> int:
+    def work() -> set[str]:
         a = torch.randn(700, 700, generator=torch.Generator().manual_seed(0))
         before = _threads()
         first = a @ a
-        started = _threads()
+        started = _threads() - before  # threads of earlier tests may end meanwhile
         release_intraop_threads()
-        after = _threads()
+        left = started & _threads()
         assert torch.equal(a @ a, first)
-        assert torch.get_num_threads() == started - before + 1
+        assert torch.get_num_threads() == len(started) + 1
         release_intraop_threads()
-        return after - before
+        return left
 
-    assert on_a_thread(work) == 0
+    assert not on_a_thread(work)
 
 
 @needs_two_threads
@@ -171,4 +171,4 @@ def test_idle_engines_hold_no_intraop_threads(local_stages: LocalStages):
     before = _threads()
     generate(local_stages, request)
     release_intraop_threads()
-    assert soon(lambda: _threads() == before)  # every engine has to notice that it is idle
+    assert soon(lambda: _threads() <= before)  # every engine has to notice that it is idle
