@@ -1,4 +1,4 @@
-"""The compiled kernels for few rows: the formulas of the model, and the same bits in any batch."""
+"""The compiled kernels: the formulas of the model, and the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_norm_and_rotation_are_the_model_s_and_do_not_depend_on_the_batch() -> N
 @torch.inference_mode()
 def test_the_activation_is_the_model_s_and_does_not_depend_on_the_batch() -> None:
     products = torch.randn(40, 2 * 101, generator=torch.Generator().manual_seed(0)) * 4
-    products[0, :6] = torch.tensor([0.0, -0.0, 87.0, -87.0, 1e30, -1e30])
+    products[0, :8] = torch.tensor([0.0, -0.0, 87.0, -87.0, 1e30, -1e30, -3e38, 1e38])
     full = kernels.silu_product(products)
     gate, up = products.double().chunk(2, dim=1)
     torch.testing.assert_close(full.double(), F.silu(gate) * up, rtol=2e-6, atol=2e-6)
@@ -126,19 +126,26 @@ def test_the_attention_of_many_rows_is_attention_and_a_row_does_not_depend_on_ot
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "takes_onednn", lambda x: True)
+    monkeypatch.setattr(attention, "MAX_PART_ROWS", 650)  # two heads of 300 rows; and 700 rows are two parts
     generator = torch.Generator().manual_seed(0)
-    for rows, heads, kv_heads, size, length in ((64, 4, 2, 16, 1), (90, 6, 2, 20, 1025), (300, 7, 1, 128, 2500)):
+
+    def attended(*operands: torch.Tensor) -> torch.Tensor:
+        out = torch.full_like(operands[0], torch.nan)
+        attention.attend_many(*operands, causal=False, out=out)
+        return out
+
+    sizes = (64, 4, 2, 16, 1), (90, 6, 2, 20, 1025), (300, 7, 1, 128, 2500), (700, 2, 1, 16, 80)
+    for rows, heads, kv_heads, size, length in sizes:
         query = torch.randn(rows, heads, size, generator=generator)
         # Scores far from 0, on either side: padding must not be the largest of them.
         key = 3 * torch.randn(length, kv_heads, size, generator=generator) - 5 * query[:1, :kv_heads]
         value = torch.randn(length, kv_heads, size, generator=generator)
-        found = attention.attend_many(query, key, value, causal=False)
+        found = attended(query, key, value)
         exact = attend(query.double(), key.double(), value.double(), causal=False)
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-5)
-        assert torch.equal(attention.attend_many(query[-64:], key, value, causal=False), found[-64:])
+        assert torch.equal(attended(query[-64:], key, value), found[-64:])
         group = heads // kv_heads
-        part = attention.attend_many(query[:, :group], key[:, :1], value[:, :1], causal=False)
-        assert torch.equal(part, found[:, :group])
+        assert torch.equal(attended(query[:, :group], key[:, :1], value[:, :1]), found[:, :group])
 
 
 @pytest.mark.parametrize("threads", [1, 3, 64])
@@ -147,15 +154,24 @@ def test_threads_change_no_bit(threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 1024, generator=generator), torch.randn(1027, 1024, generator=generator)
     query, key = torch.randn(1, 28, 64, generator=generator), torch.randn(300, 4, 64, generator=generator)
+    many, angles = torch.randn(700, 1024, generator=generator), torch.randn(700, 1, 64, generator=generator)
     before = torch.get_num_threads()
+
+    def results() -> list[torch.Tensor]:
+        out, attended, rotated = (torch.full(shape, torch.nan) for shape in ((3, 1027), query.shape, (700, 8, 64)))
+        kernels.product(x, weight, weight[:, 0].contiguous(), out)
+        kernels.attend_row(query, key, key, attended)
+        kernels.norm_and_rotate(many, 512, many[0, :64], 1e-6, angles.cos(), angles.sin(), rotated)
+        scores, largest, total, shrink = many.clone(), torch.zeros(700), torch.ones(700), torch.empty(700)
+        kernels.softmax_block(scores, 1000, largest, total, shrink)
+        rows = kernels.rms_norm(many, many[0], 1e-6), kernels.silu_product(many)
+        return [out, attended, rotated, scores, largest, total, shrink, *rows]
+
     found = []
     try:
         for count in (2, threads):
             torch.set_num_threads(count)
-            out, attended = torch.full((3, 1027), torch.nan), torch.full_like(query, torch.nan)
-            kernels.product(x, weight, weight[:, 0].contiguous(), out)
-            kernels.attend_row(query, key, key, attended)
-            found.append((out, attended))
+            found.append(results())
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
@@ -175,6 +191,7 @@ query, key = torch.ones(1, 28, 128), torch.ones(300, 4, 128)
 attended = torch.full_like(query, torch.nan)
 kernels.attend_row(query, key, key, attended)
 assert torch.allclose(attended, query)
+assert torch.allclose(kernels.rms_norm(torch.ones(700, 1024), torch.ones(1024), 0.0), torch.ones(()))
 """
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_THREAD_LIMIT": "1"}, check=False)
     assert run.returncode == 0

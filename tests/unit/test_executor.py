@@ -105,7 +105,7 @@ def test_rows_that_are_not_wanted_change_nothing(bagel: Bagel) -> None:
 def test_the_size_of_a_tile_changes_nothing(bagel: Bagel, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     images = _images(bagel, (16, 25, 9))
     usual = _hidden(bagel, images)
-    monkeypatch.setattr(executor, "MAX_TILE_ROWS", rows)
+    monkeypatch.setattr(executor, "tile_rows", lambda *limits: rows)
     for cut, whole in zip(_hidden(bagel, images), usual, strict=True):
         assert_same(cut, whole)
 
@@ -113,8 +113,7 @@ def test_the_size_of_a_tile_changes_nothing(bagel: Bagel, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("gen_rows", [0, 1, 7, 20])
 def test_every_row_is_in_one_tile_of_its_expert(monkeypatch: pytest.MonkeyPatch, gen_rows: int, threads: int) -> None:
-    monkeypatch.setattr(executor, "MAX_TILE_ROWS", 7)
-    monkeypatch.setattr(executor, "MIN_TILE_ROWS", 2)
+    monkeypatch.setattr(executor, "tile_rows", lambda *limits: 7)
     tables = torch.empty(20, 1, 4)
     gen: dict[int, bool] = {}
     for tile in tiles_of(PackedBatch(gen_rows, tables, tables), threads, torch.float32):

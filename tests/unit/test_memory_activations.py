@@ -39,6 +39,30 @@ def peak_bytes(work: Callable[[], object], folder: Path) -> int:
     return peak
 
 
+def forward_peak(
+    folder: Path, transformer: Transformer, rows: int, sequences: int, threads: int, markers: int = 8, past: int = 512
+) -> int:
+    """Of one forward of ``sequences`` of ``rows``, by the executor's threads; by none, the plain forward, a GPU's."""
+    language, dtype = transformer.config, transformer.norm.weight.dtype
+    geometry = KVGeometry(language.num_layers, language.num_kv_heads, language.head_dim, 16, "float32")
+    stores = [torch.zeros(store_shape(geometry, past + rows), dtype=dtype) for _ in range(sequences)]
+    spans = [QuerySpan(index * rows, (index + 1) * rows, index, causal=False) for index in range(sequences)]
+    kv = WorkspaceStep(spans, stores, [[(span.start, span.stop, past)] for span in spans])
+    tokens = rows * sequences
+    pool = ThreadPool(max(threads, 1))
+    run = CpuExecutor(transformer, pool) if threads else transformer
+
+    def forward() -> torch.Tensor:
+        cos, sin = rotary_tables(torch.arange(tokens), language, dtype)
+        embeddings = torch.ones(tokens, language.hidden_size, dtype=dtype)
+        return run(embeddings, PackedBatch(tokens - markers, cos, sin), kv)
+
+    try:
+        return peak_bytes(forward, folder)
+    finally:
+        pool.close()
+
+
 # Threads need not be at their peaks at the same time.
 @pytest.mark.parametrize(
     ("dtype", "threads", "least", "name"),
@@ -49,32 +73,32 @@ def peak_bytes(work: Callable[[], object], folder: Path) -> int:
     ],
 )
 def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, threads: int, least: float, name: str):
-    """By the executor's threads; by none, the plain forward, which is a GPU's."""
     language, form = LanguageConfig(256, 704, 2, 8, 2, 32, 64, 1e6, 1e-6), FORMS.get(name)
     transformer = Transformer(language).requires_grad_(False).to(dtype)
     if form is not None:
         quantize(transformer, form)
-    rows, past, sequences = 256, 512, 6
-    geometry = KVGeometry(2, 2, 32, 16, "float32")
-    stores = [torch.zeros(store_shape(geometry, past + rows), dtype=dtype) for _ in range(sequences)]
-    spans = [QuerySpan(index * rows, (index + 1) * rows, index, causal=False) for index in range(sequences)]
-    kv = WorkspaceStep(spans, stores, [[(span.start, span.stop, past)] for span in spans])
-    tokens = rows * sequences
-    gen_rows = tokens - 8  # both experts take part
-    pool = ThreadPool(max(threads, 1))
-    run = CpuExecutor(transformer, pool) if threads else transformer
-
-    def forward() -> torch.Tensor:
-        cos, sin = rotary_tables(torch.arange(tokens), language, dtype)
-        return run(torch.ones(tokens, 256, dtype=dtype), PackedBatch(gen_rows, cos, sin), kv)
-
-    peak = peak_bytes(forward, tmp_path)
-    pool.close()
+    rows, sequences = 256, 6
+    peak = forward_peak(tmp_path, transformer, rows, sequences, threads)  # both experts take part
     placement = Placement(CPU if threads else CUDA, dtype)
-    estimated = activations.forward_bytes(language, tokens, placement, threads, form, span=rows)
+    estimated = activations.forward_bytes(language, rows * sequences, placement, threads, form, span=rows)
     if dtype == torch.bfloat16 and not name:
         least -= 0.05  # torch does not count oneDNN's copies
     assert least * estimated < peak < 1.05 * estimated
+
+
+@pytest.mark.parametrize(
+    ("rows", "past"),
+    [
+        (4098, 16),  # heads with the same keys do not fit a thread's scratch memory together
+        (112, 0),  # a tile is several products
+    ],
+)
+def test_one_thread_of_other_sizes_takes_what_was_estimated(tmp_path: Path, rows: int, past: int):
+    language = LanguageConfig(256, 704, 1, 28, 4, 32, 64, 1e6, 1e-6)
+    transformer = Transformer(language).requires_grad_(False)
+    peak = forward_peak(tmp_path, transformer, rows, 1, 1, markers=0, past=past)
+    estimated = activations.forward_bytes(language, rows, Placement(CPU, torch.float32), 1)
+    assert 0.95 * estimated < peak < 1.05 * estimated
 
 
 def autoencoder_of(widths: list[int], encoder_blocks: int, decoder_blocks: int) -> Autoencoder:

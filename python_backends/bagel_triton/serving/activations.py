@@ -13,8 +13,8 @@ from bagel_triton.model.autoencoder import Decoder, Encoder
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import attention
 from bagel_triton.model.cpu import strip_decoder as strips
-from bagel_triton.model.cpu.executor import MAX_PART_ROWS, tile_rows
-from bagel_triton.model.cpu.row_stable import CACHED, ONEDNN_ROWS, WEIGHTS, compiles_all, takes_onednn
+from bagel_triton.model.cpu.executor import tile_rows
+from bagel_triton.model.cpu.row_stable import CACHED, ONEDNN_ROWS, WEIGHTS, compiles_all, onednn_pieces, takes_onednn
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
 
@@ -58,15 +58,19 @@ def _cpu_forward_bytes(
     dtype, hidden, inner = placement.torch_dtype, config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     held = tokens * 2 * (hidden + query + key + config.head_dim) * dtype.itemsize
-    rows = min(tokens, tile_rows(tokens, threads, takes_onednn(dtype)) * threads)
+    tile = tile_rows(tokens, threads, takes_onednn(dtype))
+    rows = min(tokens, tile * threads)
 
     def product(width: int, out: int) -> int:
         return product_bytes(width, out, rows, placement, threads, form)
 
     if compiles_all(dtype):
+        # A product of plain weights is oneDNN's own result, of one piece or, before they are put together, one more.
+        pieces = [size for _, size in onednn_pieces(min(tokens, tile))]
+        apart = max(pieces) * min(threads, -(-tokens // tile)) if len(pieces) > 1 else 0
 
-        def result(width: int, out: int) -> int:  # a product of plain weights is oneDNN's own result
-            return rows * out * dtype.itemsize + (0 if form is None else product(width, out))
+        def result(width: int, out: int) -> int:
+            return rows * out * dtype.itemsize + (apart * out * dtype.itemsize if form is None else product(width, out))
 
         projecting, activating = result(hidden, query + 2 * key), result(hidden, 2 * inner)
         active = rows * inner * dtype.itemsize
@@ -83,20 +87,26 @@ def _cpu_forward_bytes(
     return held + rows * (2 * inner + hidden) * dtype.itemsize + most
 
 
-def generated_bytes(dtype: torch.dtype) -> int:
-    """Code that oneDNN generates while a CPU denoises, for every shape of a product, and keeps."""
+def generated_bytes(config: LanguageConfig, dtype: torch.dtype, span: int) -> int:
+    """Code that oneDNN generates while a CPU denoises images of ``span`` tokens, for every shape, and keeps."""
     linear = 4 * len(ONEDNN_ROWS) if takes_onednn(dtype) else 0  # of a layer, for each number of rows
-    attention = 2 * USUAL_BLOCKS if compiles_all(dtype) else 0
-    return (linear + attention) * CODE_BYTES
+    pieces = {size for _, size in onednn_pieces(_attention_rows(config, span), attention.ROWS)}
+    products = 2 * USUAL_BLOCKS * len(pieces) if compiles_all(dtype) else 0
+    return (linear + products) * CODE_BYTES
+
+
+def _attention_rows(config: LanguageConfig, span: int) -> int:
+    """Rows of all heads that a thread takes at once in :mod:`bagel_triton.model.cpu.attention`."""
+    share = config.num_heads // config.num_kv_heads
+    return min(span * max(min(attention.MAX_PART_ROWS // span, share), 1), attention.MAX_PART_ROWS)
 
 
 def _attention_bytes(config: LanguageConfig, span: int) -> int:
-    """Scratch memory of a thread in :mod:`bagel_triton.model.cpu.attention`."""
-    rows = min(span * (config.num_heads // config.num_kv_heads), MAX_PART_ROWS)
-    piece = min(rows, attention.ROWS[0])
+    """Scratch memory of such a thread."""
+    sizes = [size for _, size in onednn_pieces(_attention_rows(config, span), attention.ROWS)]
     # Queries and what they found; of a block its keys, its values twice, the scores and what they give.
-    block = attention.BLOCK_KEYS * (3 * config.head_dim + piece) + piece * config.head_dim
-    return (2 * rows * config.head_dim + block) * torch.float32.itemsize
+    block = attention.BLOCK_KEYS * (3 * config.head_dim + max(sizes)) + max(sizes) * config.head_dim
+    return (2 * sum(sizes) * config.head_dim + block) * torch.float32.itemsize
 
 
 CODE_BYTES = 600 << 10  # that oneDNN keeps for a shape

@@ -146,6 +146,7 @@ class StageParts:
         latents = latent_tokens(model, self._height, self._width)
         tokens = limits.max_num_seqs * BRANCHES * latents
         activations = forward_bytes(model.language, tokens, self._placement, self._threads, self._forms[1], latents)
+        generated = 0 if self.on_gpu else generated_bytes(model.language, self._placement.torch_dtype, latents)
         side = model.latent.max_side  # a GPU's workspace is made once, for the largest
         sides = (side, side) if self.on_gpu else (self._height, self._width)
         copies = min(limits.ranks, 2) if self.on_gpu else limits.cfg_ranks  # on a GPU its part and a claim
@@ -153,7 +154,7 @@ class StageParts:
             "dit",
             weights=self._transformer[1] + self._rank_weights[1] + self._adapters,
             kv=workspace_tokens(model, limits.max_num_seqs, *sides) * self.token * copies,
-            activations=activations + (0 if self.on_gpu else generated_bytes(self._placement.torch_dtype)),
+            activations=activations + generated,
         )
 
     def vae_decode(self) -> StageMemory:

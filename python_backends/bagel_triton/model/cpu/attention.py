@@ -18,27 +18,31 @@ from bagel_triton.model.cpu.row_stable import few_rows_kernels, onednn_pieces, o
 
 MIN_ROWS = 64  # fewer are not worth the copies of keys and values
 ROWS = 1024, 256, 64, 16  # of a product; large ones, as oneDNN copies the keys and values for each
+MAX_PART_ROWS = 8192  # of all heads at once, for which there is scratch memory
 BLOCK_KEYS = 768  # at most
 KEY_STEP = 64  # blocks are multiples: oneDNN keeps code for every number of keys that it meets
 
 
-def attend_many(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """:func:`bagel_triton.model.attention.attend`, faster where oneDNN's products are.
+def attend_many(query: Tensor, key: Tensor, value: Tensor, causal: bool, out: Tensor) -> None:
+    """:func:`bagel_triton.model.attention.attend` into ``out``, faster where oneDNN's products are.
 
     Which of the two a row takes depends on its span alone, and no row on those beside it.
     """
-    kernels = few_rows_kernels(query.dtype)
-    if causal or len(query) < MIN_ROWS or kernels is None or not takes_onednn(query.dtype):
-        return attend(query, key, value, causal)
-    out = torch.empty_like(query)
-    group = query.shape[1] // key.shape[1]
+    kernels, rows = few_rows_kernels(query.dtype), len(query)
+    if causal or rows < MIN_ROWS or kernels is None or not takes_onednn(query.dtype):
+        out.copy_(attend(query, key, value, causal))
+        return
+    share = query.shape[1] // key.shape[1]
+    together = max(min(MAX_PART_ROWS // rows, share), 1)  # heads with the same keys share the copies made of these
     for kv_head in range(key.shape[1]):
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-        _attend_group(query[:, heads], key[:, kv_head], value[:, kv_head], kernels, out[:, heads])
-    return out
+        for head in range(kv_head * share, (kv_head + 1) * share, together):
+            heads = slice(head, min(head + together, (kv_head + 1) * share))
+            for first in range(0, rows, MAX_PART_ROWS):
+                part = slice(first, first + MAX_PART_ROWS), heads
+                _attend_heads(query[part], key[:, kv_head], value[:, kv_head], kernels, out[part])
 
 
-def _attend_group(query: Tensor, key: Tensor, value: Tensor, kernels: ModuleType, out: Tensor) -> None:
+def _attend_heads(query: Tensor, key: Tensor, value: Tensor, kernels: ModuleType, out: Tensor) -> None:
     """query and out [rows, heads, head_dim], key and value [length, head_dim] of all heads."""
     tokens, heads, size = query.shape
     pieces = [slice(start, start + count) for start, count in onednn_pieces(tokens * heads, ROWS)]

@@ -4,8 +4,9 @@ Everything but the attention is computed for each row on its own. So a thread ta
 rows from one layer's attention to the next layer's: output projection, feed-forward, norm,
 queries, keys and values. What lies between two matrix products stays in the core's cache, and
 the scratch buffers are as large as a tile. All layers share them: to allocate memory anew in
-each layer takes longer than the norms do, in page faults. A tile of oneDNN's is one product,
-whose result is new memory; the heap keeps that (``heap_limits`` in ``engine/build.py``).
+each layer takes longer than the norms do, in page faults. A tile of oneDNN's is one product, or
+a few at a batch's end, whose result is new memory; the heap keeps that (``heap_limits`` in
+``engine/build.py``).
 
 Hidden states are those of :meth:`Transformer.forward` to the rounding of float32, and those of a
 row do not depend on the tile it is in, on other rows or on the number of threads.
@@ -48,7 +49,6 @@ from bagel_triton.model.mot import MLP, Expert, Layer, PackedBatch, Reduce, RMSN
 MAX_TILE_ROWS = 576  # the inner rows of a feed-forward are a few MB then
 MIN_TILE_ROWS = 64  # fewer are not worth a thread
 MIN_HEAD_ROWS = 32  # query rows below which a head is not worth a thread, however many keys there are
-MAX_PART_ROWS = 8192  # of all heads that a thread takes at once, for which there is scratch memory
 MIN_HEAD_SCORES = 128 * 128  # scores of a head below which it is not worth a thread
 
 
@@ -113,13 +113,13 @@ def tiles_of(batch: PackedBatch, threads: int, dtype: torch.dtype) -> list[RowTi
 def tile_rows(rows: int, threads: int, onednn: bool) -> int:
     """Rows of a tile: few enough for the cache and, if there are enough, as many tiles for each thread.
 
-    With ``onednn`` a tile is one of the library's pieces, or of the last rows a few.
+    With ``onednn`` a tile is one of the library's pieces or, where there are fewer rows, of a few.
     """
     if onednn:
         most, middle, least = ONEDNN_ROWS
         size = -(-rows // min(threads, max(rows // MIN_TILE_ROWS, 1)))
         piece = middle if size > 2 * middle else least
-        return min(-(-size // piece) * piece, most, MAX_TILE_ROWS)
+        return min(-(-size // piece) * piece, most)
     if threads == 1:
         return MAX_TILE_ROWS
     # The thread that took the other expert's few rows first gets the last tile, which is shorter by their cost.
@@ -314,7 +314,7 @@ class _Run:
                 if kernels is not None:
                     kernels.attend_row(query[span.rows], key, value, out[span.rows])
                     return
-                out[span.rows, heads] = attend_many(query[span.rows, heads], key, value, span.causal)
+                attend_many(query[span.rows, heads], key, value, span.causal, out[span.rows, heads])
 
             parts = [part for span in group for part in self._heads(span, *read[span.sequence][0].shape[:2])]
             self._pool.parallel_for(attend_part, parts)
@@ -327,7 +327,7 @@ class _Run:
             return
         # Heads with the same keys share the copies that are made of these.
         share = heads // kv_heads
-        if kv_heads % self._pool.size or share * rows > MAX_PART_ROWS:
+        if kv_heads % self._pool.size:
             share = 1
         for head in range(0, heads, share):
             kv_head = head * kv_heads // heads

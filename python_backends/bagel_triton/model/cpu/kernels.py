@@ -18,10 +18,13 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -30,11 +33,12 @@ from torch import Tensor
 SUMS = {"reassoc", "contract", "nsz"}
 INNER = np.uint64(1024)  # numbers of four weight rows, which all rows read while they are in the first cache
 GROUP = np.uint64(4)  # rows of the weight at a time
-MIN_THREAD_WEIGHTS = 1 << 17  # which one thread reads in some 20 us
+MIN_THREAD_NUMBERS = 1 << 17  # which one thread reads in some 20 us
 MINUS_LOG2E = np.float32(-math.log2(math.e))
 ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
 LOWEST = np.float32(-3e38)  # above the -inf of no key yet, from which nothing can be subtracted
 LEAST = np.float32(-126)  # the exponent of the smallest normal number
+INFINITE = np.float32(128)  # and of none
 # ln(2) ** n / n!, the series of 2 ** x: to 2e-8 of the result between -0.5 and 0.5.
 E1, E2, E3, E4, E5, E6 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 7))
 # Compiled code is kept beside this file. Where that cannot be written to, each process compiles for a second or two.
@@ -100,7 +104,31 @@ def _add_share(arguments):  # pragma: no cover - compiled
                     out[place + GROUP - one] = source[summand + GROUP - one] + d
 
 
-_Sizes, _Pointers = ctypes.c_uint64 * 5, ctypes.c_void_p * 5
+def _run(function: Any, threads: int, sizes: Sequence[int], tensors: tuple[Tensor, ...], eps: float = 0.0) -> None:
+    """Run a compiled ``function`` in ``threads`` threads, on the addresses of ``tensors``, ``sizes`` and ``eps``."""
+    pointers = []
+    for x in tensors:
+        assert x.dtype is torch.float32, "the kernels read raw memory"
+        pointers.append(x.data_ptr())
+    numbers, epsilon = (ctypes.c_uint64 * len(sizes))(*sizes), ctypes.c_float(eps)
+    pointers += [ctypes.addressof(numbers), ctypes.addressof(epsilon)]
+    _gomp_parallel(function.address, (ctypes.c_void_p * len(pointers))(*pointers), threads, 0)
+
+
+def _run_on_rows(function: Any, sizes: Sequence[int], tensors: tuple[Tensor, ...], eps: float = 0.0) -> None:
+    """The same for contiguous ``tensors``: threads share the rows, of which ``sizes`` begins with the number."""
+    for x in tensors:
+        assert x.is_contiguous(), "likewise"
+    threads = max(min(torch.get_num_threads(), sizes[0], tensors[0].numel() // MIN_THREAD_NUMBERS), 1)
+    _run(function, threads, sizes, tensors, eps)
+
+
+@njit(cache=CACHE)
+def _own_part(count):  # pragma: no cover - compiled
+    """First and stop of this thread's part of ``count`` rows or heads."""
+    share = (np.int64(count) + _team_size() - 1) // _team_size()
+    start = min(share * _thread_number(), np.int64(count))
+    return start, min(start + share, np.int64(count))
 
 
 def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None:
@@ -109,18 +137,16 @@ def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None
     x [rows, in], weight [out, in], base [out], or [rows, out] and then maybe ``out`` itself, or none, out [rows, out]:
     float32 on a CPU, with adjacent numbers in each row.
     """
-    assert weight.dtype == x.dtype == torch.float32, "the kernel reads raw memory"
-    assert weight.is_contiguous(), "likewise"
+    assert weight.is_contiguous(), "the kernel reads raw memory"
     x, (width, inner) = x.contiguous(), weight.shape
-    threads = min(torch.get_num_threads(), max(width * inner // MIN_THREAD_WEIGHTS, 1))
+    threads = min(torch.get_num_threads(), max(width * inner // MIN_THREAD_NUMBERS, 1))
     if base is None:
         base = out.zero_()
-    sizes = _Sizes(len(x), inner, width, out.stride(0), base.stride(0) if base.ndim == 2 else 0)
-    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr(), base.data_ptr(), ctypes.addressof(sizes)
-    _gomp_parallel(_add_share.address, _Pointers(*pointers), threads, 0)
+    sizes = len(x), inner, width, out.stride(0), base.stride(0) if base.ndim == 2 else 0
+    _run(_add_share, threads, sizes, (x, weight, out, base))
 
 
-@njit("(f4[:, ::1], f4[::1], f4, f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True, error_model="numpy")
+@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
 def _norm_rows(x, weight, eps, out):  # pragma: no cover - compiled
     for row in range(len(x)):
         total = ZERO
@@ -131,20 +157,25 @@ def _norm_rows(x, weight, eps, out):  # pragma: no cover - compiled
             out[row, k] = x[row, k] * scale * weight[k]
 
 
+@cfunc(types.void(types.CPointer(types.voidptr)), cache=CACHE)
+def _norm_share(arguments):  # pragma: no cover - compiled
+    """One thread's share of :func:`rms_norm`: some of the rows; so are the other shares below."""
+    rows, size = carray(arguments[3], 2, np.int64)
+    x = carray(arguments[0], (rows, size), np.float32)
+    weight = carray(arguments[1], (size,), np.float32)
+    out = carray(arguments[2], (rows, size), np.float32)
+    start, stop = _own_part(rows)
+    _norm_rows(x[start:stop], weight, carray(arguments[4], 1, np.float32)[0], out[start:stop])
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The root-mean-square norm of x [rows, size], contiguous float32, same shape out."""
     out = torch.empty_like(x)
-    _norm_rows(x.numpy(), weight.detach().numpy(), np.float32(eps), out.numpy())
+    _run_on_rows(_norm_share, x.shape, (x, weight, out), eps)
     return out
 
 
-@njit(
-    "(f4[:, ::1], i8, f4[::1], f4, f4[:, ::1], f4[:, ::1], f4[:, :, ::1])",
-    cache=CACHE,
-    fastmath=SUMS,
-    nogil=True,
-    error_model="numpy",
-)
+@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
 def _norm_and_rotate(products, first, weight, eps, cos, sin, out):  # pragma: no cover - compiled
     rows, heads, size = out.shape
     half = size // 2
@@ -169,6 +200,19 @@ def _norm_and_rotate(products, first, weight, eps, cos, sin, out):  # pragma: no
                 high_out[k] = scale * (high[k] * high_cos[k] + low[k] * high_sin[k])
 
 
+@cfunc(types.void(types.CPointer(types.voidptr)), cache=CACHE)
+def _rotate_share(arguments):  # pragma: no cover - compiled
+    rows, columns, first, heads, size = carray(arguments[5], 5, np.int64)
+    products = carray(arguments[0], (rows, columns), np.float32)
+    weight = carray(arguments[1], (size,), np.float32)
+    cos = carray(arguments[2], (rows, size), np.float32)
+    sin = carray(arguments[3], (rows, size), np.float32)
+    out = carray(arguments[4], (rows, heads, size), np.float32)
+    eps = carray(arguments[6], 1, np.float32)[0]
+    start, stop = _own_part(rows)
+    _norm_and_rotate(products[start:stop], first, weight, eps, cos[start:stop], sin[start:stop], out[start:stop])
+
+
 def norm_and_rotate(
     products: Tensor, first: int, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, out: Tensor
 ) -> None:
@@ -177,8 +221,9 @@ def norm_and_rotate(
     products [rows, columns], weight [head_dim], cos and sin [rows, 1, head_dim] as of
     :func:`bagel_triton.model.mot.rotary_tables`, out [rows, heads, head_dim]: contiguous float32 all.
     """
-    tables = cos.squeeze(1).numpy(), sin.squeeze(1).numpy()
-    _norm_and_rotate(products.numpy(), first, weight.detach().numpy(), np.float32(eps), *tables, out.numpy())
+    rows, heads, size = out.shape
+    sizes = rows, products.shape[1], first, heads, size
+    _run_on_rows(_rotate_share, sizes, (products, weight, cos, sin, out), eps)
 
 
 @njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
@@ -215,14 +260,9 @@ def _attend_share(arguments):  # pragma: no cover - compiled
     key = carray(arguments[1], (length, kv_heads, size), np.float32)
     value = carray(arguments[2], (length, kv_heads, size), np.float32)
     out = carray(arguments[3], (heads, size), np.float32)
-    share = -(-heads // _team_size())
-    start = min(share * _thread_number(), heads)
-    stop = min(start + share, heads)
+    start, stop = _own_part(heads)
     if start < stop:
         _attend_heads(query, key, value, out, start, stop)
-
-
-_HeadSizes = ctypes.c_int64 * 4
 
 
 def attend_row(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
@@ -231,13 +271,10 @@ def attend_row(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
     query and out [1, heads, head_dim], key and value [length, kv_heads, head_dim], float32 on a CPU; query and out are
     contiguous. A head is the same on any thread.
     """
-    assert query.dtype == key.dtype == value.dtype == out.dtype == torch.float32, "the kernel reads raw memory"
     key, value, (length, kv_heads, size) = key.contiguous(), value.contiguous(), key.shape
     heads = query.shape[1]
-    threads = min(torch.get_num_threads(), heads, max(heads * length * size // MIN_THREAD_WEIGHTS, 1))
-    sizes = _HeadSizes(heads, kv_heads, size, length)
-    pointers = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), ctypes.addressof(sizes)
-    _gomp_parallel(_attend_share.address, _Pointers(*pointers), threads, 0)
+    threads = min(torch.get_num_threads(), heads, max(heads * length * size // MIN_THREAD_NUMBERS, 1))
+    _run(_attend_share, threads, (heads, kv_heads, size, length), (query, key, value, out))
 
 
 @intrinsic
@@ -250,30 +287,54 @@ def _from_bits(_context, bits):  # pragma: no cover - compiled
     return types.float32(types.int32), generate
 
 
-@njit(
-    "(f4[:, ::1], i8, f4[::1], f4[::1], f4[::1], f4[::1])",
-    cache=CACHE,
-    fastmath=SUMS,
-    nogil=True,
-    error_model="numpy",
-)
-def _softmax_block(scores, keys, tops, largest, total, shrink):  # pragma: no cover - compiled
+@intrinsic
+def _larger(_context, x, y):  # pragma: no cover - compiled
+    """The larger of two float32, neither NaN. LLVM finds the largest of many by vectors, unlike with ``max``."""
+
+    def generate(context, builder, _signature, arguments):
+        kind = context.get_value_type(types.float32)
+        larger = builder.module.declare_intrinsic("llvm.maxnum", [kind], ir.FunctionType(kind, [kind, kind]))
+        return builder.call(larger, arguments, fastmath=("nnan", "nsz"))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@njit(cache=CACHE, fastmath=SUMS)
+def _power(whole, part):  # pragma: no cover - compiled
+    """``2 ** (whole + part)``: whole from -126 to 128, where it is infinite, part from -0.5 to 0.5."""
+    series = ONE + part * (E1 + part * (E2 + part * (E3 + part * (E4 + part * (E5 + part * E6)))))
+    return series * _from_bits((whole + np.int32(127)) << np.int32(23))
+
+
+@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
+def _softmax_rows(scores, keys, largest, total, shrink):  # pragma: no cover - compiled
     for row in range(len(scores)):
-        top = max(largest[row], tops[row], LOWEST)
+        line, top = scores[row], max(largest[row], LOWEST)
+        for k in range(keys):
+            top = _larger(top, line[k])
         shrink[row] = TWO ** (largest[row] - top)
         largest[row] = top
         found = ZERO
         for k in range(keys):
-            x = scores[row, k] - top
+            x = line[k] - top
             x = LEAST if x < LEAST else x
             whole = np.int32(x - HALF)
-            x -= np.float32(whole)
-            power = ONE + x * (E1 + x * (E2 + x * (E3 + x * (E4 + x * (E5 + x * E6)))))
-            power *= _from_bits((whole + np.int32(127)) << np.int32(23))
-            scores[row, k] = power
+            power = _power(whole, x - np.float32(whole))
+            line[k] = power
             found += power
-        scores[row, keys:] = ZERO
+        line[keys:] = ZERO
         total[row] = total[row] * shrink[row] + found
+
+
+@cfunc(types.void(types.CPointer(types.voidptr)), cache=CACHE)
+def _softmax_share(arguments):  # pragma: no cover - compiled
+    rows, width, keys = carray(arguments[4], 3, np.int64)
+    scores = carray(arguments[0], (rows, width), np.float32)
+    largest = carray(arguments[1], (rows,), np.float32)
+    total = carray(arguments[2], (rows,), np.float32)
+    shrink = carray(arguments[3], (rows,), np.float32)
+    start, stop = _own_part(rows)
+    _softmax_rows(scores[start:stop], keys, largest[start:stop], total[start:stop], shrink[start:stop])
 
 
 def softmax_block(scores: Tensor, keys: int, largest: Tensor, total: Tensor, shrink: Tensor) -> None:
@@ -281,30 +342,33 @@ def softmax_block(scores: Tensor, keys: int, largest: Tensor, total: Tensor, shr
 
     scores [rows, width], of which the columns from ``keys`` on are padding and become 0. largest and total [rows] are
     the maximum and sum of earlier blocks, and become those of all; what earlier blocks gave is to be multiplied by
-    shrink [rows]. float32 and contiguous all. It takes a quarter of the time of torch's softmax.
+    shrink [rows]. float32 and contiguous all. It takes a fifth of the time of torch's softmax.
     """
-    tops = scores[:, :keys].amax(dim=1)
-    arrays = (x.numpy() for x in (tops, largest, total, shrink))
-    _softmax_block(scores.numpy(), keys, *arrays)
+    _run_on_rows(_softmax_share, (*scores.shape, keys), (scores, largest, total, shrink))
 
 
-@njit("(f4[:, ::1], f4[:, ::1])", cache=CACHE, fastmath=SUMS, nogil=True, error_model="numpy")
-def _silu_product(products, out):  # pragma: no cover - compiled
+@njit(cache=CACHE, fastmath={"contract"}, error_model="numpy")  # in this order: gate by up may be infinite
+def _silu_rows(products, out):  # pragma: no cover - compiled
     rows, size = out.shape
     for row in range(rows):
         gate, up, place = products[row, :size], products[row, size:], out[row]
         for k in range(size):
-            x = gate[k] * MINUS_LOG2E
-            x = min(max(x, LEAST), -LEAST)
+            x = min(max(gate[k] * MINUS_LOG2E, LEAST), INFINITE)
             whole = np.int32(np.floor(x + HALF))
-            x -= np.float32(whole)
-            power = ONE + x * (E1 + x * (E2 + x * (E3 + x * (E4 + x * (E5 + x * E6)))))
-            power *= _from_bits((whole + np.int32(127)) << np.int32(23))
-            place[k] = gate[k] / (ONE + power) * up[k]
+            place[k] = gate[k] / (ONE + _power(whole, x - np.float32(whole))) * up[k]
+
+
+@cfunc(types.void(types.CPointer(types.voidptr)), cache=CACHE)
+def _silu_share(arguments):  # pragma: no cover - compiled
+    rows, size = carray(arguments[2], 2, np.int64)
+    products = carray(arguments[0], (rows, 2 * size), np.float32)
+    out = carray(arguments[1], (rows, size), np.float32)
+    start, stop = _own_part(rows)
+    _silu_rows(products[start:stop], out[start:stop])
 
 
 def silu_product(products: Tensor) -> Tensor:
     """``silu(gate) * up`` of products [rows, gate then up], contiguous float32 -> [rows, half of that]."""
     out = products.new_empty(len(products), products.shape[1] // 2)
-    _silu_product(products.numpy(), out.numpy())
+    _run_on_rows(_silu_share, out.shape, (products, out))
     return out

@@ -78,10 +78,10 @@ def few_rows_kernels(dtype: torch.dtype) -> ModuleType | None:
     try:
         from bagel_triton.model.cpu import kernels
     except ImportError as error:  # without the extra `cpu`
-        log.info("texts take torch's products, which are slower than those of the extra cpu: %s", error)
+        log.info("torch computes what compiled kernels of the extra cpu would compute faster: %s", error)
         return None
     except Exception:  # Numba and LLVM raise errors of many types where they cannot compile
-        log.exception("texts take torch's products: Numba could not compile others")
+        log.exception("torch computes what compiled kernels would compute faster: Numba could not compile these")
         return None
     return kernels
 
@@ -138,7 +138,7 @@ def onednn_pieces(rows: int, sizes: tuple[int, ...] = ONEDNN_ROWS) -> Iterator[t
     """First row and size of the pieces that oneDNN's products of ``rows`` are cut into; the last may be larger.
 
     The library keeps code for every number of rows that it meets, half a megabyte for each shape of a weight. So
-    there are three. A row is the same in a piece of any size.
+    there are a few ``sizes``. A row is the same in a piece of any size.
     """
     start = 0
     while start < rows:
@@ -155,18 +155,21 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, add: bool = False) -> Tensor:
     """oneDNN's product in ``out``, or added to it; into memory of its own where ``out`` is None."""
-    if out is None and len(x) in ONEDNN_ROWS:
-        return onednn_product(x, weight, bias)
-    if out is None:
+    pieces = [*onednn_pieces(len(x))]
+    if out is None and len(pieces) != 1:
         out = x.new_empty(len(x), len(weight))
-    for start, size in onednn_pieces(len(x)):
+    for start, size in pieces:
         part = x[start : start + size]
-        if len(part) < size:
-            part = F.pad(part, (0, 0, 0, size - len(part)))
-        product = onednn_product(part, weight, bias)
-        place = out[start : start + size]
-        _ = place.add_(product[: len(place)]) if add else place.copy_(product[: len(place)])
-        del part, product  # before the next is computed
+        rows = len(part)
+        if rows < size:
+            part = F.pad(part, (0, 0, 0, size - rows))
+        product = onednn_product(part, weight, bias)[:rows]
+        if out is None:
+            return product
+        place = out[start : start + rows]
+        _ = place.add_(product) if add else place.copy_(product)
+        del part, product  # before the next are computed
+    assert out is not None, "one piece was returned"
     return out
 
 
