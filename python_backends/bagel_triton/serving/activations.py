@@ -102,7 +102,7 @@ def _attention_bytes(config: LanguageConfig, span: int) -> int:
 
 CODE_BYTES = 600 << 10  # that oneDNN keeps for a shape
 USUAL_BLOCKS = 6  # numbers of keys that a block of the attention has, of images of a few sizes
-DECODER_CODE = 5 * CODE_BYTES  # of its convolutions
+DECODER_CODE = 10 * CODE_BYTES  # of its convolutions, as measured
 PACKED = 256  # inputs of a weight
 DECODED = {"int8": 4, "fp8": 8, "int4": 6, "nf4": 6}  # bytes of a weight while it is decoded in float32
 
