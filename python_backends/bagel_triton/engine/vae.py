@@ -15,7 +15,7 @@ from bagel_triton.engine.loop import EngineLoop, Job
 from bagel_triton.model.autoencoder import Autoencoder, decode, unpack_latents
 from bagel_triton.model.config import LatentConfig
 from bagel_triton.model.cpu import strip_decoder as strips
-from bagel_triton.model.cuda.autoencoder import whole
+from bagel_triton.model.device import whole_images_on
 from bagel_triton.protocol.errors import Cancelled
 from bagel_triton.telemetry.metrics import Metrics
 
@@ -48,7 +48,7 @@ class DecoderEngine(EngineLoop[Latents, Tensor]):
         # On a CPU batching gains nothing, and a convolution's rounding depends on the batch.
         self._limit = 1 if device.type == "cpu" else config.max_batch_size
         self._in_strips: Callable[[Tensor], Tensor] = partial(strips.decode_in_strips, autoencoder.decoder)
-        self._whole = whole(autoencoder.decoder, device)
+        self._whole = whole_images_on(device, autoencoder.decoder)
         self._ranks = ranks
         if ranks is not None:
             self._in_strips = self._whole = ranks.decode

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel_triton.model.attention import attention_kernel
+from bagel_triton.model.cpu import autoencoder as cpu_autoencoder
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.thread_pool import ThreadPool
+from bagel_triton.model.cuda import autoencoder as cuda_autoencoder
 from bagel_triton.model.cuda.executor import CudaExecutor
 from bagel_triton.model.mot import PackedBatch, Reduce, Transformer
 
@@ -110,6 +112,11 @@ def forward_on(
             return executor(embeddings, batch, kv)
 
     return forward
+
+
+def whole_images_on(device: torch.device, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function that runs an autoencoder's encoder or decoder on ``device`` over whole images: float32 in and out."""
+    return cuda_autoencoder.whole(network) if on_gpu(device) else cpu_autoencoder.whole(network)
 
 
 @contextlib.contextmanager

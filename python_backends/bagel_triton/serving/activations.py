@@ -13,6 +13,7 @@ from bagel_triton.model.autoencoder import Decoder, Encoder
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import attention
 from bagel_triton.model.cpu import strip_decoder as strips
+from bagel_triton.model.cpu.autoencoder import rows_at_once
 from bagel_triton.model.cpu.executor import tile_rows
 from bagel_triton.model.cpu.row_stable import CACHED, ONEDNN_ROWS, WEIGHTS, compiles_all, onednn_pieces, takes_onednn
 from bagel_triton.model.device import Placement
@@ -111,7 +112,7 @@ def _attention_bytes(config: LanguageConfig, span: int) -> int:
 
 CODE_BYTES = 600 << 10  # that oneDNN keeps for a shape
 USUAL_BLOCKS = 6  # numbers of keys that a block of the attention has, of images of a few sizes
-DECODER_CODE = 5 * CODE_BYTES  # of its convolutions
+DECODER_CODE = 10 * CODE_BYTES  # of its convolutions, as measured
 PACKED = 256  # inputs of a weight
 DECODED = {"int8": 4, "fp8": 8, "int4": 6, "nf4": 6}  # bytes of a weight while it is decoded in float32
 
@@ -148,9 +149,10 @@ def product_bytes(width: int, out: int, rows: int, placement: Placement, threads
 def decode_bytes(
     decoder: Decoder, height: int, width: int, tiled: bool = False, on_gpu: bool = False, ranks: int = 1
 ) -> int:
-    """Activations of decoding one image at their peak, in a convolution of the last level, on all ``ranks``.
+    """Activations of decoding one image at their peak, in the last level, on all ``ranks``.
 
-    Whole on a GPU that is in a norm of that level: a map in bfloat16, and two in float32.
+    Whole on a GPU that is in a norm of that level: a map in bfloat16, and two in float32. On a CPU a block holds what
+    it takes and the two maps that it makes, or two where it adds to the first, and some rows around a convolution.
 
     In strips that is the map a block takes or the two it makes, as the one goes while the others come, and
     what one strip needs, on each rank.
@@ -161,16 +163,31 @@ def decode_bytes(
         if on_gpu:
             wide, narrow = torch.float32.itemsize, torch.bfloat16.itemsize
             return max(channels_in, channels_out) * (2 * wide + narrow) * height * width
-        return _level_channels(decoder.up[0]) * height * width * torch.float32.itemsize
+        return _whole_bytes(first, height, width)
     whole = max(channels_in, 2 * channels_out) * height
     strip = 8 * channels_in * (strips.ROWS + 2)  # where a strip is doubled
     return (whole + ranks * strip) * width * torch.float32.itemsize
 
 
-def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
+def encode_bytes(encoder: Encoder, height: int, width: int, on_gpu: bool = False) -> int:
     """Activations of encoding one image at their peak, in a convolution of the first level or before it."""
-    channels = max(_level_channels(encoder.down[0]), 2 * encoder.conv_in.out_channels)
-    return channels * height * width * torch.float32.itemsize
+    if on_gpu:
+        channels = max(_level_channels(encoder.down[0]), 2 * encoder.conv_in.out_channels)
+        return channels * height * width * torch.float32.itemsize
+    return _whole_bytes(encoder.down[0].block[0].conv1, height, width)  # type: ignore[index, union-attr]
+
+
+def _whole_bytes(conv: nn.Conv2d, height: int, width: int) -> int:
+    """Maps at the peak on a CPU, in the block of the full resolution whose first convolution ``conv`` is."""
+    channels_in, channels_out = conv.in_channels, conv.out_channels
+
+    def rows(taken: int) -> int:  # activated ones, and the same padded or what a convolution makes of them
+        at_once = rows_at_once(max(taken, channels_out), width)
+        return (taken + max(taken, channels_out)) * (min(at_once, height) + 2)
+
+    second = (channels_out if channels_in == channels_out else channels_in + channels_out) + channels_out
+    peak = max((channels_in + channels_out) * height + rows(channels_in), second * height + rows(channels_out))
+    return peak * width * torch.float32.itemsize
 
 
 def _level_channels(level: nn.Module) -> int:

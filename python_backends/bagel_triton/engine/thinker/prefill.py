@@ -20,11 +20,10 @@ from bagel_triton.model.autoencoder import Autoencoder, encode, pack_latents, sa
 from bagel_triton.model.bagel import Bagel
 from bagel_triton.model.config import VISION_TOKENS
 from bagel_triton.model.cpu.thread_pool import ThreadPool
-from bagel_triton.model.cuda import autoencoder as cuda_autoencoder
 from bagel_triton.model.cuda.attention import KeySpan, call_of, grouped, numbers_of
 from bagel_triton.model.cuda.graphs import DecodeGraphs, DecodeInputs, StaticInputs
 from bagel_triton.model.cuda.upload import Upload
-from bagel_triton.model.device import Forward, forward_on, on_gpu
+from bagel_triton.model.device import Forward, forward_on, on_gpu, whole_images_on
 from bagel_triton.model.image import normalised
 from bagel_triton.model.lora import LoraAdapter, adapted_rows
 from bagel_triton.model.mot import PackedBatch, rotary_tables
@@ -105,7 +104,7 @@ class Prefiller:
         self._graphs = DecodeGraphs(model.device, block_tokens, self._decode_step) if captures and graphs else None
         self._pool, self._forward = pool, forward or forward_on(model.device, model.language_model.model, pool)
         with torch.inference_mode():
-            self._encoder = None if autoencoder is None else cuda_autoencoder.whole(autoencoder.encoder, model.device)
+            self._encoder = None if autoencoder is None else whole_images_on(model.device, autoencoder.encoder)
             self._vision_embeddings = model.embed_text(torch.tensor(vision_tokens, device=model.device))  # [2, hidden]
             # t = 0: no noise left. Without an autoencoder no image is encoded.
             self._clean = None if autoencoder is None else model.time_embedder(torch.zeros(1, device=model.device))

@@ -58,6 +58,16 @@ class Statistics(NamedTuple):
         squares = self.squares + other.squares + apart**2 * (self.size * other.size / total)
         return Statistics(total, self.mean + apart * (other.size / total), squares)
 
+    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """What ``norm`` multiplies a map with these statistics by, and adds to it: [batch, channels, 1, 1] each."""
+        deviation = (self.squares / self.size + norm.eps).rsqrt()
+        per_channel = norm.num_channels // GROUPS
+        mean, inverse = (part.repeat_interleave(per_channel, dim=1) for part in (self.mean, deviation))
+        scale = inverse * norm.weight.double()
+        shift = norm.bias.double() - mean * scale
+        scale, shift = (part.to(norm.weight.dtype)[:, :, None, None] for part in (scale, shift))
+        return scale, shift
+
 
 class Strips:
     """A feature map in strips [batch, channels, rows, width], top to bottom, and the statistics of its groups.
@@ -101,12 +111,7 @@ class Strips:
             whole = every[0]
             for part in every[1:]:
                 whole = whole.with_more(part)
-        deviation = (whole.squares / whole.size + norm.eps).rsqrt()
-        per_channel = norm.num_channels // GROUPS
-        mean, inverse = (part.repeat_interleave(per_channel, dim=1) for part in (whole.mean, deviation))
-        scale = inverse * norm.weight.double()
-        shift = norm.bias.double() - mean * scale
-        scale, shift = (part.to(norm.weight.dtype)[:, :, None, None] for part in (scale, shift))
+        scale, shift = whole.affine(norm)
         return lambda x: torch.addcmul(shift, x, scale)
 
     def activation(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
@@ -154,7 +159,7 @@ def _start(decoder: Decoder, z: Tensor, others: Others) -> Strips:
     height = z.shape[2]
     rows = others.rows(height)
     framed = z[:, :, max(rows.start - 1, 0) : rows.stop + 1]
-    first = _conv(decoder.conv_in, framed, min(rows.start, 1), min(height - rows.stop, 1))
+    first = convolve_rows(decoder.conv_in, framed, min(rows.start, 1), min(height - rows.stop, 1))
     x = _resnet(decoder.mid.block_1, Strips.of(first, others))
     return _resnet(decoder.mid.block_2, _attended(decoder.mid.attn_1, x, others, height))
 
@@ -169,12 +174,14 @@ def _attended(block: AttentionBlock, x: Strips, others: Others, height: int) -> 
 def _convolved(conv: nn.Conv2d, strips: Strips, activate: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """A 3x3 convolution of an activated map, strip by strip."""
     for framed, above, below in strips.take_framed():
-        yield _conv(conv, activate(framed), above, below)
+        yield convolve_rows(conv, activate(framed), above, below)
 
 
-def _conv(conv: nn.Conv2d, rows: Tensor, above: int, below: int) -> Tensor:
+def convolve_rows(conv: nn.Conv2d, rows: Tensor, above: int, below: int) -> Tensor:
     """``conv``, 3x3, of ``rows``, which include ``above`` and ``below`` neighbouring rows; zeros beyond the image."""
-    return F.conv2d(F.pad(rows, (0, 0, 1 - above, 1 - below)), conv.weight, conv.bias, padding=(0, 1))
+    if above + below < 2:
+        rows = F.pad(rows, (0, 0, 1 - above, 1 - below))
+    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _resnet(block: ResnetBlock, x: Strips) -> Strips:
@@ -183,7 +190,7 @@ def _resnet(block: ResnetBlock, x: Strips) -> Strips:
     for framed, above, below in x.take_framed():
         strip = framed[:, :, above : framed.shape[2] - below]
         through.append(strip.clone() if block.nin_shortcut is None else block.nin_shortcut(strip))
-        hidden.append(_conv(block.conv1, activate(framed), above, below))
+        hidden.append(convolve_rows(block.conv1, activate(framed), above, below))
     for strip in _convolved(block.conv2, hidden, hidden.activation(block.norm2)):
         out.append(strip.add_(through.popleft()))
     return out
@@ -194,5 +201,5 @@ def _doubled(resample: Resample, x: Strips) -> Strips:
     for framed, above, below in x.take_framed():
         rows = F.interpolate(framed, scale_factor=2.0, mode="nearest")
         # A neighbouring row is doubled too; the convolution reaches the nearer copy only.
-        out.append(_conv(resample.conv, rows[:, :, above : rows.shape[2] - below], above, below))
+        out.append(convolve_rows(resample.conv, rows[:, :, above : rows.shape[2] - below], above, below))
     return out

@@ -44,9 +44,7 @@ def in_bfloat16(network: Network) -> Network:
     return copy.deepcopy(network, replaced)
 
 
-def whole(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Make a function that runs an encoder or decoder on ``device`` over whole images: float32 in and out."""
-    if device.type == "cpu":
-        return network
+def whole(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Make a function that runs an encoder or decoder over whole images: float32 in and out."""
     half = in_bfloat16(network)
     return lambda x: half(x.to(torch.bfloat16, memory_format=torch.channels_last)).float()
