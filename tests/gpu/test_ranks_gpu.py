@@ -138,7 +138,7 @@ def test_stages_on_two_gpus_answer_as_on_one(checkpoint_dir: Path, monkeypatch: 
     """In float32 everywhere: one GPU would decode in bfloat16, and ranks, which are processes, convolve in TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    monkeypatch.setattr(vae, "whole", lambda network, device: network)
+    monkeypatch.setattr(vae, "whole_images_on", lambda device, network: network)
     one = DeployConfig(checkpoint=str(checkpoint_dir), device="cuda:0", dtype="float32")
     found, texts = [], []
     for config in (one, msgspec.structs.replace(one, **STAGES[mode])):

@@ -31,9 +31,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in, height, width] -> [batch, out, height, width]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h  # type: ignore[no-any-return]
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))  # type: ignore[no-any-return]
 
 
 class AttentionBlock(nn.Module):
@@ -47,7 +47,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, height, width], same shape out."""
         h = self.norm(x)
-        return x + self.attend(h, h)
+        return self.attend(h, h).add_(x)
 
     def attend(self, rows: Tensor, whole: Tensor) -> Tensor:
         """Attend from normed ``rows`` [batch, channels, rows, width] to the ``whole`` map; shaped as ``rows``."""
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # type: ignore[no-any-return]
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bagel_triton.model.attention import attention_kernel
-from bagel_triton.model.cpu import autoencoder as cpu_autoencoder
+from bagel_triton.model.autoencoder import Decoder
 from bagel_triton.model.cpu.executor import CpuExecutor
+from bagel_triton.model.cpu.row_decoder import decode_by_rows
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda import autoencoder as cuda_autoencoder
 from bagel_triton.model.cuda.executor import CudaExecutor
@@ -116,7 +118,9 @@ def forward_on(
 
 def whole_images_on(device: torch.device, network: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function that runs an autoencoder's encoder or decoder on ``device`` over whole images: float32 in and out."""
-    return cuda_autoencoder.whole(network) if on_gpu(device) else cpu_autoencoder.whole(network)
+    if on_gpu(device):
+        return cuda_autoencoder.whole(network)
+    return partial(decode_by_rows, network) if isinstance(network, Decoder) else network
 
 
 @contextlib.contextmanager

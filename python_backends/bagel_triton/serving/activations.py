@@ -13,8 +13,8 @@ from bagel_triton.model.autoencoder import Decoder, Encoder
 from bagel_triton.model.config import LanguageConfig
 from bagel_triton.model.cpu import attention
 from bagel_triton.model.cpu import strip_decoder as strips
-from bagel_triton.model.cpu.autoencoder import rows_at_once
 from bagel_triton.model.cpu.executor import tile_rows
+from bagel_triton.model.cpu.row_decoder import rows_at_once
 from bagel_triton.model.cpu.row_stable import CACHED, ONEDNN_ROWS, WEIGHTS, compiles_all, onednn_pieces, takes_onednn
 from bagel_triton.model.device import Placement
 from bagel_triton.model.quantization import INT8_ROWS, Form
@@ -169,12 +169,10 @@ def decode_bytes(
     return (whole + ranks * strip) * width * torch.float32.itemsize
 
 
-def encode_bytes(encoder: Encoder, height: int, width: int, on_gpu: bool = False) -> int:
+def encode_bytes(encoder: Encoder, height: int, width: int) -> int:
     """Activations of encoding one image at their peak, in a convolution of the first level or before it."""
-    if on_gpu:
-        channels = max(_level_channels(encoder.down[0]), 2 * encoder.conv_in.out_channels)
-        return channels * height * width * torch.float32.itemsize
-    return _whole_bytes(encoder.down[0].block[0].conv1, height, width)  # type: ignore[index, union-attr]
+    channels = max(_level_channels(encoder.down[0]), 2 * encoder.conv_in.out_channels)
+    return channels * height * width * torch.float32.itemsize
 
 
 def _whole_bytes(conv: nn.Conv2d, height: int, width: int) -> int:

@@ -132,7 +132,7 @@ class StageParts:
         activations = forward_bytes(model.language, packed, self._placement, self._threads, self._forms[0], image)
         if self.draws:
             width, height = model.vae_resize.size(self._width, self._height)
-            activations = max(activations, encode_bytes(encoder, height, width, self.on_gpu)) + self._half(encoder)
+            activations = max(activations, encode_bytes(encoder, height, width)) + self._half(encoder)
         return StageMemory(
             "thinker",
             weights=self._transformer[0] + self._autoencoder_weights + self._rank_weights[0] + self._adapters,

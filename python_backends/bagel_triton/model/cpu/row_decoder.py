@@ -1,44 +1,29 @@
-"""The autoencoder on a CPU: whole images, channels last, and convolved some rows at a time.
+"""The decoder on a CPU: whole images, channels last, and convolved some rows at a time.
 
-Half of the plain module's time goes to the operating system, which maps and clears the memory of each map of the full
+Half of the plain decoder's time goes to the operating system, which maps and clears the memory of each map of the full
 resolution anew, and to oneDNN, which reorders each map before and after a convolution. Channels last needs no
 reordering. Norms, activations and residuals of a few rows stay in the core's cache, and a residual block makes one map
-in place of six. The results differ from the plain module's by the rounding of sums.
+in place of six. The results differ from the plain module's by the rounding of sums. An encoder's may not: what the
+transformer makes of them would be ten times as far apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel_triton.model.autoencoder import GROUPS, AttentionBlock, Decoder, Encoder, Middle, Resample, ResnetBlock
+from bagel_triton.model.autoencoder import GROUPS, AttentionBlock, Decoder, Middle, Resample, ResnetBlock
 from bagel_triton.model.cpu.strip_decoder import ROWS, Statistics, convolve_rows
 
 NUMBERS = 1 << 20  # of the rows that are computed at a time: more leave the cache, fewer wait more often for threads
 Prepare = Callable[[Tensor], Tensor]
 
 
-def whole(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that runs an encoder or decoder over whole images."""
-    return partial(_decode if isinstance(network, Decoder) else _encode, network)  # type: ignore[arg-type]
-
-
-def _encode(encoder: Encoder, x: Tensor) -> Tensor:
-    x = _convolved(encoder.conv_in, x.contiguous(memory_format=torch.channels_last))
-    for level in encoder.down:
-        for block in level.block:  # type: ignore[union-attr]
-            x = _resnet(block, x)
-        if level.downsample is not None:
-            x = _halved(level.downsample, x)  # type: ignore[arg-type]
-    x = _middle(encoder.mid, x)
-    return _convolved(encoder.conv_out, x, _activation(encoder.norm_out, x))
-
-
-def _decode(decoder: Decoder, z: Tensor) -> Tensor:
+def decode_by_rows(decoder: Decoder, z: Tensor) -> Tensor:
+    """Run ``decoder``: z [batch, latent_channels, height, width] -> [batch, 3, 8 * height, 8 * width]."""
     x = _convolved(decoder.conv_in, z.contiguous(memory_format=torch.channels_last))
     x = _middle(decoder.mid, x)
     for level in reversed(decoder.up):
@@ -96,16 +81,6 @@ def _doubled(resample: Resample, x: Tensor) -> Tensor:
         # A neighbouring row is doubled too; the convolution reaches the nearer copy only.
         framed = framed[:, :, above : framed.shape[2] - below]
         out[:, :, rows] = convolve_rows(resample.conv, framed, above, below)
-    return out
-
-
-def _halved(resample: Resample, x: Tensor) -> Tensor:
-    _, channels, height, width = x.shape
-    out = _empty(x, channels, height // 2, width // 2)
-    for rows in _parts(x, channels):
-        below = min(height - rows.stop, 1)
-        framed = F.pad(x[:, :, rows.start : rows.stop + below], (0, 1, 0, 1 - below))
-        out[:, :, rows.start // 2 : rows.stop // 2] = resample.conv(framed)
     return out
 
 
