@@ -54,7 +54,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 TAIL=60 step probe 90 "$PY" -m bench.gpu_probe $dry
 step weights 100 "${tests[@]}" tests/gpu/test_cuda_weights.py
 step ipc 100 "${tests[@]}" tests/gpu/test_cuda_ipc.py
-TAIL=10 step attention 60 "${tests[@]}" tests/gpu/test_engines.py -k attention
+TAIL=10 step attention 60 "${tests[@]}" tests/gpu/test_engines.py -k "attention or sequences"
 TAIL=20 on_gpu bench 120 "$PY" -m bench --device cuda --only published_on_gpu --trials 1 --out "$OUT/bench.json"
 TAIL=8 step engines 120 "${tests[@]}" --maxfail 6 tests/gpu/test_engines.py
 TAIL=6 on_gpu handoff 40 "$PY" -m bench.kv_handoff --connectors cuda_ipc --megabytes 64 256 --trials 5
