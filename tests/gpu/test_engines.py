@@ -29,7 +29,7 @@ RMS = {"float32": 0.01, "bfloat16": 0.1}
 LEVELS = {"float32": 1.0, "bfloat16": 4.0}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])  # that which is served comes first
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -51,9 +51,10 @@ class Server:
         prefix: Sequence[str] = (),
         start_s: float = START_S,
     ) -> None:
-        program = Path(sys.executable).with_name("bagel-triton")
+        program = Path(sys.executable).with_name("bagel-triton")  # which is not there where a path leads to the package
+        command = [program] if program.exists() else [sys.executable, "-m", "bagel_triton"]
         self.process = subprocess.Popen(
-            [*prefix, program, "serve", checkpoint, "--port", "0", *arguments],
+            [*prefix, *command, "serve", checkpoint, "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

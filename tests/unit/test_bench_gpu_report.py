@@ -13,6 +13,7 @@ import pytest
 from bench.figure import Figure
 from bench.gpu_report import main
 
+ROOT = Path(__file__).parents[2]
 DOCS = "# Benchmarks\n\n- [Not run yet](#not-run-yet)\n\n## All benches\n\nThese.\n\n## Not run yet\n\nThose.\n"
 PROBE = """\
 {"section": "facts", "torch": "2.11.0+cu130", "cuda": "13.0", "kernel": ["flash-2", "all at once"]}
@@ -37,6 +38,12 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "bench.json").write_bytes(msgspec.json.encode(bench))
     (tmp_path / "docs.md").write_text(DOCS)
     return tmp_path
+
+
+def test_a_run_has_every_test_for_one_gpu() -> None:
+    script = (ROOT / "bench" / "gpu_run.sh").read_text()
+    tests = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert {name for name in tests if f"tests/gpu/{name}" not in script} == {"test_ranks_gpu.py"}  # for two
 
 
 def test_a_run_becomes_a_section_with_the_devices_name(run: Path) -> None:

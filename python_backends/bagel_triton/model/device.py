@@ -18,6 +18,7 @@ from bagel_triton.model.cpu.row_decoder import decode_by_rows
 from bagel_triton.model.cpu.thread_pool import ThreadPool
 from bagel_triton.model.cuda import autoencoder as cuda_autoencoder
 from bagel_triton.model.cuda.executor import CudaExecutor
+from bagel_triton.model.cuda.graphs import CAPTURES
 from bagel_triton.model.mot import PackedBatch, Reduce, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,10 +86,15 @@ def is_lost(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        torch.cuda.synchronize(device)
+        _wait_for_device(device)
     except RuntimeError:
         return True
     return False
+
+
+def _wait_for_device(device: torch.device) -> None:
+    with CAPTURES:
+        torch.cuda.synchronize(device)
 
 
 class Forward(Protocol):
@@ -132,7 +138,7 @@ def own_stream(device: torch.device, first: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.synchronize(device)  # the weights are there
+    _wait_for_device(device)  # the weights are there
     with torch.cuda.stream(torch.cuda.Stream(device, priority=-1 if first else 0)):
         yield
 

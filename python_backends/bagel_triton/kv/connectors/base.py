@@ -196,7 +196,7 @@ def lend_pattern(producer: Producer, ttl_s: float = SELFTEST_TTL_S) -> KVHandle:
         slots = pool.slots(context.blocks, 0, context.tokens)
         pool.store[:, :, slots] = _pattern(request_id, geometry, context.tokens).to(pool.store.device)
         if pool.store.is_cuda:
-            torch.cuda.synchronize(pool.store.device)
+            torch.cuda.current_stream(pool.store.device).synchronize()
         handle = producer.leases.publish(request_id, Branch.GEN, context, ttl_s)
     except Exception:
         context.free()

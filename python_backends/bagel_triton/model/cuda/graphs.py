@@ -11,6 +11,7 @@ up repeat the last text, whose token is then written to its slot twice; blocks t
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from bagel_triton.model.lora import LoraAdapter
 TEXTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MIN_BLOCKS = 64
 MAX_GRAPHS = 48
+# Held during a capture, of which torch allows one in a process, and during any wait for a whole device: CUDA refuses
+# that while one of its streams is captured, in whichever thread, and the capture is lost, too.
+CAPTURES = threading.Lock()
 Key = TypeVar("Key", bound=Hashable)
 Outputs = tuple[Tensor, ...]
 log = logging.getLogger(__name__)
@@ -79,18 +83,20 @@ class GraphCache(Generic[Key]):
                 met.graph = self._capture(key, met.inputs)
             except RuntimeError as error:
                 self._works = False
-                log.warning("no CUDA graphs: a step cannot be captured: %s", error)
+                # The end of a capture that has failed is an error of its own; the traceback has the one before it.
+                log.warning("no CUDA graphs: a step cannot be captured: %s", error, exc_info=True)
         if met.graph is None:
             return self._step(key, met.inputs)
         met.graph.graph.replay()
         return met.graph.outputs
 
     def _capture(self, key: Key, inputs: Tensor) -> Graph:
-        if self._memory is None:
+        if not any(met.graph for met in self._met.values()):  # a pool ends with its last graph
             self._memory = torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         # Engines of other threads go on working.
-        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local")
+        with CAPTURES, capture:
             outputs = self._step(key, inputs)
         return Graph(graph, outputs)
 
