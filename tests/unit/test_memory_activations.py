@@ -15,6 +15,7 @@ from bagel_triton.kv.store import WorkspaceStep, store_shape
 from bagel_triton.model.attention import QuerySpan
 from bagel_triton.model.autoencoder import Autoencoder, decode, encode
 from bagel_triton.model.config import LanguageConfig
+from bagel_triton.model.cpu import row_stable
 from bagel_triton.model.cpu import strip_decoder as strips
 from bagel_triton.model.cpu.executor import CpuExecutor
 from bagel_triton.model.cpu.row_decoder import decode_by_rows
@@ -88,6 +89,7 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
     assert least * estimated < peak < 1.05 * estimated
 
 
+@pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize(
     ("rows", "past"),
     [
@@ -95,7 +97,11 @@ def test_a_forward_takes_what_was_estimated(tmp_path: Path, dtype: torch.dtype, 
         (112, 0),  # a tile is several products
     ],
 )
-def test_one_thread_of_other_sizes_takes_what_was_estimated(tmp_path: Path, rows: int, past: int):
+def test_one_thread_of_other_sizes_takes_what_was_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, past: int, amd: bool
+):
+    """With the products, and the attention, of either processor."""
+    monkeypatch.setattr(row_stable, "_is_amd", lambda: amd)
     language = LanguageConfig(256, 704, 1, 28, 4, 32, 64, 1e6, 1e-6)
     transformer = Transformer(language).requires_grad_(False)
     peak = forward_peak(tmp_path, transformer, rows, 1, 1, markers=0, past=past)
@@ -116,6 +122,7 @@ def autoencoder_of(widths: list[int], encoder_blocks: int, decoder_blocks: int) 
     [
         ([32, 64, 128, 128], (2, 3), (256, 128)),  # the published one, narrower
         ([32, 64, 128, 128], (2, 3), (512, 512)),
+        ([32, 64, 128, 128], (2, 3), (48, 1024)),
         ([32, 32, 64, 64], (1, 2), (128, 256)),
         ([64, 64, 64, 64], (1, 1), (128, 128)),
     ],
@@ -138,4 +145,4 @@ def test_strips_take_what_was_estimated(tmp_path: Path, monkeypatch: pytest.Monk
     decoder, latent = autoencoder_of(widths, 2, 3).decoder, torch.ones(1, 16, 32, 16)
     peak = peak_bytes(lambda: strips.decode_in_strips(decoder, latent), tmp_path)
     assert peak == pytest.approx(activations.decode_bytes(decoder, 256, 128, tiled=True), rel=0.1)
-    assert peak < activations.decode_bytes(decoder, 256, 128)
+    assert peak < 0.8 * activations.decode_bytes(decoder, 256, 128)

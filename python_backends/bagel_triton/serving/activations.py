@@ -85,7 +85,18 @@ def _cpu_forward_bytes(
     keys = rows * key * dtype.itemsize + max(copies * key, product(hidden, key))
     queries = rows * query * dtype.itemsize + max(copies * query, product(hidden, query), keys)
     most = max(copies * hidden, spare, product(hidden, inner), product(inner, hidden), queries)
-    return held + rows * (2 * inner + hidden) * dtype.itemsize + most
+    tiles = rows * hidden * dtype.itemsize + most
+    attending = _torch_attention_bytes(config, span, threads, dtype.itemsize)
+    return held + rows * 2 * inner * dtype.itemsize + max(tiles, attending)
+
+
+def _torch_attention_bytes(config: LanguageConfig, span: int, threads: int, itemsize: int) -> int:
+    """What torch's attention gives ``threads`` that take the heads of a key head, or a head, each; and its blocks."""
+    share = 1 if config.num_kv_heads % threads else config.num_heads // config.num_kv_heads
+    heads = config.num_heads if threads == 1 else min(threads * share, config.num_heads)
+    queries = 256 if span >= 768 else 64 if span >= 192 else 32
+    block = queries * (512 + config.head_dim) * torch.float32.itemsize  # scores of 512 keys, and what they give
+    return heads * span * config.head_dim * itemsize + threads * block
 
 
 def generated_bytes(config: LanguageConfig, dtype: torch.dtype, span: int) -> int:
@@ -183,8 +194,12 @@ def _whole_bytes(conv: nn.Conv2d, height: int, width: int) -> int:
         at_once = rows_at_once(max(taken, channels_out), width)
         return (taken + max(taken, channels_out)) * (min(at_once, height) + 2)
 
+    # Before it a map of half the size is doubled: some rows, the same padded, and what a convolution makes of them.
+    doubled = min(rows_at_once(channels_in, width), height)
+    doubling = (channels_in + channels_in // 4) * height + 3 * channels_in * doubled
     second = (channels_out if channels_in == channels_out else channels_in + channels_out) + channels_out
-    peak = max((channels_in + channels_out) * height + rows(channels_in), second * height + rows(channels_out))
+    first = (channels_in + channels_out) * height + rows(channels_in)
+    peak = max(doubling, first, second * height + rows(channels_out))
     return peak * width * torch.float32.itemsize
 
 

@@ -119,8 +119,12 @@ def _run_on_rows(function: Any, sizes: Sequence[int], tensors: tuple[Tensor, ...
     """The same for contiguous ``tensors``: threads share the rows, of which ``sizes`` begins with the number."""
     for x in tensors:
         assert x.is_contiguous(), "likewise"
-    threads = max(min(torch.get_num_threads(), sizes[0], tensors[0].numel() // MIN_THREAD_NUMBERS), 1)
-    _run(function, threads, sizes, tensors, eps)
+    _run(function, _threads(tensors[0].numel()), sizes, tensors, eps)
+
+
+def _threads(numbers: int) -> int:
+    """One thread or all, for so many ``numbers`` to read: OpenMP ends the threads that a smaller team leaves out."""
+    return torch.get_num_threads() if numbers >= 2 * MIN_THREAD_NUMBERS else 1
 
 
 @njit(cache=CACHE)
@@ -139,11 +143,10 @@ def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None
     """
     assert weight.is_contiguous(), "the kernel reads raw memory"
     x, (width, inner) = x.contiguous(), weight.shape
-    threads = min(torch.get_num_threads(), max(width * inner // MIN_THREAD_NUMBERS, 1))
     if base is None:
         base = out.zero_()
     sizes = len(x), inner, width, out.stride(0), base.stride(0) if base.ndim == 2 else 0
-    _run(_add_share, threads, sizes, (x, weight, out, base))
+    _run(_add_share, _threads(width * inner), sizes, (x, weight, out, base))
 
 
 @njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
@@ -273,7 +276,7 @@ def attend_row(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
     """
     key, value, (length, kv_heads, size) = key.contiguous(), value.contiguous(), key.shape
     heads = query.shape[1]
-    threads = min(torch.get_num_threads(), heads, max(heads * length * size // MIN_THREAD_NUMBERS, 1))
+    threads = _threads(heads * length * size)
     _run(_attend_share, threads, (heads, kv_heads, size, length), (query, key, value, out))
 
 

@@ -3,8 +3,8 @@
 Half of the plain decoder's time goes to the operating system, which maps and clears the memory of each map of the full
 resolution anew, and to oneDNN, which reorders each map before and after a convolution. Channels last needs no
 reordering. Norms, activations and residuals of a few rows stay in the core's cache, and a residual block makes one map
-in place of six. The results differ from the plain module's by the rounding of sums. An encoder's may not: what the
-transformer makes of them would be ten times as far apart.
+or two in place of six. The results differ from the plain module's by the rounding of sums. An encoder's may not: what
+the transformer makes of them would be ten times as far apart.
 """
 
 from __future__ import annotations

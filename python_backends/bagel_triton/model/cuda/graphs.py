@@ -27,8 +27,8 @@ from bagel_triton.model.lora import LoraAdapter
 TEXTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MIN_BLOCKS = 64
 MAX_GRAPHS = 48
-# Held during a capture, of which torch allows one in a process, and during any wait for a whole device: CUDA refuses
-# that while one of its streams is captured, in whichever thread, and the capture is lost, too.
+# Held during a capture, of which torch allows one in a process, and while an engine waits for its whole device: CUDA
+# refuses that while one of its streams is captured, in whichever thread, and the capture is lost, too.
 CAPTURES = threading.Lock()
 Key = TypeVar("Key", bound=Hashable)
 Outputs = tuple[Tensor, ...]
