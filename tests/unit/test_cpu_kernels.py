@@ -178,6 +178,35 @@ def test_threads_change_no_bit(threads: int) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_process_that_compiles_gives_the_bits_of_one_that_loads(tmp_path: Path) -> None:
+    """The first process of a server compiles the kernels, and those of other stages and ranks load them."""
+    code = """
+import sys
+import torch
+from bagel_triton.model.cpu import kernels
+torch.manual_seed(0)
+found = []
+for rows, size in (1, 96), (16, 96), (40, 100), (40, 160):
+    x, weight = torch.randn(rows, size), torch.randn(size)
+    scores, largest, total, shrink = 4 * x, torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)
+    kernels.softmax_block(scores, size - 3, largest, total, shrink)
+    out, rotated = torch.empty(rows, 37), torch.empty(rows, 2, size // 2)
+    kernels.product(x, torch.randn(37, size), None, out)
+    tables = torch.randn(2, rows, 1, size // 2)
+    kernels.norm_and_rotate(x, 0, weight[: size // 2], 1e-6, *tables, rotated)
+    query, key = torch.randn(1, 4, 16), torch.randn(size, 2, 16)
+    attended = torch.empty_like(query)
+    kernels.attend_row(query, key, key, attended)
+    found += [scores, total, out, rotated, attended, kernels.rms_norm(x, weight, 1e-6), kernels.silu_product(x)]
+torch.save(found, sys.argv[1])
+"""
+    for name in ("compiled", "loaded"):
+        env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], env=env, check=True)
+    compiled, loaded = (torch.load(tmp_path / name) for name in ("compiled", "loaded"))
+    assert all(torch.equal(one, other) for one, other in zip(compiled, loaded, strict=True))
+
+
 def test_a_smaller_team_than_was_asked_for_does_all_the_work() -> None:
     """OpenMP may give fewer threads, by a limit or under load."""
     code = """

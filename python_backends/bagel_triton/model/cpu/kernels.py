@@ -9,6 +9,9 @@ are for many rows, too, beside products of oneDNN: see :func:`~bagel_triton.mode
 
 The threads are torch's own OpenMP threads of the caller: a second set would compete with them for the cores.
 
+What the compiled functions call is inlined. Called, it would be one compiled copy in the process that compiles, another
+in those that load the result, and their sums would round differently.
+
 Raises:
     ImportError: Numba is missing, or torch has another OpenMP than GNU's.
 """
@@ -34,8 +37,8 @@ SUMS = {"reassoc", "contract", "nsz"}
 INNER = np.uint64(1024)  # numbers of four weight rows, which all rows read while they are in the first cache
 GROUP = np.uint64(4)  # rows of the weight at a time
 MIN_THREAD_NUMBERS = 1 << 17  # which one thread reads in some 20 us
-MINUS_LOG2E = np.float32(-math.log2(math.e))
-ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+LOG2E = np.float32(math.log2(math.e))
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 LOWEST = np.float32(-3e38)  # above the -inf of no key yet, from which nothing can be subtracted
 LEAST = np.float32(-126)  # the exponent of the smallest normal number
 INFINITE = np.float32(128)  # and of none
@@ -55,7 +58,7 @@ _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _team_size = types.ExternalFunction("omp_get_num_threads", types.int32())  # maybe fewer than were asked for
 
 
-@njit(cache=CACHE, fastmath=SUMS)
+@njit(fastmath=SUMS, forceinline=True)
 def _multiply(x, weight, at, first, second, third, fourth, count):  # pragma: no cover - compiled
     """``count`` numbers of ``x`` from ``at`` on by as many from four places of the flat ``weight``: four sums."""
     a = b = c = d = ZERO
@@ -127,7 +130,7 @@ def _threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers >= 2 * MIN_THREAD_NUMBERS else 1
 
 
-@njit(cache=CACHE)
+@njit(forceinline=True)
 def _own_part(count):  # pragma: no cover - compiled
     """First and stop of this thread's part of ``count`` rows or heads."""
     share = (np.int64(count) + _team_size() - 1) // _team_size()
@@ -149,7 +152,7 @@ def product(x: Tensor, weight: Tensor, base: Tensor | None, out: Tensor) -> None
     _run(_add_share, _threads(width * inner), sizes, (x, weight, out, base))
 
 
-@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
+@njit(fastmath=SUMS, error_model="numpy", forceinline=True)
 def _norm_rows(x, weight, eps, out):  # pragma: no cover - compiled
     for row in range(len(x)):
         total = ZERO
@@ -178,7 +181,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
+@njit(fastmath=SUMS, error_model="numpy", forceinline=True)
 def _norm_and_rotate(products, first, weight, eps, cos, sin, out):  # pragma: no cover - compiled
     rows, heads, size = out.shape
     half = size // 2
@@ -229,11 +232,36 @@ def norm_and_rotate(
     _run_on_rows(_rotate_share, sizes, (products, weight, cos, sin, out), eps)
 
 
-@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
+@intrinsic
+def _from_bits(_context, bits):  # pragma: no cover - compiled
+    """The float32 whose bits are the int32's."""
+
+    def generate(context, builder, _signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+@njit(fastmath=SUMS, forceinline=True)
+def _power(whole, part):  # pragma: no cover - compiled
+    """``2 ** (whole + part)``: whole from -126 to 128, where it is infinite, part from -0.5 to 0.5."""
+    series = ONE + part * (E1 + part * (E2 + part * (E3 + part * (E4 + part * (E5 + part * E6)))))
+    return series * _from_bits((whole + np.int32(127)) << np.int32(23))
+
+
+@njit(fastmath=SUMS, forceinline=True)
+def _negative_power(x):  # pragma: no cover - compiled
+    """``2 ** x`` of an x of at most 0; at least the smallest normal number."""
+    x = LEAST if x < LEAST else x
+    whole = np.int32(x - HALF)
+    return _power(whole, x - np.float32(whole))
+
+
+@njit(fastmath=SUMS, error_model="numpy", forceinline=True)
 def _attend_heads(query, key, value, out, start, stop):  # pragma: no cover - compiled
     size, length = query.shape[1], len(key)
     group = len(query) // key.shape[1]
-    factor = np.float32(1) / np.sqrt(np.float32(size))
+    factor = LOG2E / np.sqrt(np.float32(size))
     weights = np.empty((stop - start, length), np.float32)
     for token in range(length):
         for head in range(start, stop):
@@ -245,7 +273,7 @@ def _attend_heads(query, key, value, out, start, stop):  # pragma: no cover - co
         row = weights[head - start]
         largest, total = row.max(), ZERO
         for token in range(length):
-            row[token] = np.exp(row[token] - largest)
+            row[token] = _negative_power(row[token] - largest)
             total += row[token]
         for k in range(size):
             out[head, k] = ZERO
@@ -281,16 +309,6 @@ def attend_row(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
 
 
 @intrinsic
-def _from_bits(_context, bits):  # pragma: no cover - compiled
-    """The float32 whose bits are the int32's."""
-
-    def generate(context, builder, _signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
 def _larger(_context, x, y):  # pragma: no cover - compiled
     """The larger of two float32, neither NaN. LLVM finds the largest of many by vectors, unlike with ``max``."""
 
@@ -302,27 +320,17 @@ def _larger(_context, x, y):  # pragma: no cover - compiled
     return types.float32(types.float32, types.float32), generate
 
 
-@njit(cache=CACHE, fastmath=SUMS)
-def _power(whole, part):  # pragma: no cover - compiled
-    """``2 ** (whole + part)``: whole from -126 to 128, where it is infinite, part from -0.5 to 0.5."""
-    series = ONE + part * (E1 + part * (E2 + part * (E3 + part * (E4 + part * (E5 + part * E6)))))
-    return series * _from_bits((whole + np.int32(127)) << np.int32(23))
-
-
-@njit(cache=CACHE, fastmath=SUMS, error_model="numpy")
+@njit(fastmath=SUMS, error_model="numpy", forceinline=True)
 def _softmax_rows(scores, keys, largest, total, shrink):  # pragma: no cover - compiled
     for row in range(len(scores)):
         line, top = scores[row], max(largest[row], LOWEST)
         for k in range(keys):
             top = _larger(top, line[k])
-        shrink[row] = TWO ** (largest[row] - top)
+        shrink[row] = _negative_power(largest[row] - top)
         largest[row] = top
         found = ZERO
         for k in range(keys):
-            x = line[k] - top
-            x = LEAST if x < LEAST else x
-            whole = np.int32(x - HALF)
-            power = _power(whole, x - np.float32(whole))
+            power = _negative_power(line[k] - top)
             line[k] = power
             found += power
         line[keys:] = ZERO
@@ -350,13 +358,13 @@ def softmax_block(scores: Tensor, keys: int, largest: Tensor, total: Tensor, shr
     _run_on_rows(_softmax_share, (*scores.shape, keys), (scores, largest, total, shrink))
 
 
-@njit(cache=CACHE, fastmath={"contract"}, error_model="numpy")  # in this order: gate by up may be infinite
+@njit(fastmath={"contract"}, error_model="numpy", forceinline=True)  # in this order: gate by up may be infinite
 def _silu_rows(products, out):  # pragma: no cover - compiled
     rows, size = out.shape
     for row in range(rows):
         gate, up, place = products[row, :size], products[row, size:], out[row]
         for k in range(size):
-            x = min(max(gate[k] * MINUS_LOG2E, LEAST), INFINITE)
+            x = min(max(gate[k] * -LOG2E, LEAST), INFINITE)
             whole = np.int32(np.floor(x + HALF))
             place[k] = gate[k] / (ONE + _power(whole, x - np.float32(whole))) * up[k]
 
