@@ -67,6 +67,9 @@ if [ -n "$kit" ]; then
     echo "import sys; sys.path[:0] = ['$PWD/python_backends', '$kit']" >"$pth"
     unset PYTHONPATH
 fi
+TMPDIR=$(mktemp -d) # not the place of other servers
+export TMPDIR
 TAIL=12 step serving 300 "${tests[@]}" tests/gpu/test_serving.py
-cp /tmp/bagel_triton_*/tritonserver.log "$OUT/" 2>/dev/null
+cp "$TMPDIR"/bagel_triton_*/tritonserver.log "$OUT/" 2>/dev/null
+rm -rf "$TMPDIR"
 echo "total $((SECONDS - started)) s; logs: $OUT"

@@ -91,6 +91,8 @@ def _show(config: DeployConfig, folder: Path, args: argparse.Namespace, default_
         rank = config.max_lora_rank or USUAL_RANK
         room = f", and room for {later} more of rank {rank} (max_loras, max_lora_rank)" if later else ""
         print(f"Adapters: {len(config.lora_modules)} of the start{room}; their bytes count as weights.")
+    if need.contexts:
+        print(f"Together includes {memory_plan.readable(need.contexts)} for CUDA in the processes.")
     if need.offloaded:
         print(f"Offloaded to the host's memory: {memory_plan.readable(need.offloaded)}.")
     if need.lent:

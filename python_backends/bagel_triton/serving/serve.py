@@ -24,6 +24,7 @@ from bagel_triton.deploy.config import POLICIES, ConfigError, DeployConfig, Poli
 from bagel_triton.deploy.connector import ConnectorChoice, choose
 from bagel_triton.deploy.topology import DECODER, DIT, THINKER
 from bagel_triton.ipc import shm as shared_memory
+from bagel_triton.model.cpu.row_stable import kernels_summary
 from bagel_triton.openai.settings import MIB, HttpOptions, OptionError, ProxySettings, http_options
 from bagel_triton.openai.settings import add_arguments as add_http_arguments
 from bagel_triton.parallel import sizes
@@ -385,6 +386,7 @@ def _summary(
         **({"LoRA adapter": f"{deploy.lora_path} x {deploy.lora_scale:g}"} if deploy.lora_path else {}),
         **({"LoRA modules": ", ".join(deploy.lora_modules)} if deploy.lora_modules else {}),
         "attention": placement.attention,
+        **({"kernels": kernels_summary(placement.torch_dtype)} if placement.device == "cpu" else {}),
         **({"GPU shared by": machine.gpu_sharing()} if shares_gpu else {}),
         **({"KV pool": memory.pool_summary(deploy)} if deploy.stage_id != 1 else {}),
     }

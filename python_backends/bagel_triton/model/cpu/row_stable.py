@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -84,6 +85,17 @@ def few_rows_kernels(dtype: torch.dtype) -> ModuleType | None:
         log.exception("torch computes what compiled kernels would compute faster: Numba could not compile these")
         return None
     return kernels
+
+
+def kernels_summary(dtype: torch.dtype) -> str:
+    """The kernels that a CPU computes with in ``dtype``, and why; imports none of them."""
+    if dtype != torch.float32:
+        return "torch's: compiled ones are for float32"
+    if find_spec("numba") is None:
+        return "torch's: numba is not installed (pip install 'bagel-triton[cpu]')"
+    if takes_onednn(dtype):
+        return "compiled by Numba: texts, and images with their attention between products of oneDNN"
+    return "compiled by Numba: texts"
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
